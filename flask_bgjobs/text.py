@@ -1,0 +1,29 @@
+"""Text made fit for where it goes: a database column, or a single line of a log."""
+
+from __future__ import annotations
+
+import re
+
+MAX_TRACEBACK_CHARS = 64 * 1024
+MAX_MESSAGE_CHARS = 2_000
+"""Of an error's message: what a person reads; the traceback holds the rest."""
+
+_NOT_STORABLE = re.compile("[\x00\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def storable(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """``text`` as every database takes it: no NUL, no lone surrogate, not too long.
+
+    :param limit: most characters; of a longer text head and tail are kept.
+    """
+    if len(text) > limit:
+        half = limit // 2
+        left_out = len(text) - 2 * half
+        text = f"{text[:half]}\n… {left_out:,} characters left out …\n{text[-half:]}"
+    return _NOT_STORABLE.sub("\ufffd", text)
+
+
+def one_line(text: str) -> str:
+    """``text`` with control characters and line breaks written as escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
