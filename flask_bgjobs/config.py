@@ -1,0 +1,362 @@
+"""``BGJOBS_…`` keys of ``app.config`` become one frozen :class:`Config`.
+
+They are read and checked once, in ``init_app``. A value that cannot work stops it; a key
+that nobody knows is a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import keyword
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from . import durations
+from .errors import ConfigError
+from .states import JobStatus
+
+AllowedJobs = Mapping[str, frozenset[str] | None]
+"""Dotted name to the methods allowed, or ``None`` for all public methods (or a function)."""
+
+MAX_INTEGER = 2**31 - 1
+"""Priorities and counts are 32-bit integers in the database."""
+
+_QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
+_DAY = 86_400.0
+_DEFAULT_PRIORITIES = MappingProxyType({"high": 3, "medium": 2, "low": 0})
+_DEFAULT_RETENTION = MappingProxyType(
+    {
+        JobStatus.COMPLETED: 7 * _DAY,
+        JobStatus.FAILED: 30 * _DAY,
+        JobStatus.CANCELLED: 7 * _DAY,
+    }
+)
+DEFAULT_REDACT = (
+    "password",
+    "passwd",
+    "passphrase",
+    "secret",
+    "token",
+    "api_key",
+    "private_key",
+    "access_key",
+    "authorization",
+    "cookie",
+    "credential",
+    "credit_card",
+    "card_number",
+    "cvv",
+    "iban",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """The checked configuration of one app. Durations are float seconds."""
+
+    allowed_jobs: AllowedJobs = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """``BGJOBS_ALLOWED_JOBS``: what may be run by name."""
+    pool: str = "thread"
+    """``BGJOBS_POOL``: how a worker runs jobs, ``thread`` or ``process``."""
+    concurrency: int | None = None
+    """``BGJOBS_CONCURRENCY``: jobs at once per worker; ``None``: what suits the pool."""
+    queues: tuple[str, ...] | None = None
+    """``BGJOBS_QUEUES``: served in this strict order; ``None`` serves all by priority."""
+    priorities: Mapping[str, int] = dataclasses.field(default_factory=lambda: _DEFAULT_PRIORITIES)
+    """``BGJOBS_PRIORITIES``: names for numbers; higher runs first."""
+    imports: tuple[str, ...] = ()
+    """``BGJOBS_IMPORTS``: modules that a worker imports at start."""
+    retries: int = 3
+    """``BGJOBS_RETRIES``: retries after the first attempt."""
+    retry_delay: tuple[float, ...] = (5.0,)
+    """``BGJOBS_RETRY_DELAY``: before each retry."""
+    timeout: float | None = None
+    """``BGJOBS_TIMEOUT``: for one attempt; ``None`` sets no limit."""
+    poll_interval: float = 1.0
+    """``BGJOBS_POLL_INTERVAL``: upper bound for noticing work without a wake-up."""
+    heartbeat_interval: float = 10.0
+    """``BGJOBS_HEARTBEAT_INTERVAL``: between two signs of life of a worker."""
+    lease: float = 60.0
+    """``BGJOBS_LEASE``: a worker that is silent for so long is dead."""
+    shutdown_timeout: float = 25.0
+    """``BGJOBS_SHUTDOWN_TIMEOUT``: grace for running jobs after SIGTERM."""
+    max_crashes: int = 3
+    """``BGJOBS_MAX_CRASHES``: proved crashes at which a job is failed as crashed."""
+    max_payload: int = 1024 * 1024
+    """``BGJOBS_MAX_PAYLOAD``: bytes of JSON in parameters, meta or result."""
+    retention: Mapping[JobStatus, float | None] = dataclasses.field(
+        default_factory=lambda: _DEFAULT_RETENTION
+    )
+    """``BGJOBS_RETENTION``: how long finished jobs are kept; ``None`` for ever."""
+    redact: tuple[str, ...] = DEFAULT_REDACT
+    """``BGJOBS_REDACT``: parts of keys whose values are masked in dashboard and logs."""
+    dashboard: bool = True
+    """``BGJOBS_DASHBOARD``: register the blueprint."""
+    dashboard_url_prefix: str = "/jobs"
+    """``BGJOBS_DASHBOARD_URL_PREFIX``: where the blueprint is mounted."""
+    dashboard_public: bool = False
+    """``BGJOBS_DASHBOARD_PUBLIC``: let anybody view, and only view."""
+    read_only: bool = False
+    """``BGJOBS_READ_ONLY``: no change through the dashboard, whoever asks."""
+    base_template: str = "bgjobs/layout.html"
+    """``BGJOBS_BASE_TEMPLATE``: the template that the dashboard's pages extend."""
+    sqlite_wal: bool = True
+    """``BGJOBS_SQLITE_WAL``: worker and ``init-db`` turn SQLite's WAL mode on."""
+    bind_key: str | None = None
+    """``BGJOBS_BIND_KEY``: the Flask-SQLAlchemy bind that holds the tables."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Config:
+        """The configuration in ``app.config``; keys that are missing take their default.
+
+        :raises ConfigError: names the key, the value and what is allowed.
+        """
+        given = {key: value for key, value in values.items() if key.startswith("BGJOBS_")}
+        _warn_unknown(given)
+        _resolve_alias(given)
+        checked: dict[str, Any] = {}
+        for key, value in given.items():
+            if key in _KEYS:
+                checked[_KEYS[key].field] = _KEYS[key].read(key, value)
+        config = cls(**checked)
+        if config.lease < 2 * config.heartbeat_interval:
+            raise ConfigError(
+                f"BGJOBS_LEASE is {config.lease:g} s; it must be at least twice "
+                f"BGJOBS_HEARTBEAT_INTERVAL ({config.heartbeat_interval:g} s), or one late "
+                "heartbeat would take a worker's jobs away"
+            )
+        return config
+
+    def worker_concurrency(self) -> int:
+        """Jobs at once per worker: 10 threads, or one process per CPU, unless set."""
+        if self.concurrency is not None:
+            return self.concurrency
+        return 10 if self.pool == "thread" else (os.cpu_count() or 1)
+
+
+def check_queue(value: object, name: str = "queue") -> str:
+    """``value`` when it is a queue name: lower-case letters, digits, ``_ - .``, 64 at most.
+
+    :raises ValueError: when it is not.
+    """
+    if not isinstance(value, str) or not _QUEUE.fullmatch(value):
+        raise ValueError(
+            f"{name} must be 1 to 64 characters of a-z, 0-9, '_', '-' or '.', "
+            f"starting with a letter or digit, not {value!r}"
+        )
+    return value
+
+
+def is_dotted_name(value: object, *, parts: int = 2) -> bool:
+    """Whether ``value`` is a str of at least ``parts`` identifiers joined by dots."""
+    if not isinstance(value, str) or len(value) > 255:
+        return False
+    names = value.split(".")
+    return len(names) >= parts and all(
+        name.isidentifier() and not keyword.iskeyword(name) for name in names
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Key:
+    field: str
+    check: Callable[[Any], Any]
+
+    def read(self, key: str, value: object) -> Any:
+        try:
+            return self.check(value)
+        except ValueError as error:
+            raise ConfigError(f"{key} = {value!r}: {error}") from None
+
+
+def _warn_unknown(given: Mapping[str, Any]) -> None:
+    for key in given:
+        if key in _KEYS or key == _ALIAS:
+            continue
+        close = difflib.get_close_matches(key, [*_KEYS, _ALIAS], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        warnings.warn(f"flask-bgjobs does not know the key {key}{hint}", stacklevel=4)
+
+
+_ALIAS = "BGJOBS_ALLOWED_CLASSES"
+
+
+def _resolve_alias(given: dict[str, Any]) -> None:
+    if _ALIAS not in given:
+        return
+    if "BGJOBS_ALLOWED_JOBS" in given:
+        raise ConfigError(
+            f"BGJOBS_ALLOWED_JOBS and {_ALIAS} are two names for the same list: keep one of them"
+        )
+    given["BGJOBS_ALLOWED_JOBS"] = given.pop(_ALIAS)
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be True or False")
+    return value
+
+
+def _integer(minimum: int, maximum: int = MAX_INTEGER) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise ValueError(f"must be a whole number from {minimum:,} to {maximum:,}")
+        return value
+
+    return check
+
+
+def _duration(minimum: float = 0.0, *, above: bool = False) -> Callable[[object], float]:
+    return lambda value: durations.seconds(value, "it", minimum=minimum, above=above)
+
+
+def _optional(check: Callable[[object], Any]) -> Callable[[object], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+def _allowed_jobs(value: object) -> AllowedJobs:
+    if isinstance(value, Mapping):
+        return MappingProxyType({_job_name(name): _methods(m) for name, m in value.items()})
+    if isinstance(value, list | tuple | set | frozenset):
+        return MappingProxyType({_job_name(name): None for name in value})
+    raise ValueError("must be a list of dotted names, or a dict of dotted name to methods")
+
+
+def _job_name(name: object) -> str:
+    if not is_dotted_name(name):
+        raise ValueError(
+            f"{name!r} is not a dotted name like 'shop.jobs.SampleJob' (module.Class or "
+            "module.function, no wildcard, no white space, 255 characters at most)"
+        )
+    return str(name)
+
+
+def _methods(value: object) -> frozenset[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError("the methods of a class must be a list of names, or None for all")
+    for method in value:
+        if not isinstance(method, str) or not method.isidentifier() or method.startswith("_"):
+            raise ValueError(f"{method!r} is not the name of a public method")
+    return frozenset(value)
+
+
+def _one_of(*choices: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}")
+        return str(value)
+
+    return check
+
+
+def _queues(value: object) -> tuple[str, ...] | None:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError("must be a list of queue names, in the order to serve them, or None")
+    checked = tuple(check_queue(n.strip() if isinstance(n, str) else n, "a queue") for n in names)
+    if len(set(checked)) < len(checked):
+        raise ValueError("names a queue twice")
+    return checked
+
+
+def _priorities(value: object) -> Mapping[str, int]:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError("must be a dict of name to number, such as {'high': 3}")
+    check = _integer(-MAX_INTEGER)
+    for name in value:
+        if not isinstance(name, str) or not name.strip() or _is_integer(name):
+            raise ValueError(f"{name!r} is no name for a priority")
+    return MappingProxyType({name: check(number) for name, number in value.items()})
+
+
+def _is_integer(text: str) -> bool:
+    return re.fullmatch(r"\s*[+-]?\d+\s*", text) is not None
+
+
+def _imports(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(is_dotted_name(n, parts=1) for n in value):
+        raise ValueError("must be a list of module names, such as ['shop.jobs']")
+    return tuple(value)
+
+
+def retry_delays(value: object) -> tuple[float, ...]:
+    """The seconds before each retry, from a number, a ``timedelta`` or a list of them.
+
+    :raises ValueError: when one of them is not a duration, or the list is empty or longer
+        than a hundred.
+    """
+    if not isinstance(value, list | tuple):
+        return (durations.seconds(value, "retry_delay"),)
+    if not 0 < len(value) <= 100:
+        raise ValueError("retry_delay must be a duration or a list of 1 to 100 of them")
+    return tuple(durations.seconds(item, "each retry_delay") for item in value)
+
+
+def _retention(value: object) -> Mapping[JobStatus, float | None]:
+    if value is None:
+        return MappingProxyType(dict.fromkeys(_DEFAULT_RETENTION))
+    if not isinstance(value, Mapping) or not set(value) <= set(_DEFAULT_RETENTION):
+        raise ValueError("must be a dict with the keys 'completed', 'failed' and 'cancelled'")
+    check = _optional(_duration())
+    given = {JobStatus(status): check(keep) for status, keep in value.items()}
+    return MappingProxyType({**_DEFAULT_RETENTION, **given})
+
+
+def _redact(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple | set | frozenset) or not all(
+        isinstance(item, str) and re.search(r"[^\W_]", item) for item in value
+    ):
+        raise ValueError("must be a list of words that keys of secrets contain")
+    return tuple(value)
+
+
+def _url_prefix(value: object) -> str:
+    if not isinstance(value, str) or not value.startswith("/") or value.rstrip("/") == "":
+        raise ValueError("must be a path such as '/jobs'")
+    return value.rstrip("/")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a text that is not empty")
+    return value
+
+
+def _schedule(value: object) -> None:
+    if value:
+        raise ValueError("recurring jobs are not in this version: leave it empty")
+
+
+_KEYS = {
+    "BGJOBS_ALLOWED_JOBS": _Key("allowed_jobs", _allowed_jobs),
+    "BGJOBS_POOL": _Key("pool", _one_of("thread", "process")),
+    "BGJOBS_CONCURRENCY": _Key("concurrency", _optional(_integer(1, 10_000))),
+    "BGJOBS_QUEUES": _Key("queues", _optional(_queues)),
+    "BGJOBS_PRIORITIES": _Key("priorities", _priorities),
+    "BGJOBS_IMPORTS": _Key("imports", _imports),
+    "BGJOBS_RETRIES": _Key("retries", _integer(0, 10_000)),
+    "BGJOBS_RETRY_DELAY": _Key("retry_delay", retry_delays),
+    "BGJOBS_TIMEOUT": _Key("timeout", _optional(_duration(above=True))),
+    "BGJOBS_POLL_INTERVAL": _Key("poll_interval", _duration(0.01)),
+    "BGJOBS_HEARTBEAT_INTERVAL": _Key("heartbeat_interval", _duration(0.05)),
+    "BGJOBS_LEASE": _Key("lease", _duration(0.1)),
+    "BGJOBS_SHUTDOWN_TIMEOUT": _Key("shutdown_timeout", _duration()),
+    "BGJOBS_MAX_CRASHES": _Key("max_crashes", _integer(1)),
+    "BGJOBS_MAX_PAYLOAD": _Key("max_payload", _integer(64)),
+    "BGJOBS_RETENTION": _Key("retention", _retention),
+    "BGJOBS_REDACT": _Key("redact", _redact),
+    "BGJOBS_DASHBOARD": _Key("dashboard", _boolean),
+    "BGJOBS_DASHBOARD_URL_PREFIX": _Key("dashboard_url_prefix", _url_prefix),
+    "BGJOBS_DASHBOARD_PUBLIC": _Key("dashboard_public", _boolean),
+    "BGJOBS_READ_ONLY": _Key("read_only", _boolean),
+    "BGJOBS_BASE_TEMPLATE": _Key("base_template", _text),
+    "BGJOBS_SQLITE_WAL": _Key("sqlite_wal", _boolean),
+    "BGJOBS_BIND_KEY": _Key("bind_key", _optional(_text)),
+}

@@ -1,0 +1,158 @@
+"""``current_job``: what running code may ask of its own job, and tell about it."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import math
+import threading
+from collections import deque
+from typing import Any, cast
+
+from werkzeug.local import LocalProxy
+
+from . import serialize
+from .errors import JobCancelled
+from .spec import JobSpec, Report
+from .text import storable
+
+_MAX_LINES = 1_000
+"""Log lines kept until they are written; beyond that the oldest are dropped and counted."""
+
+_logger = logging.getLogger("flask_bgjobs.job")
+
+
+class CurrentJob:
+    """One attempt, seen from inside.
+
+    What it is told is kept in memory and written a few times a second, so that a loop may
+    report each of its steps.
+    """
+
+    def __init__(self, spec: JobSpec, *, max_payload: int | None = None) -> None:
+        self._spec = spec
+        self._max_payload = max_payload
+        self._lock = threading.Lock()
+        self._lines: deque[str] = deque(maxlen=_MAX_LINES)
+        self._dropped = 0
+        self._progress: float | None = None
+        self._note: str | None = None
+        self._written_meta = spec.meta_json or "{}"
+        self._cancelled = threading.Event()
+        self.meta: dict[str, Any] = serialize.loads(self._written_meta)
+        """A dict of yours, kept with the job over all its attempts."""
+
+    @property
+    def id(self) -> int:
+        """The job's id."""
+        return self._spec.id
+
+    @property
+    def attempt(self) -> int:
+        """Which claim of the job this is, from 1."""
+        return self._spec.attempt
+
+    @property
+    def retry_count(self) -> int:
+        """Retries used before this attempt."""
+        return self._spec.retry_count
+
+    @property
+    def queue(self) -> str:
+        """The name of its queue."""
+        return self._spec.queue
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked for a cancel; a loop may look and stop tidily."""
+        return self._cancelled.is_set()
+
+    def raise_if_cancelled(self) -> None:
+        """Stop here when somebody asked for a cancel.
+
+        :raises JobCancelled: then.
+        """
+        if self.cancelled:
+            raise JobCancelled
+
+    def progress(self, fraction: float, note: str | None = None) -> None:
+        """Show how far the job is.
+
+        :param fraction: 0 to 1; values outside are cut to that.
+        :param note: a few words, such as ``"4 of 10"``.
+        :raises ValueError: when ``fraction`` is no number.
+        """
+        fraction = float(fraction)
+        if math.isnan(fraction):
+            raise ValueError("progress must be a number from 0 to 1, not nan")
+        with self._lock:
+            self._progress = min(max(fraction, 0.0), 1.0)
+            if note is not None:
+                self._note = storable(str(note))[:255]
+
+    def log(self, message: object) -> None:
+        """Keep a line with the job, for its page on the dashboard; also logged at DEBUG."""
+        line = storable(str(message))
+        with self._lock:
+            if len(self._lines) == _MAX_LINES:
+                self._dropped += 1
+            self._lines.append(line)
+        _logger.debug("Job %s: %s", self.id, line)
+
+    def request_cancel(self) -> None:
+        """Make :attr:`cancelled` true; for pools."""
+        self._cancelled.set()
+
+    def take_report(self) -> Report | None:
+        """What was told since the last call, ``None`` when that is nothing; for pools."""
+        meta = self._changed_meta()
+        with self._lock:
+            lines = tuple(self._lines)
+            if self._dropped:
+                lines = (f"({self._dropped:,} lines left out)", *lines)
+            if self._progress is None and self._note is None and meta is None and not lines:
+                return None
+            report = Report(self._progress, self._note, meta, lines)
+            self._lines.clear()
+            self._dropped = 0
+            self._progress = self._note = None
+            return report
+
+    def _changed_meta(self) -> str | None:
+        try:
+            text = serialize.dumps(self.meta, name="meta", max_bytes=self._max_payload)
+        except (serialize.NotSerializable, RuntimeError):
+            # Changed by the job at this moment, or not storable: the attempt's end checks it.
+            return None
+        if text == self._written_meta:
+            return None
+        self._written_meta = text
+        return text
+
+    def check_meta(self) -> None:
+        """Make sure that :attr:`meta` can be stored.
+
+        :raises NotSerializable: names what cannot.
+        """
+        serialize.dumps(self.meta, name="current_job.meta", max_bytes=self._max_payload)
+
+
+_current: contextvars.ContextVar[CurrentJob] = contextvars.ContextVar("bgjobs_current_job")
+
+current_job = cast(
+    CurrentJob,
+    LocalProxy(
+        _current, unbound_message="current_job is only there inside a job that a worker runs"
+    ),
+)
+"""The job that runs the calling code; a ``RuntimeError`` elsewhere."""
+
+
+def enter(job: CurrentJob) -> contextvars.Token[CurrentJob]:
+    """Make ``job`` the current one."""
+    return _current.set(job)
+
+
+def leave(token: contextvars.Token[CurrentJob]) -> None:
+    """Undo :func:`enter`."""
+    _current.reset(token)

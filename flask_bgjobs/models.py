@@ -1,0 +1,307 @@
+"""The tables. ``init_app`` copies them into the host's metadata, so that its migrations and
+``db.create_all()`` find them.
+
+They are static models on a metadata of our own, written so that Alembic's autogenerate finds
+no drift on SQLite, PostgreSQL and MySQL/MariaDB: plain types with MySQL variants, explicit
+names, no descending and no partial index. Times are UTC with microseconds and without a
+``tzinfo``. Our own tables have no foreign keys among themselves: a late log line of a deleted
+job must not break the transaction that records other jobs' outcomes.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from typing import Any
+
+import sqlalchemy as sa
+from flask import current_app
+from sqlalchemy.dialects import mysql
+from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column
+from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.schema import SchemaConst
+from sqlalchemy.sql.elements import conv
+
+from . import serialize
+from .errors import JobNotCommitted, JobNotFound, WaitTimeout
+from .states import JobStatus
+
+BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+"""SQLite numbers rows by itself only in a column that is exactly INTEGER."""
+UtcTime = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+LongText = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+
+_FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
+
+
+def _index(name: str, *columns: str, unique: bool = False) -> sa.Index:
+    # conv() keeps a host's naming convention from renaming what the statements rely on.
+    return sa.Index(conv(name), *columns, unique=unique)
+
+
+class Base(DeclarativeBase):
+    """Base of our models only; hosts keep their own."""
+
+    # Flask-SQLAlchemy's session looks here for the bind, so db.session can read a Job.
+    metadata = sa.MetaData(info={"bind_key": None})
+
+
+class Job(Base):
+    """One background job: what to run, when, and how it went.
+
+    Loaded and detached: reading an attribute never touches the database;
+    :meth:`refresh` does.
+    """
+
+    __tablename__ = "bgjobs_job"
+    __table_args__ = (
+        _index("ix_bgjobs_job_claim", "status", "claim_rank", "run_at", "id"),
+        _index("ix_bgjobs_job_claim_queue", "status", "queue", "claim_rank", "run_at", "id"),
+        _index("ix_bgjobs_job_due", "status", "run_at", "id"),
+        _index("ix_bgjobs_job_list", "status", "id"),
+        _index("ix_bgjobs_job_finished", "status", "finished_at", "id"),
+        _index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    """Never used again, not even after the job was deleted."""
+    target: Mapped[str] = mapped_column(sa.String(255))
+    """Dotted name of the class or function."""
+    method: Mapped[str | None] = mapped_column(sa.String(255))
+    """The method of a class; ``None`` for a function."""
+    parameters_json: Mapped[str] = mapped_column("parameters", LongText)
+    """Written by ``serialize``: a list of positional or a dict of keyword parameters."""
+    queue: Mapped[str] = mapped_column(sa.String(64))
+    priority: Mapped[int] = mapped_column(sa.Integer)
+    """Higher runs first."""
+    claim_rank: Mapped[int] = mapped_column(sa.BigInteger)
+    """The negated priority, so that the claim's index is ascending throughout."""
+    status: Mapped[str] = mapped_column(sa.String(16))
+    """One of :class:`~flask_bgjobs.JobStatus`."""
+    run_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    """When it is or was due."""
+    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+
+    attempt: Mapped[int] = mapped_column(sa.Integer, default=0)
+    """Counts claims, and only ever rises: with ``worker_id`` it is the fence of every settle."""
+    retry_count: Mapped[int] = mapped_column(sa.Integer, default=0)
+    """Retries used so far, 0 to ``retries``."""
+    retries: Mapped[int] = mapped_column(sa.Integer)
+    """Retries allowed after the first attempt."""
+    retry_delay: Mapped[str] = mapped_column(sa.Text)
+    """JSON list of seconds before each retry; the last serves all later ones."""
+    backoff: Mapped[str] = mapped_column(sa.String(16))
+    max_retry_delay: Mapped[float | None] = mapped_column(sa.Double)
+    """Seconds that no wait exceeds."""
+    jitter: Mapped[float] = mapped_column(sa.Double)
+    """Share of a wait, 0 to 1, by which it is spread at random."""
+    timeout: Mapped[float | None] = mapped_column(sa.Double)
+    """Seconds that one attempt may take."""
+
+    worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """Who claimed it; kept after the end."""
+    claimed_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    started_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """When the code of the newest attempt began; empty while claimed but not started."""
+    finished_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    cancel_requested_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """Set while a cancel waits for running code to stop, and kept after."""
+    suspect: Mapped[bool] = mapped_column(sa.Boolean, default=False)
+    """Its last worker died with it: it runs alone, with its start committed first."""
+    crash_count: Mapped[int] = mapped_column(sa.Integer, default=0)
+    """Proved crashes of its worker or child."""
+
+    result_json: Mapped[str | None] = mapped_column("result", LongText)
+    error_type: Mapped[str | None] = mapped_column(sa.String(255))
+    """Name of the last attempt's exception class."""
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    """Message of the last attempt's exception, type first."""
+    progress: Mapped[float | None] = mapped_column(sa.Double)
+    """0 to 1, as the code reported it."""
+    progress_note: Mapped[str | None] = mapped_column(sa.String(255))
+    meta_json: Mapped[str | None] = mapped_column("meta", LongText)
+    tags_json: Mapped[str | None] = mapped_column("tags", sa.Text)
+    owner: Mapped[str | None] = mapped_column(sa.String(255))
+    unique_key: Mapped[str | None] = mapped_column(sa.String(255))
+    unique_hash: Mapped[str | None] = mapped_column(sa.String(64))
+    """sha-256 of ``unique_key`` while the job is active, so that a second one conflicts."""
+
+    deduplicated = False
+    """``True`` on the job that an enqueue with a taken ``unique_key`` gave back."""
+    committed = True
+    """``False`` until the transaction that the job joined has committed."""
+
+    @property
+    def parameters(self) -> Any:
+        """The parameters as they were given: a list of positional or a dict of keyword ones."""
+        return serialize.loads(self.parameters_json)
+
+    @property
+    def result(self) -> Any:
+        """What the code returned; ``None`` until it completed."""
+        return None if self.result_json is None else serialize.loads(self.result_json)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the code stored with ``current_job.meta``."""
+        return {} if self.meta_json is None else serialize.loads(self.meta_json)
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags it was enqueued with."""
+        return [] if self.tags_json is None else json.loads(self.tags_json)
+
+    @property
+    def is_finished(self) -> bool:
+        """``True`` when it completed, failed or was cancelled."""
+        return JobStatus(self.status).is_final
+
+    @property
+    def is_cancelling(self) -> bool:
+        """``True`` when a cancel waits for its running code to stop."""
+        return self.status == JobStatus.RUNNING and self.cancel_requested_at is not None
+
+    @property
+    def name(self) -> str:
+        """Target and method as one dotted name, for people."""
+        return self.target if self.method is None else f"{self.target}.{self.method}"
+
+    def refresh(self) -> Job:
+        """Read the job anew from the database, outside your session, and return it.
+
+        Needs an application context.
+
+        :raises JobNotCommitted: when the transaction that it joined has not committed.
+        :raises JobNotFound: when it was deleted.
+        """
+        if not self.committed:
+            raise JobNotCommitted(
+                f"job {self.id} joined a transaction that has not committed: commit first, or "
+                "enqueue with session=None"
+            )
+        # Looked up rather than imported: the store stands above the tables.
+        fresh = current_app.extensions["bgjobs"].store.get(self.id)
+        if fresh is None:
+            raise JobNotFound(f"job {self.id} does not exist (any more)")
+        for column in sa.inspect(Job).column_attrs:
+            set_committed_value(self, column.key, getattr(fresh, column.key))
+        return self
+
+    def wait(self, timeout: float | None = None) -> Job:
+        """Wait until the job is finished, and return it refreshed.
+
+        :param timeout: seconds to wait; for ever by default.
+        :raises JobNotCommitted: when the transaction that it joined has not committed: no
+            worker could see it, so waiting would never end.
+        :raises WaitTimeout: when it is not finished in time.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = _FIRST_WAIT_SECONDS
+        while not self.refresh().is_finished:
+            left = _LAST_WAIT_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimeout(
+                    f"job {self.id} is still {self.status} after {timeout:g} s; does a worker "
+                    f"serve the queue {self.queue!r}?"
+                )
+            time.sleep(min(pause, left))
+            pause = min(pause * 2, _LAST_WAIT_SECONDS)
+        return self
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.name} {self.status}>"
+
+
+class Attempt(Base):
+    """An attempt that did not complete; a smooth job has none."""
+
+    __tablename__ = "bgjobs_attempt"
+    __table_args__ = (
+        _index("ix_bgjobs_attempt_job", "job_id", "attempt"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    job_id: Mapped[int] = mapped_column(sa.BigInteger)
+    attempt: Mapped[int] = mapped_column(sa.Integer)
+    outcome: Mapped[str] = mapped_column(sa.String(16))
+    """One of :class:`~flask_bgjobs.states.OutcomeKind`."""
+    worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    worker_name: Mapped[str | None] = mapped_column(sa.String(255))
+    started_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    finished_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    error_type: Mapped[str | None] = mapped_column(sa.String(255))
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    traceback: Mapped[str | None] = mapped_column(LongText)
+
+
+class JobLog(Base):
+    """A line that a job wrote with ``current_job.log``."""
+
+    __tablename__ = "bgjobs_log"
+    __table_args__ = (
+        _index("ix_bgjobs_log_job", "job_id", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    job_id: Mapped[int] = mapped_column(sa.BigInteger)
+    attempt: Mapped[int] = mapped_column(sa.Integer)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    message: Mapped[str] = mapped_column(sa.Text)
+
+
+class Worker(Base):
+    """A worker process: who holds which lease, and when it was last heard of."""
+
+    __tablename__ = "bgjobs_worker"
+    __table_args__ = (
+        _index("ix_bgjobs_worker_status", "status"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(255))
+    status: Mapped[str] = mapped_column(sa.String(16))
+    """``alive``, ``stopped`` after a clean end, or ``dead`` once its lease was taken away."""
+    host: Mapped[str] = mapped_column(sa.String(255))
+    pid: Mapped[int] = mapped_column(sa.Integer)
+    process: Mapped[str | None] = mapped_column(sa.String(255))
+    """What tells this process from every other on its host, also after its pid is used again."""
+    version: Mapped[str] = mapped_column(sa.String(32))
+    pool: Mapped[str] = mapped_column(sa.String(16))
+    concurrency: Mapped[int] = mapped_column(sa.Integer)
+    queues: Mapped[str | None] = mapped_column(sa.Text)
+    """JSON list of the queues that it serves, in order; ``None`` serves all."""
+    beats: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    """Heartbeats so far: a sweeper watches it change by a clock of its own."""
+    heartbeat_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    started_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    stopped_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+
+
+class Queue(Base):
+    """A queue that has had work, and whether it is paused."""
+
+    __tablename__ = "bgjobs_queue"
+
+    name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    paused_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+
+
+def detached_job(values: dict[str, Any]) -> Job:
+    """A :class:`Job` as if it had been loaded from a row with these ``values``."""
+    job = Job(**values)
+    make_transient_to_detached(job)
+    return job
+
+
+def copy_tables(metadata: sa.MetaData) -> None:
+    """Copy our tables into a host's ``metadata``, once, under its own schema."""
+    for table in Base.metadata.sorted_tables:
+        key = table.name if metadata.schema is None else f"{metadata.schema}.{table.name}"
+        if key not in metadata.tables:
+            table.to_metadata(metadata, schema=metadata.schema or SchemaConst.RETAIN_SCHEMA)

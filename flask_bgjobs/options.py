@@ -1,0 +1,241 @@
+"""How a job is to be run: what a caller may choose, checked and completed from the config."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from . import durations
+from .config import MAX_INTEGER, Config, check_queue, retry_delays
+from .errors import InvalidJob
+from .retry import BACKOFFS, MAX_DELAY_SECONDS
+from .text import storable
+
+MAX_TAGS = 20
+_MAX_RETRIES = 10_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """What may be chosen for a job; ``None`` leaves it to the decorator, then to the config."""
+
+    retries: int | None = None
+    """Retries after the first attempt, 0 to 10,000."""
+    priority: int | str | None = None
+    """A number, higher runs first, or a name from ``BGJOBS_PRIORITIES``."""
+    delay: durations.Duration | None = None
+    """How long to wait before the first attempt."""
+    retry_delay: durations.Duration | Sequence[durations.Duration] | None = None
+    """Before each retry; of a list, one for each and the last for all later ones."""
+    run_at: dt.datetime | None = None
+    """When to run, with its time zone; instead of ``delay``."""
+    backoff: str | None = None
+    """``fixed`` (default), ``linear`` or ``exponential``: how a single retry delay grows."""
+    max_retry_delay: durations.Duration | None = None
+    """What no wait before a retry exceeds."""
+    jitter: float | None = None
+    """Share of a retry delay, 0 to 1, by which it is spread at random; 0 by default."""
+    queue: str | None = None
+    """Name of the queue, lower case; ``default`` by default."""
+    timeout: durations.Duration | None = None
+    """How long one attempt may take."""
+    unique_key: str | None = None
+    """While a job with this key is not finished, another enqueue gives that job back."""
+    tags: Sequence[str] | None = None
+    """Up to 20 words to find the job by."""
+    owner: str | None = None
+    """Whose job it is, for finding it: an id of yours."""
+
+    def over(self, base: JobOptions) -> JobOptions:
+        """These options, with those that were not chosen taken from ``base``."""
+        chosen = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is not None
+        }
+        if self.run_at is not None or self.delay is not None:
+            base = dataclasses.replace(base, run_at=None, delay=None)
+        return dataclasses.replace(base, **chosen)
+
+
+NO_OPTIONS = JobOptions()
+
+
+class OptionValues(TypedDict, total=False):
+    """The same options as keyword arguments, for type checkers."""
+
+    retries: int | None
+    priority: int | str | None
+    delay: durations.Duration | None
+    retry_delay: durations.Duration | Sequence[durations.Duration] | None
+    run_at: dt.datetime | None
+    backoff: str | None
+    max_retry_delay: durations.Duration | None
+    jitter: float | None
+    queue: str | None
+    timeout: durations.Duration | None
+    unique_key: str | None
+    tags: Sequence[str] | None
+    owner: str | None
+
+
+def column_values(options: JobOptions, config: Config) -> dict[str, Any]:
+    """The column values that ``options`` stand for, by attribute name of ``Job``.
+
+    :raises InvalidJob: names the option, its value and what is allowed.
+    """
+    return {name: _checked(read, options, config) for name, read in _COLUMNS.items()}
+
+
+def first_run(options: JobOptions) -> tuple[float | None, dt.datetime | None]:
+    """Delay in seconds and absolute UTC time of the first attempt; both ``None``: at once.
+
+    :raises InvalidJob: when both are given, or one is no time that databases can hold.
+    """
+    if options.delay is not None and options.run_at is not None:
+        raise InvalidJob("give either delay or run_at, not both")
+    if options.run_at is not None:
+        return None, _utc(options.run_at)
+    if options.delay is None:
+        return None, None
+    try:
+        return durations.seconds(options.delay, "delay") or None, None
+    except ValueError as error:
+        raise InvalidJob(str(error)) from None
+
+
+def priority_number(value: int | str, priorities: Mapping[str, int]) -> int:
+    """The number of a priority given by number or name.
+
+    :raises ValueError: for another type, an unknown name, or beyond 32 bits.
+    """
+    if isinstance(value, str):
+        if value not in priorities:
+            raise ValueError(
+                f"priority {value!r} is not known; BGJOBS_PRIORITIES names "
+                f"{', '.join(priorities)}, and any whole number will do"
+            )
+        return priorities[value]
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INTEGER:
+        raise ValueError(
+            f"priority must be a whole number from -{MAX_INTEGER:,} to {MAX_INTEGER:,} or a "
+            f"name, not {value!r}"
+        )
+    return value
+
+
+def _checked(read: Callable[[JobOptions, Config], Any], options: JobOptions, config: Config) -> Any:
+    try:
+        return read(options, config)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from None
+
+
+def _utc(value: object) -> dt.datetime:
+    if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
+        raise InvalidJob(
+            f"run_at must be a datetime with a time zone, such as "
+            f"datetime.now(UTC) + timedelta(hours=1), not {value!r}"
+        )
+    try:
+        utc = value.astimezone(dt.UTC)
+        ahead = (utc - dt.datetime.now(dt.UTC)).total_seconds()
+    except OverflowError:
+        ahead = MAX_DELAY_SECONDS * 2
+    if abs(ahead) > MAX_DELAY_SECONDS:
+        raise InvalidJob(f"run_at must be within a hundred years of now, not {value.isoformat()}")
+    return utc.replace(tzinfo=None)
+
+
+def _priority(options: JobOptions, config: Config) -> int:
+    if options.priority is None:
+        return 0
+    return priority_number(options.priority, config.priorities)
+
+
+def _retries(options: JobOptions, config: Config) -> int:
+    value = options.retries
+    if value is None:
+        return config.retries
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_RETRIES:
+        raise ValueError(
+            f"retries must be a whole number from 0 to {_MAX_RETRIES:,}, not {value!r}"
+        )
+    return value
+
+
+def _retry_delay(options: JobOptions, config: Config) -> str:
+    given = options.retry_delay
+    return json.dumps(config.retry_delay if given is None else retry_delays(given))
+
+
+def _backoff(options: JobOptions, config: Config) -> str:
+    value = "fixed" if options.backoff is None else options.backoff
+    if value not in BACKOFFS:
+        raise ValueError(f"backoff must be one of {', '.join(BACKOFFS)}, not {value!r}")
+    return value
+
+
+def _max_retry_delay(options: JobOptions, config: Config) -> float | None:
+    value = options.max_retry_delay
+    return None if value is None else durations.seconds(value, "max_retry_delay")
+
+
+def _jitter(options: JobOptions, config: Config) -> float:
+    value = 0.0 if options.jitter is None else options.jitter
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"jitter must be a number from 0 to 1, not {value!r}")
+    return float(value)
+
+
+def _timeout(options: JobOptions, config: Config) -> float | None:
+    value = options.timeout
+    return config.timeout if value is None else durations.seconds(value, "timeout", above=True)
+
+
+def _queue(options: JobOptions, config: Config) -> str:
+    return "default" if options.queue is None else check_queue(options.queue)
+
+
+def _tags(options: JobOptions, config: Config) -> str | None:
+    if options.tags is None:
+        return None
+    if not isinstance(options.tags, list | tuple | set | frozenset) or len(options.tags) > MAX_TAGS:
+        raise ValueError(f"tags must be a list of at most {MAX_TAGS} words, not {options.tags!r}")
+    tags = [_text(tag, "a tag", 64) for tag in options.tags]
+    return json.dumps(tags) if tags else None
+
+
+def _owner(options: JobOptions, config: Config) -> str | None:
+    return None if options.owner is None else _text(options.owner, "owner", 255)
+
+
+def _unique_key(options: JobOptions, config: Config) -> str | None:
+    return None if options.unique_key is None else _text(options.unique_key, "unique_key", 255)
+
+
+def _text(value: object, name: str, longest: int) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= longest or value != storable(value):
+        raise ValueError(
+            f"{name} must be a str of 1 to {longest} characters without NUL or lone surrogates, "
+            f"not {value!r}"
+        )
+    return value
+
+
+_COLUMNS: dict[str, Callable[[JobOptions, Config], Any]] = {
+    "priority": _priority,
+    "retries": _retries,
+    "retry_delay": _retry_delay,
+    "backoff": _backoff,
+    "max_retry_delay": _max_retry_delay,
+    "jitter": _jitter,
+    "timeout": _timeout,
+    "queue": _queue,
+    "tags_json": _tags,
+    "owner": _owner,
+    "unique_key": _unique_key,
+}

@@ -1,0 +1,229 @@
+"""The allow-list: the only way from a stored name to something that can be called.
+
+A name is compared as it stands with the names allowed; nothing is imported, walked or
+called before it was found there. What is refused here is refused everywhere: enqueue, the
+worker, the CLI and the form all ask this class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .config import AllowedJobs, is_dotted_name
+from .errors import ConfigError, InvalidJob, JobNotAllowed
+from .options import NO_OPTIONS, JobOptions
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """What a name stands for, ready to be called."""
+
+    function: Callable[..., Any]
+    """The function, or the unbound method of ``cls``."""
+    cls: type | None = None
+    """The class that is instantiated, without arguments, for each attempt."""
+
+    def call(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run it: of a class, on a new instance."""
+        if self.cls is None:
+            return self.function(*args, **kwargs)
+        return self.function(self.cls(), *args, **kwargs)
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The parameters that a job gives, so without ``self``."""
+        signature = inspect.signature(self.function)
+        if self.cls is None:
+            return signature
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def named(self) -> Callable[..., Any]:
+        """Something with the signature of the job's parameters, for looking up their names."""
+
+        def job(*args: Any, **kwargs: Any) -> None: ...
+
+        job.__signature__ = self.signature  # type: ignore[attr-defined]  # read by inspect
+        return job
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decorated:
+    """A function that ``@bgjobs.job`` allowed, with the options given there."""
+
+    function: Callable[..., Any]
+    options: JobOptions
+
+
+class Registry:
+    """The names that one app allows, and what they stand for.
+
+    :param allowed: from ``BGJOBS_ALLOWED_JOBS``.
+    :param decorated: functions decorated with ``@bgjobs.job``, by stored name; may grow later.
+    """
+
+    def __init__(self, allowed: AllowedJobs, decorated: Mapping[str, Decorated]) -> None:
+        self._allowed = allowed
+        self._decorated = decorated
+        self._resolved: dict[tuple[str, str | None], Target] = {}
+
+    def __len__(self) -> int:
+        return len(set(self._allowed) | set(self._decorated))
+
+    def names(self) -> list[str]:
+        """All names allowed, sorted."""
+        return sorted(set(self._allowed) | set(self._decorated))
+
+    def methods(self, name: str) -> list[str]:
+        """The methods that may be called of the class ``name``; empty for a function.
+
+        :raises JobNotAllowed: when the name is not allowed.
+        :raises InvalidJob: when it cannot be imported.
+        """
+        self._check_name(name)
+        if name in self._decorated:
+            return []
+        thing = _import(name)
+        if not isinstance(thing, type):
+            return []
+        allowed = self._allowed[name]
+        return sorted(
+            method
+            for method in dir(thing)
+            if (allowed is None or method in allowed)
+            and _is_public(method)
+            and _find_method(thing, method) is not None
+        )
+
+    def options(self, name: str) -> JobOptions:
+        """The options that the decorator gave; none for a job allowed by the configuration."""
+        decorated = self._decorated.get(name)
+        return NO_OPTIONS if decorated is None else decorated.options
+
+    def check(self, name: object, method: object = None) -> None:
+        """Refuse what the allow-list does not hold, without importing anything.
+
+        :raises JobNotAllowed: when name or method are not allowed, or are no names at all.
+        """
+        self._check_name(name)
+        if method is None:
+            return
+        if not isinstance(method, str) or not _is_public(method):
+            raise JobNotAllowed(
+                f"{method!r} is not the name of a public method; jobs are run by methods whose "
+                "name does not start with an underscore"
+            )
+        methods = self._allowed.get(str(name))
+        if methods is not None and method not in methods:
+            raise JobNotAllowed(
+                f"method {method!r} of {name} is not allowed: BGJOBS_ALLOWED_JOBS allows "
+                f"{', '.join(sorted(methods)) or 'none'}"
+            )
+
+    def resolve(self, name: str, method: str | None = None) -> Target:
+        """What ``name`` and ``method`` stand for. Checked, then imported once and kept.
+
+        :raises JobNotAllowed: when they are not allowed; nothing was imported.
+        :raises InvalidJob: when they are allowed but do not exist or cannot be imported.
+        """
+        known = self._resolved.get((name, method)) if isinstance(name, str) else None
+        if known is not None:
+            return known
+        self.check(name, method)
+        target = self._find(name, method)
+        self._resolved[name, method] = target
+        return target
+
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str):
+            raise JobNotAllowed(
+                f"a job is named by its dotted name, such as 'shop.jobs.SampleJob', not {name!r}"
+            )
+        if name in self._allowed or name in self._decorated:
+            return
+        close = difflib.get_close_matches(name, self.names(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise JobNotAllowed(
+            f"{name!r} is not allowed to run as a job: BGJOBS_ALLOWED_JOBS does not hold it and "
+            f"no function decorated with @bgjobs.job has that name.{hint}"
+        )
+
+    def _find(self, name: str, method: str | None) -> Target:
+        if name in self._decorated:
+            thing: Any = self._decorated[name].function
+        else:
+            thing = _import(name)
+        if isinstance(thing, type):
+            return _method_of(thing, name, method)
+        if method is not None:
+            raise InvalidJob(f"{name} is a function and has no method {method!r}: leave method out")
+        if not callable(thing):
+            raise InvalidJob(
+                f"{name} is neither a class nor a function, but {type(thing).__name__}"
+            )
+        return Target(thing)
+
+
+def stored_name(function: Callable[..., Any], name: str | None) -> str:
+    """The name under which a decorated function is stored.
+
+    :raises ConfigError: when the function needs a ``name=`` and has none, or it is malformed.
+    """
+    if name is not None:
+        if not is_dotted_name(name, parts=1):
+            raise ConfigError(
+                f"name={name!r} must be identifiers joined by dots, 255 characters at most"
+            )
+        return name
+    qualified = function.__qualname__
+    if function.__module__ == "__main__" or "." in qualified or not qualified.isidentifier():
+        raise ConfigError(
+            f"{function.__module__}.{qualified} cannot be found again by that name in a worker: "
+            "give it one with @bgjobs.job(name='…')"
+        )
+    return f"{function.__module__}.{qualified}"
+
+
+def _is_public(method: str) -> bool:
+    # `mro` is the one public name that a class answers to without defining it.
+    return method.isidentifier() and not method.startswith("_") and not hasattr(type, method)
+
+
+def _import(name: str) -> Any:
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InvalidJob(
+            f"{name} is allowed, but its module cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        return vars(module)[attribute]
+    except KeyError:
+        raise InvalidJob(f"{name} is allowed, but {module_name} defines no {attribute}") from None
+
+
+def _method_of(cls: type, name: str, method: str | None) -> Target:
+    if method is None:
+        raise InvalidJob(f"{name} is a class: name the method to call, such as 'execute'")
+    found = _find_method(cls, method)
+    if found is None:
+        raise InvalidJob(f"{name} has no method {method!r}")
+    if isinstance(found, staticmethod | classmethod):
+        return Target(found.__get__(None, cls))
+    return Target(found, cls)
+
+
+def _find_method(cls: type, method: str) -> Any:
+    """The function called ``method``, unless a built-in class or a mere attribute provides it."""
+    for base in cls.__mro__:
+        if method in vars(base):
+            found = vars(base)[method]
+            is_method = inspect.isfunction(found) or isinstance(found, staticmethod | classmethod)
+            return found if is_method and base.__module__ != "builtins" else None
+    return None

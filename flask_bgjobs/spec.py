@@ -1,0 +1,109 @@
+"""What goes into an attempt and what comes out: plain data that may cross a pipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+from typing import Any
+
+from . import serialize
+from .retry import RetryPolicy
+from .states import JobStatus, OutcomeKind
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobSpec:
+    """A claimed job, as far as running and settling it needs."""
+
+    id: int
+    target: str
+    method: str | None
+    parameters_json: str
+    queue: str
+    priority: int
+    attempt: int
+    retry_count: int
+    retries: int
+    retry_delay: str
+    backoff: str
+    max_retry_delay: float | None
+    jitter: float
+    timeout: float | None
+    suspect: bool
+    crash_count: int
+    meta_json: str | None
+    claimed_at: dt.datetime
+    """By the database's clock."""
+    started_at: dt.datetime | None
+    """Only of a job taken from a dead worker: set when its start had been committed."""
+
+    @property
+    def parameters(self) -> Any:
+        """The parameters as they were given."""
+        return serialize.loads(self.parameters_json)
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        """The waits between the job's attempts."""
+        return RetryPolicy(
+            tuple(json.loads(self.retry_delay)), self.backoff, self.max_retry_delay, self.jitter
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """What running code told since the last time it was asked."""
+
+    progress: float | None = None
+    progress_note: str | None = None
+    meta_json: str | None = None
+    lines: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended."""
+
+    job_id: int
+    attempt: int
+    kind: OutcomeKind
+    result_json: str | None = None
+    error_type: str | None = None
+    error: str | None = None
+    traceback: str | None = None
+    delay_seconds: float | None = None
+    """Asked for by the code with ``Retry`` or ``Snooze``."""
+    wait_seconds: float | None = None
+    """Between the claim and the start of the code; ``None``: it never started."""
+    run_seconds: float = 0.0
+    report: Report | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settled:
+    """What was recorded of an attempt."""
+
+    spec: JobSpec
+    outcome: Outcome
+    status: JobStatus | None
+    """The job's new status; ``None`` when the lease was lost and nothing was recorded."""
+    retry_count: int = 0
+    delay_seconds: float | None = None
+    """Until the job is due again."""
+
+    @property
+    def job_id(self) -> int:
+        """The id of the job."""
+        return self.spec.id
+
+    @property
+    def error(self) -> str | None:
+        """Type and message of what was raised."""
+        return self.outcome.error
+
+    @property
+    def result(self) -> Any:
+        """What the code returned."""
+        text = self.outcome.result_json
+        return None if text is None else serialize.loads(text)
