@@ -1,0 +1,33 @@
+"""Every statement that changes a row, one file per dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import scoped_session
+
+from ..errors import DatabaseNotSupported
+from .base import ActionResult, LeaseView, NewJob, Store, unique_hash
+from .sqlite import SqliteStore
+
+__all__ = ["ActionResult", "LeaseView", "NewJob", "Store", "make_store", "unique_hash"]
+
+_STORES: dict[str, type[Store]] = {"sqlite": SqliteStore}
+
+
+def make_store(
+    engine: sa.Engine, session: scoped_session[Any], *, schema: str | None, max_crashes: int
+) -> Store:
+    """The store for the engine's dialect; nothing is connected yet.
+
+    :raises DatabaseNotSupported: when there is none.
+    """
+    try:
+        store = _STORES[engine.dialect.name]
+    except KeyError:
+        raise DatabaseNotSupported(
+            f"flask-bgjobs has no store for {engine.dialect.name} in this version; it runs on "
+            f"{', '.join(_STORES)}. Name a bind on one of these with BGJOBS_BIND_KEY"
+        ) from None
+    return store(engine, session, schema=schema, max_crashes=max_crashes)
