@@ -1,0 +1,82 @@
+"""What flask-bgjobs holds for one Flask app, kept as ``app.extensions["bgjobs"]``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from flask import Flask, current_app
+
+from .config import Config
+from .errors import ConfigError
+from .models import Job
+from .redact import Redactor
+from .registry import Registry
+from .signals import emit
+from .store import Store
+
+if TYPE_CHECKING:
+    from flask_sqlalchemy import SQLAlchemy
+
+Authorizer = Callable[[str, Job | None], bool]
+
+
+@dataclasses.dataclass(slots=True)
+class AppState:
+    """The parts of flask-bgjobs that belong to one app."""
+
+    app: Flask
+    db: SQLAlchemy
+    config: Config
+    registry: Registry
+    store: Store
+    redactor: Redactor
+    table: sa.Table
+    """The host's copy of the job table, by which its session finds the bind."""
+    find_authorizer: Callable[[], Authorizer | None]
+    """Who may do what on the dashboard; ``None`` until the host registered it."""
+    enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
+    """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
+    inline: bool = False
+    """Set by ``testing.inline``: a job that joined a session without writes is committed."""
+
+    def emit(self, signal: Any, **values: object) -> None:
+        """Send a signal with this app as sender."""
+        emit(signal, self.app, **values)
+
+    def masked_parameters(self, target: str, method: str | None, parameters: Any) -> Any:
+        """The parameters of a job as they may be shown."""
+        return self.redactor.parameters(parameters, self._named(target, method))
+
+    def masked_text(self, text: str, target: str, method: str | None, parameters: Any) -> str:
+        """An error or traceback of a job as it may be shown."""
+        return self.redactor.text(text, parameters, self._named(target, method))
+
+    def _named(self, target: str, method: str | None) -> Callable[..., Any] | None:
+        try:
+            return self.registry.resolve(target, method).named
+        except Exception:
+            # Refused, gone or not importable here: then the names are simply not known.
+            return None
+
+
+def state_of(app: Flask) -> AppState:
+    """The state of ``app``.
+
+    :raises ConfigError: when ``BgJobs.init_app`` has not been called for it.
+    """
+    try:
+        state: AppState = app.extensions["bgjobs"]
+    except KeyError:
+        raise ConfigError(
+            f"flask-bgjobs is not set up for the app {app.name!r}: call bgjobs.init_app(app) "
+            "in its factory"
+        ) from None
+    return state
+
+
+def current_state() -> AppState:
+    """The state of the current app; an application context is needed."""
+    return state_of(current_app._get_current_object())  # type: ignore[attr-defined]  # LocalProxy

@@ -1,0 +1,241 @@
+"""Enqueue: check a job, then insert it, in the session's transaction or in one of our own."""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, scoped_session
+
+from . import joining, serialize
+from .app_state import AppState, current_state
+from .durations import Duration
+from .errors import BgJobsError, InvalidJob
+from .models import Job
+from .options import JobOptions, column_values, first_run
+from .signals import job_enqueued, job_refused
+from .states import JobStatus
+from .store import NewJob, unique_hash
+
+_logger = logging.getLogger("flask_bgjobs")
+
+
+class _Auto(enum.Enum):
+    AUTO = "auto"
+
+
+AUTO: Final = _Auto.AUTO
+"""Join ``db.session`` when it holds uncommitted writes; save at once when it does not."""
+
+SessionChoice = Session | scoped_session[Any] | None | _Auto
+Parameters = Sequence[Any] | Mapping[str, Any]
+
+
+def run_background_job(
+    target: str,
+    method: str | None = None,
+    parameters: Parameters = (),
+    retries: int | None = None,
+    priority: int | str | None = None,
+    delay: Duration | None = None,
+    retry_delay: Duration | Sequence[Duration] | None = None,
+    *,
+    run_at: dt.datetime | None = None,
+    backoff: str | None = None,
+    max_retry_delay: Duration | None = None,
+    jitter: float | None = None,
+    queue: str | None = None,
+    timeout: Duration | None = None,
+    unique_key: str | None = None,
+    tags: Sequence[str] | None = None,
+    owner: str | None = None,
+    session: SessionChoice = AUTO,
+) -> Job:
+    """The job that was enqueued, loaded and detached.
+
+    ``None`` for an option means the decorator's value, then the configuration's. Durations are
+    seconds or ``timedelta``.
+
+    :param target: dotted name of a class or function on the allow-list.
+    :param method: the method of a class; left out for a function.
+    :param parameters: a list of positional or a dict of keyword parameters, stored as JSON.
+    :param retries: retries after the first attempt; default ``BGJOBS_RETRIES``.
+    :param priority: a number, higher runs first, or a name from ``BGJOBS_PRIORITIES``;
+        default 0.
+    :param delay: wait before the first attempt; default none.
+    :param retry_delay: wait before each retry, one for all or a list; default
+        ``BGJOBS_RETRY_DELAY``.
+    :param run_at: when to run, as a datetime with a time zone, instead of ``delay``.
+    :param backoff: how a single retry delay grows: ``fixed`` (default), ``linear``,
+        ``exponential``.
+    :param max_retry_delay: what no wait before a retry exceeds; default none.
+    :param jitter: share of the retry delay, 0 to 1, by which it is spread; default 0.
+    :param queue: lower-case name; default ``default``.
+    :param timeout: for one attempt; default ``BGJOBS_TIMEOUT``.
+    :param unique_key: while a job with this key is not finished, nothing is inserted and that
+        job is returned with ``deduplicated`` set.
+    :param tags: up to 20 words to find the job by.
+    :param owner: whose job it is, for finding it.
+    :param session: a session whose transaction the job joins; ``None`` never joins. By default
+        it joins ``db.session`` when that holds uncommitted writes, and is saved at once
+        otherwise.
+    :raises JobNotAllowed: when the allow-list does not hold target or method.
+    :raises InvalidJob: when a parameter or option is not acceptable.
+    """
+    options = JobOptions(
+        retries=retries,
+        priority=priority,
+        delay=delay,
+        retry_delay=retry_delay,
+        run_at=run_at,
+        backoff=backoff,
+        max_retry_delay=max_retry_delay,
+        jitter=jitter,
+        queue=queue,
+        timeout=timeout,
+        unique_key=unique_key,
+        tags=tags,
+        owner=owner,
+    )
+    return enqueue(current_state(), target, method, [parameters], options, session)[0]
+
+
+def enqueue(
+    state: AppState,
+    target: str,
+    method: str | None,
+    parameter_sets: Sequence[Parameters],
+    options: JobOptions,
+    session: SessionChoice = AUTO,
+) -> list[Job]:
+    """One job for each set of parameters, in order, all in one transaction.
+
+    :raises JobNotAllowed: when the allow-list does not hold target or method.
+    :raises InvalidJob: when a parameter or option is not acceptable; none is enqueued then.
+    """
+    try:
+        jobs = _new_jobs(state, target, method, parameter_sets, options)
+    except BgJobsError as error:
+        state.emit(job_refused, target=target, method=method, error=error)
+        raise
+    return insert(state, jobs, session) if jobs else []
+
+
+def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUTO) -> list[Job]:
+    """Insert checked jobs by the transaction rule."""
+    joined = _session_to_join(state, session)
+    if joined is None:
+        saved = state.store.transaction(lambda connection: state.store.insert(connection, jobs))
+        for job in _new_among(saved):
+            _announce(state, job)
+        return saved
+    was_clean = not joining.holds_writes(joined, state.store.host_engine)
+    joined.flush()
+    saved = state.store.insert(_connection_of(state, joined), jobs)
+    joining.follow(joined, _new_among(saved), lambda job: _announce(state, job))
+    if state.inline and was_clean:
+        joined.commit()
+    return saved
+
+
+def _new_jobs(
+    state: AppState,
+    target: str,
+    method: str | None,
+    parameter_sets: Sequence[Parameters],
+    options: JobOptions,
+) -> list[NewJob]:
+    registry, config = state.registry, state.config
+    registry.check(target, method)
+    chosen = options.over(registry.options(target))
+    values = column_values(chosen, config)
+    delay_seconds, run_at = first_run(chosen)
+    if values["unique_key"] is not None and len(parameter_sets) > 1:
+        raise InvalidJob("unique_key names one job; enqueue these one by one, each with its own")
+    signature = registry.resolve(target, method).signature
+    waits = delay_seconds is not None or run_at is not None
+    common = {
+        **values,
+        "target": target,
+        "method": method,
+        "status": (JobStatus.SCHEDULED if waits else JobStatus.PENDING).value,
+        "claim_rank": -values["priority"],
+        "unique_hash": values["unique_key"] and unique_hash(values["unique_key"]),
+        "attempt": 0,
+        "retry_count": 0,
+        "crash_count": 0,
+        "suspect": False,
+    }
+    new_jobs = []
+    for parameters in parameter_sets:
+        text = _parameters_text(parameters, config.max_payload)
+        _check_signature(signature, parameters, target)
+        new_jobs.append(NewJob({**common, "parameters_json": text}, delay_seconds, run_at))
+    return new_jobs
+
+
+def _parameters_text(parameters: object, max_bytes: int) -> str:
+    if not isinstance(parameters, list | tuple | dict):
+        raise InvalidJob(
+            "parameters must be a list (positional) or a dict (keyword), not "
+            f"{type(parameters).__name__}"
+        )
+    value = list(parameters) if isinstance(parameters, tuple) else parameters
+    try:
+        return serialize.dumps(value, name="parameters", max_bytes=max_bytes)
+    except serialize.NotSerializable as error:
+        raise InvalidJob(str(error)) from None
+
+
+def _check_signature(signature: Any, parameters: Parameters, target: str) -> None:
+    try:
+        if isinstance(parameters, Mapping):
+            signature.bind(**parameters)
+        else:
+            signature.bind(*parameters)
+    except TypeError as error:
+        raise InvalidJob(f"the parameters do not fit {target}{signature}: {error}") from None
+
+
+def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
+    if isinstance(choice, scoped_session):
+        choice = choice()
+    if isinstance(choice, Session):
+        return choice
+    if choice is not None and choice is not AUTO:
+        raise InvalidJob(f"session must be a SQLAlchemy session or None, not {choice!r}")
+    session: Session = state.db.session()
+    bind = session.get_bind(clause=state.table)
+    one_connection = isinstance(bind, sa.Connection) or isinstance(session.bind, sa.Connection)
+    if one_connection or state.store.always_joins:
+        return session
+    if choice is AUTO and joining.holds_writes(session, state.store.host_engine):
+        return session
+    return None
+
+
+def _connection_of(state: AppState, session: Session) -> sa.Connection:
+    bind = session.bind
+    if not isinstance(bind, sa.Connection):
+        try:
+            bind = session.get_bind(clause=state.table)
+        except sa.exc.UnboundExecutionError:
+            bind = state.store.host_engine
+    return session.connection(bind_arguments={"bind": bind})
+
+
+def _new_among(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if not job.deduplicated]
+
+
+def _announce(state: AppState, job: Job) -> None:
+    state.emit(job_enqueued, job=job)
+    for notify in list(state.enqueued):
+        try:
+            notify(job)
+        except Exception:
+            _logger.exception("Job %s is enqueued, but could not be announced", job.id)
