@@ -1,0 +1,172 @@
+"""Execute: one attempt, from the name to the outcome. No database here.
+
+Both pools run this same function. A failing job is a value, an outcome; nothing that a job
+does may raise out of here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+from . import context, durations, serialize
+from .app_state import AppState
+from .context import CurrentJob
+from .errors import Fail, InvalidJob, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
+from .registry import Target
+from .signals import job_started
+from .spec import JobSpec, Outcome
+from .states import OutcomeKind
+from .text import MAX_TRACEBACK_CHARS, storable
+from .window import Window
+
+_MAX_CHAIN = 20
+"""Exceptions of a chain that a traceback shows; formatting hundreds takes seconds."""
+_MAX_FRAMES = 50
+
+
+def execute(
+    state: AppState, spec: JobSpec, job: CurrentJob, window: Window, claimed: float
+) -> Outcome:
+    """How the attempt ended.
+
+    :param spec: the claimed job.
+    :param job: what its code sees as ``current_job``.
+    :param window: through which it may be stopped.
+    :param claimed: when it was claimed, by ``time.monotonic()``.
+    """
+    try:
+        target = state.registry.resolve(spec.target, spec.method)
+        parameters = spec.parameters
+    except JobNotAllowed as error:
+        return _failure(spec, OutcomeKind.REFUSED, error)
+    except (InvalidJob, ValueError) as error:
+        return _failure(spec, OutcomeKind.FAILED_FINALLY, error)
+    started = time.monotonic()
+    outcome: dict[str, Any] = {}
+    try:
+        with state.app.app_context():
+            outcome = _attempt(state, spec, job, window, target, parameters)
+    except BaseException as error:
+        # A teardown of the host's raised, after the code had ended.
+        if not outcome:
+            outcome = _of_exception(error)
+        else:
+            state.app.logger.exception("Teardown after job %s raised", spec.id)
+    return Outcome(
+        spec.id,
+        spec.attempt,
+        wait_seconds=started - claimed,
+        run_seconds=time.monotonic() - started,
+        report=job.take_report(),
+        **outcome,
+    )
+
+
+def _attempt(
+    state: AppState,
+    spec: JobSpec,
+    job: CurrentJob,
+    window: Window,
+    target: Target,
+    parameters: Any,
+) -> dict[str, Any]:
+    token = context.enter(job)
+    try:
+        state.emit(job_started, job=spec)
+        result = window.run(lambda: _call(window, target, parameters))
+        job.check_meta()
+        text = serialize.dumps(result, name="result", max_bytes=state.config.max_payload)
+        return {"kind": OutcomeKind.COMPLETED, "result_json": text}
+    except BaseException as error:
+        return _of_exception(error)
+    finally:
+        context.leave(token)
+
+
+def _call(window: Window, target: Target, parameters: Any) -> Any:
+    if isinstance(parameters, dict):
+        result = target.call((), parameters)
+    else:
+        result = target.call(parameters, {})
+    return window.run_coroutine(result) if inspect.iscoroutine(result) else result
+
+
+def _of_exception(error: BaseException) -> dict[str, Any]:
+    """What an exception says about the attempt: the one place where that is decided."""
+    match error:
+        case Retry():
+            kind, delay = OutcomeKind.RETRY, _asked_delay(error.delay)
+        case Snooze():
+            kind, delay = OutcomeKind.SNOOZED, _asked_delay(error.delay) or 0.0
+        case Fail() | serialize.NotSerializable():
+            kind, delay = OutcomeKind.FAILED_FINALLY, None
+        case JobCancelled():
+            kind, delay = OutcomeKind.CANCELLED, None
+        case JobTimeout():
+            kind, delay = OutcomeKind.TIMEOUT, None
+        case _:
+            kind, delay = OutcomeKind.FAILED, None
+    return {"kind": kind, "delay_seconds": delay, **_described(error)}
+
+
+def _asked_delay(delay: object) -> float | None:
+    """The delay that the code asked for; one that is no duration counts as not given."""
+    if delay is None:
+        return None
+    try:
+        return durations.seconds(delay, "delay")
+    except ValueError:
+        return None
+
+
+def _failure(spec: JobSpec, kind: OutcomeKind, error: Exception) -> Outcome:
+    return Outcome(spec.id, spec.attempt, kind, **_described(error))
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """Type, message and traceback of an exception, fit for any database, whatever it is."""
+    kind = storable(type(error).__qualname__)[:255]
+    try:
+        message = str(error)
+    except BaseException as broken:
+        message = f"(its message cannot be read: {type(broken).__name__})"
+    return {
+        "error_type": kind,
+        "error": storable(f"{kind}: {message}" if message else kind),
+        "traceback": _traceback(error),
+    }
+
+
+def _traceback(error: BaseException) -> str:
+    _cut_chain(error)
+    frames_of_job = _without_our_frames(error.__traceback__)
+    try:
+        text = "".join(
+            traceback.format_exception(type(error), error, frames_of_job, limit=-_MAX_FRAMES)
+        )
+    except BaseException as broken:
+        frames = "".join(traceback.format_tb(frames_of_job, limit=-_MAX_FRAMES))
+        text = f"{frames}{type(error).__qualname__} (cannot be shown: {type(broken).__name__})"
+    return storable(text, MAX_TRACEBACK_CHARS)
+
+
+def _without_our_frames(frames: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame of the job's code: ours tell the reader nothing."""
+    while frames is not None and frames.tb_frame.f_globals.get("__package__") == __package__:
+        frames = frames.tb_next
+    return frames
+
+
+def _cut_chain(error: BaseException) -> None:
+    link: BaseException | None = error
+    for _ in range(_MAX_CHAIN):
+        if link is None:
+            return
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    if link is not None:
+        link.__cause__ = None
+        link.__suppress_context__ = True

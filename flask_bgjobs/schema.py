@@ -1,0 +1,74 @@
+"""The tables in the database: made for hosts without Flask-Migrate, and compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from .app_state import AppState
+from .models import Base, copy_tables
+
+
+def create_tables(state: AppState) -> list[str]:
+    """The names of the tables that were missing and are made now."""
+    missing = missing_tables(state)
+    state.store.transaction(lambda connection: Base.metadata.create_all(connection))
+    return missing
+
+
+def missing_tables(state: AppState) -> list[str]:
+    """The names of the tables that the database lacks."""
+    with state.store.read() as connection:
+        present = set(sa.inspect(connection).get_table_names(schema=state.table.schema))
+    return sorted(name for name in Base.metadata.tables if name not in present)
+
+
+def differences(state: AppState) -> list[str]:
+    """A sentence for each difference between the database and the models; empty when none."""
+    wanted = sa.MetaData(schema=state.table.schema)
+    copy_tables(wanted)
+    names = set(Base.metadata.tables)
+
+    def ours_only(name: str | None, kind: str, parents: Any) -> bool:
+        if kind == "schema":
+            return name == state.table.schema
+        return kind != "table" or name in names
+
+    with state.store.read() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "include_name": ours_only,
+                "include_schemas": state.table.schema is not None,
+                "compare_type": True,
+            },
+        )
+        found = compare_metadata(context, wanted)
+    return [_sentence(change) for group in found for change in _flat(group)]
+
+
+def _flat(group: Any) -> list[tuple[Any, ...]]:
+    return list(group) if isinstance(group, list) else [group]
+
+
+def _sentence(change: tuple[Any, ...]) -> str:
+    """What one entry of Alembic's comparison says, in words."""
+    match change:
+        case ("add_table", table):
+            return f"table {table.name} is missing"
+        case ("add_column", _, table, column):
+            return f"column {table}.{column.name} is missing"
+        case ("remove_column", _, table, column):
+            return f"column {table}.{column.name} is not one of ours"
+        case ("add_index", index):
+            return f"index {index.name} on {index.table.name} is missing"
+        case ("remove_index", index):
+            return f"index {index.name} on {index.table.name} is not one of ours"
+        case (("modify_type" | "modify_nullable") as kind, _, table, column, _, old, new):
+            what = "type" if kind == "modify_type" else "nullable"
+            return f"column {table}.{column}: {what} is {old!r} and should be {new!r}"
+        case _:
+            return f"{change[0]}: {change[1:]!r}"

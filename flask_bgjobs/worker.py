@@ -1,0 +1,493 @@
+"""The worker: claim, run, settle, until it is told to stop."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import queue
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+
+from . import schema
+from .app_state import AppState
+from .errors import BgJobsError, ConfigError
+from .heart import Heart
+from .identity import this_process
+from .maintenance import Sweeper
+from .models import Job
+from .pools.thread import ThreadPool
+from .scheduler import STEP_SECONDS, Clock
+from .signals import emit_settled, job_rescued, worker_started, worker_stopped
+from .spec import JobSpec, Outcome, Settled
+from .states import JobStatus, OutcomeKind
+from .version import __version__
+
+_logger = logging.getLogger("flask_bgjobs")
+
+_FOLLOW_SECONDS = 0.25
+"""How often running jobs are looked after: cancel requests, leases, progress."""
+_INTERRUPT_AGAIN_SECONDS = 1.0
+"""Between two interruptions of code that swallowed the first."""
+_PREFETCH_SECONDS = 0.1
+"""Work claimed ahead: more would keep a new high-priority job waiting."""
+_MAX_CLAIM = 1_000
+_GATHER_SECONDS = 0.002
+"""While threads are busy, outcomes are gathered so long, to be settled in one transaction."""
+_HORIZON_SECONDS = 60.0
+_STOP_SECONDS = 1.0
+"""For code to end that was interrupted because the grace of a stop is over."""
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """How a worker works; what is ``None`` comes from the configuration."""
+
+    name: str | None = None
+    """Shown on the dashboard; host and pid by default."""
+    queues: Sequence[str] | None = None
+    """Served in this strict order; all by default."""
+    concurrency: int | None = None
+    """Jobs at once."""
+    burst: bool = False
+    """Stop when nothing is pending or running in the queues."""
+    max_jobs: int | None = None
+    """Stop after so many jobs."""
+    max_time: float | None = None
+    """Stop after so many seconds."""
+    shutdown_timeout: float | None = None
+    """Seconds that running jobs have to end after a stop was asked for."""
+
+
+class Worker:
+    """One worker process's loop.
+
+    :param state: the app whose jobs it runs.
+    :raises BgJobsError: when it cannot work: an in-memory database, missing tables, a pool
+        that this version does not have.
+    """
+
+    def __init__(self, state: AppState, options: WorkerOptions | None = None) -> None:
+        options = options or WorkerOptions()
+        config = state.config
+        self.state = state
+        self.name = options.name or f"{socket.gethostname()}-{os.getpid()}"
+        self.queues = options.queues if options.queues is not None else config.queues
+        self.concurrency = options.concurrency or config.worker_concurrency()
+        self.counts: collections.Counter[JobStatus] = collections.Counter()
+        """Settled jobs by their new status."""
+        self._options = options
+        self._grace = (
+            config.shutdown_timeout
+            if options.shutdown_timeout is None
+            else options.shutdown_timeout
+        )
+        self._id = 0
+        self._stops = 0
+        self._wake = _Wake()
+        self._finished: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
+        self._claimed = 0
+        self._claim_again = True
+        self._seconds_per_job: float | None = None
+        self._suspects: collections.deque[JobSpec] = collections.deque()
+        self._suspect_running: JobSpec | None = None
+        self._marked: set[tuple[int, int]] = set()
+        self._interrupted: dict[tuple[int, int], float] = {}
+        self._followed = 0.0
+        self._dues: list[float] = []
+        self._looked_ahead = self._swept = -float("inf")
+        self._backoff = _FIRST_BACKOFF_SECONDS
+        self._deadline = None if options.max_time is None else time.monotonic() + options.max_time
+        self._sweeper = Sweeper(state.store, config.lease)
+        _check_can_work(state)
+
+    def stop(self) -> None:
+        """Ask the worker to stop: running jobs get their grace; the second call ends that.
+
+        Safe to call from a signal handler and from any thread.
+        """
+        self._stops += 1
+        self._wake.set()
+
+    def run(self) -> None:
+        """Work until told to stop, or until the options say that it is done."""
+        self._start()
+        try:
+            while not self._is_done():
+                self._guard(self._turn)
+                self._wait()
+            self._drain()
+        finally:
+            self._end()
+
+    # Beginning and end
+
+    def _start(self) -> None:
+        notice = self.state.store.prepare(wal=self.state.config.sqlite_wal)
+        if notice:
+            _logger.info(notice)
+        import_jobs(self.state)
+        self._register()
+        self._pool = ThreadPool(self.state, self.concurrency, self._on_finished)
+        self._heart = Heart(self.state.store, self._id, self.state.config.heartbeat_interval)
+        self._clock = Clock(self._wake.set, self.state.config.poll_interval)
+        self._clock.start()
+        self.state.enqueued.append(self._on_enqueued)
+        self.state.emit(worker_started, worker=self.name)
+
+    def _end(self) -> None:
+        self.state.enqueued.remove(self._on_enqueued)
+        self._clock.stop()
+        self._pool.close()
+        self._guard(lambda: self.state.store.stop_worker(self._id))
+        self._heart.stop()
+        self.state.emit(worker_stopped, worker=self.name)
+
+    def _register(self) -> None:
+        self._id = register(self.state, self.name, concurrency=self.concurrency, queues=self.queues)
+
+    def _start_over(self) -> None:
+        """Go on under a new id, after another worker took this one's lease and jobs."""
+        _logger.warning("Lease lost | Worker: %s | It starts over under a new id", self.name)
+        self._pool.take_unstarted()
+        self._suspects.clear()
+        for spec in self._pool.running_specs():
+            self._pool.cancel(spec)
+        self._register()
+        self._heart.beat_for(self._id)
+
+    # One turn
+
+    def _turn(self) -> None:
+        if self._heart.lease_lost:
+            self._start_over()
+        self._settle()
+        self._follow_running()
+        self._promote_due()
+        self._sweep()
+        self._start_suspect()
+        self._claim()
+
+    def _settle(self) -> None:
+        """Record what finished, in one transaction; kept for the next turn when that fails."""
+        batch = [self._finished.popleft() for _ in range(len(self._finished))]
+        if not batch:
+            return
+        try:
+            settled = self.state.store.settle(self._id, self.name, batch)
+        except (DataError, IntegrityError, ProgrammingError):
+            settled = self._settle_one_by_one(batch)
+        except BaseException:
+            self._finished.extendleft(reversed(batch))
+            raise
+        for entry in settled:
+            self._after_settle(entry)
+
+    def _settle_one_by_one(self, batch: Sequence[tuple[JobSpec, Outcome]]) -> list[Settled]:
+        """One outcome that the database refuses must not keep the others from being recorded."""
+        settled: list[Settled] = []
+        for spec, outcome in batch:
+            try:
+                settled += self.state.store.settle(self._id, self.name, [(spec, outcome)])
+            except (DataError, IntegrityError, ProgrammingError) as error:
+                _logger.exception("The outcome of job %s was refused by the database", spec.id)
+                plain = Outcome(
+                    spec.id,
+                    spec.attempt,
+                    OutcomeKind.FAILED_FINALLY,
+                    error_type=type(error).__name__,
+                    error="the outcome could not be recorded; the worker's log says why",
+                )
+                settled += self.state.store.settle(self._id, self.name, [(spec, plain)])
+        return settled
+
+    def _after_settle(self, settled: Settled) -> None:
+        spec = settled.spec
+        self._marked.discard((spec.id, spec.attempt))
+        self._interrupted.pop((spec.id, spec.attempt), None)
+        if self._suspect_running is spec:
+            self._suspect_running = None
+        if settled.status is None:
+            _logger.warning(
+                "Lease lost | Job: %s | Attempt: %s | Its outcome (%s) was not recorded",
+                spec.id,
+                spec.attempt,
+                settled.outcome.kind.value,
+            )
+            return
+        self.counts[settled.status] += 1
+        if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
+            self._clock.wake_in([settled.delay_seconds])
+        emit_settled(self.state.app, settled)
+
+    def _follow_running(self) -> None:
+        """Write what running jobs told, stop what was cancelled or is no longer ours."""
+        now = time.monotonic()
+        busy = self._pool.running() or self._pool.unstarted()
+        if not busy or now - self._followed < _FOLLOW_SECONDS:
+            return
+        self._followed = now
+        self._show_started()
+        view = self.state.store.observe(self._id, self._pool.reports())
+        for spec in [*self._pool.running_specs(), *self._pool.unstarted_specs()]:
+            lost = view.attempts.get(spec.id) != spec.attempt
+            if not lost and spec.id not in view.cancelling:
+                continue
+            key = (spec.id, spec.attempt)
+            if now - self._interrupted.get(key, -float("inf")) >= _INTERRUPT_AGAIN_SECONDS:
+                self._interrupted[key] = now
+                self._pool.cancel(spec)
+
+    def _show_started(self) -> None:
+        """Show jobs as started that run for longer than a moment."""
+        running = self._pool.running_specs()
+        new = [spec for spec in running if (spec.id, spec.attempt) not in self._marked]
+        if new:
+            self.state.store.mark_started(self._id, new)
+            self._marked |= {(spec.id, spec.attempt) for spec in new}
+
+    def _promote_due(self) -> None:
+        """Make due jobs claimable, and set the clock for those that are due soon."""
+        now = time.monotonic()
+        due_passed = bool(self._dues) and self._dues[0] <= now
+        if self._clock.drifted():
+            self._looked_ahead = -float("inf")
+        if not due_passed and now - self._looked_ahead < self.state.config.poll_interval:
+            return
+        self.state.store.promote()
+        self._looked_ahead = now
+        delays = self.state.store.upcoming(_HORIZON_SECONDS, STEP_SECONDS)
+        self._dues = [now + delay for delay in delays]
+        self._clock.wake_in(delays)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if now - self._swept < self.state.config.heartbeat_interval:
+            return
+        self._swept = now
+        for settled in self._sweeper.sweep(self._id):
+            self.state.emit(job_rescued, job=settled.spec, settled=settled)
+            emit_settled(self.state.app, settled)
+
+    def _claim(self) -> None:
+        room = self._room()
+        if room <= 0:
+            return
+        specs = self.state.store.claim(self._id, room, self.queues)
+        claimed = time.monotonic()
+        self._claimed += len(specs)
+        self._claim_again = len(specs) == room
+        self._suspects.extend(spec for spec in specs if spec.suspect)
+        self._pool.submit([spec for spec in specs if not spec.suspect], claimed)
+        self._start_suspect()
+
+    def _room(self) -> int:
+        """How many jobs to claim: free threads, and a little work ahead of them."""
+        held = self._pool.running() + self._pool.unstarted() + len(self._suspects)
+        ahead = self._prefetch()
+        if self._pool.unstarted() > ahead // 2:
+            return 0
+        room = min(self.concurrency + ahead - held, _MAX_CLAIM)
+        if self._options.max_jobs is not None:
+            room = min(room, self._options.max_jobs - self._claimed)
+        return room
+
+    def _prefetch(self) -> int:
+        if self._seconds_per_job is None:
+            return 0
+        pace = max(self._seconds_per_job, _PREFETCH_SECONDS / _MAX_CLAIM)
+        return int(self.concurrency * _PREFETCH_SECONDS / pace)
+
+    def _start_suspect(self) -> None:
+        """Run one suspect, its start committed first, so that a crash is known to be its own."""
+        if self._suspect_running is not None or not self._suspects:
+            return
+        spec = self._suspects.popleft()
+        if spec.id in self.state.store.mark_started(self._id, [spec]):
+            self._suspect_running = spec
+            self._pool.submit([spec], time.monotonic())
+
+    # Waiting, stopping, outages
+
+    def _wait(self) -> None:
+        if self._claim_again and self._room() > 0 and not self._stops:
+            return
+        busy = self._pool.running() or self._pool.unstarted()
+        if self._pool.unstarted() and self._finished:
+            time.sleep(_GATHER_SECONDS)
+            return
+        self._wake.wait(_FOLLOW_SECONDS if busy else self.state.config.poll_interval)
+        self._claim_again = True
+
+    def _is_done(self) -> bool:
+        if self._stops:
+            return True
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return True
+        idle = not (self._pool.running() or self._pool.unstarted() or self._finished)
+        idle = idle and not self._suspects
+        max_jobs = self._options.max_jobs
+        if max_jobs is not None and self._claimed >= max_jobs:
+            return idle
+        return self._options.burst and idle and self._nothing_left()
+
+    def _nothing_left(self) -> bool:
+        left = True
+        try:
+            left = self.state.store.unfinished(self.queues)
+        except DBAPIError as error:
+            self._outage(error)
+        return not left and self._looked_ahead > 0
+
+    def _drain(self) -> None:
+        """Give back what has not started, let the rest finish, then give that back as well."""
+        held_back = [*self._pool.take_unstarted(), *self._suspects]
+        self._suspects.clear()
+        self._finished.extend((spec, _given_back(spec)) for spec in held_back)
+        grace_ends = time.monotonic() + self._grace
+        asked = self._stops
+        while (
+            self._pool.running() and time.monotonic() < grace_ends and self._stops <= max(1, asked)
+        ):
+            self._guard(self._drain_turn)
+            self._wake.wait(min(_FOLLOW_SECONDS, max(0.0, grace_ends - time.monotonic())))
+        self._give_back_running()
+        self._guard(self._settle)
+
+    def _drain_turn(self) -> None:
+        self._settle()
+        self._follow_running()
+
+    def _give_back_running(self) -> None:
+        """Stop the code first: another worker may start the job as soon as it is given back."""
+        running = self._pool.running_specs()
+        given_back = {(spec.id, spec.attempt) for spec in running}
+        for spec in running:
+            self._pool.cancel(spec)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._pool.running() and time.monotonic() < deadline:
+            self._wake.wait(deadline - time.monotonic())
+        ended = list(self._finished)
+        self._finished.clear()
+        for spec, outcome in ended:
+            stopped_by_us = (spec.id, spec.attempt) in given_back
+            if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
+                outcome = _given_back(spec)
+            self._finished.append((spec, outcome))
+        for spec in self._pool.running_specs():
+            _logger.warning("Job %s did not stop; it is given back while its code runs", spec.id)
+            self._finished.append((spec, _given_back(spec)))
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run a step that uses the database; live through an outage."""
+        try:
+            step()
+        except DBAPIError as error:
+            self._outage(error)
+        else:
+            self._backoff = _FIRST_BACKOFF_SECONDS
+
+    def _outage(self, error: DBAPIError) -> None:
+        _logger.error("Database not usable | Worker: %s | Error: %s", self.name, error.orig)
+        if not self._stops:
+            time.sleep(self._backoff * random.uniform(0.5, 1.0))
+        self._backoff = min(self._backoff * 2, _LAST_BACKOFF_SECONDS)
+
+    # Called from other threads
+
+    def _on_finished(self, spec: JobSpec, outcome: Outcome) -> None:
+        if outcome.wait_seconds is not None:
+            # A moving average: quick to follow, calm against single outliers.
+            before = self._seconds_per_job
+            self._seconds_per_job = (
+                outcome.run_seconds if before is None else 0.9 * before + 0.1 * outcome.run_seconds
+            )
+        self._finished.append((spec, outcome))
+        self._wake.set()
+
+    def _on_enqueued(self, _job: Job) -> None:
+        self._wake.set()
+
+
+def register(
+    state: AppState, name: str, *, concurrency: int, queues: Sequence[str] | None = None
+) -> int:
+    """The id of a new worker row for this process."""
+    me = this_process()
+    return state.store.register_worker(
+        {
+            "name": name,
+            "host": me.host,
+            "pid": me.pid,
+            "process": me.process,
+            "version": __version__,
+            "pool": "thread",
+            "concurrency": concurrency,
+            "queues": None if queues is None else json.dumps(queues),
+            "beats": 0,
+        }
+    )
+
+
+def _given_back(spec: JobSpec) -> Outcome:
+    return Outcome(spec.id, spec.attempt, OutcomeKind.GIVEN_BACK)
+
+
+def import_jobs(state: AppState) -> None:
+    """Import the modules in ``BGJOBS_IMPORTS``, so that their decorated jobs are known.
+
+    :raises ConfigError: names the module that cannot be imported, and why.
+    """
+    for module in state.config.imports:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise ConfigError(
+                f"BGJOBS_IMPORTS names {module!r}, which cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _check_can_work(state: AppState) -> None:
+    if state.config.pool == "process":
+        raise ConfigError(
+            "BGJOBS_POOL = 'process': this version has the thread pool only; set it to 'thread'"
+        )
+    if state.store.always_joins:
+        raise ConfigError(
+            "an in-memory SQLite database cannot be shared with a worker; use a file, or "
+            "flask_bgjobs.testing in tests"
+        )
+    missing = schema.missing_tables(state)
+    if missing:
+        raise BgJobsError(
+            f"the database has no table {missing[0]}: run `flask db migrate` and `flask db "
+            "upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
+        )
+
+
+class _Wake:
+    """An event that a signal handler may set: ``threading.Event`` could deadlock there."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._queue.put(None)
+
+    def wait(self, timeout: float) -> None:
+        """Return when it is set, or after ``timeout`` seconds; it is unset then."""
+        try:
+            self._queue.get(timeout=max(timeout, 0.0))
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            pass
