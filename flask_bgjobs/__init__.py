@@ -1,0 +1,69 @@
+"""Background jobs for Flask on the database that the app already has."""
+
+from __future__ import annotations
+
+from .context import current_job
+from .enqueue import run_background_job
+from .errors import (
+    BgJobsError,
+    ConfigError,
+    DatabaseNotSupported,
+    Fail,
+    InvalidJob,
+    JobCancelled,
+    JobNotAllowed,
+    JobNotCommitted,
+    JobNotFound,
+    JobTimeout,
+    Retry,
+    Snooze,
+    UniqueKeyTaken,
+    WaitTimeout,
+)
+from .extension import BgJobs
+from .models import Job
+from .signals import (
+    job_cancelled,
+    job_completed,
+    job_enqueued,
+    job_failed,
+    job_rescued,
+    job_retrying,
+    job_started,
+    worker_started,
+    worker_stopped,
+)
+from .states import JobStatus
+from .version import __version__
+
+__all__ = [
+    "BgJobs",
+    "BgJobsError",
+    "ConfigError",
+    "DatabaseNotSupported",
+    "Fail",
+    "InvalidJob",
+    "Job",
+    "JobCancelled",
+    "JobNotAllowed",
+    "JobNotCommitted",
+    "JobNotFound",
+    "JobStatus",
+    "JobTimeout",
+    "Retry",
+    "Snooze",
+    "UniqueKeyTaken",
+    "WaitTimeout",
+    "__version__",
+    "current_job",
+    "job_cancelled",
+    "job_completed",
+    "job_enqueued",
+    "job_failed",
+    "job_rescued",
+    "job_retrying",
+    "job_started",
+    "run_background_job",
+    "worker_started",
+    "worker_stopped",
+]

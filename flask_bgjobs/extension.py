@@ -1,0 +1,184 @@
+"""``BgJobs``, the extension: ``init_app`` wires the parts together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
+
+from flask import Flask
+
+from . import joining, logs
+from .app_state import AppState, Authorizer
+from .config import Config
+from .enqueue import Parameters
+from .errors import ConfigError
+from .functions import BoundJob, JobFunction
+from .models import Job, copy_tables
+from .options import JobOptions, OptionValues
+from .redact import Redactor
+from .registry import Decorated, Registry, stored_name
+from .store import make_store
+
+if TYPE_CHECKING:
+    from flask_sqlalchemy import SQLAlchemy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class BgJobs:
+    """Background jobs for Flask apps, on the database that they already have.
+
+    :param app: the app to set up at once; else call :meth:`init_app`.
+    :param db: its Flask-SQLAlchemy extension; by default the one that the app has.
+    """
+
+    def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
+        self._db = db
+        self._decorated: dict[str, Decorated] = {}
+        self._authorizer: Authorizer | None = None
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask, db: SQLAlchemy | None = None) -> None:
+        """Set up ``app``: configuration, tables, commands and dashboard. Touches no database.
+
+        :param db: the app's Flask-SQLAlchemy extension; by default the one given to
+            :class:`BgJobs`, then the one that the app has.
+        :raises ConfigError: when a ``BGJOBS_…`` value is not allowed, the app has no
+            Flask-SQLAlchemy, or it was set up before.
+        :raises DatabaseNotSupported: when the tables' database is of another kind.
+        """
+        if "bgjobs" in app.extensions:
+            raise ConfigError(
+                f"flask-bgjobs is already set up for the app {app.name!r}: give each app to one "
+                "BgJobs, once (BgJobs(app) calls init_app itself)"
+            )
+        database = _find_db(app, db or self._db)
+        config = Config.from_mapping(app.config)
+        app.extensions["bgjobs"] = self._make_state(app, database, config)
+        logs.connect()
+        _add_commands(app)
+        if config.dashboard:
+            _add_dashboard(app, config)
+
+    @overload
+    def job(self, function: Callable[P, R], /) -> JobFunction[P, R]: ...
+
+    @overload
+    def job(
+        self, /, *, name: str | None = None, **options: Unpack[OptionValues]
+    ) -> Callable[[Callable[P, R]], JobFunction[P, R]]: ...
+
+    def job(
+        self,
+        function: Callable[P, R] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        **options: Unpack[OptionValues],
+    ) -> JobFunction[P, R] | Callable[[Callable[P, R]], JobFunction[P, R]]:
+        """The decorated function, with ``enqueue`` and ``using`` beside it.
+
+        Decorating a function is what allows it to run as a job.
+
+        :param name: the name under which its jobs are stored; by default its dotted name.
+            Functions in ``__main__`` or inside other functions need one.
+        :param options: fields of :class:`~flask_bgjobs.options.JobOptions`, defaults for its jobs.
+        :raises ConfigError: when the function has no name that a worker could find, or another
+            function has it.
+        :raises TypeError: for an option that does not exist.
+        """
+        chosen = JobOptions(**options)
+
+        def decorate(function: Callable[P, R]) -> JobFunction[P, R]:
+            stored = stored_name(function, name)
+            if stored in self._decorated:
+                raise ConfigError(f"another job function is already named {stored!r}")
+            self._decorated[stored] = Decorated(function, chosen)
+            return JobFunction(function, stored)
+
+        return decorate if function is None else decorate(function)
+
+    def enqueue_many(
+        self, job: JobFunction[..., Any] | BoundJob[Any], parameter_sets: Sequence[Parameters]
+    ) -> list[Job]:
+        """One job for each set of parameters, in order, all in one transaction.
+
+        :param job: a decorated function, or one with ``using(...)``.
+        :param parameter_sets: tuples or lists of positional, or dicts of keyword parameters.
+        :raises InvalidJob: when one of them cannot be stored; none is enqueued then.
+        """
+        bound = job.using() if isinstance(job, JobFunction) else job
+        return bound.enqueue_many(parameter_sets)
+
+    def authorize_dashboard(self, authorizer: Authorizer) -> Authorizer:
+        """Decorator for the function that says who may do what on the dashboard.
+
+        It is called with the action (``"view"``, ``"dispatch"``, ``"cancel"``, ``"retry"``,
+        ``"delete"``) and the job, or ``None`` where there is none, and returns whether the
+        current user may.
+        """
+        self._authorizer = authorizer
+        return authorizer
+
+    def _make_state(self, app: Flask, db: SQLAlchemy, config: Config) -> AppState:
+        engine = _find_engine(app, db, config)
+        metadata = db.metadatas[config.bind_key]
+        copy_tables(metadata)
+        schema = metadata.schema
+        store = make_store(engine, db.session, schema=schema, max_crashes=config.max_crashes)
+        joining.watch(engine, db.session)
+        job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"
+        return AppState(
+            app=app,
+            db=db,
+            config=config,
+            registry=Registry(config.allowed_jobs, self._decorated),
+            store=store,
+            redactor=Redactor(config.redact),
+            table=metadata.tables[job_table],
+            find_authorizer=lambda: self._authorizer,
+        )
+
+
+def _find_db(app: Flask, given: SQLAlchemy | None) -> SQLAlchemy:
+    found = app.extensions.get("sqlalchemy")
+    if found is None:
+        raise ConfigError(
+            f"the app {app.name!r} has no Flask-SQLAlchemy: call db.init_app(app) before "
+            "bgjobs.init_app(app)"
+        )
+    if given is not None and given is not found:
+        raise ConfigError(
+            f"the db given to BgJobs is not the one of the app {app.name!r}: call "
+            "db.init_app(app) with that db first"
+        )
+    db: SQLAlchemy = found
+    return db
+
+
+def _find_engine(app: Flask, db: SQLAlchemy, config: Config) -> Any:
+    with app.app_context():
+        engines = db.engines
+    if config.bind_key not in engines:
+        raise ConfigError(
+            f"BGJOBS_BIND_KEY = {config.bind_key!r}: SQLALCHEMY_BINDS has "
+            f"{', '.join(repr(key) for key in engines if key) or 'no binds'}"
+            if config.bind_key
+            else "SQLALCHEMY_DATABASE_URI is not set: flask-bgjobs needs a database, or a bind "
+            "named by BGJOBS_BIND_KEY"
+        )
+    return engines[config.bind_key]
+
+
+def _add_commands(app: Flask) -> None:
+    from .cli import bgjobs_commands
+
+    app.cli.add_command(bgjobs_commands)
+
+
+def _add_dashboard(app: Flask, config: Config) -> None:
+    from .dashboard import create_blueprint
+
+    app.register_blueprint(create_blueprint(config))

@@ -1,0 +1,151 @@
+"""Every log line of a job's stages, written by listening to the signals.
+
+One line each, whatever the parameters hold, with secrets masked; the same fields stand in
+``extra`` for structured logs.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from blinker import NamedSignal
+from flask import Flask
+
+from . import serialize, signals
+from .app_state import AppState, state_of
+from .models import Job
+from .spec import JobSpec, Settled
+from .states import OutcomeKind
+from .text import one_line
+
+_logger = logging.getLogger("flask_bgjobs")
+
+_MAX_PARAMETERS = 2_000
+"""Characters of parameters in a line; the dashboard shows them whole."""
+
+
+def connect() -> None:
+    """Write log lines from now on; calling it again changes nothing."""
+    for signal, receiver in _RECEIVERS.items():
+        signal.connect(receiver)
+
+
+def _on_refused(app: Flask, target: object, method: object, error: Exception) -> None:
+    _write(
+        logging.ERROR,
+        "Unauthorized or invalid job class/method",
+        {"Class": target, "Method": method, "Error": error},
+    )
+
+
+def _on_enqueued(app: Flask, job: Job) -> None:
+    if _logger.isEnabledFor(logging.INFO):
+        fields = {**_job_fields(state_of(app), job), "Queue": job.queue, "Priority": job.priority}
+        _write(logging.INFO, "Job enqueued", fields)
+
+
+def _on_started(app: Flask, job: JobSpec) -> None:
+    if _logger.isEnabledFor(logging.INFO):
+        _write(logging.INFO, "Job running", _job_fields(state_of(app), job))
+
+
+def _on_completed(app: Flask, job: JobSpec, settled: Settled) -> None:
+    if _logger.isEnabledFor(logging.INFO):
+        seconds = f"{settled.outcome.run_seconds:.3f} s"
+        fields = {**_job_fields(state_of(app), job), "Duration": seconds}
+        _write(logging.INFO, "Job completed successfully", fields)
+
+
+def _on_retrying(app: Flask, job: JobSpec, settled: Settled) -> None:
+    next_run = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=settled.delay_seconds or 0)
+    fields = {
+        **_job_fields(state_of(app), job),
+        "Error": _masked_error(app, job, settled),
+        "Retry": f"{settled.retry_count}/{job.retries}",
+        "Next run": _clock_text(next_run),
+    }
+    _write(logging.WARNING, "Job failed and will retry", fields)
+
+
+def _on_failed(app: Flask, job: JobSpec, settled: Settled) -> None:
+    stage = "Job failed"
+    if settled.outcome.kind is OutcomeKind.REFUSED:
+        stage = "Unauthorized or invalid job class/method"
+    fields = {
+        **_job_fields(state_of(app), job),
+        "Error": _masked_error(app, job, settled),
+        "Retry": f"{settled.retry_count}/{job.retries}",
+    }
+    _write(logging.ERROR, stage, fields)
+
+
+def _on_cancelled(app: Flask, job: JobSpec | Job, settled: Settled | None = None) -> None:
+    _write(logging.INFO, "Job cancelled", _job_fields(state_of(app), job))
+
+
+def _on_rescued(app: Flask, job: JobSpec, settled: Settled) -> None:
+    fields = {**_job_fields(state_of(app), job), "Error": settled.error, "Status": settled.status}
+    _write(logging.WARNING, "Job rescued", fields)
+
+
+def _on_worker_started(app: Flask, worker: str) -> None:
+    _write(logging.INFO, "Worker started", {"Worker": worker})
+
+
+def _on_worker_stopped(app: Flask, worker: str) -> None:
+    _write(logging.INFO, "Worker stopped", {"Worker": worker})
+
+
+def _job_fields(state: AppState, job: Job | JobSpec) -> dict[str, object]:
+    return {
+        "Class": job.target,
+        "Method": job.method or "-",
+        "Parameters": _parameters(state, job),
+        "Attempt": job.attempt,
+        "Job": job.id,
+    }
+
+
+def _parameters(state: AppState, job: Job | JobSpec) -> str:
+    try:
+        masked = state.masked_parameters(job.target, job.method, job.parameters)
+    except ValueError:
+        return "(not readable)"
+    text = serialize.dumps_plain(masked)
+    return text if len(text) <= _MAX_PARAMETERS else f"{text[:_MAX_PARAMETERS]}…"
+
+
+def _masked_error(app: Flask, job: JobSpec, settled: Settled) -> str:
+    try:
+        parameters: Any = job.parameters
+    except ValueError:
+        parameters = []
+    return state_of(app).masked_text(settled.error or "", job.target, job.method, parameters)
+
+
+def _write(level: int, stage: str, fields: dict[str, object]) -> None:
+    fields = {**fields, "Timestamp": _clock_text(dt.datetime.now(dt.UTC))}
+    parts = [stage, *(f"{name}: {one_line(str(value))}" for name, value in fields.items())]
+    extra = {f"bgjobs_{name.lower().replace(' ', '_')}": value for name, value in fields.items()}
+    _logger.log(level, "%s", " | ".join(parts), extra={"bgjobs_stage": stage, **extra})
+
+
+def _clock_text(time: dt.datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+_RECEIVERS: dict[NamedSignal, Callable[..., None]] = {
+    signals.job_refused: _on_refused,
+    signals.job_enqueued: _on_enqueued,
+    signals.job_started: _on_started,
+    signals.job_completed: _on_completed,
+    signals.job_retrying: _on_retrying,
+    signals.job_failed: _on_failed,
+    signals.job_cancelled: _on_cancelled,
+    signals.job_rescued: _on_rescued,
+    signals.worker_started: _on_worker_started,
+    signals.worker_stopped: _on_worker_stopped,
+}
