@@ -28,25 +28,19 @@ def missing_tables(state: AppState) -> list[str]:
 
 def differences(state: AppState) -> list[str]:
     """A sentence for each difference between the database and the models; empty when none."""
-    wanted = sa.MetaData(schema=state.table.schema)
-    copy_tables(wanted)
     names = set(Base.metadata.tables)
-
-    def ours_only(name: str | None, kind: str, parents: Any) -> bool:
-        if kind == "schema":
-            return name == state.table.schema
-        return kind != "table" or name in names
-
     with state.store.read() as connection:
-        context = MigrationContext.configure(
-            connection,
-            opts={
-                "include_name": ours_only,
-                "include_schemas": state.table.schema is not None,
-                "compare_type": True,
-            },
-        )
-        found = compare_metadata(context, wanted)
+        default_schema = sa.inspect(connection).default_schema_name
+        # Alembic knows the default schema by no name.
+        schema = None if state.table.schema == default_schema else state.table.schema
+
+        def ours_only(name: str | None, kind: str, parents: Any) -> bool:
+            return name == schema if kind == "schema" else kind != "table" or name in names
+
+        options = {"include_name": ours_only, "include_schemas": schema is not None}
+        wanted = sa.MetaData(schema=schema)
+        copy_tables(wanted)
+        found = compare_metadata(MigrationContext.configure(connection, opts=options), wanted)
     return [_sentence(change) for group in found for change in _flat(group)]
 
 

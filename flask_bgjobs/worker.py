@@ -102,7 +102,7 @@ class Worker:
         self._marked: set[tuple[int, int]] = set()
         self._interrupted: dict[tuple[int, int], float] = {}
         self._followed = 0.0
-        self._dues: list[float] = []
+        self._look_due = False
         self._looked_ahead = self._swept = -float("inf")
         self._backoff = _FIRST_BACKOFF_SECONDS
         self._deadline = None if options.max_time is None else time.monotonic() + options.max_time
@@ -138,7 +138,7 @@ class Worker:
         self._register()
         self._pool = ThreadPool(self.state, self.concurrency, self._on_finished)
         self._heart = Heart(self.state.store, self._id, self.state.config.heartbeat_interval)
-        self._clock = Clock(self._wake.set, self.state.config.poll_interval)
+        self._clock = Clock(self._on_clock, self.state.config.poll_interval)
         self._clock.start()
         self.state.enqueued.append(self._on_enqueued)
         self.state.emit(worker_started, worker=self.name)
@@ -257,16 +257,14 @@ class Worker:
     def _promote_due(self) -> None:
         """Make due jobs claimable, and set the clock for those that are due soon."""
         now = time.monotonic()
-        due_passed = bool(self._dues) and self._dues[0] <= now
-        if self._clock.drifted():
-            self._looked_ahead = -float("inf")
-        if not due_passed and now - self._looked_ahead < self.state.config.poll_interval:
+        # The monotonic bound holds also when the clock's own time jumps or its thread hangs.
+        late = now - self._looked_ahead >= self.state.config.poll_interval
+        if not (self._clock.drifted() or self._look_due or late):
             return
-        self.state.store.promote()
+        self._look_due = False
         self._looked_ahead = now
-        delays = self.state.store.upcoming(_HORIZON_SECONDS, STEP_SECONDS)
-        self._dues = [now + delay for delay in delays]
-        self._clock.wake_in(delays)
+        self.state.store.promote()
+        self._clock.wake_in(self.state.store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -411,6 +409,10 @@ class Worker:
                 outcome.run_seconds if before is None else 0.9 * before + 0.1 * outcome.run_seconds
             )
         self._finished.append((spec, outcome))
+        self._wake.set()
+
+    def _on_clock(self) -> None:
+        self._look_due = True
         self._wake.set()
 
     def _on_enqueued(self, _job: Job) -> None:

@@ -1,0 +1,98 @@
+"""An app on a real SQLite file for each test, and help to wait for what must come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_bgjobs import BgJobs, Job
+from flask_bgjobs.app_state import AppState, state_of
+from tests import jobs
+
+DEADLINE_SECONDS = 30.0
+"""How long a test waits for something that must come; machines are slow and noisy."""
+
+
+def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Any:
+    """The first true value of ``condition``, or a failure that says what did not come."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come in {DEADLINE_SECONDS:g} s"
+        time.sleep(0.01)
+    return value
+
+
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    """A database of the test's own."""
+    return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+def build_app(database_url: str, **config: Any) -> Flask:
+    """An app with the test jobs allowed; the tables are not made."""
+    app = Flask("shop")
+    app.config.update(
+        SECRET_KEY="test",
+        SQLALCHEMY_DATABASE_URI=database_url,
+        BGJOBS_ALLOWED_JOBS=jobs.NAMES,
+        BGJOBS_POLL_INTERVAL=0.1,
+        BGJOBS_RETRY_DELAY=0.05,
+        BGJOBS_HEARTBEAT_INTERVAL=0.2,
+        BGJOBS_LEASE=2,
+    )
+    app.config.update(config)
+    db = SQLAlchemy()
+    db.init_app(app)
+    BgJobs(app)
+    return app
+
+
+@pytest.fixture
+def make_app(database_url: str) -> Iterator[Callable[..., Flask]]:
+    """Makes apps on the test's database, with tables, and closes their connections."""
+    made: list[Flask] = []
+
+    def make(**config: Any) -> Flask:
+        app = build_app(config.pop("database_url", database_url), **config)
+        with app.app_context():
+            app.extensions["sqlalchemy"].create_all()
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        with app.app_context():
+            for engine in app.extensions["sqlalchemy"].engines.values():
+                engine.dispose()
+        state_of(app).store.dispose()
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    """An app whose context is pushed for the test, by pytest-flask."""
+    return make_app()
+
+
+@pytest.fixture
+def state(app: Flask) -> AppState:
+    """What flask-bgjobs holds for the app."""
+    return state_of(app)
+
+
+def stored(app: Flask, job: Job | int) -> Job:
+    """A job as the database has it."""
+    found = state_of(app).store.get(job if isinstance(job, int) else job.id)
+    assert found is not None
+    return found
+
+
+def count_jobs(app: Flask) -> int:
+    """How many job rows there are."""
+    with state_of(app).store.read() as connection:
+        return int(connection.exec_driver_sql("SELECT count(*) FROM bgjobs_job").scalar() or 0)

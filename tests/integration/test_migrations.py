@@ -1,0 +1,144 @@
+"""The tables in the host's metadata: autogenerate finds them, and finds no drift."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLAIN = """
+from flask_sqlalchemy import SQLAlchemy
+db = SQLAlchemy()
+"""
+DECLARATIVE_BASE = """
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+class Base(DeclarativeBase):
+    note: Mapped[str | None] = mapped_column(sa.String(10))
+db = SQLAlchemy(model_class=Base)
+"""
+NAMING_CONVENTION = """
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+db = SQLAlchemy(metadata=sa.MetaData(naming_convention={
+    "ix": "ix_%(column_0_label)s", "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}))
+"""
+FOREIGN_KEY = """
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+db = SQLAlchemy()
+class Export(db.Model):
+    id = sa.Column(sa.Integer, primary_key=True)
+    job_id = sa.Column(sa.ForeignKey("bgjobs_job.id"))
+"""
+SCHEMA = """
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+db = SQLAlchemy(metadata=sa.MetaData(schema="main"))
+"""
+FACTORY = """
+from flask import Flask
+from flask_migrate import Migrate
+from flask_bgjobs import BgJobs
+def create_app():
+    app = Flask(__name__)
+    app.config.update({config!r})
+    db.init_app(app)
+    BgJobs(app)
+    Migrate(app, db)
+    return app
+"""
+JOB = """
+def work(value):
+    return value * 2
+"""
+
+
+def _flask(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "host", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def _host(folder: Path, base: str, **config: object) -> None:
+    settings = {
+        "SQLALCHEMY_DATABASE_URI": f"sqlite:///{folder / 'host.db'}",
+        "SECRET_KEY": "x",
+        "BGJOBS_ALLOWED_JOBS": ["host.work"],
+        **config,
+    }
+    (folder / "host.py").write_text(base + FACTORY.format(config=settings) + JOB)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [PLAIN, DECLARATIVE_BASE, NAMING_CONVENTION, FOREIGN_KEY],
+    ids=["plain", "declarative base", "naming convention", "foreign key"],
+)
+def test_autogenerate_upgrade_and_check_are_clean(tmp_path: Path, base: str) -> None:
+    """A fresh host migrates our tables with no code of its own, and then has no drift."""
+    _host(tmp_path, base)
+    _flask(tmp_path, "db", "init")
+    _flask(tmp_path, "db", "migrate", "-m", "first")
+    (version,) = (tmp_path / "migrations/versions").glob("*.py")
+    text = version.read_text()
+    for table in ("job", "attempt", "log", "worker", "queue"):
+        assert f"'bgjobs_{table}'" in text
+    assert "sqlite_autoincrement=True" in text
+    _flask(tmp_path, "db", "upgrade")
+    assert "No new upgrade operations detected" in _flask(tmp_path, "db", "check")
+    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
+    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", "[21]")
+    _flask(tmp_path, "bgjobs", "worker", "--burst")
+    assert '"result": 42' in _flask(tmp_path, "bgjobs", "show", "1", "--json")
+
+
+def test_a_bind_key_migrates_its_own_database(tmp_path: Path) -> None:
+    """With a bind key the tables are migrated on that bind, and jobs run there."""
+    _host(
+        tmp_path,
+        PLAIN,
+        SQLALCHEMY_BINDS={"jobs": f"sqlite:///{tmp_path / 'jobs.db'}"},
+        BGJOBS_BIND_KEY="jobs",
+    )
+    _flask(tmp_path, "db", "init", "--multidb")
+    _flask(tmp_path, "db", "migrate", "-m", "first")
+    _flask(tmp_path, "db", "upgrade")
+    assert "No new upgrade operations detected" in _flask(tmp_path, "db", "check")
+    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
+    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", "[21]")
+    _flask(tmp_path, "bgjobs", "worker", "--burst")
+    assert '"result": 42' in _flask(tmp_path, "bgjobs", "show", "1", "--json")
+
+
+def test_a_schema_is_used_by_every_statement(tmp_path: Path) -> None:
+    """With a schema on the host's metadata, tables are made and jobs run in it."""
+    _host(tmp_path, SCHEMA)
+    _flask(tmp_path, "bgjobs", "init-db")
+    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
+    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", "[21]")
+    _flask(tmp_path, "bgjobs", "worker", "--burst")
+    assert '"result": 42' in _flask(tmp_path, "bgjobs", "show", "1", "--json")
+
+
+def test_init_db_without_flask_migrate(tmp_path: Path) -> None:
+    """``init-db`` makes the tables and turns WAL on; again, it changes nothing."""
+    _host(tmp_path, PLAIN)
+    first = _flask(tmp_path, "bgjobs", "init-db")
+    assert "Created bgjobs_attempt, bgjobs_job" in first
+    assert "WAL mode is now on" in first
+    assert "already there" in _flask(tmp_path, "bgjobs", "init-db")

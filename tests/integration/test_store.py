@@ -1,0 +1,523 @@
+"""The store's contract: claim, fence, settle, rescue, promote."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from flask_bgjobs import Job, run_background_job
+from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.maintenance import Sweeper
+from flask_bgjobs.models import Attempt, JobLog, Queue, Worker
+from flask_bgjobs.spec import JobSpec, Outcome, Report, Settled
+from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.store import Store
+from flask_bgjobs.worker import register
+from tests.conftest import stored, wait_until
+
+
+@pytest.fixture
+def store(state: AppState) -> Store:
+    return state.store
+
+
+@pytest.fixture
+def worker(state: AppState) -> int:
+    return register(state, "one", concurrency=2)
+
+
+def enqueue(**options: Any) -> int:
+    return run_background_job("tests.jobs.echo", **options).id
+
+
+def ended(spec: JobSpec, kind: OutcomeKind = OutcomeKind.COMPLETED, **more: Any) -> Outcome:
+    return Outcome(spec.id, spec.attempt, kind, wait_seconds=0.01, run_seconds=0.02, **more)
+
+
+def settle(
+    store: Store, worker: int, spec: JobSpec, kind: OutcomeKind, **more: Any
+) -> Settled:
+    (settled,) = store.settle(worker, "one", [(spec, ended(spec, kind, **more))])
+    return settled
+
+
+def rows(store: Store, model: Any) -> list[Any]:
+    with store.read() as connection:
+        return list(connection.execute(sa.select(model.__table__)))
+
+
+def execute(store: Store, statement: Any) -> None:
+    store.transaction(lambda connection: connection.execute(statement))
+
+
+class TestClaim:
+    def test_best_first(self, store: Store, worker: int) -> None:
+        """Higher priority first, and within one priority what was due first."""
+        low, first, second, high = (enqueue(priority=p) for p in (-1, 2, 2, "high"))
+        assert [spec.id for spec in store.claim(worker, 10)] == [high, first, second, low]
+
+    def test_due_first_within_a_priority(self, store: Store, worker: int) -> None:
+        """A delayed job that was due earlier runs before one that was enqueued earlier."""
+        now = dt.datetime.now(dt.UTC)
+        later = enqueue()
+        earlier = enqueue(run_at=now - dt.timedelta(hours=1))
+        assert store.promote() == 1
+        assert [spec.id for spec in store.claim(worker, 10)] == [earlier, later]
+
+    def test_limit_and_no_job_twice(self, store: Store, worker: int) -> None:
+        """A claim takes no more than asked, and nothing that is claimed already."""
+        ids = [enqueue() for _ in range(5)]
+        taken = [spec.id for _ in range(4) for spec in store.claim(worker, 2)]
+        assert taken == ids
+
+    def test_attempt_rises_with_each_claim(self, store: Store, worker: int) -> None:
+        """``attempt`` counts claims."""
+        enqueue()
+        for attempt in (1, 2, 3):
+            (spec,) = store.claim(worker, 1)
+            assert spec.attempt == attempt
+            settle(store, worker, spec, OutcomeKind.GIVEN_BACK)
+
+    def test_queues_in_strict_order(self, store: Store, worker: int) -> None:
+        """A worker with a list of queues empties the first before it looks at the next."""
+        mail_low = enqueue(queue="mail", priority=-9)
+        other = enqueue(queue="other", priority=9)
+        default = enqueue()
+        specs = store.claim(worker, 10, ["mail", "default"])
+        assert [spec.id for spec in specs] == [mail_low, default]
+        assert [spec.id for spec in store.claim(worker, 10)] == [other]
+
+    def test_paused_queues_are_passed_over(self, store: Store, worker: int) -> None:
+        """Jobs of a paused queue stay; priority holds across the others."""
+        enqueue(queue="paused", priority=9)
+        low, high = enqueue(queue="a", priority=1), enqueue(queue="b", priority=2)
+        middle = enqueue(queue="a", priority=2)
+        execute(store, sa.insert(Queue).values(name="paused", paused_at=store.now, created_at=store.now))
+        assert [spec.id for spec in store.claim(worker, 10)] == [high, middle, low]
+        assert store.claim(worker, 10, ["paused"]) == []
+
+    def test_delayed_jobs_are_not_claimed(self, store: Store, worker: int) -> None:
+        """What is not due cannot be claimed, by the database's clock."""
+        enqueue(delay=60)
+        store.promote()
+        assert store.claim(worker, 10) == []
+
+    def test_a_dead_worker_claims_nothing(self, store: Store, worker: int) -> None:
+        """A worker whose row is dead or gone cannot claim."""
+        enqueue()
+        execute(store, sa.update(Worker).values(status="dead"))
+        assert store.claim(worker, 10) == []
+        assert store.claim(worker + 1, 10) == []
+
+    def test_racing_claims_share_the_jobs(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
+        """Eight workers that claim at once get each job exactly once."""
+        ids = {enqueue() for _ in range(200)}
+        taken: list[int] = []
+
+        def claim() -> None:
+            worker_id = register(state, "racer", concurrency=1)
+            while specs := store.claim(worker_id, 7):
+                taken.extend(spec.id for spec in specs)
+
+        threads = [threading.Thread(target=claim) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(taken) == sorted(ids)
+
+    def test_queue_names_are_kept(self, store: Store, worker: int) -> None:
+        """A queue that had work is known by name."""
+        enqueue(queue="mail")
+        store.claim(worker, 10)
+        assert [row.name for row in rows(store, Queue)] == ["mail"]
+
+
+class TestPlans:
+    @pytest.fixture
+    def crowded(self, store: Store) -> Iterator[Store]:
+        """50,000 rows beside the few that are wanted: parked, finished and of low priority."""
+        made = run_background_job("tests.jobs.echo")
+        columns = [c for c in Job.__table__.columns.keys() if c not in ("id", "status", "claim_rank")]
+        names = ", ".join(columns)
+        numbers = (
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000) "
+        )
+        for status in ("scheduled", "retrying", "completed", "failed", "pending"):
+            execute(
+                store,
+                sa.text(
+                    f"{numbers} INSERT INTO bgjobs_job (status, claim_rank, {names}) "
+                    f"SELECT '{status}', 1000 + i, {names} FROM bgjobs_job, n WHERE id = {made.id}"
+                ),
+            )
+        execute(store, sa.text("ANALYZE"))
+        yield store
+
+    @pytest.mark.parametrize("queues", [None, ["default", "mail"]], ids=["all", "listed"])
+    def test_the_claim_reads_an_index_in_order(
+        self, crowded: Store, queues: list[str] | None, worker: int
+    ) -> None:
+        """The claim neither sorts nor scans, whatever lies beside its rows."""
+        plan = _plans(crowded, lambda: crowded.claim(worker, 10, queues))
+        assert "ix_bgjobs_job_claim" in plan
+        assert "SCAN bgjobs_job" not in plan
+        assert "TEMP B-TREE" not in plan
+
+    def test_promotion_reads_an_index(self, crowded: Store) -> None:
+        """Finding what is due reads the index of due times."""
+        execute(crowded, sa.text("UPDATE bgjobs_job SET run_at = '2999-01-01 00:00:00.000000'"))
+        plan = _plans(crowded, lambda: (crowded.promote(), crowded.upcoming(60, 0.05)))
+        assert "ix_bgjobs_job_due" in plan
+        assert "SCAN bgjobs_job" not in plan
+
+
+def _plans(store: Store, work: Callable[[], object]) -> str:
+    """The plans of every statement on the job table that ``work`` runs."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(conn: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> None:
+        if "bgjobs_job" in statement:
+            seen.append((statement, parameters))
+
+    sa.event.listen(store.engine, "before_cursor_execute", note)
+    work()
+    sa.event.remove(store.engine, "before_cursor_execute", note)
+    assert seen
+    lines = []
+    with store.read() as connection:
+        for statement, parameters in seen:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            lines += [row[3] for row in plan]
+    return "\n".join(lines)
+
+
+class TestSettle:
+    def test_completed(self, app: Flask, store: Store, worker: int) -> None:
+        """A completed job has result and times, no error, and no row of an attempt."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        report = Report(progress=1.0, meta_json='{"a":1}', lines=("done",))
+        settle(store, worker, spec, OutcomeKind.COMPLETED, result_json="[1]", report=report)
+        job = stored(app, job_id)
+        assert (job.status, job.result, job.meta, job.progress) == ("completed", [1], {"a": 1}, 1.0)
+        assert job.finished_at is not None
+        assert job.started_at is not None
+        assert job.finished_at - job.started_at == dt.timedelta(seconds=0.02)
+        assert rows(store, Attempt) == []
+        assert [row.message for row in rows(store, JobLog)] == ["done"]
+
+    def test_retry_then_failed(self, app: Flask, store: Store, worker: int) -> None:
+        """Retries are counted; the attempts that failed are kept; then the job is failed."""
+        job_id = enqueue(retries=1, retry_delay=0)
+        for expected in ("retrying", "failed"):
+            store.promote()
+            (spec,) = store.claim(worker, 1)
+            settled = settle(
+                store, worker, spec, OutcomeKind.FAILED,
+                error_type="ValueError", error="ValueError: x", traceback="…",
+            )
+            assert settled.status == expected
+        job = stored(app, job_id)
+        assert (job.retry_count, job.attempt, job.error) == (1, 2, "ValueError: x")
+        assert [(row.attempt, row.outcome) for row in rows(store, Attempt)] == [
+            (1, "failed"),
+            (2, "failed"),
+        ]
+
+    def test_the_delay_is_by_the_databases_clock(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """A retry is due its delay after the settle, by the database's clock."""
+        job_id = enqueue(retry_delay=30)
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.FAILED)
+        with store.read() as connection:
+            now = connection.execute(sa.select(store.now)).scalar_one()
+        left = (stored(app, job_id).run_at - now).total_seconds()
+        assert 25 < left <= 30
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"attempt": 2},
+            {"worker_id": 999},
+            {"status": "pending"},
+        ],
+        ids=str,
+    )
+    def test_the_fence(
+        self, app: Flask, store: Store, worker: int, change: dict[str, Any]
+    ) -> None:
+        """A settle of another attempt, worker or status changes nothing: the lease is lost."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        execute(store, sa.update(Job).values(**change))
+        before = stored(app, job_id)
+        settled = settle(store, worker, spec, OutcomeKind.COMPLETED, result_json="1")
+        assert settled.status is None
+        after = stored(app, job_id)
+        for column in Job.__mapper__.column_attrs:
+            assert getattr(after, column.key) == getattr(before, column.key)
+
+    def test_a_deleted_job_is_lost_and_the_others_are_settled(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """A row that was deleted while it ran does not keep the batch from being recorded."""
+        gone, kept = enqueue(), enqueue()
+        specs = store.claim(worker, 2)
+        execute(store, sa.delete(Job).where(Job.id == gone))
+        batch = [(spec, ended(spec, report=Report(lines=("x",)))) for spec in specs]
+        settled = store.settle(worker, "one", batch)
+        assert [entry.status for entry in settled] == [None, "completed"]
+        assert stored(app, kept).status == "completed"
+        assert [row.job_id for row in rows(store, JobLog)] == [kept]
+
+    def test_ids_are_never_used_again(self, store: Store) -> None:
+        """The id of a deleted job is not given to the next one."""
+        last = enqueue()
+        store.delete([last])
+        assert enqueue() > last
+
+    def test_snoozed(self, app: Flask, store: Store, worker: int) -> None:
+        """A snoozed job waits without having used a retry."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.SNOOZED, delay_seconds=60)
+        job = stored(app, job_id)
+        assert (job.status, job.retry_count) == ("scheduled", 0)
+
+    def test_the_key_is_held_until_the_end(self, store: Store, worker: int) -> None:
+        """A retrying job holds its unique key; a failed one does not."""
+        first = enqueue(unique_key="k", retries=1, retry_delay=0)
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.FAILED)
+        assert enqueue(unique_key="k") == first
+        store.promote()
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.FAILED)
+        assert enqueue(unique_key="k") != first
+
+
+class TestCancel:
+    def test_waiting_jobs_at_once(self, app: Flask, store: Store) -> None:
+        """Pending and scheduled jobs are cancelled at once."""
+        ids = [enqueue(), enqueue(delay=60)]
+        assert store.cancel(ids).done == ids
+        assert {stored(app, job_id).status for job_id in ids} == {"cancelled"}
+
+    def test_a_running_job_is_asked(self, app: Flask, store: Store, worker: int) -> None:
+        """A running job is asked once, and stays running until its code has stopped."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        assert store.cancel([job_id]).requested == [job_id]
+        asked = stored(app, job_id)
+        assert asked.is_cancelling
+        store.cancel([job_id])
+        assert stored(app, job_id).cancel_requested_at == asked.cancel_requested_at
+        assert store.observe(worker, {}).cancelling == {job_id}
+        settle(store, worker, spec, OutcomeKind.CANCELLED)
+        assert stored(app, job_id).status == "cancelled"
+
+    @pytest.mark.parametrize(
+        ("kind", "status"),
+        [
+            (OutcomeKind.COMPLETED, "completed"),
+            (OutcomeKind.FAILED, "cancelled"),
+            (OutcomeKind.TIMEOUT, "cancelled"),
+            (OutcomeKind.RETRY, "cancelled"),
+            (OutcomeKind.SNOOZED, "cancelled"),
+            (OutcomeKind.GIVEN_BACK, "cancelled"),
+        ],
+    )
+    def test_the_outcome_tells(
+        self, app: Flask, store: Store, worker: int, kind: OutcomeKind, status: str
+    ) -> None:
+        """A job that was asked to stop is completed if it finished, and cancelled otherwise."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        store.cancel([job_id])
+        settle(store, worker, spec, kind)
+        assert stored(app, job_id).status == status
+
+    def test_finished_and_missing_jobs_are_skipped(self, store: Store, worker: int) -> None:
+        """What is finished or missing is skipped with the reason."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.COMPLETED)
+        result = store.cancel([job_id, 999])
+        assert result.skipped == {job_id: "it is already completed", 999: "it does not exist"}
+
+
+class TestByHand:
+    def test_a_retry_starts_the_counts_over(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """A retry by hand sets retry and crash count to 0; ``attempt`` goes on."""
+        job_id = enqueue(retries=0)
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.FAILED)
+        execute(store, sa.update(Job).values(crash_count=3, retry_count=2))
+        assert store.retry([job_id]).done == [job_id]
+        job = stored(app, job_id)
+        assert (job.status, job.retry_count, job.crash_count, job.attempt) == ("pending", 0, 0, 1)
+
+    def test_a_completed_job_is_not_retried(self, store: Store, worker: int) -> None:
+        """A job that completed is left alone."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.COMPLETED)
+        assert store.retry([job_id]).skipped == {job_id: "it is completed"}
+
+    def test_delete_takes_everything_but_running_jobs(self, store: Store, worker: int) -> None:
+        """Deleting takes attempts and log lines along; a running job is skipped."""
+        failed = enqueue(retries=0)
+        (spec,) = store.claim(worker, 1)
+        settle(store, worker, spec, OutcomeKind.FAILED, report=Report(lines=("x",)))
+        running = enqueue()
+        store.claim(worker, 1)
+        result = store.delete([failed, running])
+        assert result.done == [failed]
+        assert result.skipped == {running: "it is running; cancel it first"}
+        assert rows(store, Attempt) == rows(store, JobLog) == []
+
+    def test_a_hosts_foreign_key_is_respected(self, store: Store) -> None:
+        """A job that another table refers to is skipped, and the others are deleted."""
+        execute(store, sa.text("CREATE TABLE export (job_id INTEGER REFERENCES bgjobs_job(id))"))
+        held, free = enqueue(), enqueue()
+        execute(store, sa.text(f"INSERT INTO export VALUES ({held})"))
+        result = store.delete([held, free])
+        assert result.done == [free]
+        assert result.skipped == {held: "a row of another table refers to it"}
+
+
+class TestRescue:
+    def test_jobs_of_a_dead_worker_are_freed_as_suspects(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """A rescued job is pending again, a suspect, without having used a retry."""
+        job_id = enqueue()
+        store.claim(worker, 1)
+        assert [s.status for s in store.rescue(worker, 0)] == ["pending"]
+        job = stored(app, job_id)
+        assert (job.status, job.suspect, job.retry_count, job.crash_count) == ("pending", True, 0, 0)
+        assert [row.status for row in rows(store, Worker)] == ["dead"]
+
+    def test_a_worker_that_beats_in_between_is_left_alone(
+        self, store: Store, worker: int
+    ) -> None:
+        """A heartbeat since the last look keeps the lease."""
+        enqueue()
+        store.claim(worker, 1)
+        assert store.beat(worker)
+        assert store.rescue(worker, 0) == []
+
+    def test_a_dead_row_cannot_beat_or_settle(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """After the rescue the old worker can neither beat nor record an outcome."""
+        job_id = enqueue()
+        (spec,) = store.claim(worker, 1)
+        store.rescue(worker, 0)
+        assert not store.beat(worker)
+        assert settle(store, worker, spec, OutcomeKind.COMPLETED).status is None
+        assert stored(app, job_id).status == "pending"
+
+    def test_three_proved_crashes_quarantine(self, app: Flask, store: Store, state: AppState) -> None:
+        """Only crashes after a committed start count; the third fails the job as crashed."""
+        job_id = enqueue()
+        for crash in range(4):
+            worker_id = register(state, f"w{crash}", concurrency=1)
+            (spec,) = store.claim(worker_id, 1)
+            assert spec.suspect == (crash > 0)
+            store.mark_started(worker_id, [spec])
+            store.rescue(worker_id, 0)
+            assert stored(app, job_id).crash_count == crash
+        job = stored(app, job_id)
+        assert (job.status, job.retry_count, job.error_type) == ("failed", 0, "Crashed")
+
+    def test_an_unstarted_suspect_is_not_blamed(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
+        """A suspect that had not started when its worker died is not blamed."""
+        job_id = enqueue()
+        for number in range(5):
+            worker_id = register(state, f"w{number}", concurrency=1)
+            store.claim(worker_id, 1)
+            store.rescue(worker_id, 0)
+        assert (stored(app, job_id).status, stored(app, job_id).crash_count) == ("pending", 0)
+
+    def test_a_cancelled_job_of_a_dead_worker_is_cancelled(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """A cancel request survives the worker's death."""
+        job_id = enqueue()
+        store.claim(worker, 1)
+        store.cancel([job_id])
+        store.rescue(worker, 0)
+        assert stored(app, job_id).status == "cancelled"
+
+    def test_the_sweeper_waits_for_a_lease_of_silence(
+        self, app: Flask, state: AppState, worker: int
+    ) -> None:
+        """A worker whose heartbeat does not change for one lease is dead."""
+        store = state.store
+        enqueue()
+        store.claim(worker, 1)
+        sweeper = Sweeper(store, lease=0.3)
+        assert sweeper.sweep(0) == []
+        store.beat(worker)
+        assert sweeper.sweep(0) == []
+        assert len(wait_until(lambda: sweeper.sweep(0), "the rescue")) == 1
+
+    def test_a_worker_whose_process_is_gone_is_rescued_at_once(
+        self, state: AppState, worker: int
+    ) -> None:
+        """On the same host nobody waits for the lease of a process that is gone."""
+        store = state.store
+        enqueue()
+        store.claim(worker, 1)
+        (process,) = (row.process for row in rows(store, Worker))
+        gone = process.rsplit("/", 1)[0] + "/1"
+        execute(store, sa.update(Worker).values(process=gone))
+        assert len(Sweeper(store, lease=3600).sweep(0)) == 1
+
+
+class TestDue:
+    def test_promote_moves_what_is_due(self, app: Flask, store: Store) -> None:
+        """Only due jobs become pending."""
+        due = enqueue(run_at=dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1))
+        later = enqueue(delay=60)
+        assert store.promote() == 1
+        assert stored(app, due).status == "pending"
+        assert stored(app, later).status == "scheduled"
+
+    def test_upcoming_is_coarse(self, store: Store) -> None:
+        """Due times ahead are told once per step, and only within the horizon."""
+        for delay in (10, 10.01, 10.02, 30, 90):
+            enqueue(delay=delay)
+        near, far = store.upcoming(60, 0.5)
+        assert near == pytest.approx(10, abs=1)
+        assert far == pytest.approx(30, abs=1)
+
+
+def test_our_transactions_are_redone_when_busy(app: Flask, state: AppState) -> None:
+    """A host that holds the write lock for a while makes nobody fail."""
+    host = state.db.engine.connect()
+    host.exec_driver_sql("BEGIN IMMEDIATE")
+    threading.Timer(1.0, host.close).start()
+    run_background_job("tests.jobs.echo", session=None)
+
+
+def test_the_default_store_is_found(app: Flask) -> None:
+    """The host's session can read jobs by the model."""
+    job_id = enqueue()
+    assert state_of(app).db.session.get(Job, job_id).id == job_id

@@ -1,0 +1,376 @@
+"""The transaction rule, a test per sentence."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import Session
+
+from flask_bgjobs import BgJobs, JobNotCommitted, job_enqueued, run_background_job
+from flask_bgjobs.app_state import AppState, state_of
+from tests import jobs
+from tests.conftest import count_jobs, stored
+
+
+class Shop:
+    """An app with a table of its own, its session and what was announced."""
+
+    def __init__(self, url: str, **config: Any) -> None:
+        self.app = Flask("shop")
+        self.app.config.update(
+            SQLALCHEMY_DATABASE_URI=url, BGJOBS_ALLOWED_JOBS=jobs.NAMES, SECRET_KEY="x", **config
+        )
+        self.db = SQLAlchemy()
+
+        class Order(self.db.Model):  # type: ignore[name-defined]  # made at run time
+            id = sa.Column(sa.Integer, primary_key=True)
+            name = sa.Column(sa.String(50))
+
+        self.order = Order
+        self.db.init_app(self.app)
+        BgJobs(self.app)
+        self.announced: list[int] = []
+        # Blinker holds receivers weakly.
+        self._receiver = lambda app, job: self.announced.append(job.id)
+        job_enqueued.connect(self._receiver, self.app)
+        with self.app.app_context():
+            self.db.create_all()
+
+    @property
+    def session(self) -> Any:
+        return self.db.session
+
+    def enqueue(self, **options: Any) -> Any:
+        return run_background_job("tests.jobs.echo", parameters=[1], **options)
+
+    def exists(self, job: Any) -> bool:
+        return state_of(self.app).store.get(job.id) is not None
+
+
+@pytest.fixture
+def shop(database_url: str) -> Any:
+    shop = Shop(database_url)
+    with shop.app.app_context():
+        yield shop
+        shop.session.remove()
+    state_of(shop.app).store.dispose()
+    with shop.app.app_context():
+        shop.db.engine.dispose()
+
+
+WRITES: dict[str, Callable[[Shop], Any]] = {
+    "a pending object": lambda s: s.session.add(s.order(name="a")),
+    "a flushed row": lambda s: (s.session.add(s.order(name="a")), s.session.flush()),
+    "Core": lambda s: s.session.execute(sa.insert(s.order).values(name="a")),
+    "text": lambda s: s.session.execute(sa.text("INSERT INTO 'order' (name) VALUES ('a')")),
+    "lower-case text after a comment": lambda s: s.session.execute(
+        sa.text("/* note */ insert into 'order' (name) values ('a')")
+    ),
+    "WITH": lambda s: s.session.execute(
+        sa.text("WITH x AS (SELECT 'a' AS n) INSERT INTO 'order' (name) SELECT n FROM x")
+    ),
+    "unknown text": lambda s: s.session.execute(sa.text("PRAGMA user_version")),
+    "a savepoint that is released": lambda s: _in_savepoint(s),
+    "a savepoint that is rolled back": lambda s: _in_savepoint(s, roll_back=True),
+}
+
+
+def _in_savepoint(shop: Shop, roll_back: bool = False) -> None:
+    nested = shop.session.begin_nested()
+    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    if roll_back:
+        nested.rollback()
+    else:
+        nested.commit()
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+class TestUncommittedWrites:
+    def test_the_job_lands_with_the_commit(self, shop: Shop, write: Callable[[Shop], Any]) -> None:
+        """A job joins a session that holds uncommitted writes, and lands with its commit."""
+        write(shop)
+        job = shop.enqueue()
+        assert not shop.exists(job)
+        assert shop.announced == []
+        shop.session.commit()
+        assert shop.exists(job)
+        assert shop.announced == [job.id]
+
+    def test_the_job_goes_with_the_rollback(
+        self, shop: Shop, write: Callable[[Shop], Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A joined job that is rolled back leaves no row, no signal, and a line at DEBUG."""
+        caplog.set_level(logging.DEBUG, "flask_bgjobs")
+        write(shop)
+        job = shop.enqueue()
+        shop.session.rollback()
+        assert count_jobs(shop.app) == 0
+        assert shop.announced == []
+        assert f"Job {job.id} was lost with its transaction" in caplog.text
+
+    def test_a_later_job_is_saved_at_once(
+        self, shop: Shop, write: Callable[[Shop], Any]
+    ) -> None:
+        """The mark of a write ends with the outermost commit."""
+        write(shop)
+        shop.session.commit()
+        assert shop.exists(shop.enqueue())
+
+
+def test_a_clean_session_saves_at_once(shop: Shop) -> None:
+    """Without uncommitted writes the job is saved at once and announced."""
+    job = shop.enqueue()
+    assert shop.exists(job)
+    assert shop.announced == [job.id]
+    shop.session.rollback()
+    assert shop.exists(job)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda s: s.session.scalars(sa.select(s.order)).all(),
+        lambda s: s.session.execute(sa.text("select 1")).all(),
+        lambda s: s.session.begin_nested().commit(),
+    ],
+    ids=["ORM", "text", "an empty savepoint"],
+)
+def test_a_read_only_session_saves_at_once(shop: Shop, read: Callable[[Shop], Any]) -> None:
+    """A session that only read does not hold writes: its job needs no commit."""
+    read(shop)
+    job = shop.enqueue()
+    assert shop.exists(job)
+    shop.session.rollback()
+    assert shop.exists(job)
+
+
+def test_an_unmodified_object_is_no_write(shop: Shop) -> None:
+    """An object set to the value that it has is not a change."""
+    shop.session.add(shop.order(name="a"))
+    shop.session.commit()
+    order = shop.session.scalars(sa.select(shop.order)).one()
+    order.name = "a"
+    assert shop.exists(shop.enqueue())
+
+
+def test_a_modified_object_is_a_write(shop: Shop) -> None:
+    """An unflushed change of a loaded object counts."""
+    shop.session.add(shop.order(name="a"))
+    shop.session.commit()
+    shop.session.scalars(sa.select(shop.order)).one().name = "b"
+    job = shop.enqueue()
+    assert not shop.exists(job)
+
+
+def test_session_none_never_joins(database_url: str) -> None:
+    """With ``session=None`` the job is saved although the session holds writes."""
+    shop = Shop(database_url)
+    with shop.app.app_context():
+        shop.session.add(shop.order(name="a"))
+        job = shop.enqueue(session=None)
+        assert shop.exists(job)
+        shop.session.rollback()
+        assert shop.exists(job)
+
+
+def test_a_given_session_is_always_joined(shop: Shop) -> None:
+    """``session=`` joins a session, whether or not it holds writes."""
+    with Session(shop.db.engine) as session:
+        job = shop.enqueue(session=session)
+        assert not shop.exists(job)
+        session.commit()
+        assert shop.exists(job)
+        lost = shop.enqueue(session=session)
+        session.rollback()
+        assert not shop.exists(lost)
+    assert shop.announced == [job.id]
+
+
+def test_a_given_scoped_session_is_joined(shop: Shop) -> None:
+    """``session=db.session`` joins as well."""
+    job = shop.enqueue(session=shop.session)
+    assert not shop.exists(job)
+    shop.session.commit()
+    assert shop.exists(job)
+
+
+def test_a_session_bound_to_a_connection_is_joined(shop: Shop) -> None:
+    """A session bound to a connection is joined: a commit of ours would be one of its own."""
+    with shop.db.engine.connect() as connection, Session(connection) as session:
+        job = shop.enqueue(session=session)
+        assert not shop.exists(job)
+        session.commit()
+        connection.commit()
+    assert shop.exists(job)
+
+
+def test_a_rolled_back_savepoint_takes_its_job(shop: Shop) -> None:
+    """A job enqueued in a savepoint goes with it; one enqueued before it stays."""
+    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    kept = shop.enqueue()
+    nested = shop.session.begin_nested()
+    lost = shop.enqueue()
+    nested.rollback()
+    shop.session.commit()
+    assert shop.exists(kept)
+    assert not shop.exists(lost)
+    assert shop.announced == [kept.id]
+
+
+def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> None:
+    """``job_enqueued`` follows the outermost commit and not a savepoint's release."""
+    with shop.session.begin_nested():
+        shop.session.execute(sa.insert(shop.order).values(name="a"))
+        job = shop.enqueue()
+    assert shop.announced == []
+    shop.session.commit()
+    assert shop.announced == [job.id]
+
+
+def test_a_closed_session_loses_its_job(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Closing a session without a commit loses the job, and says so at DEBUG."""
+    caplog.set_level(logging.DEBUG, "flask_bgjobs")
+    shop.session.add(shop.order(name="a"))
+    shop.enqueue()
+    shop.session.remove()
+    assert count_jobs(shop.app) == 0
+    assert "was lost with its transaction" in caplog.text
+
+
+def test_joining_flushes(shop: Shop) -> None:
+    """Joining flushes first, so that the order has the id that the job is given next."""
+    order = shop.order(name="a")
+    shop.session.add(order)
+    shop.enqueue()
+    assert order.id is not None
+
+
+def test_waiting_before_the_commit_raises(shop: Shop) -> None:
+    """``wait`` and ``refresh`` of a joined job raise until its transaction committed."""
+    shop.session.add(shop.order(name="a"))
+    job = shop.enqueue()
+    with pytest.raises(JobNotCommitted, match="has not committed"):
+        job.wait(timeout=1)
+    with pytest.raises(JobNotCommitted):
+        job.refresh()
+    shop.session.commit()
+    assert job.refresh().status == "pending"
+
+
+def test_unique_key_does_not_break_the_session(shop: Shop) -> None:
+    """A taken ``unique_key`` leaves the joined transaction usable, and gives the holder back."""
+    first = shop.enqueue(unique_key="k")
+    shop.session.add(shop.order(name="a"))
+    second = shop.enqueue(unique_key="k")
+    assert second.id == first.id
+    assert second.deduplicated
+    shop.session.commit()
+    assert shop.session.scalars(sa.select(shop.order.name)).all() == ["a"]
+    assert shop.announced == [first.id]
+
+
+def test_in_memory_always_joins() -> None:
+    """On in-memory SQLite there is one connection, so that every job joins."""
+    shop = Shop("sqlite://")
+    with shop.app.app_context():
+        lost = shop.enqueue()
+        assert not lost.committed
+        shop.session.rollback()
+        assert shop.enqueue(session=None).committed is False
+        shop.session.commit()
+        assert count_jobs(shop.app) == 1
+
+
+def test_writes_on_another_bind_do_not_count(tmp_path: Any) -> None:
+    """There is no atomicity across binds: a write elsewhere does not make the job join."""
+    shop = Shop(
+        f"sqlite:///{tmp_path / 'main.db'}",
+        SQLALCHEMY_BINDS={"jobs": f"sqlite:///{tmp_path / 'jobs.db'}"},
+        BGJOBS_BIND_KEY="jobs",
+    )
+    with shop.app.app_context():
+        shop.session.add(shop.order(name="a"))
+        shop.session.flush()
+        job = shop.enqueue()
+        assert shop.exists(job)
+        shop.session.rollback()
+        assert shop.exists(job)
+        with state_of(shop.app).store.read() as connection:
+            tables = sa.inspect(connection).get_table_names()
+        assert "order" not in tables
+        assert "bgjobs_job" in tables
+
+
+def test_a_job_on_a_bind_joins_with_session(tmp_path: Any) -> None:
+    """``session=`` joins the session's connection of the tables' own bind."""
+    shop = Shop(
+        f"sqlite:///{tmp_path / 'main.db'}",
+        SQLALCHEMY_BINDS={"jobs": f"sqlite:///{tmp_path / 'jobs.db'}"},
+        BGJOBS_BIND_KEY="jobs",
+    )
+    with shop.app.app_context():
+        job = shop.enqueue(session=shop.session)
+        assert not shop.exists(job)
+        shop.session.commit()
+        assert shop.exists(job)
+
+
+def test_fifteen_threads_that_hold_sessions_never_wait_for_themselves(shop: Shop) -> None:
+    """15 threads that each hold a session, some with writes, enqueue without a time-out."""
+    together = threading.Barrier(15)
+    failures: list[BaseException] = []
+
+    def request(number: int) -> None:
+        try:
+            with shop.app.app_context():
+                shop.session.scalars(sa.select(shop.order)).all()
+                together.wait(timeout=30)
+                for _ in range(10):
+                    if number % 3 == 0:
+                        shop.session.execute(sa.insert(shop.order).values(name="a"))
+                    shop.enqueue()
+                    if number % 3 == 0:
+                        shop.session.commit()
+                shop.session.rollback()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=request, args=[n]) for n in range(15)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert count_jobs(shop.app) == 150
+
+
+def test_a_receiver_that_raises_changes_nothing(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signal receiver that raises is logged; commit and job are not affected."""
+
+    def broken(app: Flask, job: Any) -> None:
+        raise RuntimeError("receiver")
+
+    with job_enqueued.connected_to(broken, shop.app):
+        shop.session.add(shop.order(name="a"))
+        job = shop.enqueue()
+        shop.session.commit()
+    assert stored(shop.app, job).status == "pending"
+    assert "raised; the job is not affected" in caplog.text
+
+
+def test_the_session_of_the_request_is_not_touched(state: AppState, app: Flask) -> None:
+    """Saving at once does not begin a transaction in the host's session."""
+    session = state.db.session()
+    run_background_job("tests.jobs.echo")
+    assert not session.in_transaction()
