@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _REDO_SECONDS = 30.0
 """How long a transaction that the database turned away is tried again."""
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.005, 0.5
 _PROMOTE_AT_ONCE = 1_000
 """Rows per transaction, so that enqueues are not kept waiting behind a long write."""
 _UNIQUE_TRIES = 10
@@ -162,17 +163,25 @@ class Store(abc.ABC):
         ``work`` runs again, from its start, when the database turns the transaction away for
         a passing reason, for up to 30 s.
         """
+
+        def attempt() -> T:
+            with self.engine.begin() as connection:
+                return work(connection)
+
+        return self.redo(attempt)
+
+    def redo(self, attempt: Callable[[], T]) -> T:
+        """What ``attempt`` returns; called again while the database is busy, for up to 30 s."""
         deadline = time.monotonic() + _REDO_SECONDS
-        pause = 0.005
+        pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
-                with self.engine.begin() as connection:
-                    return work(connection)
+                return attempt()
             except DBAPIError as error:
                 if not self.is_redoable(error) or time.monotonic() > deadline:
                     raise
             time.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, 0.5)
+            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:

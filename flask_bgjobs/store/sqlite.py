@@ -46,15 +46,17 @@ class SqliteStore(Store):
     def prepare(self, *, wal: bool) -> str | None:
         if not wal or self.always_joins:
             return None
+        return self.redo(self._turn_wal_on)
+
+    def _turn_wal_on(self) -> str | None:
+        # Needs the database to itself for a moment, and SQLite does not wait for that.
         with self.engine.connect().execution_options(**{_NO_BEGIN: True}) as connection:
             before = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
             if before == "wal":
                 return None
             after = connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar()
         if after != "wal":
-            return (
-                f"SQLite keeps journal_mode {after}; readers and writers will wait for each other"
-            )
+            return f"SQLite keeps journal_mode {after}; readers and writers wait for each other"
         return "SQLite's WAL mode is now on for this database (BGJOBS_SQLITE_WAL)"
 
     def make_engine(self) -> sa.Engine:

@@ -1,0 +1,572 @@
+"""The worker in this process, on a real database: run, retry, cancel, time out, stop."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from flask_bgjobs import (
+    BgJobsError,
+    ConfigError,
+    Job,
+    job_cancelled,
+    job_completed,
+    job_failed,
+    job_rescued,
+    job_retrying,
+    job_started,
+    run_background_job,
+)
+from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.models import Attempt, JobLog, Worker as WorkerRow
+from flask_bgjobs.worker import Worker, WorkerOptions
+from tests.conftest import stored, wait_until
+
+
+@contextmanager
+def working(app: Flask, **options: Any) -> Iterator[Worker]:
+    """A worker in a thread; it must end cleanly when the block does."""
+    worker = Worker(state_of(app), WorkerOptions(**options))
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            worker.run()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        if not worker._stops:
+            worker.stop()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert failures == []
+
+
+def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
+    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
+
+
+def rows(state: AppState, model: Any) -> list[Any]:
+    with state.store.read() as connection:
+        return list(connection.execute(sa.select(model.__table__).order_by(model.id)))
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """A file outside the database in which jobs note that they ran."""
+    return tmp_path / "journal"
+
+
+class TestOutcomes:
+    def test_the_models_job(self, app: Flask) -> None:
+        """A class's method runs with its parameters, and its result is stored."""
+        job = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"], retries=3)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.result) == ("completed", "executed: Hello")
+        assert job.started_at is not None
+        assert job.finished_at is not None
+        assert job.finished_at >= job.started_at >= job.created_at
+
+    def test_async_functions(self, app: Flask) -> None:
+        """An ``async def`` job runs in an event loop of its own."""
+        job = enqueue("async_echo", 7)
+        with working(app):
+            assert job.wait(30).result == 7
+
+    def test_retries_then_success(self, app: Flask, state: AppState, journal: Path) -> None:
+        """A job that fails twice completes on the third attempt, in one row."""
+        job = enqueue("fail_times", 2, str(journal), retries=3, retry_delay=0.05)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.result, job.retry_count, job.attempt) == ("completed", 3, 2, 3)
+        assert job.error is None
+        assert lines(journal) == [f"{job.id} {n}" for n in (1, 2, 3)]
+        attempts = rows(state, Attempt)
+        assert [(row.attempt, row.outcome, row.error_type) for row in attempts] == [
+            (1, "failed", "RuntimeError"),
+            (2, "failed", "RuntimeError"),
+        ]
+        assert "fail_times" in attempts[0].traceback
+
+    def test_four_runs_at_most(self, app: Flask, journal: Path) -> None:
+        """``retries=3`` means four runs at most, and then the job has failed."""
+        job = enqueue("fail_times", 99, str(journal), retries=3, retry_delay=0)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.retry_count, job.attempt) == ("failed", 3, 4)
+        assert job.error == "RuntimeError: attempt 4 fails"
+        assert len(lines(journal)) == 4
+
+    @pytest.mark.parametrize(
+        ("name", "parameters", "status", "error"),
+        [
+            ("fail_for_good", [], "failed", "Fail: it will never work"),
+            ("system_exit", [], "failed", "SystemExit: 3"),
+            ("fail", ["\x00 \ud800".encode("utf-16", "surrogatepass").hex()], "failed", "ValueError"),
+        ],
+    )
+    def test_failures(
+        self, app: Flask, name: str, parameters: list[Any], status: str, error: str
+    ) -> None:
+        """Whatever a job raises, it fails with type and message, and the worker lives."""
+        job = enqueue(name, *parameters, retries=0)
+        with working(app):
+            job.wait(30)
+            assert enqueue("echo", 1).wait(30).result == 1
+        assert job.status == status
+        assert (job.error or "").startswith(error)
+
+    def test_fail_uses_no_retry(self, app: Flask) -> None:
+        """``Fail`` ends the job whatever retries are left."""
+        job = enqueue("fail_for_good", retries=3)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.attempt, job.retry_count) == ("failed", 1, 0)
+
+    def test_retry_uses_one(self, app: Flask) -> None:
+        """``Retry`` asks for another attempt, and fails when none is left."""
+        job = enqueue("ask_retry", 0.01, retries=2, retry_delay=3600)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.attempt, job.retry_count) == ("failed", 3, 2)
+
+    def test_snooze_uses_none(self, app: Flask) -> None:
+        """``Snooze`` runs the job again later without using a retry."""
+        job = enqueue("snooze_once", retries=0)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.result, job.attempt, job.retry_count) == ("completed", "rested", 2, 0)
+
+    def test_progress_meta_and_log(self, app: Flask, state: AppState) -> None:
+        """What running code tells is found with the job."""
+        job = enqueue("report", 4)
+        with working(app):
+            job.wait(30)
+        assert (job.progress, job.progress_note, job.meta) == (1.0, "4 of 4", {"step": 4})
+        assert [row.message for row in rows(state, JobLog)] == [f"step {n}" for n in range(1, 5)]
+
+    def test_a_result_that_is_no_json_fails_at_once(self, app: Flask, state: AppState) -> None:
+        """A result that cannot be stored fails the job, names the value, and is not retried."""
+        state.registry._decorated["bad_result"] = _decorated(lambda: {"x": object()})  # type: ignore[index]
+        job = run_background_job("bad_result", retries=3)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.attempt) == ("failed", 1)
+        assert "result.x" in (job.error or "")
+
+
+def _decorated(function: Callable[..., Any]) -> Any:
+    from flask_bgjobs.options import NO_OPTIONS
+    from flask_bgjobs.registry import Decorated
+
+    return Decorated(function, NO_OPTIONS)
+
+
+class TestTime:
+    def test_a_delay_is_kept(self, app: Flask) -> None:
+        """A delayed job starts after its time, and soon after it."""
+        with working(app):
+            job = enqueue("echo", 1, delay=0.5)
+            job.wait(30)
+        assert job.started_at is not None
+        assert job.started_at >= job.run_at
+
+    def test_due_work_is_found_without_a_wake_up(self, make_app: Callable[..., Flask]) -> None:
+        """With a long poll interval, the clock's trigger wakes the worker when a retry is due."""
+        app = make_app(BGJOBS_POLL_INTERVAL=600)
+        with app.app_context():
+            job = enqueue("fail_times", 1, retries=1, retry_delay=0.3)
+            with working(app):
+                job.wait(30)
+            assert job.status == "completed"
+
+    def test_a_timeout_stops_the_code_and_uses_a_retry(
+        self, app: Flask, state: AppState, journal: Path
+    ) -> None:
+        """An attempt that takes too long is stopped; that is a failure and uses a retry."""
+        job = enqueue("hold", str(journal), timeout=0.3, retries=1, retry_delay=0)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.attempt, job.error_type) == ("failed", 2, "JobTimeout")
+        assert lines(journal).count(f"stopped {job.id} JobTimeout") == 2
+        assert [row.outcome for row in rows(state, Attempt)] == ["timeout", "timeout"]
+
+    def test_an_async_timeout_lets_the_task_clean_up(self, app: Flask, journal: Path) -> None:
+        """An async job is stopped through its task, so that its ``finally`` may await."""
+        job = enqueue("async_hold", str(journal), timeout=0.3, retries=0)
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.error_type) == ("failed", "JobTimeout")
+        assert lines(journal) == ["start", "cleaned up"]
+
+
+class TestCancel:
+    def test_running_code_is_stopped(self, app: Flask, state: AppState, journal: Path) -> None:
+        """Cancelling a running job stops its code, and only then is it cancelled."""
+        job = enqueue("hold", str(journal))
+        with working(app):
+            wait_until(lambda: lines(journal), "the start")
+            state.store.cancel([job.id])
+            assert job.refresh().is_cancelling or job.is_finished
+            job.wait(30)
+        assert job.status == "cancelled"
+        assert lines(journal)[-1] == f"stopped {job.id} JobCancelled"
+
+    def test_async_code_is_stopped(self, app: Flask, state: AppState, journal: Path) -> None:
+        """An async job is cancelled through its task."""
+        job = enqueue("async_hold", str(journal))
+        with working(app):
+            wait_until(lambda: lines(journal), "the start")
+            state.store.cancel([job.id])
+            job.wait(30)
+        assert job.status == "cancelled"
+        assert lines(journal) == ["start", "cleaned up"]
+
+    def test_a_job_that_ends_in_spite_of_it_is_completed(
+        self, app: Flask, state: AppState, tmp_path: Path
+    ) -> None:
+        """A cancel that comes too late changes nothing: the outcome tells."""
+        job = enqueue("echo", 5)
+        with working(app):
+            job.wait(30)
+            assert state.store.cancel([job.id]).skipped
+        assert job.refresh().status == "completed"
+
+    def test_claimed_but_unstarted_jobs_are_cancelled_too(
+        self, app: Flask, state: AppState, journal: Path
+    ) -> None:
+        """A job that waits for a thread is cancelled without running."""
+        with working(app, concurrency=1) as worker:
+            # A pace so quick that the worker claims work ahead.
+            wait_until(lambda: hasattr(worker, "_pool"), "the pool")
+            worker._seconds_per_job = 0.001
+            blocker = enqueue("hold", str(journal))
+            waiting = enqueue("record", str(journal), "must not run")
+            wait_until(lambda: stored(app, waiting).status == "running", "the prefetch")
+            state.store.cancel([waiting.id])
+            waiting.wait(30)
+            assert waiting.status == "cancelled"
+            state.store.cancel([blocker.id])
+            blocker.wait(30)
+        assert "must not run" not in lines(journal)
+
+    def test_the_next_job_on_the_thread_is_not_hit(self, app: Flask, journal: Path) -> None:
+        """After a time-out the thread runs its next jobs undisturbed."""
+        with working(app, concurrency=1):
+            for _ in range(5):
+                enqueue("hold", str(journal), timeout=0.05, retries=0)
+            jobs = [enqueue("echo", n) for n in range(20)]
+            assert [job.wait(30).result for job in jobs] == list(range(20))
+
+
+class TestAllowList:
+    @pytest.mark.parametrize(
+        ("target", "method"), [("os.getcwd", None), ("tests.jobs.SampleJob", "_private")]
+    )
+    def test_a_row_edited_by_hand_is_refused(
+        self,
+        app: Flask,
+        state: AppState,
+        caplog: pytest.LogCaptureFixture,
+        target: str,
+        method: str | None,
+    ) -> None:
+        """A name that the allow-list does not hold is a final failure, logged, never run."""
+        caplog.set_level(logging.INFO, "flask_bgjobs")
+        job = enqueue("echo", retries=3)
+        edited = sa.update(Job).values(target=target, method=method, parameters_json="[]")
+        state.store.transaction(lambda connection: connection.execute(edited))
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.attempt, job.retry_count) == ("failed", 1, 0)
+        assert job.error_type == "JobNotAllowed"
+        assert f"Unauthorized or invalid job class/method | Class: {target}" in caplog.text
+        assert [row.outcome for row in rows(state, Attempt)] == ["refused"]
+
+    def test_parameters_edited_by_hand_fail_the_job(self, app: Flask, state: AppState) -> None:
+        """Parameters that cannot be read fail the job for good."""
+        job = enqueue("echo")
+        edited = sa.update(Job).values(parameters_json="{broken")
+        state.store.transaction(lambda connection: connection.execute(edited))
+        with working(app):
+            assert wait_until(lambda: stored(app, job).status == "failed")
+
+
+class TestStop:
+    def test_running_jobs_get_their_grace(self, app: Flask, journal: Path) -> None:
+        """After a stop nothing is claimed, and what runs may finish."""
+        job = enqueue("hold", str(journal), 0.5)
+        with working(app, concurrency=1, shutdown_timeout=30) as worker:
+            wait_until(lambda: lines(journal), "the start")
+            worker.stop()
+            later = enqueue("echo")
+        assert job.refresh().status == "completed"
+        assert later.refresh().status == "pending"
+
+    def test_after_the_grace_jobs_are_given_back(
+        self, app: Flask, state: AppState, journal: Path
+    ) -> None:
+        """What still runs after the grace is stopped and given back without using a retry."""
+        job = enqueue("hold", str(journal))
+        with working(app, concurrency=1, shutdown_timeout=0.1):
+            wait_until(lambda: lines(journal), "the start")
+        job.refresh()
+        assert (job.status, job.retry_count, job.attempt) == ("pending", 0, 1)
+        assert f"stopped {job.id} JobCancelled" in lines(journal)
+        assert [row.status for row in rows(state, WorkerRow)] == ["stopped"]
+
+    def test_burst_ends_when_nothing_is_left(self, app: Flask) -> None:
+        """``burst`` runs what is there and does not wait for what is due later."""
+        done, later = enqueue("echo"), enqueue("echo", delay=3600)
+        worker = Worker(state_of(app), WorkerOptions(burst=True))
+        worker.run()
+        assert done.refresh().status == "completed"
+        assert later.refresh().status == "scheduled"
+
+    def test_max_jobs_is_exact(self, app: Flask) -> None:
+        """``max_jobs`` stops after exactly so many jobs."""
+        made = [enqueue("echo") for _ in range(10)]
+        worker = Worker(state_of(app), WorkerOptions(max_jobs=4))
+        worker.run()
+        assert [job.refresh().status for job in made] == ["completed"] * 4 + ["pending"] * 6
+
+    def test_max_time(self, app: Flask) -> None:
+        """``max_time`` stops after so many seconds."""
+        begin = time.monotonic()
+        Worker(state_of(app), WorkerOptions(max_time=0.3)).run()
+        assert time.monotonic() - begin >= 0.3
+
+    def test_queues_are_served_in_strict_order(self, app: Flask, journal: Path) -> None:
+        """A worker serves only its queues, the first one first."""
+        for queue in ("low", "high", "other"):
+            enqueue("record", str(journal), queue, queue=queue)
+        Worker(state_of(app), WorkerOptions(queues=["high", "low"], concurrency=1, burst=True)).run()
+        assert lines(journal) == ["high", "low"]
+
+
+class TestLease:
+    def test_a_lost_lease_stops_the_job_and_starts_over(
+        self, app: Flask, state: AppState, journal: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker whose lease was taken stops its job and goes on under a new id."""
+        job = enqueue("hold", str(journal))
+        with working(app, queues=["default"]):
+            wait_until(lambda: lines(journal), "the start")
+            (row,) = rows(state, WorkerRow)
+            hold = sa.update(Job).values(queue="elsewhere")
+            state.store.transaction(lambda connection: connection.execute(hold))
+            wait_until(lambda: state.store.rescue(row.id, _beats(state, row.id)), "the rescue")
+            wait_until(lambda: f"stopped {job.id} JobCancelled" in lines(journal), "the stop")
+            assert enqueue("echo", 3).wait(30).result == 3
+        assert [worker.status for worker in rows(state, WorkerRow)] == ["dead", "stopped"]
+        assert job.refresh().status == "pending"
+        assert "Lease lost" in caplog.text
+
+    def test_suspects_run_one_at_a_time(
+        self, app: Flask, state: AppState, journal: Path
+    ) -> None:
+        """Suspects run alone, their start committed before their code."""
+        jobs = [enqueue("hold", str(journal), 0.2) for _ in range(3)]
+        state.store.transaction(lambda c: c.execute(sa.update(Job).values(suspect=True)))
+        with working(app, concurrency=3):
+            for job in jobs:
+                job.wait(30)
+        events = [line.split()[0] for line in lines(journal)]
+        assert events == ["start", "end"] * 3
+        assert not any(job.suspect for job in jobs)
+
+    def test_another_workers_jobs_are_rescued(self, app: Flask, state: AppState) -> None:
+        """A worker finds the jobs of a dead one by itself, and signals it."""
+        from flask_bgjobs.worker import register
+
+        dead = register(state, "dead", concurrency=1)
+        job = enqueue("echo", 8)
+        state.store.claim(dead, 1)
+        gone = sa.update(WorkerRow).values(process=sa.func.replace(WorkerRow.process, "/", "/9"))
+        state.store.transaction(lambda connection: connection.execute(gone))
+        rescued: list[int] = []
+
+        def note(app: Flask, job: Any, settled: Any) -> None:
+            rescued.append(job.id)
+
+        with job_rescued.connected_to(note, app), working(app):
+            assert job.wait(30).result == 8
+        assert rescued == [job.id]
+        assert job.attempt == 2
+
+
+def _beats(state: AppState, worker_id: int) -> int:
+    return next(row.beats for row in rows(state, WorkerRow) if row.id == worker_id)
+
+
+class TestSignalsAndLogs:
+    def test_each_stage_signals_once(self, app: Flask, state: AppState, journal: Path) -> None:
+        """Started, retrying, failed, completed and cancelled are each told once."""
+        seen: list[tuple[str, int]] = []
+        receivers = []
+        for name, signal in {
+            "started": job_started, "completed": job_completed, "retrying": job_retrying,
+            "failed": job_failed, "cancelled": job_cancelled,
+        }.items():  # fmt: skip
+            def note(app: Flask, job: Any, _name: str = name, **_: Any) -> None:
+                seen.append((_name, job.id))
+
+            signal.connect(note, app)
+            receivers.append(note)
+        good, bad = enqueue("echo"), enqueue("fail", retries=1, retry_delay=0)
+        waiting = enqueue("echo", delay=60)
+        from flask_bgjobs import actions
+
+        actions.cancel(state, [waiting.id])
+        with working(app):
+            good.wait(30)
+            bad.wait(30)
+        assert sorted(seen) == sorted(
+            [
+                ("started", good.id), ("completed", good.id),
+                ("started", bad.id), ("retrying", bad.id), ("started", bad.id), ("failed", bad.id),
+                ("cancelled", waiting.id),
+            ]
+        )  # fmt: skip
+
+    def test_the_lines_of_the_model(self, app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+        """Each stage writes the model's line, on one line, whatever the parameters hold."""
+        caplog.set_level(logging.INFO, "flask_bgjobs")
+        good = run_background_job("tests.jobs.SampleJob", "execute", ["a\nb\x1b\u2028c"])
+        bad = enqueue("fail", "no\nway", retries=1, retry_delay=0)
+        with working(app):
+            good.wait(30)
+            bad.wait(30)
+        messages = [record.getMessage() for record in caplog.records]
+        stages = [message.split(" | ")[0] for message in messages]
+        for stage in (
+            "Job enqueued",
+            "Job running",
+            "Job completed successfully",
+            "Job failed and will retry",
+            "Job failed",
+        ):
+            assert stage in stages
+        assert all("\n" not in message and "\x1b" not in message for message in messages)
+        failed = next(message for message in messages if message.startswith("Job failed | "))
+        assert "Error: ValueError: no\\nway | Retry: 1/1 | Timestamp: " in failed
+        running = next(message for message in messages if "SampleJob" in message)
+        assert "Class: tests.jobs.SampleJob | Method: execute | Parameters: [" in running
+
+    def test_secrets_are_masked_also_in_errors(
+        self, app: Flask, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A positional password is masked in parameters and in the error's text."""
+        caplog.set_level(logging.DEBUG, "flask_bgjobs")
+        job = enqueue("login", "ann", "hunter2!", retries=0)
+        with working(app):
+            job.wait(30)
+        assert "hunter2!" not in caplog.text
+        assert "ann could not log in with ***" in caplog.text
+        assert "hunter2!" in (job.error or "")
+
+
+class TestCannotWork:
+    def test_without_tables_it_says_what_to_run(self, database_url: str) -> None:
+        """A worker without tables says which command makes them."""
+        from tests.conftest import build_app
+
+        app = build_app(database_url)
+        with app.app_context(), pytest.raises(BgJobsError, match="flask db upgrade"):
+            Worker(state_of(app))
+        state_of(app).store.dispose()
+
+    def test_an_in_memory_database_is_refused(self, make_app: Callable[..., Flask]) -> None:
+        """A worker cannot share an in-memory database, and says so."""
+        app = make_app(database_url="sqlite://")
+        with app.app_context(), pytest.raises(ConfigError, match="in-memory"):
+            Worker(state_of(app))
+
+    def test_the_process_pool_is_not_there_yet(self, make_app: Callable[..., Flask]) -> None:
+        """``BGJOBS_POOL = "process"`` is refused by the worker, in one sentence."""
+        app = make_app(BGJOBS_POOL="process")
+        with app.app_context(), pytest.raises(ConfigError, match="thread pool only"):
+            Worker(state_of(app))
+
+    def test_an_import_that_fails_is_named(self, make_app: Callable[..., Flask]) -> None:
+        """A module in ``BGJOBS_IMPORTS`` that cannot be imported is named."""
+        app = make_app(BGJOBS_IMPORTS=["no_such_module_here"])
+        with app.app_context(), pytest.raises(ConfigError, match="no_such_module_here"):
+            Worker(state_of(app)).run()
+
+
+def test_a_broken_session_does_not_reach_the_next_job(app: Flask, state: AppState) -> None:
+    """A job that leaves a transaction open or the session broken is cleaned up after."""
+
+    def break_session() -> None:
+        session = state.db.session
+        session.execute(sa.text("CREATE TABLE left_open (id INTEGER)"))
+        session.execute(sa.text("INSERT INTO left_open VALUES (1)"))
+
+    def look() -> bool:
+        return state.db.session().in_transaction()
+
+    state.registry._decorated["break_session"] = _decorated(break_session)  # type: ignore[index]
+    state.registry._decorated["look"] = _decorated(look)  # type: ignore[index]
+    with working(app, concurrency=1):
+        run_background_job("break_session").wait(30)
+        assert run_background_job("look").wait(30).result is False
+
+
+def test_long_and_quick_jobs_do_not_wait_for_each_other(app: Flask, journal: Path) -> None:
+    """One long job does not keep the quick ones beside it waiting."""
+    slow = enqueue("hold", str(journal), 20)
+    with working(app, concurrency=2, shutdown_timeout=0):
+        wait_until(lambda: lines(journal), "the start")
+        for number in range(30):
+            assert enqueue("echo", number).wait(15).result == number
+        assert slow.refresh().status == "running"
+
+
+def test_wal_is_turned_on_and_said(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker turns WAL on and says so; ``BGJOBS_SQLITE_WAL = False`` leaves it."""
+    caplog.set_level(logging.INFO, "flask_bgjobs")
+    Worker(state_of(app), WorkerOptions(burst=True)).run()
+    assert "WAL mode is now on" in caplog.text
+    with state_of(app).store.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_a_clock_that_jumps_does_not_stop_the_worker(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A jump of the machine's wall clock rebuilds the triggers, and jobs still run."""
+    with working(app):
+        job = enqueue("fail_times", 1, retries=1, retry_delay=0.3)
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + 3600)
+        assert job.wait(30).status == "completed"
+        assert enqueue("echo", 1).wait(30).result == 1
+
+
+def test_started_shows_while_a_job_runs(app: Flask, journal: Path) -> None:
+    """A job that runs for more than a moment shows its start and progress meanwhile."""
+    job = enqueue("hold", str(journal), 20)
+    with working(app, shutdown_timeout=0):
+        wait_until(lambda: stored(app, job).started_at is not None, "the start")
+        assert dt.datetime.now(dt.UTC).replace(tzinfo=None) >= stored(app, job).started_at
