@@ -39,8 +39,8 @@ class AppState:
     """Who may do what on the dashboard; ``None`` until the host registered it."""
     enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
     """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
-    inline: bool = False
-    """Set by ``testing.inline``: a job that joined a session without writes is committed."""
+    commits_clean_sessions: bool = False
+    """Set by ``testing``: a job that joined a session without writes is committed at once."""
 
     def emit(self, signal: Any, **values: object) -> None:
         """Send a signal with this app as sender."""

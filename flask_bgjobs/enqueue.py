@@ -137,7 +137,7 @@ def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUT
     joined.flush()
     saved = state.store.insert(_connection_of(state, joined), jobs)
     joining.follow(joined, _new_among(saved), lambda job: _announce(state, job))
-    if state.inline and was_clean:
+    if state.commits_clean_sessions and was_clean:
         joined.commit()
     return saved
 

@@ -38,13 +38,13 @@ def inline(app: Flask) -> Iterator[None]:
             job.refresh()
 
     state.enqueued.append(run)
-    state.inline = True
     try:
-        yield
+        with _commits_clean_sessions(state):
+            yield
     finally:
-        state.inline = False
         state.enqueued.remove(run)
-        state.store.stop_worker(worker_id)
+        with app.app_context():
+            state.store.stop_worker(worker_id)
 
 
 def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
@@ -60,7 +60,7 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
     _refuse_uncommitted(state)
     import_jobs(state)
     outcomes: list[Settled] = []
-    with app.app_context():
+    with app.app_context(), _commits_clean_sessions(state):
         worker_id = _register(state, "drain")
         state.store.promote()
         while specs := state.store.claim(worker_id, 1, queues):
@@ -68,6 +68,16 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
             state.store.promote()
         state.store.stop_worker(worker_id)
     return outcomes
+
+
+@contextlib.contextmanager
+def _commits_clean_sessions(state: AppState) -> Iterator[None]:
+    """Make enqueues on in-memory SQLite, which always join, behave as on a file."""
+    before, state.commits_clean_sessions = state.commits_clean_sessions, True
+    try:
+        yield
+    finally:
+        state.commits_clean_sessions = before
 
 
 def _register(state: AppState, name: str) -> int:

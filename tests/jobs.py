@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flask_bgjobs import Fail, Retry, Snooze, current_job
+from flask_bgjobs import Fail, Retry, Snooze, current_job, run_background_job
 
 
 class SampleJob:
@@ -130,6 +130,10 @@ def crash_worker(path: str) -> None:
     os.kill(os.getpid(), 9)
 
 
+def enqueue_another(value: int) -> None:
+    run_background_job("tests.jobs.echo", parameters=[value])
+
+
 def login(user: str, password: str) -> None:
     raise ValueError(f"{user} could not log in with {password}")
 
@@ -154,6 +158,7 @@ NAMES = [
             report,
             system_exit,
             crash_worker,
+            enqueue_another,
             login,
         )
     ),

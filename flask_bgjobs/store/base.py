@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
+import os
 import random
 import threading
 import time
@@ -109,6 +110,7 @@ class Store(abc.ABC):
         self._max_crashes = max_crashes
         self._known_queues: set[str] = set()
         self._own_engine: sa.Engine | None = None
+        self._own_engine_pid = 0
         self._own_engine_lock = threading.Lock()
         self._prepare_statements()
 
@@ -144,11 +146,12 @@ class Store(abc.ABC):
 
     @property
     def engine(self) -> sa.Engine:
-        """Our own engine, made on first use; it never touches the host's connections."""
+        """Our own engine, made on first use in each process: a fork must not share connections."""
         with self._own_engine_lock:
-            if self._own_engine is None:
+            if self._own_engine is None or self._own_engine_pid != os.getpid():
                 engine = self.make_engine()
                 self._own_engine = engine.execution_options(**self.execution_options)
+                self._own_engine_pid = os.getpid()
             return self._own_engine
 
     def dispose(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -353,6 +354,26 @@ def test_errors_are_bgjobs_errors() -> None:
     """One ``except BgJobsError`` catches every refusal."""
     for error in (InvalidJob, JobNotAllowed, UniqueKeyTaken, WaitTimeout, ConfigError):
         assert issubclass(error, BgJobsError)
+
+
+def test_a_fork_does_not_share_connections(app: Flask) -> None:
+    """A child that was forked after the parent enqueued opens connections of its own."""
+    parents = run_background_job("tests.jobs.echo")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with app.app_context():
+            engine = app.extensions["bgjobs"].store.engine
+            job = run_background_job("tests.jobs.echo")
+            os.write(writer, f"{job.id} {id(engine)}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    job_id, engine_id = map(int, os.read(reader, 100).split())
+    os.close(reader)
+    os.close(writer)
+    assert engine_id != id(app.extensions["bgjobs"].store.engine)
+    assert job_id == parents.id + 1
+    assert stored(app, job_id).status == "pending"
 
 
 def test_outside_an_app_context_flask_says_so(make_app: Callable[..., Flask]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,9 +40,7 @@ def ended(spec: JobSpec, kind: OutcomeKind = OutcomeKind.COMPLETED, **more: Any)
     return Outcome(spec.id, spec.attempt, kind, wait_seconds=0.01, run_seconds=0.02, **more)
 
 
-def settle(
-    store: Store, worker: int, spec: JobSpec, kind: OutcomeKind, **more: Any
-) -> Settled:
+def settle(store: Store, worker: int, spec: JobSpec, kind: OutcomeKind, **more: Any) -> Settled:
     (settled,) = store.settle(worker, "one", [(spec, ended(spec, kind, **more))])
     return settled
 
@@ -98,7 +96,9 @@ class TestClaim:
         enqueue(queue="paused", priority=9)
         low, high = enqueue(queue="a", priority=1), enqueue(queue="b", priority=2)
         middle = enqueue(queue="a", priority=2)
-        execute(store, sa.insert(Queue).values(name="paused", paused_at=store.now, created_at=store.now))
+        execute(
+            store, sa.insert(Queue).values(name="paused", paused_at=store.now, created_at=store.now)
+        )
         assert [spec.id for spec in store.claim(worker, 10)] == [high, middle, low]
         assert store.claim(worker, 10, ["paused"]) == []
 
@@ -115,9 +115,7 @@ class TestClaim:
         assert store.claim(worker, 10) == []
         assert store.claim(worker + 1, 10) == []
 
-    def test_racing_claims_share_the_jobs(
-        self, app: Flask, store: Store, state: AppState
-    ) -> None:
+    def test_racing_claims_share_the_jobs(self, app: Flask, store: Store, state: AppState) -> None:
         """Eight workers that claim at once get each job exactly once."""
         ids = {enqueue() for _ in range(200)}
         taken: list[int] = []
@@ -143,14 +141,14 @@ class TestClaim:
 
 class TestPlans:
     @pytest.fixture
-    def crowded(self, store: Store) -> Iterator[Store]:
+    def crowded(self, store: Store) -> Store:
         """50,000 rows beside the few that are wanted: parked, finished and of low priority."""
         made = run_background_job("tests.jobs.echo")
-        columns = [c for c in Job.__table__.columns.keys() if c not in ("id", "status", "claim_rank")]
+        columns = [
+            c.name for c in Job.__table__.c if c.name not in ("id", "status", "claim_rank")
+        ]
         names = ", ".join(columns)
-        numbers = (
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000) "
-        )
+        numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000) "
         for status in ("scheduled", "retrying", "completed", "failed", "pending"):
             execute(
                 store,
@@ -160,7 +158,7 @@ class TestPlans:
                 ),
             )
         execute(store, sa.text("ANALYZE"))
-        yield store
+        return store
 
     @pytest.mark.parametrize("queues", [None, ["default", "mail"]], ids=["all", "listed"])
     def test_the_claim_reads_an_index_in_order(
@@ -222,8 +220,13 @@ class TestSettle:
             store.promote()
             (spec,) = store.claim(worker, 1)
             settled = settle(
-                store, worker, spec, OutcomeKind.FAILED,
-                error_type="ValueError", error="ValueError: x", traceback="…",
+                store,
+                worker,
+                spec,
+                OutcomeKind.FAILED,
+                error_type="ValueError",
+                error="ValueError: x",
+                traceback="…",
             )
             assert settled.status == expected
         job = stored(app, job_id)
@@ -254,9 +257,7 @@ class TestSettle:
         ],
         ids=str,
     )
-    def test_the_fence(
-        self, app: Flask, store: Store, worker: int, change: dict[str, Any]
-    ) -> None:
+    def test_the_fence(self, app: Flask, store: Store, worker: int, change: dict[str, Any]) -> None:
         """A settle of another attempt, worker or status changes nothing: the lease is lost."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
@@ -358,9 +359,7 @@ class TestCancel:
 
 
 class TestByHand:
-    def test_a_retry_starts_the_counts_over(
-        self, app: Flask, store: Store, worker: int
-    ) -> None:
+    def test_a_retry_starts_the_counts_over(self, app: Flask, store: Store, worker: int) -> None:
         """A retry by hand sets retry and crash count to 0; ``attempt`` goes on."""
         job_id = enqueue(retries=0)
         (spec,) = store.claim(worker, 1)
@@ -408,21 +407,22 @@ class TestRescue:
         store.claim(worker, 1)
         assert [s.status for s in store.rescue(worker, 0)] == ["pending"]
         job = stored(app, job_id)
-        assert (job.status, job.suspect, job.retry_count, job.crash_count) == ("pending", True, 0, 0)
+        assert (job.status, job.suspect, job.retry_count, job.crash_count) == (
+            "pending",
+            True,
+            0,
+            0,
+        )
         assert [row.status for row in rows(store, Worker)] == ["dead"]
 
-    def test_a_worker_that_beats_in_between_is_left_alone(
-        self, store: Store, worker: int
-    ) -> None:
+    def test_a_worker_that_beats_in_between_is_left_alone(self, store: Store, worker: int) -> None:
         """A heartbeat since the last look keeps the lease."""
         enqueue()
         store.claim(worker, 1)
         assert store.beat(worker)
         assert store.rescue(worker, 0) == []
 
-    def test_a_dead_row_cannot_beat_or_settle(
-        self, app: Flask, store: Store, worker: int
-    ) -> None:
+    def test_a_dead_row_cannot_beat_or_settle(self, app: Flask, store: Store, worker: int) -> None:
         """After the rescue the old worker can neither beat nor record an outcome."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
@@ -431,7 +431,9 @@ class TestRescue:
         assert settle(store, worker, spec, OutcomeKind.COMPLETED).status is None
         assert stored(app, job_id).status == "pending"
 
-    def test_three_proved_crashes_quarantine(self, app: Flask, store: Store, state: AppState) -> None:
+    def test_three_proved_crashes_quarantine(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
         """Only crashes after a committed start count; the third fails the job as crashed."""
         job_id = enqueue()
         for crash in range(4):

@@ -55,6 +55,12 @@ class TestDrain:
         _commit(app)
         assert [o.status for o in drain(app)][-1:] == ["completed"]
 
+    def test_jobs_that_jobs_enqueue_run_too(self, app: Flask) -> None:
+        """What a job enqueues without a commit runs in the same drain, as with a worker."""
+        run_background_job("tests.jobs.enqueue_another", parameters=[5])
+        _commit(app)
+        assert [o.result for o in drain(app)][-1:] == [5]
+
     def test_nothing_to_do(self, app: Flask) -> None:
         """Without jobs there are no outcomes."""
         assert drain(app) == []

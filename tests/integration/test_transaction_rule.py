@@ -115,9 +115,7 @@ class TestUncommittedWrites:
         assert shop.announced == []
         assert f"Job {job.id} was lost with its transaction" in caplog.text
 
-    def test_a_later_job_is_saved_at_once(
-        self, shop: Shop, write: Callable[[Shop], Any]
-    ) -> None:
+    def test_a_later_job_is_saved_at_once(self, shop: Shop, write: Callable[[Shop], Any]) -> None:
         """The mark of a write ends with the outermost commit."""
         write(shop)
         shop.session.commit()
@@ -234,9 +232,7 @@ def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> N
     assert shop.announced == [job.id]
 
 
-def test_a_closed_session_loses_its_job(
-    shop: Shop, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """Closing a session without a commit loses the job, and says so at DEBUG."""
     caplog.set_level(logging.DEBUG, "flask_bgjobs")
     shop.session.add(shop.order(name="a"))

@@ -28,7 +28,8 @@ from flask_bgjobs import (
     run_background_job,
 )
 from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.models import Attempt, JobLog, Worker as WorkerRow
+from flask_bgjobs.models import Attempt, JobLog
+from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.worker import Worker, WorkerOptions
 from tests.conftest import stored, wait_until
 
@@ -122,7 +123,12 @@ class TestOutcomes:
         [
             ("fail_for_good", [], "failed", "Fail: it will never work"),
             ("system_exit", [], "failed", "SystemExit: 3"),
-            ("fail", ["\x00 \ud800".encode("utf-16", "surrogatepass").hex()], "failed", "ValueError"),
+            (
+                "fail",
+                ["\x00 \ud800".encode("utf-16", "surrogatepass").hex()],
+                "failed",
+                "ValueError",
+            ),
         ],
     )
     def test_failures(
@@ -155,7 +161,12 @@ class TestOutcomes:
         job = enqueue("snooze_once", retries=0)
         with working(app):
             job.wait(30)
-        assert (job.status, job.result, job.attempt, job.retry_count) == ("completed", "rested", 2, 0)
+        assert (job.status, job.result, job.attempt, job.retry_count) == (
+            "completed",
+            "rested",
+            2,
+            0,
+        )
 
     def test_progress_meta_and_log(self, app: Flask, state: AppState) -> None:
         """What running code tells is found with the job."""
@@ -360,7 +371,9 @@ class TestStop:
         """A worker serves only its queues, the first one first."""
         for queue in ("low", "high", "other"):
             enqueue("record", str(journal), queue, queue=queue)
-        Worker(state_of(app), WorkerOptions(queues=["high", "low"], concurrency=1, burst=True)).run()
+        Worker(
+            state_of(app), WorkerOptions(queues=["high", "low"], concurrency=1, burst=True)
+        ).run()
         assert lines(journal) == ["high", "low"]
 
 
@@ -382,9 +395,7 @@ class TestLease:
         assert job.refresh().status == "pending"
         assert "Lease lost" in caplog.text
 
-    def test_suspects_run_one_at_a_time(
-        self, app: Flask, state: AppState, journal: Path
-    ) -> None:
+    def test_suspects_run_one_at_a_time(self, app: Flask, state: AppState, journal: Path) -> None:
         """Suspects run alone, their start committed before their code."""
         jobs = [enqueue("hold", str(journal), 0.2) for _ in range(3)]
         state.store.transaction(lambda c: c.execute(sa.update(Job).values(suspect=True)))
@@ -428,6 +439,7 @@ class TestSignalsAndLogs:
             "started": job_started, "completed": job_completed, "retrying": job_retrying,
             "failed": job_failed, "cancelled": job_cancelled,
         }.items():  # fmt: skip
+
             def note(app: Flask, job: Any, _name: str = name, **_: Any) -> None:
                 seen.append((_name, job.id))
 

@@ -1,0 +1,189 @@
+"""The worker as users run it: a process that is stopped, interrupted and killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_bgjobs import Job, run_background_job
+from flask_bgjobs.app_state import AppState
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
+
+pytestmark = pytest.mark.acceptance
+Start = Callable[..., Any]
+
+
+def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
+    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+def test_from_enqueue_to_result(app: Flask, start_worker: Start) -> None:
+    """A worker process runs what this process enqueues, and tells the stages in its log."""
+    worker = start_worker()
+    job = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"], retries=3)
+    assert job.wait(DEADLINE_SECONDS).result == "executed: Hello"
+    wait_until(
+        lambda: "Job completed successfully | Class: tests.jobs.SampleJob" in worker.log.read_text()
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_stops_cleanly(
+    app: Flask, start_worker: Start, journal: Path, number: signal.Signals
+) -> None:
+    """After SIGTERM or Ctrl-C running jobs finish, nothing new starts, and the exit code is 0."""
+    worker = start_worker("-c", "1")
+    running = enqueue("hold", str(journal), 1.0)
+    wait_until(lambda: lines(journal), "the start")
+    waiting = [enqueue("echo", n) for n in range(20)]
+    worker.send_signal(number)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    assert running.refresh().status == "completed"
+    assert {job.refresh().status for job in waiting} == {"pending"}
+    assert "stopped: 1 completed" in worker.log.read_text()
+
+
+def test_a_second_signal_stops_at_once(app: Flask, start_worker: Start, journal: Path) -> None:
+    """The second signal ends the grace: the job is stopped and given back, exit code 0."""
+    worker = start_worker("--shutdown-timeout", "600")
+    job = enqueue("hold", str(journal), 600)
+    wait_until(lambda: lines(journal), "the start")
+    worker.send_signal(signal.SIGTERM)
+    wait_until(lambda: "Worker stopping" in worker.log.read_text(), "the stop")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    job.refresh()
+    assert (job.status, job.retry_count) == ("pending", 0)
+
+
+def test_kill_9_loses_nothing(
+    app: Flask, state: AppState, start_worker: Start, journal: Path
+) -> None:
+    """After ``kill -9`` the jobs run again at once on this host, and no retry is used."""
+    worker = start_worker("-c", "3")
+    jobs = [enqueue("hold", str(journal), 1.5) for _ in range(3)]
+    wait_until(lambda: len(lines(journal)) >= 3, "the starts")
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    start_worker("-c", "3")
+    for job in jobs:
+        job.wait(DEADLINE_SECONDS)
+        assert (job.status, job.retry_count, job.crash_count, job.attempt) == ("completed", 0, 0, 2)
+
+
+def test_a_poison_job_is_quarantined_and_its_neighbours_are_not(
+    app: Flask, start_worker: Start, journal: Path
+) -> None:
+    """A job that kills its worker each time fails as crashed; its neighbours complete."""
+    poison = enqueue("crash_worker", str(journal), retries=10)
+    neighbours = [enqueue("hold", str(journal), 0.3) for _ in range(5)]
+    for _ in range(4):
+        worker = start_worker("-c", "6")
+        assert worker.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    start_worker("-c", "6")
+    for job in neighbours:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+        assert job.crash_count == 0
+    assert poison.wait(DEADLINE_SECONDS).status == "failed"
+    assert (poison.crash_count, poison.error_type, poison.retry_count) == (3, "Crashed", 0)
+    assert lines(journal).count(str(poison.id)) == 4
+
+
+def test_a_stalled_worker_changes_nothing_when_it_comes_back(
+    app: Flask, start_worker: Start, journal: Path, tmp_path: Path
+) -> None:
+    """A worker that is stopped past its lease finds it lost; the newer outcome stands."""
+    gate = tmp_path / "gate"
+    stalled = start_worker("-n", "stalled")
+    job = enqueue("wait_for_file", str(gate))
+    wait_until(lambda: stored(app, job).started_at is not None, "the start")
+    stalled.send_signal(signal.SIGSTOP)
+    start_worker("-n", "second")
+    wait_until(lambda: stored(app, job).attempt == 2, "the rescue")
+    gate.touch()
+    assert job.wait(DEADLINE_SECONDS).status == "completed"
+    settled = stored(app, job)
+    stalled.send_signal(signal.SIGCONT)
+    wait_until(lambda: "ease lost" in stalled.log.read_text(), "the notice")
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    again = stored(app, job)
+    assert (again.attempt, again.worker_id, again.finished_at) == (
+        2,
+        settled.worker_id,
+        settled.finished_at,
+    )
+
+
+def test_unstarted_work_of_a_killed_worker_is_not_blamed(
+    app: Flask, start_worker: Start, journal: Path
+) -> None:
+    """Jobs that a killed worker had claimed ahead run once, as if nothing had been."""
+    worker = start_worker("-c", "1")
+    for number in range(30):
+        enqueue("echo", number).wait(DEADLINE_SECONDS)
+    holder = enqueue("hold", str(journal), 1.0)
+    others = [enqueue("record", str(journal), f"other {n}") for n in range(50)]
+    wait_until(lambda: lines(journal), "the start")
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    start_worker("-c", "4")
+    for job in [holder, *others]:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+        assert job.crash_count == 0
+    for number in range(50):
+        assert lines(journal).count(f"other {number}") == 1
+
+
+def test_cancel_from_another_process(app: Flask, start_worker: Start, journal: Path) -> None:
+    """``flask bgjobs cancel`` stops the code of a job that another process runs."""
+    start_worker()
+    job = enqueue("hold", str(journal), 600)
+    wait_until(lambda: lines(journal), "the start")
+    result = app.test_cli_runner().invoke(args=["bgjobs", "cancel", str(job.id)])
+    assert "was asked to stop" in result.output
+    assert job.wait(DEADLINE_SECONDS).status == "cancelled"
+    assert f"stopped {job.id} JobCancelled" in lines(journal)
+
+
+def test_burst_options(app: Flask, start_worker: Start) -> None:
+    """``--burst`` and ``--max-jobs`` end the process by themselves with exit code 0."""
+    jobs = [enqueue("echo", n) for n in range(10)]
+    assert start_worker("--max-jobs", "4").wait(DEADLINE_SECONDS) == 0
+    assert sorted(job.refresh().status for job in jobs) == ["completed"] * 4 + ["pending"] * 6
+    assert start_worker("--burst").wait(DEADLINE_SECONDS) == 0
+    assert {job.refresh().status for job in jobs} == {"completed"}
+
+
+def test_a_wrong_start_is_one_sentence(tmp_path: Path) -> None:
+    """A worker that cannot work says why in one sentence and exits with 1."""
+    (tmp_path / "empty.py").write_text(
+        "from tests.conftest import build_app\n"
+        f"def create_app(): return build_app('sqlite:///{tmp_path}/none.db')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "empty", "bgjobs", "worker"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: the database has no table")
+    assert "Traceback" not in done.stderr
