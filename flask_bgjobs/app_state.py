@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,13 @@ class AppState:
         """An error or traceback of a job as it may be shown."""
         return self.redactor.text(text, parameters, self._named(target, method))
 
+    def remove_session(self) -> None:
+        """Roll back and close the host's session of this context, whatever state it is in."""
+        try:
+            self.db.session.remove()
+        except Exception:
+            self.app.logger.exception("The session could not be removed cleanly")
+
     def _named(self, target: str, method: str | None) -> Callable[..., Any] | None:
         try:
             return self.registry.resolve(target, method).named
@@ -80,3 +88,18 @@ def state_of(app: Flask) -> AppState:
 def current_state() -> AppState:
     """The state of the current app; an application context is needed."""
     return state_of(current_app._get_current_object())  # type: ignore[attr-defined]  # LocalProxy
+
+
+def import_jobs(state: AppState) -> None:
+    """Import the modules in ``BGJOBS_IMPORTS``, so that their decorated jobs are known.
+
+    :raises ConfigError: names the module that cannot be imported, and why.
+    """
+    for module in state.config.imports:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise ConfigError(
+                f"BGJOBS_IMPORTS names {module!r}, which cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error

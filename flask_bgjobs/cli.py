@@ -19,7 +19,7 @@ from flask.cli import AppGroup
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from . import actions, serialize
-from .app_state import AppState, current_state
+from .app_state import AppState, current_state, import_jobs
 from .config import check_queue
 from .enqueue import run_background_job
 from .errors import BgJobsError, JobNotFound
@@ -105,7 +105,7 @@ def _banner(state: AppState, worker: Any) -> list[str]:
     return [
         f"flask-bgjobs {__version__} worker {worker.name} for the app {state.app.name}",
         f"  database {url}, queues: {queues}",
-        f"  {worker.concurrency} threads, {len(state.registry)} names on the allow-list",
+        f"  threads: {worker.concurrency}, names on the allow-list: {len(state.registry)}",
     ]
 
 
@@ -156,6 +156,7 @@ def enqueue_command(
     **options: Any,
 ) -> None:
     """Enqueue TARGET (a class or function on the allow-list), of a class with its METHOD."""
+    import_jobs(current_state())
     job = run_background_job(
         target,
         method,
@@ -198,6 +199,7 @@ def list_command(
     """List jobs, newest first."""
     from .dashboard.queries import JobFilters, list_jobs
 
+    import_jobs(current_state())
     filters = JobFilters(statuses=tuple(status), queues=tuple(queue), q=search)
     rows = list_jobs(current_state(), filters, per=limit).jobs
     if as_json:
@@ -215,6 +217,7 @@ def show_command(job_id: int, as_json: bool) -> None:
     from .dashboard.queries import job_detail
 
     state = current_state()
+    import_jobs(state)
     job = state.store.get(job_id)
     if job is None:
         raise JobNotFound(f"job {job_id} does not exist")
@@ -286,7 +289,8 @@ def check_command() -> None:
         click.echo(sentence)
     if found:
         raise click.ClickException(
-            f"{len(found)} difference(s); run `flask db migrate` and `flask db upgrade`"
+            f"{len(found)} difference(s); run `flask db migrate` and `flask db upgrade` (without "
+            "Flask-Migrate, `flask bgjobs init-db` makes missing tables)"
         )
     click.echo("The database matches the models")
 

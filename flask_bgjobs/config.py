@@ -95,6 +95,8 @@ class Config:
     """``BGJOBS_RETENTION``: how long finished jobs are kept; ``None`` for ever."""
     redact: tuple[str, ...] = DEFAULT_REDACT
     """``BGJOBS_REDACT``: parts of keys whose values are masked in dashboard and logs."""
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """``BGJOBS_SCHEDULE``: recurring jobs; empty in this version."""
     dashboard: bool = True
     """``BGJOBS_DASHBOARD``: register the blueprint."""
     dashboard_url_prefix: str = "/jobs"
@@ -118,7 +120,7 @@ class Config:
         """
         given = {key: value for key, value in values.items() if key.startswith("BGJOBS_")}
         _warn_unknown(given)
-        _resolve_alias(given)
+        _refuse_both_names(given)
         checked: dict[str, Any] = {}
         for key, value in given.items():
             if key in _KEYS:
@@ -176,9 +178,9 @@ class _Key:
 
 def _warn_unknown(given: Mapping[str, Any]) -> None:
     for key in given:
-        if key in _KEYS or key == _ALIAS:
+        if key in _KEYS:
             continue
-        close = difflib.get_close_matches(key, [*_KEYS, _ALIAS], n=1)
+        close = difflib.get_close_matches(key, _KEYS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         warnings.warn(f"flask-bgjobs does not know the key {key}{hint}", stacklevel=4)
 
@@ -186,14 +188,11 @@ def _warn_unknown(given: Mapping[str, Any]) -> None:
 _ALIAS = "BGJOBS_ALLOWED_CLASSES"
 
 
-def _resolve_alias(given: dict[str, Any]) -> None:
-    if _ALIAS not in given:
-        return
-    if "BGJOBS_ALLOWED_JOBS" in given:
+def _refuse_both_names(given: Mapping[str, Any]) -> None:
+    if _ALIAS in given and "BGJOBS_ALLOWED_JOBS" in given:
         raise ConfigError(
             f"BGJOBS_ALLOWED_JOBS and {_ALIAS} are two names for the same list: keep one of them"
         )
-    given["BGJOBS_ALLOWED_JOBS"] = given.pop(_ALIAS)
 
 
 def _boolean(value: object) -> bool:
@@ -329,13 +328,15 @@ def _text(value: object) -> str:
     return value
 
 
-def _schedule(value: object) -> None:
-    if value:
-        raise ValueError("recurring jobs are not in this version: leave it empty")
+def _schedule(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or value:
+        raise ValueError("recurring jobs are not in this version: leave it out, or empty ({})")
+    return MappingProxyType({})
 
 
 _KEYS = {
     "BGJOBS_ALLOWED_JOBS": _Key("allowed_jobs", _allowed_jobs),
+    _ALIAS: _Key("allowed_jobs", _allowed_jobs),
     "BGJOBS_POOL": _Key("pool", _one_of("thread", "process")),
     "BGJOBS_CONCURRENCY": _Key("concurrency", _optional(_integer(1, 10_000))),
     "BGJOBS_QUEUES": _Key("queues", _optional(_queues)),
@@ -352,6 +353,7 @@ _KEYS = {
     "BGJOBS_MAX_PAYLOAD": _Key("max_payload", _integer(64)),
     "BGJOBS_RETENTION": _Key("retention", _retention),
     "BGJOBS_REDACT": _Key("redact", _redact),
+    "BGJOBS_SCHEDULE": _Key("schedule", _schedule),
     "BGJOBS_DASHBOARD": _Key("dashboard", _boolean),
     "BGJOBS_DASHBOARD_URL_PREFIX": _Key("dashboard_url_prefix", _url_prefix),
     "BGJOBS_DASHBOARD_PUBLIC": _Key("dashboard_public", _boolean),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 import math
 import threading
 from collections import deque
@@ -18,8 +17,6 @@ from .text import storable
 
 _MAX_LINES = 1_000
 """Log lines kept until they are written; beyond that the oldest are dropped and counted."""
-
-_logger = logging.getLogger("flask_bgjobs.job")
 
 
 class CurrentJob:
@@ -91,13 +88,12 @@ class CurrentJob:
                 self._note = storable(str(note))[:255]
 
     def log(self, message: object) -> None:
-        """Keep a line with the job, for its page on the dashboard; also logged at DEBUG."""
+        """Keep a line with the job, for its page on the dashboard."""
         line = storable(str(message))
         with self._lock:
             if len(self._lines) == _MAX_LINES:
                 self._dropped += 1
             self._lines.append(line)
-        _logger.debug("Job %s: %s", self.id, line)
 
     def request_cancel(self) -> None:
         """Make :attr:`cancelled` true; for pools."""

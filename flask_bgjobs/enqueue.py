@@ -215,6 +215,11 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
         return session
     if choice is AUTO and joining.holds_writes(session, state.store.host_engine):
         return session
+    if state.store.has_one_writer and joining.holds_write_lock(session, state.store.host_engine):
+        raise InvalidJob(
+            "session=None would wait for your own uncommitted changes, because SQLite has one "
+            "writer at a time: commit db.session first, or let the job join it"
+        )
     return None
 
 

@@ -26,6 +26,7 @@ from .window import Window
 _MAX_CHAIN = 20
 """Exceptions of a chain that a traceback shows; formatting hundreds takes seconds."""
 _MAX_FRAMES = 50
+_CALLERS = frozenset({__name__, Window.__module__})
 
 
 def execute(
@@ -81,10 +82,13 @@ def _attempt(
         job.check_meta()
         text = serialize.dumps(result, name="result", max_bytes=state.config.max_payload)
         return {"kind": OutcomeKind.COMPLETED, "result_json": text}
+    except JobTimeout as error:
+        return {**_of_exception(error), "error": f"JobTimeout: it ran longer than {spec.timeout} s"}
     except BaseException as error:
         return _of_exception(error)
     finally:
         context.leave(token)
+        state.remove_session()
 
 
 def _call(window: Window, target: Target, parameters: Any) -> Any:
@@ -142,11 +146,13 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def _traceback(error: BaseException) -> str:
-    _cut_chain(error)
     frames_of_job = _without_our_frames(error.__traceback__)
+    chain = _cut_chain(error)
     try:
         text = "".join(
-            traceback.format_exception(type(error), error, frames_of_job, limit=-_MAX_FRAMES)
+            traceback.format_exception(
+                type(error), error, frames_of_job, limit=-_MAX_FRAMES, chain=chain
+            )
         )
     except BaseException as broken:
         frames = "".join(traceback.format_tb(frames_of_job, limit=-_MAX_FRAMES))
@@ -155,18 +161,30 @@ def _traceback(error: BaseException) -> str:
 
 
 def _without_our_frames(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame of the job's code: ours tell the reader nothing."""
-    while frames is not None and frames.tb_frame.f_globals.get("__package__") == __package__:
-        frames = frames.tb_next
-    return frames
+    """The traceback from the first frame of the job's code: what calls it tells nothing."""
+    start, frame = frames, frames
+    while frame is not None:
+        if frame.tb_frame.f_globals.get("__name__") in _CALLERS:
+            start = frame.tb_next
+        frame = frame.tb_next
+    if start is not None and start.tb_frame.f_code is Target.call.__code__:
+        start = start.tb_next
+    return start
 
 
-def _cut_chain(error: BaseException) -> None:
+def _cut_chain(error: BaseException) -> bool:
+    """Whether the chain can be shown: one that is too long is cut, if it lets itself be."""
     link: BaseException | None = error
     for _ in range(_MAX_CHAIN):
         if link is None:
-            return
+            return True
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    if link is not None:
+    if link is None:
+        return True
+    try:
         link.__cause__ = None
         link.__suppress_context__ = True
+    except Exception:
+        # An exception that forbids its attributes to be set.
+        return False
+    return True

@@ -25,11 +25,13 @@ _CONNECTIONS = "bgjobs_connections"
 _JOINED = "bgjobs_joined"
 _ENDS = ("commit", "rollback", "commit_twophase", "rollback_twophase")
 
-_COMMENTS = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/|\()*", re.DOTALL)
-_PLAIN = re.compile(r"select\b", re.IGNORECASE)
+_COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+_MAY_HOLD_COMMENT = re.compile(r"--|/\*")
+_PLAIN = re.compile(r"[\s(]*select\b", re.IGNORECASE)
 _LOCKS_OR_WRITES = re.compile(
     r"\bfor\s+(?:no\s+key\s+update|update|key\s+share|share)\b|\binto\b", re.IGNORECASE
 )
+_SECOND_STATEMENT = re.compile(r";\s*\S")
 _SAVEPOINT = re.compile(r"(?:savepoint|release|rollback)\b", re.IGNORECASE)
 
 OnCommit = Callable[[Job], object]
@@ -50,11 +52,14 @@ def holds_writes(session: Session, engine: sa.Engine) -> bool:
     """Whether ``session`` has changes for ``engine``'s database that are not committed."""
     if _has_unflushed_changes(session, engine):
         return True
-    connections: list[sa.Connection] = session.info.get(_CONNECTIONS, [])
+    return bool(_writing_connections(session, engine))
+
+
+def holds_write_lock(session: Session, engine: sa.Engine) -> bool:
+    """Whether ``session`` keeps every other connection from writing, as one on SQLite may."""
     return any(
-        connection.engine.pool is engine.pool and _WROTE in connection.info
-        for connection in connections
-        if not connection.closed
+        getattr(connection.connection.driver_connection, "in_transaction", False)
+        for connection in _writing_connections(session, engine)
     )
 
 
@@ -76,11 +81,23 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
 
 def is_plain_select(statement: str) -> bool:
     """Whether a statement only reads: a SELECT that takes no lock and stores nothing."""
-    start = _COMMENTS.match(statement)
-    position = start.end() if start else 0
-    if _PLAIN.match(statement, position):
-        return _LOCKS_OR_WRITES.search(statement, position) is None
-    return False
+    bare = _COMMENT.sub(" ", statement) if _MAY_HOLD_COMMENT.search(statement) else statement
+    if not _PLAIN.match(bare):
+        return False
+    # Looked for with and without comments: what looks like one may stand in a literal.
+    locks = _LOCKS_OR_WRITES.search(statement) or _LOCKS_OR_WRITES.search(bare)
+    return not locks and not _SECOND_STATEMENT.search(bare)
+
+
+def _writing_connections(session: Session, engine: sa.Engine) -> list[sa.Connection]:
+    connections: list[sa.Connection] = session.info.get(_CONNECTIONS, [])
+    return [
+        connection
+        for connection in connections
+        if not connection.closed
+        and connection.engine.pool is engine.pool
+        and _WROTE in connection.info
+    ]
 
 
 def _mark_write(connection: sa.Connection, _cursor: object, statement: str, *_rest: object) -> None:

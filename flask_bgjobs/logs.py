@@ -37,7 +37,7 @@ def _on_refused(app: Flask, target: object, method: object, error: Exception) ->
     _write(
         logging.ERROR,
         "Unauthorized or invalid job class/method",
-        {"Class": target, "Method": method, "Error": error},
+        {"Class": target, "Method": method or "-", "Error": error},
     )
 
 

@@ -7,6 +7,7 @@ that is hidden in another.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -91,7 +92,9 @@ def _collect(value: Any, secrets: list[str]) -> None:
         for item in value:
             _collect(item, secrets)
     elif value is not None and not isinstance(value, bool):
-        secrets.append(str(value))
+        text = str(value)
+        # As it stands, and as an error or a log shows it: by repr, and as JSON.
+        secrets += [text, repr(text)[1:-1], json.dumps(text)[1:-1]]
 
 
 def _positional_names(target: Callable[..., object] | None, count: int) -> list[str] | None:

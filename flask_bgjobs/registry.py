@@ -131,10 +131,10 @@ class Registry:
         :raises JobNotAllowed: when they are not allowed; nothing was imported.
         :raises InvalidJob: when they are allowed but do not exist or cannot be imported.
         """
-        known = self._resolved.get((name, method)) if isinstance(name, str) else None
+        self.check(name, method)
+        known = self._resolved.get((name, method))
         if known is not None:
             return known
-        self.check(name, method)
         target = self._find(name, method)
         self._resolved[name, method] = target
         return target
@@ -198,7 +198,10 @@ def _import(name: str) -> Any:
     module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # A module may raise anything, `sys.exit()` included: that is no end of the process.
         raise InvalidJob(
             f"{name} is allowed, but its module cannot be imported: {type(error).__name__}: {error}"
         ) from error

@@ -6,11 +6,13 @@ from them. This is the only file that imports APScheduler.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import math
 import time
 from collections.abc import Callable, Iterable
 
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 
 STEP_SECONDS = 0.05
@@ -44,6 +46,10 @@ class Clock:
 
     def stop(self) -> None:
         """Stop calling; a call under way ends first."""
+        # Paused first, and then waited for by a look at the jobs: APScheduler breaks when it is
+        # shut down while its thread removes a trigger that has just fired.
+        self._scheduler.pause()
+        self._scheduler.get_jobs()
         self._scheduler.shutdown(wait=True)
 
     def wake_in(self, delays: Iterable[float]) -> None:
@@ -62,7 +68,8 @@ class Clock:
         self._offset = offset
         triggers, self._triggers = dict(self._triggers), {}
         for job_id in triggers.values():
-            if self._scheduler.get_job(job_id) is not None:
+            # One that fires at this moment is already gone.
+            with contextlib.suppress(JobLookupError):
                 self._scheduler.remove_job(job_id)
         return True
 

@@ -41,7 +41,9 @@ def differences(state: AppState) -> list[str]:
         wanted = sa.MetaData(schema=schema)
         copy_tables(wanted)
         found = compare_metadata(MigrationContext.configure(connection, opts=options), wanted)
-    return [_sentence(change) for group in found for change in _flat(group)]
+    changes = [change for group in found for change in _flat(group)]
+    missing = {change[1].name for change in changes if change[0] == "add_table"}
+    return [_sentence(c) for c in changes if c[0] != "add_index" or c[1].table.name not in missing]
 
 
 def _flat(group: Any) -> list[tuple[Any, ...]]:

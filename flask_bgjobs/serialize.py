@@ -59,7 +59,7 @@ def loads(text: str) -> Any:
     try:
         plain = json.loads(text)
         return _decode(plain) if TAG in text else plain
-    except (KeyError, TypeError, RecursionError, ArithmeticError) as error:
+    except (AttributeError, KeyError, TypeError, RecursionError, ArithmeticError) as error:
         raise ValueError(f"not written by flask-bgjobs: {error!r}") from error
 
 

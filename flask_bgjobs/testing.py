@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from flask import Flask
 
 from . import joining
-from .app_state import AppState, state_of
+from .app_state import AppState, import_jobs, state_of
 from .context import CurrentJob
 from .errors import BgJobsError
 from .execute import execute
@@ -17,7 +17,7 @@ from .models import Job
 from .signals import emit_settled
 from .spec import JobSpec, Outcome, Settled
 from .window import Window
-from .worker import import_jobs, register
+from .worker import register
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ MAX_TRACEBACK_CHARS = 64 * 1024
 MAX_MESSAGE_CHARS = 2_000
 """Of an error's message: what a person reads; the traceback holds the rest."""
 
+_NOTICE_CHARS = 60
+"""Room for saying how much was left out."""
+
 _NOT_STORABLE = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -18,9 +21,9 @@ def storable(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
     :param limit: most characters; of a longer text head and tail are kept.
     """
     if len(text) > limit:
-        half = limit // 2
-        left_out = len(text) - 2 * half
-        text = f"{text[:half]}\n… {left_out:,} characters left out …\n{text[-half:]}"
+        half = max(0, limit - _NOTICE_CHARS) // 2
+        notice = f"\n… {len(text) - 2 * half:,} characters left out …\n"
+        text = f"{text[:half]}{notice}{text[len(text) - half :]}"[:limit]
     return _NOT_STORABLE.sub("\ufffd", text)
 
 

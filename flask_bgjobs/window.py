@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ _NOTHING = ctypes.py_object()
 """A null pointer: takes back an exception that has not arrived yet."""
 
 
+_AGAIN_SECONDS = 1.0
+"""Between two interruptions of code that swallowed the first: it may be cleaning up."""
 _CLOSED = -1
 """No thread: the code has ended, and nothing may be sent any more."""
 
@@ -35,6 +39,7 @@ class Window:
         self._lock = threading.RLock()
         self._thread: int | None = None
         self._stop_task: Callable[[], object] | None = None
+        self._sent_at = -math.inf
         self.interruption: Interruption | None = None
         """What was sent into the code, if anything."""
 
@@ -54,9 +59,10 @@ class Window:
                 raise self.interruption
             return function()
         finally:
-            # What is still on its way may arrive at any instruction from here on: begin again
-            # until the window is shut, after which nothing new can be sent.
-            while not self.is_closed:
+            # What is still on its way may arrive at any call from here on: begin again until
+            # the window is shut, after which nothing new can be sent. (No call stands outside
+            # the inner `try`, not even of a property.)
+            while self._thread != _CLOSED:
                 try:  # noqa: SIM105 - it may arrive in the code of suppress() as well
                     self._close()
                 except (JobCancelled, JobTimeout):
@@ -67,15 +73,21 @@ class Window:
 
         It is interrupted by cancelling its task, so that its ``finally`` blocks may await.
         """
+        try:
+            self._interrupt_through(_nothing)
+        except BaseException:
+            coroutine.close()
+            raise
 
         async def main() -> T:
             loop, task = asyncio.get_running_loop(), asyncio.current_task()
             assert task is not None
-            self._stop_task = lambda: loop.call_soon_threadsafe(task.cancel)
+            self._interrupt_through(lambda: loop.call_soon_threadsafe(task.cancel))
             try:
                 return await coroutine
             finally:
-                self._stop_task = None
+                # From here on the loop ends, and must not be disturbed.
+                self._interrupt_through(_nothing)
 
         try:
             return asyncio.run(main())
@@ -83,26 +95,47 @@ class Window:
             if self.interruption is None:
                 raise
             raise self.interruption from None
+        finally:
+            coroutine.close()
 
     def interrupt(self, interruption: Interruption) -> bool:
         """Raise ``interruption`` in the code; ``False`` when the window is closed.
 
-        A call in C ends first. Before :meth:`run` it is kept and raised at once there.
+        A call in C ends first. Before :meth:`run` it is kept and raised at once there. Code that
+        swallowed it is interrupted again by a later call, at most once a second.
         """
         with self._lock:
             if self.is_closed:
                 return False
             self.interruption = self.interruption or interruption
-            if self._stop_task is not None:
-                self._stop_task()
-            elif self._thread is not None:
-                _set_async_exception(
-                    ctypes.c_ulong(self._thread), ctypes.py_object(self.interruption)
-                )
+            now = time.monotonic()
+            if self._thread is not None and now - self._sent_at >= _AGAIN_SECONDS:
+                self._sent_at = now
+                self._send()
             return True
+
+    def _send(self) -> None:
+        if self._stop_task is not None:
+            self._stop_task()
+        else:
+            assert self._thread is not None
+            _set_async_exception(ctypes.c_ulong(self._thread), ctypes.py_object(self.interruption))
+
+    def _interrupt_through(self, stop_task: Callable[[], object]) -> None:
+        """Send interruptions to a task from now on, also one that came before it began."""
+        with self._lock:
+            if self._stop_task is None and self._thread is not None:
+                _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
+            self._stop_task = stop_task
+            if self.interruption is not None:
+                stop_task()
 
     def _close(self) -> None:
         with self._lock:
             if self._thread is not None:
                 _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
             self._thread = _CLOSED
+
+
+def _nothing() -> None:
+    """Stops no task: there is none at the moment."""

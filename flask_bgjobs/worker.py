@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from . import schema
-from .app_state import AppState
+from .app_state import AppState, import_jobs
 from .errors import BgJobsError, ConfigError
 from .heart import Heart
 from .identity import this_process
@@ -34,8 +33,6 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _FOLLOW_SECONDS = 0.25
 """How often running jobs are looked after: cancel requests, leases, progress."""
-_INTERRUPT_AGAIN_SECONDS = 1.0
-"""Between two interruptions of code that swallowed the first."""
 _PREFETCH_SECONDS = 0.1
 """Work claimed ahead: more would keep a new high-priority job waiting."""
 _MAX_CLAIM = 1_000
@@ -100,7 +97,6 @@ class Worker:
         self._suspects: collections.deque[JobSpec] = collections.deque()
         self._suspect_running: JobSpec | None = None
         self._marked: set[tuple[int, int]] = set()
-        self._interrupted: dict[tuple[int, int], float] = {}
         self._followed = 0.0
         self._look_due = False
         self._looked_ahead = self._swept = -float("inf")
@@ -108,6 +104,7 @@ class Worker:
         self._deadline = None if options.max_time is None else time.monotonic() + options.max_time
         self._sweeper = Sweeper(state.store, config.lease)
         _check_can_work(state)
+        import_jobs(state)
 
     def stop(self) -> None:
         """Ask the worker to stop: running jobs get their grace; the second call ends that.
@@ -134,7 +131,6 @@ class Worker:
         notice = self.state.store.prepare(wal=self.state.config.sqlite_wal)
         if notice:
             _logger.info(notice)
-        import_jobs(self.state)
         self._register()
         self._pool = ThreadPool(self.state, self.concurrency, self._on_finished)
         self._heart = Heart(self.state.store, self._id, self.state.config.heartbeat_interval)
@@ -212,7 +208,6 @@ class Worker:
     def _after_settle(self, settled: Settled) -> None:
         spec = settled.spec
         self._marked.discard((spec.id, spec.attempt))
-        self._interrupted.pop((spec.id, spec.attempt), None)
         if self._suspect_running is spec:
             self._suspect_running = None
         if settled.status is None:
@@ -241,10 +236,7 @@ class Worker:
             lost = view.attempts.get(spec.id) != spec.attempt
             if not lost and spec.id not in view.cancelling:
                 continue
-            key = (spec.id, spec.attempt)
-            if now - self._interrupted.get(key, -float("inf")) >= _INTERRUPT_AGAIN_SECONDS:
-                self._interrupted[key] = now
-                self._pool.cancel(spec)
+            self._pool.cancel(spec)
 
     def _show_started(self) -> None:
         """Show jobs as started that run for longer than a moment."""
@@ -378,7 +370,7 @@ class Worker:
         for spec, outcome in ended:
             stopped_by_us = (spec.id, spec.attempt) in given_back
             if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
-                outcome = _given_back(spec)
+                outcome = dataclasses.replace(_given_back(spec), report=outcome.report)
             self._finished.append((spec, outcome))
         for spec in self._pool.running_specs():
             _logger.warning("Job %s did not stop; it is given back while its code runs", spec.id)
@@ -441,21 +433,6 @@ def register(
 
 def _given_back(spec: JobSpec) -> Outcome:
     return Outcome(spec.id, spec.attempt, OutcomeKind.GIVEN_BACK)
-
-
-def import_jobs(state: AppState) -> None:
-    """Import the modules in ``BGJOBS_IMPORTS``, so that their decorated jobs are known.
-
-    :raises ConfigError: names the module that cannot be imported, and why.
-    """
-    for module in state.config.imports:
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            raise ConfigError(
-                f"BGJOBS_IMPORTS names {module!r}, which cannot be imported: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
 
 def _check_can_work(state: AppState) -> None:

@@ -8,7 +8,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import scoped_session
 
 from ..errors import DatabaseNotSupported
-from .base import ActionResult, LeaseView, NewJob, Store, unique_hash
+from .base import Store
+from .by_hand import ActionResult
+from .inserts import NewJob, unique_hash
+from .runs import LeaseView
 from .sqlite import SqliteStore
 
 __all__ = ["ActionResult", "LeaseView", "NewJob", "Store", "make_store", "unique_hash"]

@@ -6,16 +6,18 @@ import contextlib
 import datetime as dt
 import sqlite3
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 
-from ..models import Job, UtcTime
+from ..models import UtcTime
 from ..spec import JobSpec
 from ..states import JobStatus
-from .base import SPEC_COLUMNS, Store
+from .base import Store
+from .claims import SPEC_COLUMNS
+from .database import JOBS
 
 _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
@@ -25,13 +27,12 @@ compare as text."""
 _READ_ONLY = "bgjobs_read_only"
 _NO_BEGIN = "bgjobs_no_begin"
 
-_job = cast(sa.Table, Job.__table__)
-
 
 class SqliteStore(Store):
     """The statements on SQLite 3.35 or newer."""
 
     now = sa.func.strftime(_CLOCK, "now", type_=UtcTime)
+    has_one_writer = True
     insert_into = staticmethod(sqlite.insert)
 
     def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
@@ -96,11 +97,11 @@ class SqliteStore(Store):
         self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
     ) -> list[JobSpec]:
         rows = connection.execute(
-            sa.update(_job)
-            .where(_job.c.id.in_(candidates.limit(limit)))
+            sa.update(JOBS)
+            .where(JOBS.c.id.in_(candidates.limit(limit)))
             .values(
                 status=JobStatus.RUNNING.value,
-                attempt=_job.c.attempt + 1,
+                attempt=JOBS.c.attempt + 1,
                 worker_id=worker_id,
                 claimed_at=self.now,
                 started_at=None,
@@ -108,7 +109,7 @@ class SqliteStore(Store):
                 progress=None,
                 progress_note=None,
             )
-            .returning(*SPEC_COLUMNS, _job.c.run_at.label("due"))
+            .returning(*SPEC_COLUMNS, JOBS.c.run_at.label("due"))
         ).all()
         # RETURNING promises no order.
         ordered = sorted(rows, key=lambda row: (-row.priority, row.due, row.id))

@@ -151,7 +151,7 @@ def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
     output = run("worker", "--burst", "-q", "mail, low", "-c", "2", "-n", "me")
     assert "worker me for the app shop" in output
     assert "queues: mail, low" in output
-    assert "2 threads" in output
+    assert "threads: 2" in output
     assert "Worker me stopped: 1 completed" in output
     assert "ran no job" in run("worker", "--burst")
 

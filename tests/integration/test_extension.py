@@ -160,7 +160,28 @@ def test_all_public_names_are_there() -> None:
     """Every name of the contract is exported."""
     import flask_bgjobs
 
-    for name in ["BgJobs", "run_background_job", "current_job", "Job", "JobStatus", "Retry", "Snooze", "Fail", "JobCancelled", "JobTimeout", "job_enqueued", "job_started", "job_completed", "job_retrying", "job_failed", "job_cancelled", "job_rescued", "worker_started", "worker_stopped"]:
+    names = [
+        "BgJobs",
+        "run_background_job",
+        "current_job",
+        "Job",
+        "JobStatus",
+        "Retry",
+        "Snooze",
+        "Fail",
+        "JobCancelled",
+        "JobTimeout",
+        "job_enqueued",
+        "job_started",
+        "job_completed",
+        "job_retrying",
+        "job_failed",
+        "job_cancelled",
+        "job_rescued",
+        "worker_started",
+        "worker_stopped",
+    ]
+    for name in names:
         assert hasattr(flask_bgjobs, name), name
         assert name in flask_bgjobs.__all__
 

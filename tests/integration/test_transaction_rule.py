@@ -13,7 +13,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Session
 
-from flask_bgjobs import BgJobs, JobNotCommitted, job_enqueued, run_background_job
+from flask_bgjobs import BgJobs, InvalidJob, JobNotCommitted, job_enqueued, run_background_job
 from flask_bgjobs.app_state import AppState, state_of
 from tests import jobs
 from tests.conftest import count_jobs, stored
@@ -176,6 +176,15 @@ def test_session_none_never_joins(database_url: str) -> None:
         assert shop.exists(job)
         shop.session.rollback()
         assert shop.exists(job)
+
+
+def test_session_none_does_not_wait_for_its_own_writes(shop: Shop) -> None:
+    """On SQLite, saving beside one's own flushed write could only wait: it is refused at once."""
+    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    with pytest.raises(InvalidJob, match="first, or let the job join"):
+        shop.enqueue(session=None)
+    shop.session.commit()
+    assert shop.exists(shop.enqueue(session=None))
 
 
 def test_a_given_session_is_always_joined(shop: Shop) -> None:

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
+	@exec $(BIN)/python -m example_app.demo
+
+test: $(STAMP) ## all tests, on every processor
+	$(BIN)/python -m pytest -n auto
+
+lint: $(STAMP) ## style, types and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict flask_bgjobs
+	$(BIN)/lint-imports
+
+docs: $(STAMP) ## the documentation, as docs/_build/html
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+build: $(STAMP) ## sdist and wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## remove what these targets made, the demo's data included
+	rm -rf $(VENV) build dist docs/_build instance *.egg-info .hypothesis .mypy_cache .pytest_cache \
+		.ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,example]'
+	@touch $@

@@ -1,0 +1,217 @@
+"""The shop's background jobs.
+
+Each may run more than once: it looks first at what is already done, or does it over
+without harm.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime as dt
+import io
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+
+from flask_bgjobs import Fail, Retry, current_job
+
+from . import mail, products_csv
+from .extensions import bgjobs, db
+from .formats import money
+from .models import Order, OutboxMail, Product, ProductUpload, Report, now
+from .products_csv import BadRow, ProductRow
+
+IMPORT_CHUNK = 100
+"""Rows per transaction: small enough that a shop on SQLite goes on selling meanwhile."""
+MAX_BAD_LINES_LOGGED = 20
+
+
+class SampleJob:
+    """The job of ``/test-background-job``."""
+
+    def execute(self, message: str) -> str:
+        current_job.log(f"SampleJob says: {message}")
+        return message.upper()
+
+
+class FlakyJob:
+    """Fails at first and succeeds later, to show what retries look like."""
+
+    def execute(self, succeed_on: int = 3) -> str:
+        """:param succeed_on: the attempt that goes well."""
+        if current_job.attempt < succeed_on:
+            raise ConnectionError(f"the warehouse did not answer (attempt {current_job.attempt})")
+        return f"the warehouse answered on attempt {current_job.attempt}"
+
+
+class DeclinedPayment:
+    """Fails for good at once: no retry would change a bank's mind."""
+
+    def execute(self, order_number: int) -> None:
+        raise Fail(f"the card for order {order_number} was declined")
+
+
+class StockCount:
+    """Takes its time, reports progress, and can be cancelled on the way."""
+
+    def execute(self, shelves: int = 60, seconds_per_shelf: float = 0.5) -> int:
+        for shelf in range(1, shelves + 1):
+            time.sleep(seconds_per_shelf)
+            current_job.progress(shelf / shelves, f"{shelf} of {shelves} shelves")
+            if shelf % 10 == 0:
+                current_job.log(f"shelf {shelf} counted")
+        return shelves
+
+
+@bgjobs.job(queue="mail", retries=5, retry_delay=10, backoff="exponential", timeout=60)
+def send_receipt(order_id: int) -> str:
+    """Send the receipt of an order, once.
+
+    A crash between the mail server's answer and the commit sends it again, under the same
+    Message-ID; no mail system can do better.
+    """
+    receipt = _receipt(db.session.get_one(Order, order_id))
+    if receipt.sent_at is not None:
+        return "was sent before"
+    try:
+        receipt.transport = mail.deliver(receipt)
+    except mail.MailDelayed as error:
+        raise Retry(str(error)) from error
+    except mail.MailRefused as error:
+        raise Fail(str(error)) from error
+    receipt.sent_at = now()
+    db.session.commit()
+    return f"{receipt.transport}: {receipt.recipient}"
+
+
+def _receipt(order: Order) -> OutboxMail:
+    if order.mail is None:
+        order.mail = OutboxMail(
+            recipient=order.user.email,
+            subject=f"Your order {order.id}: {order.product.name}",
+            body=(
+                f"Dear {order.user.name},\n\nthank you for your order.\n\n"
+                f"{order.quantity} x {order.product.name} ({order.product.sku})\n"
+                f"Total: {money(order.total_cents)}\n\nYour shop\n"
+            ),
+        )
+        # Committed before the mail server is asked: no lock is held while it thinks.
+        db.session.commit()
+    return order.mail
+
+
+@bgjobs.job(queue="imports", retries=3, timeout=600)
+def import_products(upload_id: int) -> dict[str, int]:
+    """Create or update products from an uploaded CSV file, by SKU.
+
+    Each chunk is committed together with the number of rows done, so that another attempt
+    goes on where the last one ended and every row is counted once.
+    """
+    upload = db.session.get_one(ProductUpload, upload_id)
+    try:
+        total = products_csv.count(upload.content)
+    except products_csv.NotAProductFile as error:
+        raise Fail(str(error)) from error
+    current_job.log(f"{upload.filename}: {total} rows, {upload.rows_done} done before")
+    rows = itertools.islice(products_csv.parse(upload.content), upload.rows_done, None)
+    for chunk in _batched(rows, IMPORT_CHUNK):
+        _import_chunk(upload, chunk)
+        db.session.commit()
+        current_job.progress(upload.rows_done / total, f"{upload.rows_done} of {total} rows")
+    upload.finished_at = now()
+    db.session.commit()
+    counts = {name: getattr(upload, name) for name in ("created", "updated", "unchanged", "bad")}
+    current_job.log(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return counts
+
+
+def _batched(rows: Iterator[ProductRow | BadRow], size: int) -> Iterator[list[ProductRow | BadRow]]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+def _import_chunk(upload: ProductUpload, chunk: list[ProductRow | BadRow]) -> None:
+    skus = [row.sku for row in chunk if isinstance(row, ProductRow)]
+    known = db.session.scalars(sa.select(Product).where(Product.sku.in_(skus)))
+    products = {product.sku: product for product in known}
+    for row in chunk:
+        if isinstance(row, BadRow):
+            _count_bad(upload, row)
+        elif row.sku in products:
+            _update(upload, products[row.sku], row)
+        else:
+            products[row.sku] = _create(upload, row)
+    upload.rows_done += len(chunk)
+
+
+def _count_bad(upload: ProductUpload, row: BadRow) -> None:
+    upload.bad += 1
+    if upload.bad <= MAX_BAD_LINES_LOGGED:
+        current_job.log(f"line {row.line}: {row.reason}")
+    elif upload.bad == MAX_BAD_LINES_LOGGED + 1:
+        current_job.log("more bad lines are counted, but not listed")
+
+
+def _create(upload: ProductUpload, row: ProductRow) -> Product:
+    product = Product(**dataclasses.asdict(row))
+    db.session.add(product)
+    upload.created += 1
+    return product
+
+
+def _update(upload: ProductUpload, product: Product, row: ProductRow) -> None:
+    changes = {
+        name: value
+        for name, value in dataclasses.asdict(row).items()
+        if getattr(product, name) != value
+    }
+    for name, value in changes.items():
+        setattr(product, name, value)
+    if changes:
+        upload.updated += 1
+    else:
+        upload.unchanged += 1
+
+
+@bgjobs.job(queue="reports", retries=2, timeout=300)
+def build_sales_report(report_id: int) -> int:
+    """Write the sales of a report's days into it as CSV; returns the number of products.
+
+    Run again, it writes the same columns anew, so there is nothing to look at first.
+    """
+    report = db.session.get_one(Report, report_id)
+    sales = db.session.execute(_sales(report.since, report.until)).all()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["sku", "name", "orders", "pieces", "revenue"])
+    for sku, name, orders, pieces, cents in sales:
+        writer.writerow([_cell(sku), _cell(name), orders, pieces, f"{cents / 100:.2f}"])
+    report.content = text.getvalue()
+    report.finished_at = now()
+    db.session.commit()
+    current_job.log(f"{len(sales)} products sold from {report.since} to {report.until}")
+    return len(sales)
+
+
+def _sales(since: dt.date, until: dt.date) -> sa.Select[Any]:
+    first = dt.datetime.combine(since, dt.time.min)
+    end = dt.datetime.combine(until + dt.timedelta(days=1), dt.time.min)
+    revenue = sa.func.sum(Order.quantity * Order.unit_price_cents)
+    return (
+        sa.select(
+            Product.sku, Product.name, sa.func.count(Order.id), sa.func.sum(Order.quantity), revenue
+        )
+        .join(Order, Order.product_id == Product.id)
+        .where(Order.created_at >= first, Order.created_at < end)
+        .group_by(Product.id, Product.sku, Product.name)
+        .order_by(revenue.desc(), Product.sku)
+    )
+
+
+def _cell(text: str) -> str:
+    # A spreadsheet would run a cell that starts like a formula.
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,0 +1,185 @@
+"""Who may do what, and that it was really they who asked.
+
+Everything is closed until the host registers an authorizer. A view that stands in no line of
+:data:`_ACTIONS` is closed as well, so that a new one cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from flask import Blueprint, Response, abort, current_app, g, request
+from flask.typing import ResponseReturnValue
+from flask_wtf.csrf import generate_csrf, validate_csrf
+from wtforms import ValidationError
+
+from ..app_state import current_state
+from ..models import Job
+from . import queries
+
+_logger = logging.getLogger("flask_bgjobs")
+
+VIEW, DISPATCH = "view", "dispatch"
+_ACTIONS = {
+    "overview": VIEW,
+    "list_jobs": VIEW,
+    "show_job": VIEW,
+    "dispatch": DISPATCH,
+    "act": "",
+}
+"""What the authorizer is asked for each view; the empty one is named by the address."""
+
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+FRAGMENT_HEADER = "X-Bgjobs-Fragment"
+"""Sent by our script: the answer is the part of the page that changes."""
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def protect(blueprint: Blueprint) -> None:
+    """Put every view of ``blueprint`` behind authorization, CSRF check and headers."""
+    blueprint.before_request(_guard)
+    blueprint.after_request(_add_headers)
+
+
+def is_allowed(action: str, job: Job | None = None) -> bool:
+    """Whether the visitor may do ``action``, by configuration and the host's authorizer.
+
+    An authorizer that raises allows nothing.
+    """
+    state = current_state()
+    if action == VIEW:
+        if state.config.dashboard_public:
+            return True
+    elif state.config.read_only:
+        return False
+    authorizer = state.find_authorizer()
+    if authorizer is None:
+        return False
+    try:
+        return bool(authorizer(action, job))
+    except Exception:
+        _logger.exception("The dashboard's authorizer raised for %r; access is refused", action)
+        return False
+
+
+def visible(job: Job) -> bool:
+    """Whether the visitor may see ``job``."""
+    return is_allowed(VIEW, job)
+
+
+def requested_job() -> Job:
+    """The job that the address names; the guard found it and let the visitor see it."""
+    job: Job = g.bgjobs_job
+    return job
+
+
+def find_visible_job(job_id: int) -> Job | None:
+    """The job, when it exists and the visitor may see it."""
+    if not queries.is_possible_id(job_id):
+        return None
+    job = current_state().store.get(job_id)
+    return job if job is not None and visible(job) else None
+
+
+def csrf_token() -> str | None:
+    """The token that every form sends; ``None`` when the app cannot sign one."""
+    return generate_csrf() if current_app.secret_key else None
+
+
+def csrf_field_name() -> str:
+    """The name under which forms send the token, as the host's own protection expects it."""
+    return str(current_app.config.get("WTF_CSRF_FIELD_NAME", "csrf_token"))
+
+
+def wants_fragment() -> bool:
+    """Whether our script asks for the changing part of a page."""
+    return FRAGMENT_HEADER in request.headers
+
+
+def _guard() -> ResponseReturnValue | None:
+    view = (request.endpoint or "").rpartition(".")[2]
+    if view == "static":
+        return None
+    values: dict[str, Any] = request.view_args or {}
+    action = _ACTIONS.get(view) or values.get("verb")
+    if action is None:
+        abort(403)
+    refusal = _refuse_job(action, values["job_id"]) if "job_id" in values else _refuse(action)
+    if refusal is not None:
+        return refusal
+    if request.method not in _READING:
+        _check_request_is_ours()
+    return None
+
+
+def _refuse_job(action: str, job_id: int) -> ResponseReturnValue | None:
+    job = find_visible_job(job_id)
+    if job is None:
+        # The same answers as to an id that does not exist, whichever it is.
+        refusal = _refuse(VIEW)
+        if refusal is None:
+            abort(404)
+        return refusal
+    g.bgjobs_job = job
+    return None if action == VIEW else _refuse(action, job)
+
+
+def _refuse(action: str, job: Job | None = None) -> ResponseReturnValue | None:
+    """The answer to who may not; ``None`` when the visitor may."""
+    if is_allowed(action, job):
+        return None
+    if current_state().find_authorizer() is not None and _is_anonymous():
+        if wants_fragment() or _prefers_json():
+            return Response("Log in first.", 401, mimetype="text/plain")
+        answer: ResponseReturnValue = current_app.login_manager.unauthorized()  # type: ignore[attr-defined]  # set by Flask-Login
+        return answer
+    if current_state().config.read_only and action != VIEW:
+        abort(403, "BGJOBS_READ_ONLY is set: nothing can be changed here.")
+    abort(403, "You are not allowed to do this.")
+
+
+def _is_anonymous() -> bool:
+    """Whether the host has Flask-Login and nobody is logged in."""
+    if not hasattr(current_app, "login_manager"):
+        return False
+    from flask_login import current_user
+
+    return not current_user.is_authenticated
+
+
+def _prefers_json() -> bool:
+    return request.accept_mimetypes.best_match(["text/html", "application/json"]) == (
+        "application/json"
+    )
+
+
+def _check_request_is_ours() -> None:
+    """Refuse a change that another site made the visitor's browser send.
+
+    Checked here whether or not the host has ``CSRFProtect``, and also where it switched that
+    off: a dashboard cannot rely on either.
+    """
+    if not current_app.secret_key:
+        abort(400, "Changes need a SECRET_KEY in the app's configuration.")
+    if request.headers.get("Sec-Fetch-Site") == "cross-site":
+        abort(400, "The request came from another site.")
+    token = request.form.get(csrf_field_name()) or request.headers.get("X-CSRFToken")
+    try:
+        validate_csrf(token)
+    except ValidationError as error:
+        abort(400, f"{error} Go back, reload the page and try again; nothing was changed.")
+
+
+def _add_headers(response: Response) -> Response:
+    headers = response.headers
+    headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    headers.setdefault("Referrer-Policy", "same-origin")
+    if (request.endpoint or "").rpartition(".")[2] != "static":
+        headers.setdefault("Cache-Control", "no-store")
+    return response

@@ -1,0 +1,288 @@
+"""The dispatch form: text becomes what ``run_background_job`` takes, errors go to their field."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import inspect
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from flask_wtf import FlaskForm
+from wtforms import Field, HiddenField, StringField, TextAreaField, ValidationError
+
+from .. import serialize
+from ..app_state import AppState, current_state
+from ..config import check_queue
+from ..enqueue import run_background_job
+from ..errors import BgJobsError, JobNotAllowed
+from ..models import Job
+from ..options import priority_number
+from ..redact import MASK
+from ..registry import Registry
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobChoice:
+    """Something that may be dispatched, or why it may not."""
+
+    value: str
+    """Name, and after a colon the method of a class."""
+    label: str
+    error: str | None = None
+
+
+def job_choices(registry: Registry) -> list[JobChoice]:
+    """Everything on the allow-list, each method of a class by itself."""
+    return [choice for name in registry.names() for choice in _choices_of(registry, name)]
+
+
+def _choices_of(registry: Registry, name: str) -> list[JobChoice]:
+    try:
+        methods: list[str | None] = [*registry.methods(name)] or [None]
+        return [_choice(registry, name, method) for method in methods]
+    except BgJobsError as error:
+        return [JobChoice(name, name, str(error))]
+
+
+def _choice(registry: Registry, name: str, method: str | None) -> JobChoice:
+    label = f"{name}.{method}" if method else name
+    names = [
+        parameter.name if parameter.default is parameter.empty else f"{parameter.name}=…"
+        for parameter in _signature(registry, name, method)
+    ]
+    return JobChoice(job_value(name, method), f"{label}({', '.join(names)})")
+
+
+def _signature(registry: Registry, name: str, method: str | None) -> list[inspect.Parameter]:
+    return list(registry.resolve(name, method).signature.parameters.values())
+
+
+def job_value(target: str, method: str | None) -> str:
+    """A target and its method as one value of the form."""
+    return target if method is None else f"{target}:{method}"
+
+
+class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
+    """What to run, when and how; ``options`` and ``values`` are set by ``validate``."""
+
+    class Meta:
+        # The blueprint has checked the token of every POST before a form is made.
+        csrf = False
+
+    job = StringField("Job")
+    parameters = TextAreaField("Parameters", default="[]")
+    queue = StringField("Queue")
+    priority = StringField("Priority")
+    delay = StringField("Delay in seconds")
+    run_at = StringField("Run at (UTC)")
+    retries = StringField("Retries")
+    retry_delay = StringField("Retry delay in seconds")
+    timeout = StringField("Timeout in seconds")
+    again = HiddenField()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.values: Any = []
+        """The parameters, read."""
+        self.options: dict[str, Any] = {}
+        """The other arguments of ``run_background_job``."""
+
+    def validate_job(self, field: Field) -> None:
+        if not field.data:
+            raise ValidationError("Choose a job.")
+
+    def validate_parameters(self, field: Field) -> None:
+        self.values = _parameters(field.data or "[]")
+
+    def validate_queue(self, field: Field) -> None:
+        text = (field.data or "").strip()
+        if text:
+            _check(check_queue, text)
+        self._keep(field, text or None)
+
+    def validate_priority(self, field: Field) -> None:
+        text = (field.data or "").strip()
+        value = int(text) if _NUMBER.fullmatch(text) else text
+        if text:
+            _check(priority_number, value, current_state().config.priorities)
+        self._keep(field, value if text else None)
+
+    def validate_delay(self, field: Field) -> None:
+        self._keep(field, _seconds(field.data))
+
+    def validate_run_at(self, field: Field) -> None:
+        self._keep(field, _utc_time(field.data))
+        if field.data and self.delay.data:
+            raise ValidationError("Give either a delay or a time, not both.")
+
+    def validate_retries(self, field: Field) -> None:
+        text = (field.data or "").strip()
+        if text and not _NUMBER.fullmatch(text):
+            raise ValidationError("Must be a whole number.")
+        self._keep(field, int(text) if text else None)
+
+    def validate_retry_delay(self, field: Field) -> None:
+        texts = [text for text in (field.data or "").split(",") if text.strip()]
+        delays = [_seconds(text) for text in texts]
+        self._keep(field, delays[0] if len(delays) == 1 else delays or None)
+
+    def validate_timeout(self, field: Field) -> None:
+        self._keep(field, _seconds(field.data))
+
+    def _keep(self, field: Field, value: Any) -> None:
+        self.options[field.name] = value
+
+    @property
+    def target(self) -> str:
+        """The dotted name chosen."""
+        return str(self.job.data).partition(":")[0]
+
+    @property
+    def method(self) -> str | None:
+        """The method chosen."""
+        return str(self.job.data).partition(":")[2] or None
+
+    def place_error(self, error: BgJobsError) -> None:
+        """Show a refusal at the field that it is about, or above the form."""
+        text = str(error)
+        # Refusals open with the option's name: "priority 'x' is not …", "parameters[0]: …".
+        named = re.match(r"(?:the |each )?([a-z_]+)", text)
+        name = "job" if isinstance(error, JobNotAllowed) else named and named[1]
+        place = self[name].errors if name in self else self.form_errors
+        place.append(_sentence(text))
+
+
+def form_like(state: AppState, job: Job) -> DispatchForm:
+    """The form filled in with what ``job`` was dispatched with; secrets are masked."""
+    delays = json.loads(job.retry_delay)
+    return DispatchForm(
+        formdata=None,
+        data={
+            "job": job_value(job.target, job.method),
+            "parameters": _editable(_masked(state, job)),
+            "queue": job.queue,
+            "priority": str(job.priority),
+            "retries": str(job.retries),
+            "retry_delay": ", ".join(f"{delay:g}" for delay in delays),
+            "timeout": "" if job.timeout is None else f"{job.timeout:g}",
+            "again": str(job.id),
+        },
+    )
+
+
+def dispatch_job(state: AppState, form: DispatchForm, again: Job | None) -> Job | None:
+    """The job enqueued from the form; ``None`` when it is refused, with the errors in the form.
+
+    :param again: the job that the form was filled in from; what is still masked in the form is
+        copied from it here, so that it never leaves the server.
+    """
+    if not form.validate():
+        return None
+    parameters = form.values
+    more: dict[str, Any] = {}
+    if again is not None and (again.target, again.method) == (form.target, form.method):
+        # Only into the same job: another one might show what this one hides.
+        parameters = _unmask(parameters, _masked(state, again), again.parameters)
+        more = {
+            "backoff": again.backoff,
+            "max_retry_delay": again.max_retry_delay,
+            "jitter": again.jitter,
+            "tags": again.tags or None,
+            "owner": again.owner,
+        }
+    try:
+        job = run_background_job(
+            form.target, form.method, parameters, **form.options, **more, session=None
+        )
+    except BgJobsError as error:
+        form.place_error(error)
+        return None
+    if not job.committed:
+        # An in-memory database has one connection only, so the job joined the host's session.
+        state.db.session.commit()
+    return job
+
+
+def _masked(state: AppState, job: Job) -> Any:
+    masked = state.masked_parameters(job.target, job.method, job.parameters)
+    return serialize.loads(serialize.dumps(masked))
+
+
+def _editable(value: Any) -> str:
+    """JSON that reads back as ``value``, dates and the like as tagged objects."""
+    return json.dumps(json.loads(serialize.dumps(value)), ensure_ascii=False, indent=2)
+
+
+def _unmask(given: Any, masked: Any, original: Any) -> Any:
+    """``given`` with the values that were masked and left so taken from ``original``."""
+    if given == MASK and masked == MASK:
+        return original
+    if isinstance(given, dict) and isinstance(masked, dict):
+        return {
+            key: _unmask(value, masked[key], original[key]) if key in masked else value
+            for key, value in given.items()
+        }
+    if isinstance(given, list) and isinstance(masked, list):
+        known = list(zip(masked, original, strict=True))
+        items = [
+            _unmask(value, *known[index]) if index < len(known) else value
+            for index, value in enumerate(given)
+        ]
+        # Masking made lists of tuples and sets.
+        with contextlib.suppress(TypeError):
+            return type(original)(items)
+        return items
+    return given
+
+
+def _parameters(text: str) -> Any:
+    try:
+        json.loads(text)
+        value = serialize.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValidationError(
+            f"Not JSON: {error.msg}, line {error.lineno} column {error.colno}."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f"Not readable: {error}.") from None
+    if not isinstance(value, list | dict):
+        raise ValidationError("Must be a list [ … ] or an object { … }.")
+    return value
+
+
+def _check(check: Callable[..., object], *values: object) -> None:
+    try:
+        check(*values)
+    except ValueError as error:
+        raise ValidationError(_sentence(str(error))) from None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def _seconds(text: str | None) -> float | None:
+    text = (text or "").strip()
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValidationError(f"{text[:40]!r} is not a number of seconds.") from None
+
+
+def _utc_time(text: str | None) -> dt.datetime | None:
+    text = (text or "").strip()
+    if not text:
+        return None
+    try:
+        when = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValidationError("Must be a time such as 2026-11-23T20:00.") from None
+    return when.replace(tzinfo=dt.UTC) if when.tzinfo is None else when

@@ -1,0 +1,156 @@
+"""What people do to jobs: look at one, cancel, retry, delete."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from ..models import Attempt, Job, JobLog
+from ..states import WAITING, JobStatus
+from .database import JOBS, Database
+from .inserts import loaded_job, unique_hash
+
+
+@dataclasses.dataclass(slots=True)
+class ActionResult:
+    """What an action did to each of the jobs that it was asked to change."""
+
+    done: list[int] = dataclasses.field(default_factory=list)
+    requested: list[int] = dataclasses.field(default_factory=list)
+    """Running jobs that were asked to stop."""
+    skipped: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Why the others were left alone."""
+
+
+class ByHand(Database):
+    """The statements behind commands and buttons, each guarded by status."""
+
+    def get(self, job_id: int) -> Job | None:
+        """The job, loaded and detached; ``None`` where there is none."""
+        with self.read() as connection:
+            row = connection.execute(sa.select(JOBS).where(JOBS.c.id == job_id)).one_or_none()
+        return None if row is None else loaded_job(row)
+
+    def cancel(self, ids: Sequence[int]) -> ActionResult:
+        """Cancel jobs that wait, and ask running ones to stop."""
+
+        def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
+            result = ActionResult()
+            for job_id, status in found.items():
+                if status in WAITING:
+                    result.done.append(job_id)
+                elif status == JobStatus.RUNNING:
+                    result.requested.append(job_id)
+                else:
+                    result.skipped[job_id] = f"it is already {status}"
+            self._update_each(
+                connection,
+                result.done,
+                status=JobStatus.CANCELLED.value,
+                finished_at=self.now,
+                unique_hash=None,
+            )
+            self._update_each(
+                connection,
+                result.requested,
+                cancel_requested_at=sa.func.coalesce(JOBS.c.cancel_requested_at, self.now),
+            )
+            return result
+
+        return self._act(ids, work)
+
+    def retry(self, ids: Sequence[int]) -> ActionResult:
+        """Make failed, cancelled or retrying jobs pending again, with all their retries."""
+
+        def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
+            result = ActionResult()
+            for job_id, status in found.items():
+                if status not in (
+                    JobStatus.FAILED,
+                    JobStatus.CANCELLED.value,
+                    JobStatus.RETRYING.value,
+                ):
+                    result.skipped[job_id] = f"it is {status}"
+                elif self._retake_key(connection, job_id):
+                    result.done.append(job_id)
+                else:
+                    result.skipped[job_id] = "another job holds its unique_key"
+            self._update_each(
+                connection,
+                result.done,
+                status=JobStatus.PENDING.value,
+                run_at=self.now,
+                retry_count=0,
+                crash_count=0,
+                suspect=False,
+                cancel_requested_at=None,
+                started_at=None,
+                finished_at=None,
+            )
+            return result
+
+        return self._act(ids, work)
+
+    def delete(self, ids: Sequence[int]) -> ActionResult:
+        """Delete jobs that do not run, with their attempts and log lines."""
+
+        def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
+            result = ActionResult()
+            for job_id, status in found.items():
+                if status == JobStatus.RUNNING:
+                    result.skipped[job_id] = "it is running; cancel it first"
+                elif self._delete_one(connection, job_id):
+                    result.done.append(job_id)
+                else:
+                    result.skipped[job_id] = "a row of another table refers to it"
+            return result
+
+        return self._act(ids, work)
+
+    def _act(
+        self,
+        ids: Sequence[int],
+        work: Callable[[sa.Connection, Mapping[int, str]], ActionResult],
+    ) -> ActionResult:
+        def locked(connection: sa.Connection) -> ActionResult:
+            rows = connection.execute(
+                sa.select(JOBS.c.id, JOBS.c.status)
+                .where(JOBS.c.id.in_(ids))
+                .order_by(JOBS.c.id)
+                .with_for_update()
+            )
+            found = {row.id: row.status for row in rows}
+            result = work(connection, found)
+            result.skipped.update({i: "it does not exist" for i in ids if i not in found})
+            return result
+
+        return self.transaction(locked)
+
+    def _update_each(self, connection: sa.Connection, ids: Sequence[int], **values: Any) -> None:
+        if ids:
+            connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(**values))
+
+    def _retake_key(self, connection: sa.Connection, job_id: int) -> bool:
+        key = connection.scalar(sa.select(JOBS.c.unique_key).where(JOBS.c.id == job_id))
+        if key is None:
+            return True
+        try:
+            with connection.begin_nested():
+                self._update_each(connection, [job_id], unique_hash=unique_hash(key))
+        except IntegrityError:
+            return False
+        return True
+
+    def _delete_one(self, connection: sa.Connection, job_id: int) -> bool:
+        try:
+            with connection.begin_nested():
+                connection.execute(sa.delete(JOBS).where(JOBS.c.id == job_id))
+                connection.execute(sa.delete(Attempt).where(Attempt.job_id == job_id))
+                connection.execute(sa.delete(JobLog).where(JobLog.job_id == job_id))
+        except IntegrityError:
+            return False
+        return True

@@ -1,0 +1,122 @@
+"""Claim: taking pending jobs in the order of an index, best first."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from ..models import Job, Queue
+from ..spec import JobSpec
+from ..states import JobStatus
+from .database import JOBS, WORKERS, Database
+
+SPEC_COLUMNS = [
+    (JOBS.c[Job.__mapper__.attrs[field.name].columns[0].name]).label(field.name)
+    for field in dataclasses.fields(JobSpec)
+]
+
+_PENDING = (
+    sa.select(JOBS.c.id)
+    .where(JOBS.c.status == JobStatus.PENDING.value)
+    .order_by(JOBS.c.claim_rank, JOBS.c.run_at, JOBS.c.id)
+)
+_PAUSED_QUEUES = sa.select(Queue.name).where(Queue.paused_at.is_not(None))
+_NEXT_PENDING_QUEUE = (
+    sa.select(JOBS.c.queue)
+    .where(JOBS.c.status == JobStatus.PENDING.value, JOBS.c.queue > sa.bindparam("after"))
+    .order_by(JOBS.c.queue)
+    .limit(1)
+)
+
+
+class Claims(Database):
+    """The statements of a claim."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known_queues: set[str] = set()
+
+    def claim(
+        self, worker_id: int, limit: int, queues: Sequence[str] | None = None
+    ) -> list[JobSpec]:
+        """Up to ``limit`` pending jobs, now running under ``worker_id``, best first.
+
+        :param queues: served in this strict order; ``None`` serves all by priority.
+        """
+        specs = self.transaction(lambda c: self._claim(c, worker_id, limit, queues))
+        self._known_queues |= {spec.queue for spec in specs}
+        return specs
+
+    def claim_one(self, worker_id: int, job_id: int) -> list[JobSpec]:
+        """The job ``job_id``, now running under ``worker_id``, due or not; empty if it may not."""
+        waiting = (JobStatus.PENDING.value, JobStatus.SCHEDULED.value)
+        candidates = sa.select(JOBS.c.id).where(JOBS.c.id == job_id, JOBS.c.status.in_(waiting))
+        return self.transaction(lambda c: self.claim_from(c, worker_id, candidates, 1))
+
+    @abc.abstractmethod
+    def claim_from(
+        self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
+    ) -> list[JobSpec]:
+        """Claim the first ``limit`` of the ordered ``candidates``, best first."""
+
+    def _claim(
+        self, connection: sa.Connection, worker_id: int, limit: int, queues: Sequence[str] | None
+    ) -> list[JobSpec]:
+        if not self._is_alive(connection, worker_id):
+            return []
+        specs: list[JobSpec] = []
+        for candidates in self._candidates(connection, limit, queues):
+            specs += self.claim_from(connection, worker_id, candidates, limit - len(specs))
+            if len(specs) >= limit:
+                break
+        self._register_queues(connection, {spec.queue for spec in specs})
+        return specs
+
+    def _is_alive(self, connection: sa.Connection, worker_id: int) -> bool:
+        status = connection.scalar(sa.select(WORKERS.c.status).where(WORKERS.c.id == worker_id))
+        return status == "alive"
+
+    def _candidates(
+        self, connection: sa.Connection, limit: int, queues: Sequence[str] | None
+    ) -> Iterator[sa.Select[Any]]:
+        paused = set(connection.scalars(_PAUSED_QUEUES))
+        if queues is not None:
+            yield from (self._pending_in(name) for name in queues if name not in paused)
+        elif paused:
+            # Read queue by queue, or the claim would step over every row of the paused ones.
+            open_queues = [name for name in self._pending_queues(connection) if name not in paused]
+            if open_queues:
+                yield self._merged(open_queues, limit)
+        else:
+            yield _PENDING
+
+    def _pending_in(self, queue: str) -> sa.Select[Any]:
+        return _PENDING.where(JOBS.c.queue == queue)
+
+    def _merged(self, queues: Sequence[str], limit: int) -> sa.Select[Any]:
+        best_of_each = (
+            self._pending_in(name)
+            .add_columns(JOBS.c.claim_rank, JOBS.c.run_at)
+            .limit(limit)
+            .subquery()
+            for name in queues
+        )
+        best = sa.union_all(*(sa.select(each) for each in best_of_each)).subquery()
+        return sa.select(best.c.id).order_by(best.c.claim_rank, best.c.run_at, best.c.id)
+
+    def _pending_queues(self, connection: sa.Connection) -> Iterator[str]:
+        """The queues that hold pending jobs, one index seek each."""
+        name = connection.scalar(_NEXT_PENDING_QUEUE, {"after": ""})
+        while name is not None:
+            yield name
+            name = connection.scalar(_NEXT_PENDING_QUEUE, {"after": name})
+
+    def _register_queues(self, connection: sa.Connection, names: set[str]) -> None:
+        for name in sorted(names - self._known_queues):
+            known = connection.scalar(sa.select(Queue.name).where(Queue.name == name))
+            if known is None:
+                connection.execute(sa.insert(Queue).values(name=name, created_at=self.now))

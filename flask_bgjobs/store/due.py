@@ -1,0 +1,86 @@
+"""Due work: promoting it to pending, and looking ahead for the clock."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections.abc import Iterator, Sequence
+
+import sqlalchemy as sa
+
+from ..states import JobStatus
+from .database import JOBS, Database
+
+_PROMOTE_AT_ONCE = 1_000
+"""Rows per transaction, so that enqueues are not kept waiting behind a long write."""
+_NEXT_DUE = (
+    sa.select(JOBS.c.run_at)
+    .where(
+        JOBS.c.status == sa.bindparam("status"),
+        JOBS.c.run_at > sa.bindparam("after", type_=JOBS.c.run_at.type),
+        JOBS.c.run_at <= sa.bindparam("until", type_=JOBS.c.run_at.type),
+    )
+    .order_by(JOBS.c.run_at)
+    .limit(1)
+)
+
+
+class Due(Database):
+    """The statements about time."""
+
+    def promote(self) -> int:
+        """Move jobs that are due to ``pending``; how many were moved."""
+        moved = 0
+        while True:
+            batch: int = self.transaction(lambda c: c.execute(self._promote).rowcount)
+            moved += batch
+            if batch < _PROMOTE_AT_ONCE:
+                return moved
+
+    def upcoming(self, horizon_seconds: float, step_seconds: float) -> list[float]:
+        """Seconds until jobs are due, ascending; none of two within ``step_seconds``.
+
+        :param horizon_seconds: how far to look ahead.
+        """
+        with self.read() as connection:
+            dues = {
+                due
+                for status in (JobStatus.SCHEDULED.value, JobStatus.RETRYING.value)
+                for due in self._upcoming(connection, status, horizon_seconds, step_seconds)
+            }
+        return sorted(dues)
+
+    def _upcoming(
+        self, connection: sa.Connection, status: str, horizon: float, step: float
+    ) -> Iterator[float]:
+        now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+        end = now + dt.timedelta(seconds=horizon)
+        last = now - dt.timedelta(days=1)
+        while True:
+            due = connection.scalar(_NEXT_DUE, {"status": status, "after": last, "until": end})
+            if due is None:
+                return
+            yield (due - now).total_seconds()
+            last = max(due, now) + dt.timedelta(seconds=step)
+
+    def unfinished(self, queues: Sequence[str] | None) -> bool:
+        """Whether any job is pending or running in ``queues``, or in all."""
+        statement = sa.select(JOBS.c.id).where(
+            JOBS.c.status.in_([JobStatus.PENDING.value, JobStatus.RUNNING.value])
+        )
+        if queues is not None:
+            statement = statement.where(JOBS.c.queue.in_(queues))
+        with self.read() as connection:
+            return connection.execute(statement.limit(1)).first() is not None
+
+    @functools.cached_property
+    def _promote(self) -> sa.Update:
+        due = (
+            sa.select(JOBS.c.id)
+            .where(
+                JOBS.c.status.in_([JobStatus.SCHEDULED.value, JobStatus.RETRYING.value]),
+                JOBS.c.run_at <= self.now,
+            )
+            .limit(_PROMOTE_AT_ONCE)
+        )
+        return sa.update(JOBS).where(JOBS.c.id.in_(due)).values(status=JobStatus.PENDING.value)

@@ -1,0 +1,109 @@
+"""Workers and their leases: signs of life, and the rescue of what a dead worker held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+
+from ..models import Worker
+from ..spec import JobSpec, Outcome, Settled
+from ..states import JobStatus, OutcomeKind
+from .claims import SPEC_COLUMNS
+from .database import JOBS
+from .settles import Settles
+
+
+class Leases(Settles):
+    """The statements of a worker's life."""
+
+    def register_worker(self, values: Mapping[str, Any]) -> int:
+        """The id of a new, living worker."""
+
+        def work(connection: sa.Connection) -> int:
+            result = connection.execute(
+                sa.insert(Worker).values(
+                    **values, status="alive", started_at=self.now, heartbeat_at=self.now
+                )
+            )
+            (worker_id,) = result.inserted_primary_key or (0,)
+            return int(worker_id)
+
+        return self.transaction(work)
+
+    def beat(self, worker_id: int) -> bool:
+        """Show that a worker lives. ``False``: its lease was taken away, it must start over."""
+        alive = (
+            sa.update(Worker)
+            .where(Worker.id == worker_id, Worker.status == "alive")
+            .values(heartbeat_at=self.now, beats=Worker.beats + 1)
+        )
+        return bool(self.transaction(lambda c: c.execute(alive).rowcount))
+
+    def stop_worker(self, worker_id: int) -> None:
+        """Record that a worker ended cleanly, with nothing left to it."""
+        self.transaction(
+            lambda c: c.execute(
+                sa.update(Worker)
+                .where(Worker.id == worker_id, Worker.status == "alive")
+                .values(status="stopped", stopped_at=self.now)
+            )
+        )
+
+    def living_workers(self) -> list[sa.Row[Any]]:
+        """Id, name, host, process and beats of the workers that hold a lease."""
+        with self.read() as connection:
+            return list(
+                connection.execute(
+                    sa.select(Worker.id, Worker.name, Worker.host, Worker.process, Worker.beats)
+                    .where(Worker.status == "alive")
+                    .order_by(Worker.id)
+                )
+            )
+
+    def rescue(self, worker_id: int, beats: int) -> list[Settled]:
+        """Take the lease of a silent worker, and its running jobs, in one transaction.
+
+        :param beats: the last heartbeat seen; nothing happens when there was one since.
+        :returns: one per job taken from it.
+        """
+        return self.transaction(lambda c: self._rescue(c, worker_id, beats))
+
+    def _rescue(self, connection: sa.Connection, worker_id: int, beats: int) -> list[Settled]:
+        taken = connection.execute(
+            sa.update(Worker)
+            .where(Worker.id == worker_id, Worker.status == "alive", Worker.beats == beats)
+            .values(status="dead", stopped_at=self.now)
+        )
+        if not taken.rowcount:
+            return []
+        name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id)) or ""
+        rows = connection.execute(
+            sa.select(*SPEC_COLUMNS)
+            .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id)
+            .order_by(JOBS.c.id)
+            .with_for_update()
+        )
+        specs = [JobSpec(**row._mapping) for row in rows]
+        lost = [(spec, _lost_outcome(spec, name)) for spec in specs]
+        return self.settle_within(connection, worker_id, name, lost) if lost else []
+
+
+def _lost_outcome(spec: JobSpec, worker_name: str) -> Outcome:
+    """The outcome of a dead worker's job: only a suspect that had started is to blame."""
+    if spec.suspect and spec.started_at is not None:
+        return Outcome(
+            spec.id,
+            spec.attempt,
+            OutcomeKind.CRASHED,
+            error_type="Crashed",
+            error=f"Crashed: worker {worker_name} died while it ran this job alone",
+        )
+    return Outcome(
+        spec.id,
+        spec.attempt,
+        OutcomeKind.LOST,
+        error_type="WorkerLost",
+        error=f"WorkerLost: worker {worker_name} died",
+    )

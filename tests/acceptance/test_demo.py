@@ -1,0 +1,283 @@
+"""The demo as a newcomer runs it: real processes, real signals, a real browser."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright import sync_api
+
+from tests.conftest import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+END_SECONDS = 30
+JOB_SECONDS = 60
+HAS_PROC = Path("/proc/self/environ").exists()
+
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(not HAS_PROC, reason="finds the demo's processes in /proc"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Demo:
+    """``python -m example_app.demo`` in an instance folder of its own."""
+
+    def __init__(self, instance: Path, port: int) -> None:
+        self._instance = instance
+        self._log = instance.with_name(f"{instance.name}-{port}.log")
+        # An ordinary environment, but for what could point the shop elsewhere.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SHOP_")}
+        environment |= {
+            "PORT": str(port),
+            "SHOP_INSTANCE_PATH": str(instance),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "example_app.demo"],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._saw_welcome = False
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_until_started(self) -> None:
+        def started() -> bool:
+            assert self._process.poll() is None, self.output
+            return "Ctrl-C ends both" in self.output and "Worker started" in self.output
+
+        wait_until(started, "the demo's start")
+
+    def said(self, pattern: str) -> str:
+        found = re.search(pattern, self.output)
+        assert found is not None, self.output
+        return found[1]
+
+    @property
+    def address(self) -> str:
+        return self.said(r"The shop +(http://\S+)/")
+
+    @property
+    def login(self) -> tuple[str, str]:
+        return self.said(r"Sign in as +(\S+)"), self.said(r"with password +(\S+)")
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait_until_ended(self) -> int:
+        try:
+            return self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the demo did not end:\n{self.output}")
+
+    def processes(self, command: str = "") -> list[int]:
+        """The demo's living processes with ``command`` in their command line."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            # Gone or another user's: not one of ours in either case.
+            with contextlib.suppress(OSError):
+                environment = (folder / "environ").read_bytes()
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                ours = f"SHOP_INSTANCE_PATH={self._instance}".encode() in environment.split(b"\0")
+                if ours and command.encode() in line:
+                    found.append(int(folder.name))
+        return found
+
+    def child(self, command: str) -> int:
+        (pid,) = self.processes(command)
+        return pid
+
+    def close(self) -> None:
+        """Leave nothing behind, also after a test that failed."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+
+StartDemo = Callable[..., Demo]
+
+
+@pytest.fixture
+def start_demo(tmp_path: Path) -> Iterator[StartDemo]:
+    made: list[Demo] = []
+
+    def start(port: int | None = None) -> Demo:
+        demo = Demo(tmp_path / "instance", free_port() if port is None else port)
+        made.append(demo)
+        demo.wait_until_started()
+        return demo
+
+    yield start
+    for demo in made:
+        demo.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_both_and_the_demo(start_demo: StartDemo, number: int) -> None:
+    """Ctrl-C or SIGTERM ends web server and worker, the demo's exit code is 0, and it can be
+    started again with the same login."""
+    demo = start_demo()
+    assert len(demo.processes()) == 3
+    demo.send(number)
+    assert demo.wait_until_ended() == 0, demo.output
+    assert demo.processes() == []
+    assert "Both have ended." in demo.output
+    assert "Traceback" not in demo.output.partition("Ending the web server")[2]
+    again = start_demo()
+    assert again.login == demo.login
+
+
+@pytest.mark.parametrize(("command", "name"), [("waitress", "web server"), ("worker", "worker")])
+def test_death_of_one_ends_the_other(start_demo: StartDemo, command: str, name: str) -> None:
+    """When a child is killed, the demo says which, ends the other one and fails."""
+    demo = start_demo()
+    os.kill(demo.child(command), signal.SIGKILL)
+    assert demo.wait_until_ended() == 1
+    assert f"The {name} ended by itself" in demo.output
+    assert demo.processes() == []
+
+
+def test_taken_port_is_replaced(start_demo: StartDemo) -> None:
+    """When the port is taken, the demo says so and serves on another one."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        demo = start_demo(port)
+        assert f"Port {port} is taken" in demo.output
+        assert demo.address != f"http://127.0.0.1:{port}"
+        with urllib.request.urlopen(demo.address) as answer:
+            assert "Corner Shop" in answer.read().decode()
+
+
+@pytest.mark.parametrize("port", ["http", "-1", "70000"])
+def test_nonsense_port_is_refused(tmp_path: Path, port: str) -> None:
+    """A PORT that is none is refused in one line with exit code 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "example_app.demo"],
+        cwd=ROOT,
+        env={**os.environ, "PORT": port, "SHOP_INSTANCE_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=END_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"PORT={port} is not a port: give a number from 0 to 65535.\n"
+
+
+def find_chromium() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        message = "no chromium is installed (apt-get install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
+
+
+@pytest.fixture
+def demo(start_demo: StartDemo) -> Demo:
+    return start_demo()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    return find_chromium()
+
+
+@pytest.fixture
+def page(chromium: str, demo: Demo) -> Iterator[sync_api.Page]:
+    """A browser at the shop of a running demo, where nobody is signed in."""
+    quiet = ["networking", "timer-throttling"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-component-update", "--disable-sync"]
+    arguments += [f"--disable-background-{name}" for name in quiet]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        page = browser.new_page(base_url=demo.address)
+        page.set_default_timeout(30_000)
+        yield page
+        browser.close()
+
+
+@pytest.mark.browser
+def test_newcomer_dispatches_a_job_and_sees_it_retry(page: sync_api.Page, demo: Demo) -> None:
+    """A newcomer signs in, dispatches a job that fails once, and sees it retry and succeed,
+    on its own page and in the list; the browser reports no error and asks no other host."""
+    faults: list[str] = []
+    page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith(demo.address) else faults.append(request.url)
+        ),
+    )
+
+    sign_in(page, *demo.login)
+    job_id = dispatch(page, "FlakyJob", '{"succeed_on": 2}', retry_delay="8")
+
+    page.goto(f"/jobs/job/{job_id}")
+    see_in_time(page, f"Job {job_id} retrying")
+    see_in_time(page, "ConnectionError: the warehouse did not answer (attempt 1)")
+    see_in_time(page, f"Job {job_id} completed")
+    see_in_time(page, "the warehouse answered on attempt 2")
+    see_in_time(page, "1 of 3")
+
+    page.goto("/jobs/list?status=completed")
+    row = page.locator(f"tr#job-{job_id}")
+    sync_api.expect(row).to_contain_text("FlakyJob")
+    sync_api.expect(row).to_contain_text("completed")
+    assert faults == []
+
+
+def sign_in(page: sync_api.Page, email: str, password: str) -> None:
+    page.goto("/jobs/")
+    page.get_by_label("E-mail").fill(email)
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("main").get_by_role("button", name="Sign in").click()
+    page.wait_for_url("**/jobs/")
+
+
+def dispatch(page: sync_api.Page, job: str, parameters: str, retry_delay: str) -> int:
+    """Fill in the dispatch form and send it; returns the new job's id."""
+    page.goto("/jobs/dispatch")
+    label = page.locator("#job option", has_text=job).inner_text()
+    page.get_by_label("Job", exact=True).select_option(label=label)
+    page.get_by_label("Parameters").fill(parameters)
+    page.get_by_label("Retry delay").fill(retry_delay)
+    page.get_by_role("button", name="Dispatch").click()
+    page.wait_for_load_state()
+    found = re.search(r"[Jj]ob (\d+)", page.inner_text("main"))
+    assert found is not None, page.inner_text("main")
+    return int(found[1])
+
+
+def see_in_time(page: sync_api.Page, text: str) -> None:
+    """Wait until the page shows ``text``, by its own live update."""
+    main = page.get_by_role("main")
+    sync_api.expect(main).to_contain_text(text, timeout=JOB_SECONDS * 1000)

@@ -1,0 +1,397 @@
+"""Who may see and change what through the dashboard."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import flask
+import flask_login
+import pytest
+from flask_wtf import CSRFProtect
+
+from flask_bgjobs.dashboard.access import CONTENT_SECURITY_POLICY
+from tests.integration.test_dashboard_support import (
+    PREFIX,
+    SAMPLE,
+    Host,
+    MakeHost,
+    listed_ids,
+)
+from tests.integration.test_dashboard_support import host_maker as host_maker
+
+
+def addresses(host: Host, job_id: int) -> list[tuple[str, str]]:
+    """Method and path of everything that the blueprint answers, static files left out."""
+    found = []
+    with host.app.test_request_context():
+        for rule in host.app.url_map.iter_rules():
+            if not rule.endpoint.startswith("bgjobs.") or rule.endpoint == "bgjobs.static":
+                continue
+            for verb in ("cancel", "retry", "delete") if "verb" in rule.arguments else ("",):
+                values = {"job_id": job_id, "verb": verb}
+                path = flask.url_for(rule.endpoint, **{key: values[key] for key in rule.arguments})
+                methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
+                found += [(method, path) for method in sorted(methods)]
+    return found
+
+
+def sweep(host: Host, job_id: int, **fields: Any) -> dict[tuple[str, str], int]:
+    return {
+        (method, path): host.client.open(path, method=method, data=fields).status_code
+        for method, path in addresses(host, job_id)
+    }
+
+
+def test_the_sweep_sees_every_page(make_host: MakeHost) -> None:
+    """The addresses that the other tests try are all that the blueprint has."""
+    host = make_host()
+    assert set(addresses(host, 7)) == {
+        ("GET", "/jobs/"),
+        ("GET", "/jobs/list"),
+        ("GET", "/jobs/job/7"),
+        ("GET", "/jobs/dispatch"),
+        ("POST", "/jobs/dispatch"),
+        ("POST", "/jobs/job/7/cancel"),
+        ("POST", "/jobs/job/7/retry"),
+        ("POST", "/jobs/job/7/delete"),
+    }
+
+
+def test_it_is_closed_until_an_authorizer_is_registered(make_host: MakeHost) -> None:
+    """Without an authorizer everything is 403, and the page says what to write."""
+    host = make_host(authorizer=None)
+    job_id = host.add()
+    assert set(sweep(host, job_id).values()) == {403}
+    assert "@bgjobs.authorize_dashboard" in host.get("/", 403)
+    assert host.job(job_id).status == "pending"
+
+
+def test_an_authorizer_that_refuses_closes_everything(make_host: MakeHost) -> None:
+    """A falsy answer is 403 for every page and every change."""
+    host = make_host(authorizer=lambda action, job: None)
+    assert set(sweep(host, host.add()).values()) == {403}
+    assert "authorize_dashboard" not in host.get("/", 403)
+
+
+def test_an_authorizer_that_raises_closes_everything(
+    make_host: MakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An authorizer that raises allows nothing, and its error is in the log."""
+
+    def broken(action: str, job: object) -> bool:
+        raise RuntimeError("no user table")
+
+    host = make_host(authorizer=broken)
+    with caplog.at_level(logging.ERROR):
+        assert set(sweep(host, host.add()).values()) == {403}
+    assert "no user table" in caplog.text
+
+
+def test_a_viewer_sees_but_changes_nothing(make_host: MakeHost) -> None:
+    """Who may only view gets the pages without buttons, and 403 for each change."""
+    host = make_host(authorizer=lambda action, job: action == "view")
+    job_id = host.add()
+    answers = sweep(host, job_id, csrf_token=host.token())
+    for (method, path), status in answers.items():
+        may = method == "GET" and not path.endswith("/dispatch")
+        assert status == (200 if may else 403), path
+    for page in (host.get("/list"), host.get(f"/job/{job_id}")):
+        assert "formaction" not in page
+        assert "/dispatch" not in page
+    assert host.job(job_id).status == "pending"
+
+
+def test_each_action_is_asked_for_by_its_name_and_job(make_host: MakeHost) -> None:
+    """The authorizer is asked for the very action and job that a POST is about."""
+    asked: list[tuple[str, int | None]] = []
+
+    def allow(action: str, job: Any) -> bool:
+        asked.append((action, job and job.id))
+        return action != "cancel"
+
+    host = make_host(authorizer=allow)
+    job_id = host.add()
+    assert host.post(f"/job/{job_id}/cancel").status_code == 403
+    assert ("cancel", job_id) in asked
+    assert host.job(job_id).status == "pending"
+
+
+def test_a_public_dashboard_opens_the_views_only(make_host: MakeHost) -> None:
+    """BGJOBS_DASHBOARD_PUBLIC lets anybody view, and nobody change anything."""
+    host = make_host(authorizer=None, BGJOBS_DASHBOARD_PUBLIC=True)
+    job_id = host.add()
+    answers = sweep(host, job_id, csrf_token=host.token())
+    assert {path for (method, path), status in answers.items() if status == 200} == {
+        "/jobs/",
+        "/jobs/list",
+        f"/jobs/job/{job_id}",
+    }
+    assert {status for (method, _), status in answers.items() if method == "POST"} == {403}
+
+
+def test_read_only_refuses_every_change(make_host: MakeHost) -> None:
+    """BGJOBS_READ_ONLY refuses changes whatever the authorizer says."""
+    host = make_host(BGJOBS_READ_ONLY=True)
+    job_id = host.add()
+    token = host.token()
+    for verb in ("cancel", "retry", "delete"):
+        answer = host.client.post(f"{PREFIX}/job/{job_id}/{verb}", data={"csrf_token": token})
+        assert answer.status_code == 403
+        assert "BGJOBS_READ_ONLY" in answer.text
+    assert host.get("/dispatch", 403)
+    assert "formaction" not in host.get("/list")
+    assert host.job(job_id).status == "pending"
+
+
+def test_a_hidden_job_looks_like_one_that_does_not_exist(make_host: MakeHost) -> None:
+    """Who may not view a job cannot tell it from a missing one, in pages, POSTs and lists."""
+    host = make_host(authorizer=lambda action, job: job is None or job.owner == "me")
+    hidden, mine = host.add(id=4710, owner="you"), host.add(owner="me")
+    missing = 4712
+    token = host.token()
+    assert host.get(f"/job/{hidden}", 404) == host.get(f"/job/{missing}", 404)
+    for each in (hidden, missing):
+        assert f"job {each} again" not in host.get(f"/dispatch?again={each}")
+    for verb in ("cancel", "retry", "delete"):
+        for each in (hidden, missing):
+            data = {"csrf_token": token}
+            assert host.client.post(f"{PREFIX}/job/{each}/{verb}", data=data).status_code == 404
+    assert listed_ids(host.get("/list")) == [mine]
+    assert listed_ids(host.get("/")) == [mine]
+    assert host.job(hidden).status == "pending"
+
+
+def test_who_may_not_view_gets_403_for_any_id(make_host: MakeHost) -> None:
+    """An existing and a missing id answer the same to who may not view at all."""
+    host = make_host(authorizer=lambda action, job: False)
+    job_id = host.add()
+    assert host.get(f"/job/{job_id}", 403) == host.get("/job/4711", 403)
+
+
+class User(flask_login.UserMixin):  # type: ignore[misc]  # Flask-Login has no types
+    id = "1"
+
+
+def with_login(host: Host) -> flask_login.LoginManager:
+    manager = flask_login.LoginManager(host.app)
+    manager.user_loader(lambda user_id: User())
+    host.app.add_url_rule("/login", "login", lambda: "log in here")
+    manager.login_view = "login"
+    return manager
+
+
+def log_in(host: Host) -> None:
+    with host.client.session_transaction() as session:
+        session["_user_id"] = "1"
+
+
+def only_users(action: str, job: object) -> bool:
+    return bool(flask_login.current_user.is_authenticated)
+
+
+def test_an_anonymous_visitor_is_sent_to_the_login_view(make_host: MakeHost) -> None:
+    """With Flask-Login and an authorizer, anonymous visitors are sent to log in."""
+    host = make_host(authorizer=only_users)
+    with_login(host)
+    job_id = host.add()
+    for method, path in addresses(host, job_id):
+        answer = host.client.open(path, method=method)
+        assert answer.status_code == 302
+        assert answer.headers["Location"].startswith("/login?next=")
+    log_in(host)
+    assert listed_ids(host.get("/list")) == [job_id]
+
+
+def test_a_fragment_or_json_request_of_nobody_is_401(make_host: MakeHost) -> None:
+    """A script that polls after the logout gets 401, no login page in its table."""
+    host = make_host(authorizer=only_users)
+    with_login(host)
+    host.get("/list", 401, headers={"X-Bgjobs-Fragment": "1"})
+    host.get("/list", 401, headers={"Accept": "application/json"})
+
+
+def test_without_an_authorizer_even_flask_login_gets_403(make_host: MakeHost) -> None:
+    """Nobody is sent to log in when no login could open the dashboard."""
+    host = make_host(authorizer=None)
+    with_login(host)
+    host.get("/list", 403)
+    log_in(host)
+    host.get("/list", 403)
+
+
+@pytest.mark.parametrize("token", [None, "", "nonsense", "IjEi.Zz.zz"])
+def test_a_change_needs_a_valid_token(make_host: MakeHost, token: str | None) -> None:
+    """A missing or wrong token is a 400 page, and nothing changes."""
+    host = make_host()
+    job_id = host.add()
+    host.get("/list")
+    data = {} if token is None else {"csrf_token": token}
+    for path in (f"/job/{job_id}/cancel", f"/job/{job_id}/delete", "/dispatch"):
+        answer = host.client.post(PREFIX + path, data=data)
+        assert answer.status_code == 400
+        assert "nothing was changed" in answer.text
+    assert host.job(job_id).status == "pending"
+    assert host.count() == 1
+
+
+def test_the_token_of_another_session_is_refused(make_host: MakeHost) -> None:
+    """A token works only in the session that it was made for."""
+    host = make_host()
+    job_id = host.add()
+    token = host.token()
+    other = host.app.test_client()
+    other.get(f"{PREFIX}/list")
+    answer = other.post(f"{PREFIX}/job/{job_id}/cancel", data={"csrf_token": token})
+    assert answer.status_code == 400
+    assert host.job(job_id).status == "pending"
+
+
+def test_an_expired_token_is_refused(make_host: MakeHost) -> None:
+    """A token older than WTF_CSRF_TIME_LIMIT is a 400 page."""
+    host = make_host(WTF_CSRF_TIME_LIMIT=-1)
+    job_id = host.add()
+    answer = host.post(f"/job/{job_id}/cancel")
+    assert answer.status_code == 400
+    assert "expired" in answer.text
+    assert host.job(job_id).status == "pending"
+
+
+def test_a_request_from_another_site_is_refused(make_host: MakeHost) -> None:
+    """Sec-Fetch-Site: cross-site is refused even with a valid token."""
+    host = make_host()
+    job_id = host.add()
+    answer = host.client.post(
+        f"{PREFIX}/job/{job_id}/cancel",
+        data={"csrf_token": host.token()},
+        headers={"Sec-Fetch-Site": "cross-site"},
+    )
+    assert answer.status_code == 400
+    assert host.job(job_id).status == "pending"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("protected", [True, False])
+def test_the_check_does_not_depend_on_the_host(
+    make_host: MakeHost, protected: bool, enabled: bool
+) -> None:
+    """With the host's CSRFProtect on, off or absent, the same token is asked for."""
+    host = make_host(WTF_CSRF_ENABLED=enabled)
+    if protected:
+        CSRFProtect(host.app)
+    job_id = host.add()
+    assert host.client.post(f"{PREFIX}/job/{job_id}/cancel").status_code == 400
+    assert host.job(job_id).status == "pending"
+    assert host.post(f"/job/{job_id}/cancel").status_code == 303
+    assert host.job(job_id).status == "cancelled"
+
+
+def test_the_token_may_come_in_a_header(make_host: MakeHost) -> None:
+    """Scripts send the token as X-CSRFToken."""
+    host = make_host()
+    job_id = host.add()
+    headers = {"X-CSRFToken": host.token()}
+    assert host.client.post(f"{PREFIX}/job/{job_id}/cancel", headers=headers).status_code == 303
+    assert host.job(job_id).status == "cancelled"
+
+
+def test_no_get_changes_anything(make_host: MakeHost) -> None:
+    """A GET on an action is 405, and every page leaves all rows as they are."""
+    host = make_host()
+    job_id = host.add()
+    for verb in ("cancel", "retry", "delete"):
+        host.get(f"/job/{job_id}/{verb}?csrf_token={host.token()}", 405)
+    for path in ("/", "/list", f"/job/{job_id}", f"/dispatch?again={job_id}"):
+        host.get(path)
+    assert host.job(job_id).status == "pending"
+    assert host.count() == 1
+
+
+def test_without_a_secret_key_pages_are_shown_and_changes_refused(make_host: MakeHost) -> None:
+    """An app without SECRET_KEY shows its jobs and says what changes need."""
+    host = make_host(SECRET_KEY=None)
+    job_id = host.add()
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch"):
+        page = host.get(path)
+        assert "Changes need a <code>SECRET_KEY</code>" in page
+        assert "formaction" not in page
+    answer = host.client.post(f"{PREFIX}/job/{job_id}/cancel")
+    assert answer.status_code == 400
+    assert host.job(job_id).status == "pending"
+
+
+def test_pages_carry_strict_headers(make_host: MakeHost) -> None:
+    """Pages, errors included, forbid inline script, framing and caching."""
+    host = make_host()
+    for path, status in (("/list", 200), ("/job/4711", 404)):
+        headers = host.client.get(PREFIX + path).headers
+        assert host.client.get(PREFIX + path).status_code == status
+        assert headers["Content-Security-Policy"] == CONTENT_SECURITY_POLICY
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "same-origin"
+        assert headers["Cache-Control"] == "no-store"
+
+
+def test_headers_of_the_host_win(make_host: MakeHost) -> None:
+    """A header that the host sets is left as the host wants it."""
+    host = make_host()
+
+    @host.app.after_request
+    def own(response: flask.Response) -> flask.Response:
+        response.headers["Content-Security-Policy"] = "default-src 'self'"
+        return response
+
+    headers = host.client.get(f"{PREFIX}/list").headers
+    assert headers.getlist("Content-Security-Policy") == ["default-src 'self'"]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "https://evil.example/",
+        "//evil.example/",
+        "/\\evil.example",
+        "/jobs/../admin",
+        "/jobs/%2e%2e/admin",
+        "/jobs//evil.example",
+        "/jobsters",
+        "/jobs/list\r\nX: y",
+        "javascript:alert(1)",
+        "",
+    ],
+)
+def test_a_foreign_next_is_ignored(make_host: MakeHost, wanted: str) -> None:
+    """After a change the visitor goes only to a page of this dashboard."""
+    host = make_host()
+    answer = host.post(f"/job/{host.add()}/cancel", next=wanted)
+    assert answer.headers["Location"] == "/jobs/list"
+
+
+def test_next_brings_back_to_the_filtered_list(make_host: MakeHost) -> None:
+    """After a change the filters are kept."""
+    host = make_host()
+    answer = host.post(f"/job/{host.add()}/cancel", next="/jobs/list?status=pending&q=a%20b")
+    assert answer.headers["Location"] == "/jobs/list?status=pending&q=a%20b"
+
+
+def test_a_foreign_host_header_names_no_address(make_host: MakeHost) -> None:
+    """Links and redirects do not repeat a forged Host header."""
+    host = make_host()
+    host.add()
+    page = host.get("/list", headers={"Host": "evil.example"})
+    assert "evil.example" not in page
+
+
+def test_static_files_need_no_login(make_host: MakeHost) -> None:
+    """The page that says no is styled too."""
+    host = make_host(authorizer=None)
+    assert "--bgj-line" in host.get("/static/bgjobs.css", buffered=True)
+
+
+def test_the_allow_list_is_checked_by_the_server(make_host: MakeHost) -> None:
+    """A name that is not on the form is refused when it is sent anyway."""
+    host = make_host(BGJOBS_ALLOWED_JOBS={SAMPLE: ["execute"]})
+    for forged in ("os.system", f"{SAMPLE}:__init__", f"{SAMPLE}:other", "a b", ":", "é"):
+        answer = host.post("/dispatch", job=forged, parameters='["x"]')
+        assert answer.status_code == 400, forged
+    assert host.count() == 0

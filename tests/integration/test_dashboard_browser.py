@@ -1,0 +1,235 @@
+"""The dashboard in a real browser, under its own Content-Security-Policy."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from werkzeug.serving import make_server
+
+from tests.integration.test_dashboard_support import (
+    RECEIPT,
+    SAMPLE,
+    Host,
+    MakeHost,
+    now,
+)
+from tests.integration.test_dashboard_support import host_maker as host_maker
+
+playwright_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH"),
+]
+
+DEADLINE_MS = 30_000
+LISTEN = """
+document.addEventListener("securitypolicyviolation", (event) =>
+  window.violated(`violation of ${event.violatedDirective}: ${event.blockedURI}`));
+"""
+SHORT_INTERVAL = ("const INTERVAL = 5000", "const INTERVAL = 200")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def host(make_host: MakeHost) -> Host:
+    return make_host()
+
+
+@pytest.fixture
+def address(host: Host) -> Iterator[str]:
+    server = make_server("127.0.0.1", 0, host.app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/jobs"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Browsing:
+    """Opens pages of the dashboard, and collects whatever is wrong with them."""
+
+    def __init__(self, browser: Any, address: str) -> None:
+        self._browser = browser
+        self._address = address
+        self._contexts: list[Any] = []
+        self.troubles: list[str] = []
+        """Violations of the policy, console messages, and requests to other hosts."""
+
+    def __call__(self, path: str, **options: Any) -> Any:
+        """A page in a context of its own."""
+        context = self._browser.new_context(**options)
+        self._contexts.append(context)
+        context.expose_binding("violated", lambda _, text: self.troubles.append(text))
+        context.add_init_script(LISTEN)
+        context.route("**/bgjobs.js*", _quicken)
+        page = context.new_page()
+        page.set_default_timeout(DEADLINE_MS)
+        page.on("console", lambda message: self.troubles.append(message.text))
+        page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        page.on("request", self._note_foreign)
+        page.goto(self._address + path)
+        return page
+
+    def _note_foreign(self, request: Any) -> None:
+        if not request.url.startswith(self._address):
+            self.troubles.append(request.url)
+
+    def close(self) -> None:
+        for context in self._contexts:
+            context.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Browsing]:
+    """Opens pages; in the end nothing may have been blocked, logged or asked of other hosts."""
+    browsing = Browsing(browser, address)
+    yield browsing
+    browsing.close()
+    assert browsing.troubles == []
+
+
+def _quicken(route: Any) -> None:
+    response = route.fetch()
+    assert SHORT_INTERVAL[0] in response.text()
+    route.fulfill(response=response, body=response.text().replace(*SHORT_INTERVAL))
+
+
+def test_pages_run_clean_under_the_policy(host: Host, open_page: Browsing) -> None:
+    """No page breaks the policy, logs an error or asks another host for anything."""
+    job_id = host.add(status="failed", error="ValueError: x", progress=0.3)
+    host.add_attempt(job_id, error="ValueError: x", traceback="Traceback …")
+    for path in ("/", "/list?status=failed", f"/job/{job_id}", f"/dispatch?again={job_id}"):
+        page = open_page(path)
+        page.wait_for_function("document.documentElement.dataset.bsTheme")
+
+
+def test_the_watch_for_violations_works(open_page: Browsing) -> None:
+    """Inline script is blocked, and seen: the other tests would notice."""
+    page = open_page("/list")
+    page.evaluate(
+        "() => { const script = document.createElement('script');"
+        " script.text = 'window.bad = 1'; document.body.append(script); }"
+    )
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.bad") is None
+    assert any(trouble.startswith("violation of script-src") for trouble in open_page.troubles)
+    open_page.troubles.clear()
+
+
+def test_the_list_follows_the_jobs(host: Host, open_page: Browsing) -> None:
+    """A list that is open shows new jobs and new statuses by itself."""
+    host.add(status="running", attempt=1)
+    page = open_page("/list")
+    page.wait_for_selector("#job-1 .bgj-running")
+    host.add()
+    page.wait_for_selector("#job-2 .bgj-pending")
+    host.state.store.cancel([1, 2])
+    page.wait_for_selector("#job-2 .bgj-cancelled")
+    page.wait_for_selector("#job-1 .bgj-cancelling")
+
+
+def test_a_refresh_keeps_what_the_visitor_is_doing(host: Host, open_page: Browsing) -> None:
+    """Typed text, focus and open details outlive a refresh."""
+    job_id = host.add(status="failed", error="E: x")
+    host.add_attempt(job_id, error="E: x", traceback="Traceback …")
+    page = open_page("/list")
+    page.fill('input[name="q"]', "half a wo")
+    page.click(".bgj-choice summary")
+    page.check('input[value="failed"]')
+    page.focus('input[name="q"]')
+    page.evaluate("document.querySelector('#job-1').isMarked = true")
+    host.add(queue="never seen")
+    page.wait_for_selector("#job-2")
+    assert page.evaluate("document.querySelector('#job-1').isMarked")
+    assert page.input_value('input[name="q"]') == "half a wo"
+    assert page.is_checked('input[value="failed"]')
+    assert page.evaluate("document.activeElement.name") == "q"
+    assert page.evaluate("document.querySelector('.bgj-choice').open")
+
+    page.goto(page.url.replace("/list", f"/job/{job_id}"))
+    page.click(".bgj-attempts summary")
+    assert not page.evaluate("document.querySelector('.bgj-attempts details').open")
+    host.add_line(job_id, "a new line")
+    page.wait_for_selector("text=a new line")
+    assert not page.evaluate("document.querySelector('.bgj-attempts details').open")
+
+
+def test_selected_text_is_left_alone(host: Host, open_page: Browsing) -> None:
+    """While text is selected in the page, nothing moves; afterwards it goes on."""
+    host.add()
+    page = open_page("/list")
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('#job-1'))")
+    host.add()
+    page.wait_for_timeout(1000)
+    assert page.locator("#job-2").count() == 0
+    page.evaluate("getSelection().removeAllRanges()")
+    page.wait_for_selector("#job-2")
+
+
+def test_a_button_acts_and_comes_back(host: Host, open_page: Browsing) -> None:
+    """Buttons of a refreshed list work, and lead back to the filtered list."""
+    host.add()
+    page = open_page("/list?status=pending")
+    host.add()
+    page.click('#job-2 button:has-text("Cancel")')
+    page.wait_for_selector("text=Job 2 cancelled.")
+    assert page.url.endswith("/list?status=pending")
+    assert host.job(2).status == "cancelled"
+
+
+def test_everything_works_without_script(host: Host, open_page: Browsing) -> None:
+    """Filter, dispatch and delete need no JavaScript."""
+    host.add(queue="mail")
+    page = open_page("/list", java_script_enabled=False)
+    page.click('summary:has-text("Queue")')
+    page.check('input[value="mail"]')
+    page.click('button:has-text("Filter")')
+    assert "queue=mail" in page.url
+    page.click("text=Dispatch")
+    page.select_option("#job", f"{SAMPLE}:execute")
+    page.fill("#parameters", '["Hi"]')
+    page.click('main button:has-text("Dispatch")')
+    page.wait_for_selector("text=Job 2 enqueued.")
+    page.click('summary:has-text("Delete…")')
+    page.click('button:has-text("Delete job 2")')
+    page.wait_for_selector("text=Job 2 deleted.")
+    assert host.count() == 1
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, scheme: Any) -> None:
+    """No page is wider than the screen, and the theme follows the system."""
+    word = "very_long_name_" * 12
+    job_id = host.add(
+        target=f"{word}.{word}",
+        method=word,
+        queue=("q" * 64),
+        parameters_json=f'["{word}"]',
+        status="failed",
+        error=f"Error: {word}",
+        started_at=now(-3),
+    )
+    host.add_attempt(job_id, error=word, traceback=word * 5, worker_name=word)
+    host.add(target=RECEIPT, method=None, parameters_json="[7]")
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch"):
+        page = open_page(path, viewport={"width": width, "height": 700}, color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        assert page.evaluate("document.documentElement.dataset.bsTheme") == scheme

@@ -1,0 +1,623 @@
+"""What the pages of the dashboard show, and what they never do."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from flask_bgjobs import serialize
+from flask_bgjobs.dashboard import queries
+from flask_bgjobs.states import JobStatus
+from tests.integration.test_dashboard_support import (
+    PREFIX,
+    RECEIPT,
+    SAMPLE,
+    Host,
+    MakeHost,
+    listed_ids,
+    now,
+)
+from tests.integration.test_dashboard_support import host_maker as host_maker
+
+CORPUS = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</textarea></pre></title><svg/onload=alert(1)>",
+    "{{ 7*7 }}{% raw %}",
+    "javascript:alert(1)",
+    "&lt;b&gt; &amp; é ‮ \x00 \x1b[31m \u2028",
+    "\\u0000\\ud800",
+    "%s %(x)s %n",
+    "a" * 5000,
+]
+SECRET = "hunter2-s3cr3t"
+
+
+@pytest.fixture
+def host(make_host: MakeHost) -> Host:
+    return make_host()
+
+
+# The list
+
+
+def test_the_list_shows_every_column(host: Host) -> None:
+    """A row has class, method, parameters, queue, status, priority, retries, date and error."""
+    job_id = host.add(
+        status="failed",
+        retry_count=2,
+        priority=9,
+        queue="mail",
+        error="ValueError: no price",
+        error_type="ValueError",
+    )
+    page = html.unescape(host.get("/list"))
+    for shown in ("SampleJob", "execute", '["Hello"]', "mail", ">failed<", ">9<", "2/3"):
+        assert shown in page
+    assert "ValueError: no price" in page
+    assert f'href="/jobs/job/{job_id}"' in page
+    assert re.search(r'<time datetime="\d{4}-\d\d-\d\dT[\d:.]+Z"', page)
+
+
+def test_a_job_that_is_asked_to_stop_says_cancelling(host: Host) -> None:
+    """A running job with a cancel request shows "cancelling…" and no cancel button."""
+    host.add(status="running", attempt=1, cancel_requested_at=now(), progress=0.4)
+    page = host.get("/list")
+    assert "cancelling…" in page
+    assert "/cancel" not in page
+    assert "40 %" in page
+
+
+def test_each_filter_narrows_the_list(host: Host) -> None:
+    """Status and queue may be given several times; all filters hold together."""
+    mail = host.add(queue="mail")
+    failed = host.add(status="failed", queue="mail")
+    other = host.add(status="completed", queue="other")
+    assert listed_ids(host.get("/list")) == [other, failed, mail]
+    assert listed_ids(host.get("/list?status=failed")) == [failed]
+    assert listed_ids(host.get("/list?status=failed&status=completed")) == [other, failed]
+    assert listed_ids(host.get("/list?queue=mail")) == [failed, mail]
+    assert listed_ids(host.get("/list?queue=mail&queue=other")) == [other, failed, mail]
+    assert listed_ids(host.get("/list?queue=mail&status=pending")) == [mail]
+    assert "Nothing matches" in host.get("/list?queue=none")
+
+
+@pytest.mark.parametrize(
+    ("q", "values"),
+    [
+        ("sendy", {"target": "shop.Sendy", "method": None}),
+        ("SENDY", {"target": "shop.Sendy"}),
+        ("job.exec", {}),
+        ("perform", {"method": "perform"}),
+        ("no price", {"error": "ValueError: no price"}),
+        ("urgent", {"tags_json": '["x","urgent"]'}),
+        ("grün", {"tags_json": json.dumps(["grün"])}),
+        ("user-42", {"owner": "user-42"}),
+        ("receipt-7", {"unique_key": "receipt-7"}),
+        ("Zürich", {"parameters_json": serialize.dumps(["Zürich"])}),
+        ("100%", {"error": "disk 100% full"}),
+        ("a_b", {"error": "a_b"}),
+        ("back\\slash", {"error": "back\\slash"}),
+    ],
+)
+def test_text_is_found_where_it_is_shown(host: Host, q: str, values: dict[str, Any]) -> None:
+    """The text filter looks into name, error, tags, owner, unique key and parameters."""
+    host.add(target="other.thing", method="other")
+    wanted = host.add(**values)
+    host.add(target="other.thing", method="other", error="disk 100 full, axb, backslash")
+    assert listed_ids(host.get(f"/list?q={quote(q)}")) == [wanted]
+
+
+@pytest.mark.parametrize("q", ["%", "_", "%%%", "\\", "'", '"', "a%b"])
+def test_wildcards_are_letters(host: Host, q: str) -> None:
+    """What LIKE or SQL would read as a sign is looked for as it stands."""
+    host.add(target="plain.words", parameters_json="[]", error="plain words")
+    assert listed_ids(host.get(f"/list?q={quote(q)}")) == []
+
+
+def test_an_id_is_found_exactly(host: Host) -> None:
+    """A number finds the job of that id, however old it is."""
+    first = host.add(id=7, parameters_json="[]")
+    host.add(id=200_000, parameters_json="[]")
+    assert listed_ids(host.get("/list?q=7")) == [first]
+    assert listed_ids(host.get("/list?q=%237")) == [first]
+
+
+def test_pages_go_down_and_up_again(host: Host) -> None:
+    """Older and newer lead through every job once, without gap or repetition."""
+    host.add(count=25)
+    everything = list(range(25, 0, -1))
+    seen: list[int] = []
+    path, going_down = f"{PREFIX}/list?per=10", []
+    while path:
+        page = host.client.get(path).text
+        going_down.append(listed_ids(page))
+        seen += listed_ids(page)
+        found = re.search(r'rel="next" href="([^"]+)"', page)
+        path = html.unescape(found[1]) if found else ""
+    assert seen == everything
+    going_up = [listed_ids(page)]
+    while found := re.search(r'rel="prev" href="([^"]+)"', page):
+        page = host.client.get(html.unescape(found[1])).text
+        going_up.append(listed_ids(page))
+    assert going_up == going_down[::-1]
+
+
+def test_pages_keep_the_filter(host: Host) -> None:
+    """The link to older jobs carries status, queue, text and page size."""
+    host.add(count=5, status="failed", queue="mail")
+    page = html.unescape(host.get("/list?status=failed&queue=mail&q=Sample&per=2"))
+    link = re.search(r'rel="next" href="([^"]+)"', page)
+    assert link is not None
+    for part in ("status=failed", "queue=mail", "q=Sample", "per=2", "after="):
+        assert part in link[1]
+    assert listed_ids(host.client.get(link[1]).text) == [3, 2]
+
+
+def test_several_statuses_are_paged_in_order(host: Host) -> None:
+    """Merged statuses come newest first, over all pages."""
+    words = itertools.cycle(["failed", "completed", "pending"])
+    ids = [host.add(status=next(words)) for _ in range(12)]
+    wanted = [job_id for job_id in reversed(ids) if host.job(job_id).status != "pending"]
+    page = queries.list_jobs(
+        host.state, queries.JobFilters(statuses=("failed", "completed")), per=5
+    )
+    found = [row.id for row in page.jobs]
+    rest = queries.list_jobs(
+        host.state,
+        queries.JobFilters(statuses=("failed", "completed")),
+        per=5,
+        after=page.older,
+    )
+    assert found + [row.id for row in rest.jobs] == wanted
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "after=nonsense",
+        "after=",
+        "before=%00",
+        "after=aWQ6LTE",
+        "after=aWQ6OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk",
+        "after=aWQ6MQ&before=aWQ6MQ",
+        "per=-1",
+        "per=0",
+        "per=999999999999999999999999",
+        "per=abc",
+        "per=%C2%B2",
+        "status=bogus",
+        "status=",
+        "status=%00",
+        "queue=%00",
+        "queue=" + "q" * 5000,
+        "&".join(f"queue=q{n}" for n in range(2000)),
+        "q=%00",
+        "q=%ff%fe",
+        "q=" + "x" * 5000,
+        "q=99999999999999999999999999999",
+        "q=%C2%B2",
+        "q=%ED%A0%80",
+        "page=99999999999999999999&sort=;drop",
+    ],
+)
+def test_nonsense_is_never_a_500(host: Host, query: str) -> None:
+    """Nonsense in the address is moved into range or answered 400, with a page."""
+    host.add(count=3)
+    answer = host.client.get(f"{PREFIX}/list?{query}")
+    assert answer.status_code in (200, 400)
+    assert "<h1>" in answer.text
+
+
+@pytest.mark.parametrize(
+    "job_id", ["0", "4711", str(2**63), str(10**30), "9" * 400, "-1", "x", "1.5", "²"]
+)
+def test_impossible_ids_are_404(host: Host, job_id: str) -> None:
+    """An id that no job can have is a 404."""
+    host.get(f"/job/{job_id}", 404)
+    assert host.client.post(f"{PREFIX}/job/{job_id}/cancel").status_code in (400, 404)
+
+
+def test_broken_rows_are_shown_all_the_same(host: Host) -> None:
+    """A row whose JSON is broken, or written by something else, does not break the page."""
+    for parameters in ("{broken", "7", '{"__bgjobs__":"unknown","v":1}', ""):
+        job_id = host.add(
+            parameters_json=parameters,
+            tags_json="{",
+            retry_delay="x",
+            result_json="{",
+            meta_json="[",
+            status="failed",
+            error=f"E: {SECRET}",
+            error_type="E",
+            progress=7.5,
+        )
+        assert job_id in listed_ids(host.get("/list"))
+        assert SECRET not in host.get(f"/job/{job_id}")
+        host.get(f"/dispatch?again={job_id}")
+
+
+def test_large_parameters_are_left_out_of_lists(host: Host) -> None:
+    """Parameters too large to read for a list are named so, and shown cut on the job's page."""
+    job_id = host.add(parameters_json=serialize.dumps(["x" * 500_000]))
+    page = host.get("/list")
+    assert "too large to list" in page
+    assert len(page) < 50_000
+    assert len(host.get(f"/job/{job_id}")) < 200_000
+
+
+class Markup(HTMLParser):
+    """What a browser would take for markup in a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found |= {(tag, name) for name, _ in attributes} | {(tag, "")}
+        self.links += [value or "" for name, value in attributes if name in LINKS]
+
+
+LINKS = ("href", "src", "action", "formaction")
+
+
+def add_job_of(host: Host, text: str) -> int:
+    """A job that has ``text`` in every field that holds text."""
+    stored = text.replace("\x00", "\ufffd")
+    job_id = host.add(
+        target=stored[:200],
+        method=stored[:200],
+        parameters_json=serialize.dumps({"message": text, text: text}),
+        queue=stored[:64],
+        status="failed",
+        error=stored,
+        error_type=stored[:200],
+        progress=0.5,
+        progress_note=stored[:200],
+        result_json=serialize.dumps(text),
+        meta_json=serialize.dumps({"note": text}),
+        tags_json=json.dumps([stored]),
+        owner=stored[:200],
+        unique_key=stored[:200],
+    )
+    host.add_attempt(
+        job_id, error=stored, error_type=stored[:200], traceback=stored, worker_name=stored[:200]
+    )
+    host.add_line(job_id, stored)
+    return job_id
+
+
+def pages_of(host: Host, text: str) -> list[str]:
+    """Every page that shows a job with ``text`` in it."""
+    job_id = add_job_of(host, text)
+    paths = ("/", "/list", f"/job/{job_id}", f"/dispatch?again={job_id}")
+    filtered = f"/list?q={quote(text)}&queue={quote(text)}"
+    return [host.get(path) for path in (*paths, filtered)]
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_markup_in_any_field_stays_text(make_host: MakeHost, text: str, tmp_path: Any) -> None:
+    """Whatever a job's texts hold, its pages have no tag or attribute that others do not have."""
+    plain = make_host(SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/plain.db")
+    known = set().union(*(Markup(page).found for page in pages_of(plain, "plain")))
+    known |= Markup(plain.get("/list?q=nothing")).found
+    for page in pages_of(make_host(), text):
+        markup = Markup(page)
+        assert markup.found <= known
+        assert all(link.startswith(("/jobs/", "#")) for link in markup.links)
+        assert "\x00" not in page
+
+
+def test_text_is_not_run_as_a_template(host: Host) -> None:
+    """Template syntax in a job is shown as it stands."""
+    assert all("{{ 7*7 }}{% raw %}" in page for page in pages_of(host, "{{ 7*7 }}{% raw %}"))
+
+
+def test_no_page_needs_inline_style_or_foreign_files(host: Host) -> None:
+    """Pages load from the dashboard itself only, without inline script or style."""
+    job_id = host.add(status="failed", error="E: x")
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch"):
+        page = host.get(path)
+        assert "style=" not in page
+        assert "<style" not in page
+        assert re.findall(r"<script(?! src=\"/jobs/static/)", page) == []
+        assert re.findall(r'(?:src|href)="(?:https?:)?//', page) == []
+
+
+# Secrets
+
+
+def secret_job(host: Host) -> int:
+    job_id = host.add(
+        target=RECEIPT,
+        method=None,
+        parameters_json=serialize.dumps([7, SECRET]),
+        status="failed",
+        error=f"LoginFailed: {SECRET} is wrong",
+        error_type="LoginFailed",
+        progress_note=f"trying {SECRET}",
+        progress=0.5,
+        result_json=serialize.dumps({"api_key": "other-s3cret", "echo": [SECRET]}),
+        meta_json=serialize.dumps({"token": "other-s3cret", "seen": f"x{SECRET}x"}),
+        tags_json=json.dumps([SECRET]),
+        owner=SECRET,
+        unique_key=f"receipt-{SECRET}",
+    )
+    host.add_attempt(
+        job_id,
+        error=f"LoginFailed: {SECRET} is wrong",
+        traceback=f"Traceback …\n  password = {SECRET!r}\nLoginFailed: {SECRET} is wrong",
+    )
+    host.add_line(job_id, f"log in with {SECRET}")
+    return job_id
+
+
+def test_masked_values_are_on_no_page(host: Host) -> None:
+    """A value whose key sounds secret is on no page: not in errors, logs, results or forms."""
+    job_id = secret_job(host)
+    for path in ("/", "/list", f"/job/{job_id}", f"/dispatch?again={job_id}"):
+        page = host.get(path)
+        assert SECRET not in page, path
+        assert "other-s3cret" not in page, path
+        assert "***" in page, path
+
+
+@pytest.mark.parametrize(
+    "part", [SECRET, SECRET[:4], SECRET[-5:], "other-s3cret", "LoginFailed: h"]
+)
+def test_masked_values_cannot_be_found(host: Host, part: str) -> None:
+    """A search for a secret, or a part of it, answers as if there were no such job."""
+    host.add()
+    without = host.get(f"/list?q={quote(part)}")
+    secret_job(host)
+    assert listed_ids(host.get(f"/list?q={quote(part)}")) == []
+    assert listed_ids(without) == []
+    assert len(listed_ids(host.get("/list?q=LoginFailed"))) == 1
+
+
+def test_parameters_of_an_unknown_target_are_all_masked(host: Host) -> None:
+    """Positional parameters of what cannot be resolved may be anything, so none is shown."""
+    job_id = host.add(target="gone.module.Thing", parameters_json=serialize.dumps([SECRET]))
+    assert SECRET not in host.get("/list") + host.get(f"/job/{job_id}")
+
+
+# A job
+
+
+def test_a_failed_job_shows_why(host: Host) -> None:
+    """The page of a failed job shows each attempt with worker, run time, error and traceback."""
+    job_id = host.add(
+        status="failed",
+        attempt=2,
+        retry_count=1,
+        retries=1,
+        error="ValueError: no price",
+        started_at=now(-5),
+        finished_at=now(-3),
+    )
+    host.add_attempt(
+        job_id,
+        worker_name="worker-9",
+        started_at=now(-2),
+        error="ValueError: no price",
+        traceback="Traceback …\n  line 42\nValueError: no price",
+    )
+    host.add_line(job_id, "read 10 rows")
+    page = host.get(f"/job/{job_id}")
+    for shown in ("worker-9", "ran 2.0 s", "ValueError: no price", "line 42", "read 10 rows"):
+        assert shown in page
+    assert "1 of 1" in page
+
+
+def test_why_a_job_waits(host: Host) -> None:
+    """A waiting job says what it waits for: its time, a worker, its queue, or others."""
+    soon = host.add(status="scheduled", run_at=now(3600))
+    assert "not due yet" in host.get(f"/job/{soon}")
+    waiting = host.add(queue="mail", priority=1)
+    assert "No live worker serves the queue mail" in host.get(f"/job/{waiting}")
+    host.add_worker(queues='["other"]')
+    host.add_worker(heartbeat_at=now(-3600))
+    assert "No live worker serves the queue mail" in host.get(f"/job/{waiting}")
+    host.add_worker(queues='["mail"]')
+    assert "the next free worker takes it" in host.get(f"/job/{waiting}")
+    host.add(count=2, queue="mail", priority=5)
+    host.add(count=3, queue="mail", priority=0)
+    assert "2 jobs of the queue mail stand before it" in host.get(f"/job/{waiting}")
+    host.pause("mail")
+    assert "The queue mail is paused" in host.get(f"/job/{waiting}")
+    done = host.add(status="completed")
+    assert "Why it is not running" not in host.get(f"/job/{done}")
+
+
+def test_work_without_a_worker_is_announced(host: Host) -> None:
+    """Overview and list warn of queues that hold work and have no live worker."""
+    host.add(queue="mail")
+    for path in ("/", "/list"):
+        assert "flask bgjobs worker" in host.get(path)
+    host.add_worker()
+    for path in ("/", "/list"):
+        assert "flask bgjobs worker" not in host.get(path)
+
+
+def test_the_first_visit_says_how_to_begin(host: Host) -> None:
+    """Without any job the pages show how to enqueue one."""
+    for path in ("/", "/list"):
+        assert "run_background_job(" in host.get(path)
+
+
+# Counts and cost
+
+
+def test_finished_jobs_are_counted_to_a_limit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of finished jobs stop at their limit; waiting ones are exact."""
+    monkeypatch.setattr(queries, "_FINISHED_CAP", 1000)
+    host.add(count=1500, status="completed")
+    host.add(count=1200, status="pending")
+    counts = queries.count_by_status(host.state)
+    assert str(counts["completed"]) == "1k+"
+    assert str(counts["pending"]) == "1,200"
+    assert str(counts["failed"]) == "0"
+    assert set(counts) == {status.value for status in JobStatus}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/list", "/list?status=failed&status=pending&q=x", "/job/60"]
+)
+def test_a_page_costs_at_most_eight_statements(host: Host, path: str) -> None:
+    """No page reads row by row: eight statements at most, however many jobs there are."""
+    host.add(count=60)
+    host.add_worker()
+    host.get(path)
+    statements: list[str] = []
+
+    def note(_c: Any, _k: Any, statement: str, *_: Any) -> None:
+        if statement.lstrip().upper().startswith(("SELECT", "WITH")):
+            statements.append(statement)
+
+    engine = host.state.store.engine
+    sa.event.listen(engine, "before_cursor_execute", note)
+    host.get(path)
+    sa.event.remove(engine, "before_cursor_execute", note)
+    assert 1 <= len(statements) <= 8, statements
+
+
+def test_reading_leaves_the_hosts_session_alone(host: Host) -> None:
+    """Pages never touch db.session."""
+    host.add()
+
+    def begun(*_: Any) -> None:
+        raise AssertionError("the host's session was used")
+
+    sa.event.listen(host.db.session, "after_begin", begun)
+    for path in ("/", "/list?q=x", "/job/1", "/dispatch?again=1"):
+        host.get(path)
+
+
+# Refresh
+
+
+def test_a_fragment_is_the_changing_part_of_its_page(host: Host) -> None:
+    """Our script gets the part that changes, and 304 until something did."""
+    job_id = host.add()
+    for path in ("/", "/list", f"/job/{job_id}"):
+        headers = {"X-Bgjobs-Fragment": "1"}
+        first = host.client.get(PREFIX + path, headers=headers)
+        assert "<html" not in first.text
+        assert first.headers["X-CSRFToken"]
+        again = {**headers, "If-None-Match": first.headers["ETag"]}
+        assert host.client.get(PREFIX + path, headers=again).status_code == 304
+        host.add_line(job_id, "news")
+        host.add(count=1)
+        host.post(f"/job/{job_id}/cancel")
+        assert host.client.get(PREFIX + path, headers=again).status_code == 200
+
+
+def test_only_the_first_page_refreshes_itself(host: Host) -> None:
+    """Deeper pages hold still."""
+    host.add(count=5)
+    assert "data-bgjobs-live" in host.get("/list")
+    page = host.get("/list?per=2")
+    link = re.search(r'rel="next" href="([^"]+)"', page)
+    assert link is not None
+    assert "data-bgjobs-live" not in host.client.get(html.unescape(link[1])).text
+
+
+# Inside a host
+
+
+@pytest.mark.parametrize("prefix", ["/admin/background", "/x"])
+def test_it_works_under_any_prefix(make_host: MakeHost, prefix: str) -> None:
+    """Every link and form stays below the prefix, also behind SCRIPT_NAME."""
+    host = make_host(BGJOBS_DASHBOARD_URL_PREFIX=prefix)
+    job_id = host.add(status="failed")
+    mounted = DispatcherMiddleware(lambda e, s: [], {"/shop": host.app.wsgi_app})
+    outer = Flask("outer")
+    outer.wsgi_app = mounted  # type: ignore[method-assign]
+    client = outer.test_client()
+    for path in ("/", "/list?q=Sample", f"/job/{job_id}", f"/dispatch?again={job_id}"):
+        page = client.get(f"/shop{prefix}{path}")
+        assert page.status_code == 200
+        links = re.findall(r'(?:href|src|action|formaction)="([^"#]+)"', page.text)
+        assert links
+        assert all(link.startswith(f"/shop{prefix}/") for link in links)
+    token = re.search(r'name="csrf_token" value="([^"]+)"', page.text)
+    assert token is not None
+    answer = client.post(
+        f"/shop{prefix}/job/{job_id}/retry",
+        data={"csrf_token": token[1], "next": f"/shop{prefix}/list?status=failed"},
+    )
+    assert answer.headers["Location"] == f"/shop{prefix}/list?status=failed"
+
+
+def test_pages_fit_into_a_layout_of_the_host(make_host: MakeHost) -> None:
+    """A host's own layout needs only the block `content`."""
+    host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
+    site = "<html><body>Our shop{% block content %}{% endblock %}</body></html>"
+    host.app.jinja_loader = jinja2.DictLoader({"site.html": site})
+    job_id = host.add()
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch"):
+        page = host.get(path)
+        assert page.startswith("<html><body>Our shop")
+        assert "bgjobs.css" in page
+        assert page.count('aria-label="Background jobs"') == 1
+
+
+def test_a_host_may_extend_our_layout(make_host: MakeHost) -> None:
+    """A layout that extends ours fills its blocks, and nothing is shown twice."""
+    host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
+    blocks = ("head_extra", "nav_before", "nav_extra", "messages", "footer")
+    site = "{% extends 'bgjobs/layout.html' %}" + "".join(
+        f"{{% block {name} %}}<i>{name} of ours</i>{{% endblock %}}" for name in blocks
+    )
+    host.app.jinja_loader = jinja2.DictLoader({"site.html": site})
+    page = host.get("/list")
+    for name in blocks:
+        assert page.count(f"{name} of ours") == 1
+    assert page.count('aria-label="Background jobs"') == 1
+
+
+def test_templates_use_no_unknown_name(make_host: MakeHost) -> None:
+    """A host with StrictUndefined sees every page as others do."""
+    host = make_host()
+    host.app.jinja_env.undefined = jinja2.StrictUndefined
+    job_id = secret_job(host)
+    waiting = host.add(queue="mail")
+    for path in ("/", "/list?q=x&status=failed", f"/job/{job_id}", f"/job/{waiting}"):
+        host.get(path)
+    host.get(f"/dispatch?again={job_id}")
+    host.get("/list?status=bogus", 400)
+
+
+def test_it_works_on_an_in_memory_database(make_host: MakeHost) -> None:
+    """With one connection only, pages and changes work as well, and a dispatch is committed."""
+    host = make_host(SQLALCHEMY_DATABASE_URI="sqlite://")
+    for path in ("/", "/list", "/dispatch"):
+        host.get(path)
+    answer = host.post("/dispatch", job=f"{SAMPLE}:execute", parameters='["x"]')
+    assert answer.status_code == 303
+    assert listed_ids(host.get("/list")) == [1]
+    host.post("/job/1/cancel")
+    assert ">cancelled<" in host.get("/job/1")
+
+
+def test_two_apps_keep_their_own_settings(tmp_path: Any, make_host: MakeHost) -> None:
+    """The settings of a page are those of the app that answers."""
+    open_host = make_host(SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/a.db")
+    closed = make_host(SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/b.db", authorizer=None)
+    open_host.add()
+    assert listed_ids(open_host.get("/list")) == [1]
+    closed.get("/list", 403)

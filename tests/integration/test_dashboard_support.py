@@ -1,0 +1,178 @@
+"""What the tests of the dashboard share: a host app, rows in it, and a browser without a page."""
+
+from __future__ import annotations
+
+import datetime as dt
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flask
+import pytest
+import sqlalchemy as sa
+from flask.testing import FlaskClient
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_bgjobs.extension import BgJobs
+from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
+
+SAMPLE = f"{__name__}.SampleJob"
+RECEIPT = f"{__name__}.send_receipt"
+BROKEN = f"{__name__}.no_such_thing"
+PREFIX = "/jobs"
+
+MakeHost = Callable[..., "Host"]
+
+
+class SampleJob:
+    """A class that may run, with one method."""
+
+    def execute(self, message: str, times: int = 1) -> str:
+        return message * times
+
+
+def send_receipt(order_id: int, password: str | None = None) -> None:
+    """A function that may run, with a parameter that is masked."""
+
+
+@pytest.fixture(name="make_host")
+def host_maker(tmp_path: pathlib.Path) -> Iterator[MakeHost]:
+    """Makes a host app with the given settings, and closes its connections in the end."""
+    hosts: list[Host] = []
+
+    def make(**options: Any) -> Host:
+        hosts.append(Host(tmp_path, **options))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+class Host:
+    """A Flask app with the dashboard in it, and a client for it."""
+
+    def __init__(self, folder: Any, *, authorizer: Any = "all", **config: Any) -> None:
+        self.app = flask.Flask(__name__)
+        self.app.config.update(
+            SECRET_KEY="for tests",
+            SQLALCHEMY_DATABASE_URI=f"sqlite:///{folder}/host.db",
+            BGJOBS_ALLOWED_JOBS=[SAMPLE, RECEIPT],
+        )
+        self.app.config.update(config)
+        self.db = SQLAlchemy(self.app)
+        self.bgjobs = BgJobs(self.app, self.db)
+        if authorizer == "all":
+            self.bgjobs.authorize_dashboard(lambda action, job: True)
+        elif authorizer is not None:
+            self.bgjobs.authorize_dashboard(authorizer)
+        with self.app.app_context():
+            self.db.create_all()
+        self.client: FlaskClient = self.app.test_client()
+
+    @property
+    def state(self) -> Any:
+        return self.app.extensions["bgjobs"]
+
+    def close(self) -> None:
+        self.state.store.dispose()
+        with self.app.app_context():
+            self.db.session.remove()
+            for engine in self.db.engines.values():
+                engine.dispose()
+
+    def add(self, count: int = 1, **values: Any) -> int:
+        """The id of the last of ``count`` new jobs with these column values."""
+        row = {**_DEFAULTS, "run_at": now(), "created_at": now(), **values}
+        row = {Job.__mapper__.attrs[key].columns[0].name: value for key, value in row.items()}
+        row.setdefault("claim_rank", -row["priority"])
+        with self.state.store.engine.begin() as connection:
+            connection.execute(sa.insert(Job.__table__), [dict(row) for _ in range(count)])
+            return int(connection.scalar(sa.select(sa.func.max(Job.id))) or 0)
+
+    def add_attempt(self, job_id: int, **values: Any) -> None:
+        self._insert(
+            Attempt, job_id=job_id, attempt=1, outcome="failed", finished_at=now(), **values
+        )
+
+    def add_line(self, job_id: int, message: str) -> None:
+        self._insert(JobLog, job_id=job_id, attempt=1, created_at=now(), message=message)
+
+    def add_worker(self, name: str = "worker-1", **values: Any) -> None:
+        self._insert(
+            Worker,
+            **{
+                "name": name,
+                "status": "alive",
+                "host": "here",
+                "pid": 1,
+                "version": "0",
+                "pool": "thread",
+                "concurrency": 1,
+                "beats": 0,
+                "heartbeat_at": now(),
+                "started_at": now(),
+                **values,
+            },
+        )
+
+    def pause(self, queue: str) -> None:
+        self._insert(Queue, name=queue, created_at=now(), paused_at=now())
+
+    def _insert(self, model: Any, **values: Any) -> None:
+        with self.state.store.engine.begin() as connection:
+            connection.execute(sa.insert(model).values(**values))
+
+    def job(self, job_id: int) -> Job:
+        """The job as it is in the database now."""
+        job: Job = self.state.store.get(job_id)
+        return job
+
+    def count(self) -> int:
+        with self.state.store.read() as connection:
+            return int(connection.scalar(sa.select(sa.func.count()).select_from(Job)) or 0)
+
+    def get(self, path: str, status: int = 200, **more: Any) -> str:
+        """The text of a page below the dashboard's prefix, answered with ``status``."""
+        response = self.client.get(PREFIX + path, **more)
+        assert response.status_code == status, response.text
+        return response.text
+
+    def token(self) -> str:
+        """The CSRF token of this client's session."""
+        found = re.search(r'name="csrf_token" value="([^"]+)"', self.get("/list"))
+        assert found is not None
+        return found[1]
+
+    def post(self, path: str, **fields: Any) -> Any:
+        """The answer to a form that was sent with a valid token."""
+        return self.client.post(PREFIX + path, data={"csrf_token": self.token(), **fields})
+
+
+_DEFAULTS: dict[str, Any] = {
+    "target": SAMPLE,
+    "method": "execute",
+    "parameters_json": '["Hello"]',
+    "queue": "default",
+    "priority": 0,
+    "status": "pending",
+    "attempt": 0,
+    "retry_count": 0,
+    "retries": 3,
+    "retry_delay": "[5.0]",
+    "backoff": "fixed",
+    "jitter": 0.0,
+    "suspect": False,
+    "crash_count": 0,
+}
+
+
+def now(seconds: float = 0.0) -> dt.datetime:
+    """The UTC time, or one that many seconds later, as the database holds it."""
+    return dt.datetime.now(dt.UTC).replace(tzinfo=None) + dt.timedelta(seconds=seconds)
+
+
+def listed_ids(page: str) -> list[int]:
+    """The ids of the jobs in a list page, in order."""
+    return [int(found) for found in re.findall(r'<tr role="row" id="job-(\d+)"', page)]

@@ -1,0 +1,110 @@
+"""Helpers of the unit tests: nothing here needs a database server, a file or a process."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from hypothesis import HealthCheck, settings
+
+from flask_bgjobs import BgJobs
+from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.context import CurrentJob
+from flask_bgjobs.execute import execute
+from flask_bgjobs.spec import Outcome
+from flask_bgjobs.window import Window
+from tests.unit.helpers import make_spec
+
+# A slow machine is no failure, and a failing example is printed anyway.
+settings.register_profile(
+    "unit", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("unit")
+
+_numbers = itertools.count(1)
+
+Attempt = Callable[..., Outcome]
+MakeModule = Callable[[str], str]
+
+
+@pytest.fixture
+def database() -> SQLAlchemy:
+    """The host's Flask-SQLAlchemy."""
+    return SQLAlchemy()
+
+
+@pytest.fixture
+def host(database: SQLAlchemy) -> Flask:
+    """A host app, with no context pushed; no test of this folder needs its tables."""
+    host = Flask("shop")
+    host.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
+    host.config["BGJOBS_DASHBOARD"] = False
+    database.init_app(host)
+    return host
+
+
+@pytest.fixture
+def bgjobs(host: Flask) -> Iterator[BgJobs]:
+    """The extension, set up for ``host``; its connections are closed after the test."""
+    yield BgJobs(host)
+    state_of(host).store.dispose()
+    state_of(host).store.host_engine.dispose()
+
+
+@pytest.fixture
+def state(host: Flask, bgjobs: BgJobs) -> AppState:
+    """What the extension holds for ``host``."""
+    return state_of(host)
+
+
+@pytest.fixture
+def attempt(bgjobs: BgJobs, state: AppState) -> Attempt:
+    """Runs a function as a job, once, and gives the outcome."""
+
+    def run(
+        function: Callable[..., Any],
+        parameters: Any = (),
+        *,
+        window: Window | None = None,
+        **changes: Any,
+    ) -> Outcome:
+        name = f"unit.job{next(_numbers)}"
+        bgjobs.job(name=name)(function)
+        given = parameters if isinstance(parameters, dict) else list(parameters)
+        spec = make_spec(target=name, parameters=given, **changes)
+        job = CurrentJob(spec, max_payload=state.config.max_payload)
+        return execute(state, spec, job, window or Window(), time.monotonic())
+
+    return run
+
+
+@pytest.fixture
+def make_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeModule]:
+    """Writes a module that can be imported, and leaves a mark when it is: see ``was_imported``."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mark = "from pathlib import Path\nPath(__file__).with_suffix('.imported').touch()\n"
+
+    def make(source: str) -> str:
+        name = f"unit_module_{next(_numbers)}"
+        (tmp_path / f"{name}.py").write_text(mark + textwrap.dedent(source), encoding="utf-8")
+        return name
+
+    yield make
+    for name in set(sys.modules) - before:
+        if name.startswith("unit_module_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def was_imported(tmp_path: Path) -> Callable[[str], bool]:
+    """Whether the code of a module made by ``make_module`` has run."""
+    return lambda name: (tmp_path / f"{name}.imported").exists()

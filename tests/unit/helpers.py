@@ -1,0 +1,47 @@
+"""What several unit tests need, besides the fixtures."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flask_bgjobs import serialize
+from flask_bgjobs.spec import JobSpec
+
+
+def make_spec(**changes: Any) -> JobSpec:
+    """A claimed job with plain values; ``parameters`` is stored as a job's would be."""
+    if "parameters" in changes:
+        changes["parameters_json"] = serialize.dumps(changes.pop("parameters"))
+    values: dict[str, Any] = {
+        "id": 42,
+        "target": "shop.jobs.SampleJob",
+        "method": None,
+        "parameters_json": "[]",
+        "queue": "default",
+        "priority": 0,
+        "attempt": 1,
+        "retry_count": 0,
+        "retries": 3,
+        "retry_delay": "[5.0]",
+        "backoff": "fixed",
+        "max_retry_delay": None,
+        "jitter": 0.0,
+        "timeout": None,
+        "suspect": False,
+        "crash_count": 0,
+        "meta_json": None,
+        "claimed_at": dt.datetime(2026, 1, 1),
+        "started_at": None,
+    }
+    return JobSpec(**{**values, **changes})
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 30.0) -> None:
+    """Return as soon as ``condition`` holds; fail when it does not in ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.002)

@@ -1,0 +1,77 @@
+"""Durations at the edge."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from decimal import Decimal
+
+import pytest
+
+from flask_bgjobs.durations import seconds
+from flask_bgjobs.retry import MAX_DELAY_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0.0),
+        (5, 5.0),
+        (0.25, 0.25),
+        (dt.timedelta(minutes=1), 60.0),
+        (dt.timedelta(), 0.0),
+        (MAX_DELAY_SECONDS, MAX_DELAY_SECONDS),
+    ],
+)
+def test_accepted(value: object, expected: float) -> None:
+    """Seconds as int or float, and timedeltas, become float seconds."""
+    number = seconds(value, "delay")
+    assert number == expected
+    assert type(number) is float
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        -1,
+        -1e-9,
+        dt.timedelta(microseconds=-1),
+        math.nan,
+        math.inf,
+        -math.inf,
+        MAX_DELAY_SECONDS * 1.001,
+        10**400,
+        10**5_000,
+        dt.timedelta.max,
+        True,
+        False,
+        None,
+        "5",
+        Decimal(5),
+        [5],
+        5j,
+    ],
+    ids=lambda value: repr(value) if not isinstance(value, int) else f"int{value.bit_length()}",
+)
+def test_refused(value: object) -> None:
+    """Whatever is not a number of seconds from 0 to a hundred years is a ``ValueError``."""
+    with pytest.raises(ValueError):  # noqa: PT011 - an int of 5,000 digits cannot be shown
+        seconds(value, "delay")
+
+
+def test_message() -> None:
+    """The message names what it is, what is allowed and what was given."""
+    with pytest.raises(ValueError, match=r"delay must be at least 0 s .*hundred years, not -3"):
+        seconds(-3, "delay")
+    with pytest.raises(ValueError, match=r"timeout must be seconds .* or a timedelta, not 'soon'"):
+        seconds("soon", "timeout")
+
+
+def test_minimum() -> None:
+    """A minimum is allowed itself, unless the value must be above it."""
+    assert seconds(2, "lease", minimum=2) == 2.0
+    with pytest.raises(ValueError, match="at least 2 s"):
+        seconds(1.9, "lease", minimum=2)
+    with pytest.raises(ValueError, match="more than 0 s"):
+        seconds(0, "timeout", above=True)
+    assert seconds(1e-6, "timeout", above=True) == 1e-6

@@ -1,0 +1,45 @@
+"""What goes into an attempt and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import pickle
+
+import pytest
+
+from flask_bgjobs import serialize
+from flask_bgjobs.retry import RetryPolicy
+from flask_bgjobs.spec import Outcome, Settled
+from flask_bgjobs.states import JobStatus, OutcomeKind
+from tests.unit.helpers import make_spec
+
+
+def test_parameters() -> None:
+    """A spec gives the parameters back as they were given."""
+    given = {"when": dt.date(2026, 1, 2), "ids": (1, 2)}
+    assert make_spec(parameters=given).parameters == given
+
+
+def test_retry_policy() -> None:
+    """A spec's retry policy is made of its own columns."""
+    spec = make_spec(retry_delay="[1.0, 2.0]", backoff="linear", max_retry_delay=9.0, jitter=0.5)
+    assert spec.retry_policy == RetryPolicy((1.0, 2.0), "linear", 9.0, 0.5)
+
+
+def test_settled() -> None:
+    """What was recorded shows the job's id, error and result."""
+    spec = make_spec()
+    outcome = Outcome(42, 1, OutcomeKind.COMPLETED, result_json=serialize.dumps((1, 2)))
+    settled = Settled(spec, outcome, JobStatus.COMPLETED)
+    assert (settled.job_id, settled.result, settled.error) == (42, (1, 2), None)
+    failed = Settled(spec, Outcome(42, 1, OutcomeKind.FAILED, error="E: no"), JobStatus.FAILED)
+    assert (failed.result, failed.error) == (None, "E: no")
+
+
+def test_plain_data() -> None:
+    """Spec and outcome are frozen plain data that can cross a pipe."""
+    spec, outcome = make_spec(), Outcome(42, 1, OutcomeKind.FAILED, error="E: no")
+    assert pickle.loads(pickle.dumps((spec, outcome))) == (spec, outcome)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.attempt = 2  # type: ignore[misc]
