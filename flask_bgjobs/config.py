@@ -118,7 +118,7 @@ class Config:
 
         :raises ConfigError: names the key, the value and what is allowed.
         """
-        given = {key: value for key, value in values.items() if key.startswith("BGJOBS_")}
+        given = {key: value for key, value in values.items() if key.startswith(_PREFIX)}
         _warn_unknown(given)
         _refuse_both_names(given)
         checked: dict[str, Any] = {}
@@ -180,11 +180,13 @@ def _warn_unknown(given: Mapping[str, Any]) -> None:
     for key in given:
         if key in _KEYS:
             continue
-        close = difflib.get_close_matches(key, _KEYS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        words = {known.removeprefix(_PREFIX): known for known in _KEYS}
+        close = difflib.get_close_matches(key.removeprefix(_PREFIX), words, n=1)
+        hint = f"; did you mean {words[close[0]]}?" if close else ""
         warnings.warn(f"flask-bgjobs does not know the key {key}{hint}", stacklevel=4)
 
 
+_PREFIX = "BGJOBS_"
 _ALIAS = "BGJOBS_ALLOWED_CLASSES"
 
 

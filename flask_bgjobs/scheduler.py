@@ -46,10 +46,10 @@ class Clock:
 
     def stop(self) -> None:
         """Stop calling; a call under way ends first."""
-        # Paused first, and then waited for by a look at the jobs: APScheduler breaks when it is
-        # shut down while its thread removes a trigger that has just fired.
+        # Paused and emptied first: APScheduler breaks when it is shut down while its thread
+        # removes a trigger that has just fired.
         self._scheduler.pause()
-        self._scheduler.get_jobs()
+        self._scheduler.remove_all_jobs()
         self._scheduler.shutdown(wait=True)
 
     def wake_in(self, delays: Iterable[float]) -> None:

@@ -111,6 +111,11 @@ def _encode_text(value: str, path: str) -> str:
 def _encode_scalar(value: Any, path: str) -> object:
     if isinstance(value, decimal.Decimal) and not value.is_finite():
         raise NotSerializable(f"{path}: {value} is not a number that JSON can hold")
+    if isinstance(value, dt.datetime | dt.time):
+        offset = value.utcoffset()
+        # Python itself does not read such an offset back.
+        if offset is not None and offset.microseconds:
+            raise NotSerializable(f"{path}: its UTC offset {offset} is not in whole seconds")
     tag, to_text = _TO_TEXT[type(value)]
     return {TAG: tag, "v": to_text(value)}
 

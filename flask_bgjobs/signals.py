@@ -10,6 +10,7 @@ workers carry ``worker``, the worker's name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from blinker import NamedSignal, Namespace
@@ -49,7 +50,9 @@ def emit(signal: NamedSignal, app: Flask, **values: object) -> None:
         try:
             receiver(app, **values)
         except Exception:
-            _logger.exception("A receiver of %s raised; the job is not affected", signal.name)
+            # Also when the broken receiver is the log itself.
+            with contextlib.suppress(Exception):
+                _logger.exception("A receiver of %s raised; the job is not affected", signal.name)
 
 
 def emit_settled(app: Flask, settled: Settled) -> None:

@@ -144,9 +144,7 @@ class TestPlans:
     def crowded(self, store: Store) -> Store:
         """50,000 rows beside the few that are wanted: parked, finished and of low priority."""
         made = run_background_job("tests.jobs.echo")
-        columns = [
-            c.name for c in Job.__table__.c if c.name not in ("id", "status", "claim_rank")
-        ]
+        columns = [c.name for c in Job.__table__.c if c.name not in ("id", "status", "claim_rank")]
         names = ", ".join(columns)
         numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000) "
         for status in ("scheduled", "retrying", "completed", "failed", "pending"):

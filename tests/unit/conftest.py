@@ -25,7 +25,11 @@ from tests.unit.helpers import make_spec
 
 # A slow machine is no failure, and a failing example is printed anyway.
 settings.register_profile(
-    "unit", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    "unit",
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("unit")
 
