@@ -343,10 +343,14 @@ class Worker:
         self._suspects.clear()
         self._finished.extend((spec, _given_back(spec)) for spec in held_back)
         grace_ends = time.monotonic() + self._grace
-        asked = self._stops
-        while (
-            self._pool.running() and time.monotonic() < grace_ends and self._stops <= max(1, asked)
-        ):
+        if running := self._pool.running():
+            _logger.info(
+                "Worker stopping | Worker: %s | Running: %d | Grace: %g s; a second signal ends it",
+                self.name,
+                running,
+                self._grace,
+            )
+        while self._pool.running() and time.monotonic() < grace_ends and self._stops < 2:
             self._guard(self._drain_turn)
             self._wake.wait(min(_FOLLOW_SECONDS, max(0.0, grace_ends - time.monotonic())))
         self._give_back_running()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,14 +108,14 @@ def test_a_poison_job_is_quarantined_and_its_neighbours_are_not(
 
 
 def test_a_stalled_worker_changes_nothing_when_it_comes_back(
-    app: Flask, start_worker: Start, journal: Path, tmp_path: Path
+    app: Flask, state: AppState, start_worker: Start, journal: Path, tmp_path: Path
 ) -> None:
     """A worker that is stopped past its lease finds it lost; the newer outcome stands."""
     gate = tmp_path / "gate"
     stalled = start_worker("-n", "stalled")
     job = enqueue("wait_for_file", str(gate))
     wait_until(lambda: stored(app, job).started_at is not None, "the start")
-    stalled.send_signal(signal.SIGSTOP)
+    _stop_between_transactions(stalled, state)
     start_worker("-n", "second")
     wait_until(lambda: stored(app, job).attempt == 2, "the rescue")
     gate.touch()
@@ -129,6 +130,24 @@ def test_a_stalled_worker_changes_nothing_when_it_comes_back(
         settled.worker_id,
         settled.finished_at,
     )
+
+
+def _stop_between_transactions(worker: Any, state: AppState) -> None:
+    """Stop a process, but not while it holds SQLite's only write lock: all would wait for it."""
+
+    def stop() -> bool:
+        worker.send_signal(signal.SIGSTOP)
+        probe = sqlite3.connect(state.store.host_engine.url.database or "", timeout=0)
+        try:
+            probe.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            worker.send_signal(signal.SIGCONT)
+            return False
+        finally:
+            probe.close()
+        return True
+
+    wait_until(stop, "a moment between two transactions")
 
 
 def test_unstarted_work_of_a_killed_worker_is_not_blamed(
