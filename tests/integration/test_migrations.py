@@ -84,6 +84,13 @@ def _host(folder: Path, base: str, **config: object) -> None:
     (folder / "host.py").write_text(base + FACTORY.format(config=settings) + JOB)
 
 
+def _assert_runs_a_job(folder: Path) -> None:
+    assert "matches the models" in _flask(folder, "bgjobs", "check")
+    _flask(folder, "bgjobs", "enqueue", "host.work", "-p", "[21]")
+    _flask(folder, "bgjobs", "worker", "--burst")
+    assert '"result": 42' in _flask(folder, "bgjobs", "show", "1", "--json")
+
+
 @pytest.mark.parametrize(
     "base",
     [PLAIN, DECLARATIVE_BASE, NAMING_CONVENTION, FOREIGN_KEY],
@@ -101,10 +108,7 @@ def test_autogenerate_upgrade_and_check_are_clean(tmp_path: Path, base: str) -> 
     assert "sqlite_autoincrement=True" in text
     _flask(tmp_path, "db", "upgrade")
     assert "No new upgrade operations detected" in _flask(tmp_path, "db", "check")
-    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
-    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", "[21]")
-    _flask(tmp_path, "bgjobs", "worker", "--burst")
-    assert '"result": 42' in _flask(tmp_path, "bgjobs", "show", "1", "--json")
+    _assert_runs_a_job(tmp_path)
 
 
 def test_a_bind_key_migrates_its_own_database(tmp_path: Path) -> None:
@@ -119,20 +123,14 @@ def test_a_bind_key_migrates_its_own_database(tmp_path: Path) -> None:
     _flask(tmp_path, "db", "migrate", "-m", "first")
     _flask(tmp_path, "db", "upgrade")
     assert "No new upgrade operations detected" in _flask(tmp_path, "db", "check")
-    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
-    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", "[21]")
-    _flask(tmp_path, "bgjobs", "worker", "--burst")
-    assert '"result": 42' in _flask(tmp_path, "bgjobs", "show", "1", "--json")
+    _assert_runs_a_job(tmp_path)
 
 
 def test_a_schema_is_used_by_every_statement(tmp_path: Path) -> None:
     """With a schema on the host's metadata, tables are made and jobs run in it."""
     _host(tmp_path, SCHEMA)
     _flask(tmp_path, "bgjobs", "init-db")
-    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
-    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", "[21]")
-    _flask(tmp_path, "bgjobs", "worker", "--burst")
-    assert '"result": 42' in _flask(tmp_path, "bgjobs", "show", "1", "--json")
+    _assert_runs_a_job(tmp_path)
 
 
 def test_init_db_without_flask_migrate(tmp_path: Path) -> None:
