@@ -8,6 +8,7 @@ import datetime as dt
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -37,8 +38,9 @@ R = TypeVar("R")
 bgjobs_commands = AppGroup("bgjobs", help="Background jobs: run a worker, see and change jobs.")
 
 _COLUMN_WIDTH = 60
+_MAX_ID = 2**63 - 1
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-_ids_argument = click.argument("ids", nargs=-1, required=True, type=click.IntRange(min=1))
+_ids_argument = click.argument("ids", nargs=-1, required=True, type=click.IntRange(1, _MAX_ID))
 
 
 def _one_sentence(command: Callable[P, R]) -> Callable[P, R]:
@@ -97,6 +99,16 @@ def worker_command(**options: Any) -> None:
         worker.run()
     counts = ", ".join(f"{count} {status.value}" for status, count in worker.counts.items())
     click.echo(f"Worker {worker.name} stopped: {counts or 'it ran no job'}")
+    if worker.has_code_running or _other_threads_hold_the_process():
+        # Python would wait for them at its end, while their jobs run elsewhere already.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _other_threads_hold_the_process() -> bool:
+    main = threading.main_thread()
+    return any(t is not main and not t.daemon for t in threading.enumerate())
 
 
 def _banner(state: AppState, worker: Any) -> list[str]:
@@ -209,7 +221,7 @@ def list_command(
 
 
 @bgjobs_commands.command("show")
-@click.argument("job_id", type=click.IntRange(min=1))
+@click.argument("job_id", type=click.IntRange(1, _MAX_ID))
 @_json_option
 @_one_sentence
 def show_command(job_id: int, as_json: bool) -> None:

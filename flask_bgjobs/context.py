@@ -36,7 +36,7 @@ class CurrentJob:
         self._note: str | None = None
         self._written_meta = spec.meta_json or "{}"
         self._cancelled = threading.Event()
-        self.meta: dict[str, Any] = serialize.loads(self._written_meta)
+        self.meta: dict[str, Any] = _readable_meta(self._written_meta)
         """A dict of yours, kept with the job over all its attempts."""
 
     @property
@@ -131,6 +131,15 @@ class CurrentJob:
         :raises NotSerializable: names what cannot.
         """
         serialize.dumps(self.meta, name="current_job.meta", max_bytes=self._max_payload)
+
+
+def _readable_meta(text: str) -> dict[str, Any]:
+    """The stored meta; empty when somebody edited it into something else."""
+    try:
+        meta = serialize.loads(text)
+    except ValueError:
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 _current: contextvars.ContextVar[CurrentJob] = contextvars.ContextVar("bgjobs_current_job")

@@ -224,12 +224,15 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
 
 
 def _connection_of(state: AppState, session: Session) -> sa.Connection:
+    """The session's connection to the tables' database, whatever else the session is bound to."""
     bind = session.bind
     if not isinstance(bind, sa.Connection):
         try:
             bind = session.get_bind(clause=state.table)
         except sa.exc.UnboundExecutionError:
-            bind = state.store.host_engine
+            bind = None
+    if bind is None or bind.engine.url != state.store.host_engine.url:
+        bind = state.store.host_engine
     return session.connection(bind_arguments={"bind": bind})
 
 

@@ -42,6 +42,8 @@ def execute(
     try:
         target = state.registry.resolve(spec.target, spec.method)
         parameters = spec.parameters
+        if not isinstance(parameters, list | dict):
+            raise ValueError("the parameters in the row are neither a list nor a dict")
     except JobNotAllowed as error:
         return _failure(spec, OutcomeKind.REFUSED, error)
     except (InvalidJob, ValueError) as error:

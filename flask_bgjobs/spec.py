@@ -11,6 +11,9 @@ from . import serialize
 from .retry import RetryPolicy
 from .states import JobStatus, OutcomeKind
 
+_UNREADABLE_DELAYS = (5.0,)
+"""Seconds before a retry of a job whose own delays cannot be read."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobSpec:
@@ -46,8 +49,13 @@ class JobSpec:
     @property
     def retry_policy(self) -> RetryPolicy:
         """The waits between the job's attempts."""
+        try:
+            delays = tuple(float(delay) for delay in json.loads(self.retry_delay))
+        except (TypeError, ValueError):
+            # Edited by hand: that must not keep other jobs' outcomes from being recorded.
+            delays = ()
         return RetryPolicy(
-            tuple(json.loads(self.retry_delay)), self.backoff, self.max_retry_delay, self.jitter
+            delays or _UNREADABLE_DELAYS, self.backoff, self.max_retry_delay, self.jitter
         )
 
 

@@ -39,6 +39,7 @@ _MAX_CLAIM = 1_000
 _GATHER_SECONDS = 0.002
 """While threads are busy, outcomes are gathered so long, to be settled in one transaction."""
 _HORIZON_SECONDS = 60.0
+_LAST_SETTLE_TRIES = 3
 _STOP_SECONDS = 1.0
 """For code to end that was interrupted because the grace of a stop is over."""
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
@@ -113,6 +114,11 @@ class Worker:
         """
         self._stops += 1
         self._wake.set()
+
+    @property
+    def has_code_running(self) -> bool:
+        """Whether code still runs that no interruption could stop."""
+        return self._pool.running() > 0
 
     def run(self) -> None:
         """Work until told to stop, or until the options say that it is done."""
@@ -332,6 +338,8 @@ class Worker:
     def _nothing_left(self) -> bool:
         left = True
         try:
+            # A retry without a delay is due already.
+            self.state.store.promote()
             left = self.state.store.unfinished(self.queues)
         except DBAPIError as error:
             self._outage(error)
@@ -354,7 +362,10 @@ class Worker:
             self._guard(self._drain_turn)
             self._wake.wait(min(_FOLLOW_SECONDS, max(0.0, grace_ends - time.monotonic())))
         self._give_back_running()
-        self._guard(self._settle)
+        for _ in range(_LAST_SETTLE_TRIES):
+            self._guard(self._settle)
+            if not self._finished:
+                break
 
     def _drain_turn(self) -> None:
         self._settle()

@@ -108,6 +108,11 @@ async def async_hold(path: str) -> None:
         record(path, "cleaned up")
 
 
+async def in_a_thread(path: str, seconds: float) -> None:
+    record(path, "start")
+    await asyncio.to_thread(time.sleep, seconds)
+
+
 async def async_echo(value: Any) -> Any:
     await asyncio.sleep(0)
     return value
@@ -154,6 +159,7 @@ NAMES = [
             wait_for_file,
             ask_cancelled,
             async_hold,
+            in_a_thread,
             async_echo,
             report,
             system_exit,

@@ -42,11 +42,18 @@ class Leases(Settles):
         return bool(self.transaction(lambda c: c.execute(alive).rowcount))
 
     def stop_worker(self, worker_id: int) -> None:
-        """Record that a worker ended cleanly, with nothing left to it."""
+        """Record that a worker ended cleanly, with nothing left to it.
+
+        One that still holds jobs, because their outcomes could not be recorded, stays alive in
+        the table: its silence is noticed, and the jobs are rescued.
+        """
+        holds_jobs = sa.exists().where(
+            JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id
+        )
         self.transaction(
             lambda c: c.execute(
                 sa.update(Worker)
-                .where(Worker.id == worker_id, Worker.status == "alive")
+                .where(Worker.id == worker_id, Worker.status == "alive", ~holds_jobs)
                 .values(status="stopped", stopped_at=self.now)
             )
         )

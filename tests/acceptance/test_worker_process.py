@@ -74,6 +74,18 @@ def test_a_second_signal_stops_at_once(app: Flask, start_worker: Start, journal:
     assert (job.status, job.retry_count) == ("pending", 0)
 
 
+def test_code_in_other_threads_does_not_hold_the_process(
+    app: Flask, start_worker: Start, journal: Path
+) -> None:
+    """After the grace the process ends with 0, also while a job's own threads still run."""
+    worker = start_worker("--shutdown-timeout", "0.2")
+    job = enqueue("in_a_thread", str(journal), 600)
+    wait_until(lambda: lines(journal), "the start")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    assert (job.refresh().status, job.retry_count) == ("pending", 0)
+
+
 def test_kill_9_loses_nothing(
     app: Flask, state: AppState, start_worker: Start, journal: Path
 ) -> None:

@@ -110,6 +110,8 @@ def test_cancel_retry_delete(app: Flask, run: Any, state: AppState) -> None:
     assert count_jobs(app) == 0
     run("cancel", code=2)
     run("cancel", "0", code=2)
+    for command in ("show", "cancel", "retry", "delete"):
+        run(command, str(2**63), code=2)
 
 
 def test_check_names_every_difference(app: Flask, run: Any, state: AppState) -> None:

@@ -208,6 +208,17 @@ def test_a_given_scoped_session_is_joined(shop: Shop) -> None:
     assert shop.exists(job)
 
 
+def test_a_session_of_another_database_joins_on_the_tables_bind(shop: Shop, tmp_path: Any) -> None:
+    """A given session that is bound elsewhere inserts on the tables' own database."""
+    other = sa.create_engine(f"sqlite:///{tmp_path / 'other.db'}")
+    with Session(other) as session:
+        job = shop.enqueue(session=session)
+        assert not shop.exists(job)
+        session.commit()
+    other.dispose()
+    assert shop.exists(job)
+
+
 def test_a_session_bound_to_a_connection_is_joined(shop: Shop) -> None:
     """A session bound to a connection is joined: a commit of ours would be one of its own."""
     with shop.db.engine.connect() as connection, Session(connection) as session:

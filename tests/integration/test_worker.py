@@ -314,6 +314,31 @@ class TestAllowList:
         assert f"Unauthorized or invalid job class/method | Class: {target}" in caplog.text
         assert [row.outcome for row in rows(state, Attempt)] == ["refused"]
 
+    @pytest.mark.parametrize(
+        "change",
+        [{"meta_json": "[broken"}, {"meta_json": "7"}, {"retry_delay": "x"}, {"retry_delay": "3"}],
+        ids=str,
+    )
+    def test_a_row_broken_by_hand_harms_no_other(
+        self, app: Flask, state: AppState, change: dict[str, str]
+    ) -> None:
+        """Whatever is edited in a row, the worker and the jobs beside it go on."""
+        broken, other = enqueue("fail", retries=1), enqueue("echo", 4)
+        edited = sa.update(Job).where(Job.id == broken.id).values(**change)
+        state.store.transaction(lambda connection: connection.execute(edited))
+        with working(app):
+            assert other.wait(30).result == 4
+            wait_until(lambda: stored(app, broken).status == "retrying", "the retry")
+
+    def test_parameters_that_are_a_number_fail_at_once(self, app: Flask, state: AppState) -> None:
+        """Parameters edited into something that is no list and no dict are no case for a retry."""
+        job = enqueue("echo", retries=3)
+        edited = sa.update(Job).values(parameters_json="3")
+        state.store.transaction(lambda connection: connection.execute(edited))
+        with working(app):
+            job.wait(30)
+        assert (job.status, job.attempt) == ("failed", 1)
+
     def test_parameters_edited_by_hand_fail_the_job(self, app: Flask, state: AppState) -> None:
         """Parameters that cannot be read fail the job for good."""
         job = enqueue("echo")
@@ -353,6 +378,30 @@ class TestStop:
         worker.run()
         assert done.refresh().status == "completed"
         assert later.refresh().status == "scheduled"
+
+    def test_burst_runs_retries_that_are_due(self, app: Flask) -> None:
+        """A retry without a delay is due now, so that ``burst`` runs it."""
+        job = enqueue("fail", retries=2, retry_delay=0)
+        Worker(state_of(app), WorkerOptions(burst=True)).run()
+        assert (job.refresh().status, job.attempt) == ("failed", 3)
+
+    def test_an_outcome_that_cannot_be_recorded_at_the_end_is_rescued(
+        self, app: Flask, state: AppState, journal: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A worker that ends with jobs on its hands leaves its lease to be found."""
+        job = enqueue("hold", str(journal), 600)
+
+        def refused(*args: Any) -> Any:
+            raise sa.exc.OperationalError("settle", {}, Exception("database is gone"))
+
+        with working(app, shutdown_timeout=0):
+            wait_until(lambda: lines(journal), "the start")
+            monkeypatch.setattr(type(state.store), "settle", refused)
+        monkeypatch.undo()
+        assert job.refresh().status == "running"
+        (row,) = rows(state, WorkerRow)
+        assert row.status == "alive"
+        assert [s.status for s in state.store.rescue(row.id, row.beats)] == ["pending"]
 
     def test_max_jobs_is_exact(self, app: Flask) -> None:
         """``max_jobs`` stops after exactly so many jobs."""
