@@ -514,7 +514,8 @@ def test_our_transactions_are_redone_when_busy(app: Flask, state: AppState) -> N
     host = state.db.engine.connect()
     host.exec_driver_sql("BEGIN IMMEDIATE")
     threading.Timer(1.0, host.close).start()
-    run_background_job("tests.jobs.echo", session=None)
+    job = run_background_job("tests.jobs.echo", session=None)
+    assert stored(app, job).status == "pending"
 
 
 def test_the_default_store_is_found(app: Flask) -> None:
