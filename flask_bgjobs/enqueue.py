@@ -133,11 +133,13 @@ def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUT
         for job in _new_among(saved):
             _announce(state, job)
         return saved
-    was_clean = not joining.holds_writes(joined, state.store.host_engine)
+    commits = state.commits_clean_sessions and not joining.holds_writes(
+        joined, state.store.host_engine
+    )
     joined.flush()
     saved = state.store.insert(_connection_of(state, joined), jobs)
     joining.follow(joined, _new_among(saved), lambda job: _announce(state, job))
-    if state.commits_clean_sessions and was_clean:
+    if commits:
         joined.commit()
     return saved
 
