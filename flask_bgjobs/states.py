@@ -36,8 +36,6 @@ class JobStatus(enum.StrEnum):
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
 WAITING = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING, JobStatus.RETRYING})
 """Statuses in which nobody runs the job, so that a cancel takes effect at once."""
-ACTIVE = WAITING | {JobStatus.RUNNING}
-"""Statuses in which a job holds its ``unique_key``."""
 
 
 class OutcomeKind(enum.StrEnum):

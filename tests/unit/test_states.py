@@ -127,5 +127,4 @@ def test_status_groups() -> None:
     assert {status.value for status in JobStatus} == words
     assert {status for status in JobStatus if status.is_final} == states.FINAL
     assert states.FINAL | states.WAITING | {JobStatus.RUNNING} == set(JobStatus)
-    assert not states.FINAL & states.ACTIVE
-    assert states.WAITING | {JobStatus.RUNNING} == states.ACTIVE
+    assert not states.FINAL & (states.WAITING | {JobStatus.RUNNING})
