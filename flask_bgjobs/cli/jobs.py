@@ -1,0 +1,209 @@
+"""Commands about jobs: enqueue, list, show, retry, cancel, delete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import actions, serialize
+from ..app_state import current_state, import_jobs
+from ..enqueue import run_background_job
+from ..errors import JobNotFound
+from ..states import JobStatus
+from ..store import ActionResult
+from ..text import one_line
+from .group import bgjobs_commands, json_option, one_sentence
+from .output import plain, print_json, print_table, read_json
+
+if TYPE_CHECKING:
+    from ..dashboard.queries import JobRow
+
+_MAX_ID = 2**63 - 1
+_ids_argument = click.argument("ids", nargs=-1, required=True, type=click.IntRange(1, _MAX_ID))
+
+
+@bgjobs_commands.command("enqueue")
+@click.argument("target")
+@click.argument("method", required=False)
+@click.option("-p", "--parameters", default="[]", help="JSON: a list or an object of parameters.")
+@click.option("--queue", help="Name of the queue.")
+@click.option("--priority", help="A number, higher runs first, or a name.")
+@click.option("--delay", type=float, help="Seconds to wait before the first attempt.")
+@click.option("--retries", type=int, help="Retries after the first attempt.")
+@click.option("--retry-delay", type=float, help="Seconds before each retry.")
+@click.option("--timeout", type=float, help="Seconds that one attempt may take.")
+@click.option("--unique-key", help="Enqueue only if no unfinished job has this key.")
+@json_option
+@one_sentence
+def enqueue_command(
+    target: str,
+    method: str | None,
+    parameters: str,
+    priority: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Enqueue TARGET (a class or function on the allow-list), of a class with its METHOD."""
+    import_jobs(current_state())
+    job = run_background_job(
+        target,
+        method,
+        _parsed(parameters),
+        priority=_priority(priority),
+        session=None,
+        **options,
+    )
+    if as_json:
+        print_json({"id": job.id, "status": job.status, "deduplicated": job.deduplicated})
+    else:
+        known = "is already enqueued" if job.deduplicated else f"enqueued, {job.status}"
+        click.echo(f"Job {job.id} {known}: {job.name}")
+
+
+def _parsed(parameters: str) -> Any:
+    try:
+        return json.loads(parameters)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="--parameters") from None
+
+
+def _priority(text: str | None) -> int | str | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
+@bgjobs_commands.command("list")
+@click.option("--status", type=click.Choice([s.value for s in JobStatus]), multiple=True)
+@click.option("--queue", multiple=True, help="Only this queue; may be repeated.")
+@click.option("--search", default="", help="Text in name, error, tags or key; or an id.")
+@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True)
+@json_option
+@one_sentence
+def list_command(
+    status: Sequence[str], queue: Sequence[str], search: str, limit: int, as_json: bool
+) -> None:
+    """List jobs, newest first."""
+    from ..dashboard.queries import JobFilters, list_jobs
+
+    import_jobs(current_state())
+    filters = JobFilters(statuses=tuple(status), queues=tuple(queue), q=search)
+    rows = list_jobs(current_state(), filters, per=limit).jobs
+    if as_json:
+        print_json([_job_data(row) for row in rows])
+    else:
+        _print_rows(rows)
+
+
+@bgjobs_commands.command("show")
+@click.argument("job_id", type=click.IntRange(1, _MAX_ID))
+@json_option
+@one_sentence
+def show_command(job_id: int, as_json: bool) -> None:
+    """Show one job: its fields, its log, and the attempts that did not complete."""
+    from ..dashboard.queries import job_detail
+
+    state = current_state()
+    import_jobs(state)
+    job = state.store.get(job_id)
+    if job is None:
+        raise JobNotFound(f"job {job_id} does not exist")
+    detail = job_detail(state, job)
+    data = _job_data(detail.row) | {
+        "parameters": read_json(detail.parameters),
+        "result": read_json(detail.result),
+        "meta": read_json(detail.meta),
+        "worker": detail.worker_name,
+        "why_not_running": detail.reasons,
+        "attempts": [plain(dataclasses.asdict(attempt)) for attempt in detail.attempts],
+        "log": [plain(dataclasses.asdict(line)) for line in detail.lines],
+    }
+    if as_json:
+        print_json(data)
+    else:
+        _print_job(data)
+
+
+@bgjobs_commands.command("retry")
+@_ids_argument
+@one_sentence
+def retry_command(ids: Sequence[int]) -> None:
+    """Run failed, cancelled or retrying jobs again, with all their retries."""
+    _report("pending again", actions.retry(current_state(), ids))
+
+
+@bgjobs_commands.command("cancel")
+@_ids_argument
+@one_sentence
+def cancel_command(ids: Sequence[int]) -> None:
+    """Cancel jobs; running ones are asked to stop."""
+    _report("cancelled", actions.cancel(current_state(), ids))
+
+
+@bgjobs_commands.command("delete")
+@_ids_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@one_sentence
+def delete_command(ids: Sequence[int], yes: bool) -> None:
+    """Delete jobs that do not run, for ever."""
+    if not yes:
+        click.confirm(f"Delete {len(ids)} job(s) for ever?", abort=True)
+    _report("deleted", actions.delete(current_state(), ids))
+
+
+def _report(done: str, result: ActionResult) -> None:
+    for job_id in result.done:
+        click.echo(f"Job {job_id} {done}")
+    for job_id in result.requested:
+        click.echo(f"Job {job_id} is running and was asked to stop")
+    for job_id, reason in result.skipped.items():
+        click.echo(f"Job {job_id} skipped: {reason}", err=True)
+    if not result.done and not result.requested:
+        sys.exit(1)
+
+
+def _job_data(row: JobRow) -> dict[str, Any]:
+    """A job as ``--json`` prints it; its secrets are masked already."""
+    fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    del fields["job"]
+    return plain(fields) | {"parameters": read_json(row.parameters)}
+
+
+def _print_job(data: Mapping[str, Any]) -> None:
+    for name, value in data.items():
+        if name not in ("attempts", "log") and value not in (None, [], ()):
+            text = value if isinstance(value, str) else serialize.dumps_plain(value)
+            click.echo(f"{name:>15}  {one_line(text)}")
+    for line in data["log"]:
+        click.echo(f"{line['created_at']}  {one_line(line['message'])}")
+    for attempt in data["attempts"]:
+        error = one_line(attempt["error"] or "")
+        click.echo(f"\nAttempt {attempt['attempt']} {attempt['outcome']}: {error}")
+        click.echo(attempt["traceback"] or "")
+
+
+def _print_rows(jobs: Sequence[JobRow]) -> None:
+    if not jobs:
+        click.echo("No jobs")
+        return
+    print_table(
+        ["ID", "STATUS", "QUEUE", "PRIORITY", "RETRIES", "JOB", "ERROR"],
+        [
+            (
+                job.id,
+                job.state,
+                job.queue,
+                job.priority,
+                f"{job.retry_count}/{job.retries}",
+                job.name,
+                job.error or "",
+            )
+            for job in jobs
+        ],
+    )

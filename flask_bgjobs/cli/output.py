@@ -1,0 +1,47 @@
+"""How commands print: JSON for programs, tables for people."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from .. import serialize
+from ..text import one_line
+
+_COLUMN_WIDTH = 60
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under their heads, each column as wide as it must be."""
+    cells = [list(heads), *([one_line(str(cell))[:_COLUMN_WIDTH] for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    for row in cells:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
+
+
+def print_json(data: Any) -> None:
+    """Print ``data`` as indented JSON."""
+    click.echo(json.dumps(json.loads(serialize.dumps_plain(data)), indent=2, ensure_ascii=False))
+
+
+def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``fields`` with times as JSON can hold them."""
+    return {name: time_text(v) if isinstance(v, dt.datetime) else v for name, v in fields.items()}
+
+
+def time_text(value: dt.datetime) -> str:
+    """A UTC time in ISO 8601, to the millisecond."""
+    return f"{value.isoformat(timespec='milliseconds')}Z"
+
+
+def read_json(text: str | None) -> Any:
+    """What a JSON text says; the text itself when it is none."""
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        return text
