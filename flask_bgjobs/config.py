@@ -28,6 +28,7 @@ MAX_INTEGER = 2**31 - 1
 
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _DAY = 86_400.0
+_THREADS = 10
 _DEFAULT_PRIORITIES = MappingProxyType({"high": 3, "medium": 2, "low": 0})
 _DEFAULT_RETENTION = MappingProxyType(
     {
@@ -63,6 +64,10 @@ class Config:
     """``BGJOBS_ALLOWED_JOBS``: what may be run by name."""
     pool: str = "thread"
     """``BGJOBS_POOL``: how a worker runs jobs, ``thread`` or ``process``."""
+    queue_pools: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """``BGJOBS_QUEUE_POOLS``: the pool of queues that do not use the common one."""
+    app: str | None = None
+    """``BGJOBS_APP``: from where child processes import the app, as ``flask --app`` takes it."""
     concurrency: int | None = None
     """``BGJOBS_CONCURRENCY``: jobs at once per worker; ``None``: what suits the pool."""
     queues: tuple[str, ...] | None = None
@@ -134,11 +139,18 @@ class Config:
             )
         return config
 
-    def worker_concurrency(self) -> int:
-        """Jobs at once per worker: 10 threads, or one process per CPU, unless set."""
-        if self.concurrency is not None:
+    def concurrency_of(self, pool: str) -> int:
+        """Jobs at once in a pool: 10 threads, or one process per CPU, unless set."""
+        if self.concurrency is not None and pool == self.pool:
             return self.concurrency
-        return 10 if self.pool == "thread" else (os.cpu_count() or 1)
+        return _THREADS if pool == "thread" else _processors()
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_queue(value: object, name: str = "queue") -> str:
@@ -257,6 +269,15 @@ def _one_of(*choices: str) -> Callable[[object], str]:
     return check
 
 
+_pool = _one_of("thread", "process")
+
+
+def _queue_pools(value: object) -> Mapping[str, str]:
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a dict of queue to pool, such as {'images': 'process'}")
+    return MappingProxyType({check_queue(name, "a queue"): _pool(p) for name, p in value.items()})
+
+
 def _queues(value: object) -> tuple[str, ...] | None:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
@@ -339,7 +360,9 @@ def _schedule(value: object) -> Mapping[str, Any]:
 _KEYS = {
     "BGJOBS_ALLOWED_JOBS": _Key("allowed_jobs", _allowed_jobs),
     _ALIAS: _Key("allowed_jobs", _allowed_jobs),
-    "BGJOBS_POOL": _Key("pool", _one_of("thread", "process")),
+    "BGJOBS_POOL": _Key("pool", _pool),
+    "BGJOBS_QUEUE_POOLS": _Key("queue_pools", _queue_pools),
+    "BGJOBS_APP": _Key("app", _optional(_text)),
     "BGJOBS_CONCURRENCY": _Key("concurrency", _optional(_integer(1, 10_000))),
     "BGJOBS_QUEUES": _Key("queues", _optional(_queues)),
     "BGJOBS_PRIORITIES": _Key("priorities", _priorities),

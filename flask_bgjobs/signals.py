@@ -17,7 +17,7 @@ from blinker import NamedSignal, Namespace
 from flask import Flask
 
 from .spec import Settled
-from .states import JobStatus
+from .states import JobStatus, OutcomeKind
 
 _namespace = Namespace()
 
@@ -39,6 +39,8 @@ _OF_STATUS = {
     JobStatus.CANCELLED: job_cancelled,
 }
 
+_RESCUED = frozenset({OutcomeKind.LOST, OutcomeKind.CRASHED})
+
 _logger = logging.getLogger("flask_bgjobs")
 
 
@@ -56,7 +58,9 @@ def emit(signal: NamedSignal, app: Flask, **values: object) -> None:
 
 
 def emit_settled(app: Flask, settled: Settled) -> None:
-    """Send the signal of what was recorded of an attempt; a job given back has none."""
+    """Send the signals of what was recorded of an attempt; a job given back has none."""
+    if settled.status is not None and settled.outcome.kind in _RESCUED:
+        emit(job_rescued, app, job=settled.spec, settled=settled)
     signal = None if settled.status is None else _OF_STATUS.get(settled.status)
     if signal is not None:
         emit(signal, app, job=settled.spec, settled=settled)

@@ -68,6 +68,17 @@ class Report:
     meta_json: str | None = None
     lines: tuple[str, ...] = ()
 
+    def followed_by(self, later: Report | None) -> Report:
+        """This report and ``later`` as one."""
+        if later is None:
+            return self
+        return Report(
+            self.progress if later.progress is None else later.progress,
+            self.progress_note if later.progress_note is None else later.progress_note,
+            self.meta_json if later.meta_json is None else later.meta_json,
+            self.lines + later.lines,
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:

@@ -82,7 +82,7 @@ def _commits_clean_sessions(state: AppState) -> Iterator[None]:
 
 def _register(state: AppState, name: str) -> int:
     with state.app.app_context():
-        return register(state, name, concurrency=1)
+        return register(state, name)
 
 
 def _refuse_uncommitted(state: AppState) -> None:

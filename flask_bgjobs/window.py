@@ -117,6 +117,10 @@ class Window:
     def _send(self) -> None:
         if self._stop_task is not None:
             self._stop_task()
+        elif self._thread == threading.get_ident():
+            # From a signal's handler, which stands within the code that is to stop.
+            assert self.interruption is not None
+            raise self.interruption
         else:
             assert self._thread is not None
             _set_async_exception(ctypes.c_ulong(self._thread), ctypes.py_object(self.interruption))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 
@@ -20,11 +22,15 @@ from .app_state import AppState, import_jobs
 from .errors import BgJobsError, ConfigError
 from .heart import Heart
 from .identity import this_process
+from .lanes import Finished, Lane, Lanes, Pool, Route, routes
 from .maintenance import Sweeper
+from .memory import memory_in_use
 from .models import Job
+from .pools.child import Limits
+from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
 from .scheduler import STEP_SECONDS, Clock
-from .signals import emit_settled, job_rescued, worker_started, worker_stopped
+from .signals import emit_settled, worker_started, worker_stopped
 from .spec import JobSpec, Outcome, Settled
 from .states import JobStatus, OutcomeKind
 from .version import __version__
@@ -33,15 +39,10 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _FOLLOW_SECONDS = 0.25
 """How often running jobs are looked after: cancel requests, leases, progress."""
-_PREFETCH_SECONDS = 0.1
-"""Work claimed ahead: more would keep a new high-priority job waiting."""
-_MAX_CLAIM = 1_000
 _GATHER_SECONDS = 0.002
 """While threads are busy, outcomes are gathered so long, to be settled in one transaction."""
 _HORIZON_SECONDS = 60.0
 _LAST_SETTLE_TRIES = 3
-_STOP_SECONDS = 1.0
-"""For code to end that was interrupted because the grace of a stop is over."""
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
 
 
@@ -53,16 +54,24 @@ class WorkerOptions:
     """Shown on the dashboard; host and pid by default."""
     queues: Sequence[str] | None = None
     """Served in this strict order; all by default."""
+    pool: Literal["thread", "process"] | None = None
+    """Of the queues that name none."""
     concurrency: int | None = None
-    """Jobs at once."""
+    """Jobs at once in that pool."""
     burst: bool = False
     """Stop when nothing is pending or running in the queues."""
     max_jobs: int | None = None
-    """Stop after so many jobs."""
+    """After so many jobs a child process is replaced; with the thread pool the worker stops."""
     max_time: float | None = None
-    """Stop after so many seconds."""
+    """The same after so many seconds."""
+    max_memory: float | None = None
+    """The same when it holds so many MiB of memory."""
     shutdown_timeout: float | None = None
     """Seconds that running jobs have to end after a stop was asked for."""
+    app: str | None = None
+    """From where child processes import the app; ``BGJOBS_APP`` goes before it."""
+    show_logs: bool = False
+    """Whether child processes print their log lines, as the command does."""
 
 
 class Worker:
@@ -79,7 +88,9 @@ class Worker:
         self.state = state
         self.name = options.name or f"{socket.gethostname()}-{os.getpid()}"
         self.queues = options.queues if options.queues is not None else config.queues
-        self.concurrency = options.concurrency or config.worker_concurrency()
+        self.routes = _routes(state, options, self.queues)
+        """Which jobs go into which pool."""
+        self.concurrency = sum(route.size for route in self.routes)
         self.counts: collections.Counter[JobStatus] = collections.Counter()
         """Settled jobs by their new status."""
         self._options = options
@@ -94,7 +105,6 @@ class Worker:
         self._finished: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
         self._claimed = 0
         self._claim_again = True
-        self._seconds_per_job: float | None = None
         self._suspects: collections.deque[JobSpec] = collections.deque()
         self._suspect_running: JobSpec | None = None
         self._marked: set[tuple[int, int]] = set()
@@ -102,9 +112,14 @@ class Worker:
         self._look_due = False
         self._looked_ahead = self._swept = -float("inf")
         self._backoff = _FIRST_BACKOFF_SECONDS
-        self._deadline = None if options.max_time is None else time.monotonic() + options.max_time
+        self._limits = Limits(
+            max_jobs=options.max_jobs, max_time=options.max_time, max_memory=options.max_memory
+        )
+        # Child processes keep to them by themselves.
+        self._own_limits = self._limits if self.routes[0].pool == "thread" else Limits()
+        self._begun = time.monotonic()
         self._sweeper = Sweeper(state.store, config.lease)
-        _check_can_work(state)
+        _check_can_work(state, self.routes, self._app)
         import_jobs(state)
 
     def stop(self) -> None:
@@ -118,18 +133,34 @@ class Worker:
     @property
     def has_code_running(self) -> bool:
         """Whether code still runs that no interruption could stop."""
-        return self._pool.running() > 0
+        return self._pools.running() > 0
+
+    @property
+    def pool(self) -> str:
+        """Where its jobs run: ``thread``, ``process`` or both."""
+        return "+".join(route.pool for route in self.routes)
+
+    @property
+    def _app(self) -> str | None:
+        return self.state.config.app or self._options.app
 
     def run(self) -> None:
-        """Work until told to stop, or until the options say that it is done."""
-        self._start()
+        """Work until told to stop, or until the options say that it is done.
+
+        :raises BgJobsError: when child processes cannot build the app.
+        """
+        self._pools = self._open_pools()
         try:
-            while not self._is_done():
-                self._guard(self._turn)
-                self._wait()
-            self._drain()
+            self._start()
+            try:
+                while not self._is_done():
+                    self._guard(self._turn)
+                    self._wait()
+                self._drain()
+            finally:
+                self._end()
         finally:
-            self._end()
+            self._pools.close()
 
     # Beginning and end
 
@@ -138,31 +169,56 @@ class Worker:
         if notice:
             _logger.info(notice)
         self._register()
-        self._pool = ThreadPool(self.state, self.concurrency, self._on_finished)
         self._heart = Heart(self.state.store, self._id, self.state.config.heartbeat_interval)
         self._clock = Clock(self._on_clock, self.state.config.poll_interval)
         self._clock.start()
         self.state.enqueued.append(self._on_enqueued)
         self.state.emit(worker_started, worker=self.name)
 
+    def _open_pools(self) -> Lanes:
+        lanes = [
+            Lane(route, functools.partial(self._open_pool, route), self._on_finished)
+            for route in self.routes
+        ]
+        return Lanes(lanes)
+
+    def _open_pool(self, route: Route, on_finished: Finished) -> Pool:
+        if route.pool == "thread":
+            return ThreadPool(self.state, route.size, on_finished)
+        assert self._app is not None
+        limits = self._limits if route is self.routes[0] else None
+        return ProcessPool(
+            self._app,
+            route.size,
+            on_finished,
+            limits=limits,
+            show_logs=self._options.show_logs,
+        )
+
     def _end(self) -> None:
         self.state.enqueued.remove(self._on_enqueued)
         self._clock.stop()
-        self._pool.close()
+        self._pools.close()
         self._guard(lambda: self.state.store.stop_worker(self._id))
         self._heart.stop()
         self.state.emit(worker_stopped, worker=self.name)
 
     def _register(self) -> None:
-        self._id = register(self.state, self.name, concurrency=self.concurrency, queues=self.queues)
+        self._id = register(
+            self.state,
+            self.name,
+            pool=self.pool,
+            concurrency=self.concurrency,
+            queues=self.queues,
+        )
 
     def _start_over(self) -> None:
         """Go on under a new id, after another worker took this one's lease and jobs."""
         _logger.warning("Lease lost | Worker: %s | It starts over under a new id", self.name)
-        self._pool.take_unstarted()
+        self._pools.take_unstarted()
         self._suspects.clear()
-        for spec in self._pool.running_specs():
-            self._pool.cancel(spec)
+        for spec in self._pools.running_specs():
+            self._pools.cancel(spec)
         self._register()
         self._heart.beat_for(self._id)
 
@@ -232,21 +288,21 @@ class Worker:
     def _follow_running(self) -> None:
         """Write what running jobs told, stop what was cancelled or is no longer ours."""
         now = time.monotonic()
-        busy = self._pool.running() or self._pool.unstarted()
+        busy = self._pools.running() or self._pools.unstarted()
         if not busy or now - self._followed < _FOLLOW_SECONDS:
             return
         self._followed = now
         self._show_started()
-        view = self.state.store.observe(self._id, self._pool.reports())
-        for spec in [*self._pool.running_specs(), *self._pool.unstarted_specs()]:
+        view = self.state.store.observe(self._id, self._pools.reports())
+        for spec in [*self._pools.running_specs(), *self._pools.unstarted_specs()]:
             lost = view.attempts.get(spec.id) != spec.attempt
             if not lost and spec.id not in view.cancelling:
                 continue
-            self._pool.cancel(spec)
+            self._pools.cancel(spec)
 
     def _show_started(self) -> None:
         """Show jobs as started that run for longer than a moment."""
-        running = self._pool.running_specs()
+        running = self._pools.running_specs()
         new = [spec for spec in running if (spec.id, spec.attempt) not in self._marked]
         if new:
             self.state.store.mark_started(self._id, new)
@@ -270,37 +326,32 @@ class Worker:
             return
         self._swept = now
         for settled in self._sweeper.sweep(self._id):
-            self.state.emit(job_rescued, job=settled.spec, settled=settled)
             emit_settled(self.state.app, settled)
 
     def _claim(self) -> None:
-        room = self._room()
-        if room <= 0:
-            return
-        specs = self.state.store.claim(self._id, room, self.queues)
-        claimed = time.monotonic()
-        self._claimed += len(specs)
-        self._claim_again = len(specs) == room
-        self._suspects.extend(spec for spec in specs if spec.suspect)
-        self._pool.submit([spec for spec in specs if not spec.suspect], claimed)
+        self._claim_again = False
+        for lane in self._pools:
+            room = self._room(lane)
+            if room > 0:
+                self._claim_for(lane, room)
         self._start_suspect()
 
-    def _room(self) -> int:
-        """How many jobs to claim: free threads, and a little work ahead of them."""
-        held = self._pool.running() + self._pool.unstarted() + len(self._suspects)
-        ahead = self._prefetch()
-        if self._pool.unstarted() > ahead // 2:
-            return 0
-        room = min(self.concurrency + ahead - held, _MAX_CLAIM)
-        if self._options.max_jobs is not None:
-            room = min(room, self._options.max_jobs - self._claimed)
-        return room
+    def _claim_for(self, lane: Lane, room: int) -> None:
+        route = lane.route
+        specs = self.state.store.claim(self._id, room, route.queues, without=route.others)
+        claimed = time.monotonic()
+        self._claimed += len(specs)
+        self._claim_again |= len(specs) == room
+        self._suspects.extend(spec for spec in specs if spec.suspect)
+        lane.pool.submit([spec for spec in specs if not spec.suspect], claimed)
 
-    def _prefetch(self) -> int:
-        if self._seconds_per_job is None:
-            return 0
-        pace = max(self._seconds_per_job, _PREFETCH_SECONDS / _MAX_CLAIM)
-        return int(self.concurrency * _PREFETCH_SECONDS / pace)
+    def _room(self, lane: Lane) -> int:
+        """How many jobs to claim for a lane: suspects that wait for their turn count as well."""
+        waiting = sum(lane.route.serves(spec.queue) for spec in self._suspects)
+        room = lane.room() - waiting
+        if self._own_limits.max_jobs is not None:
+            room = min(room, self._own_limits.max_jobs - self._claimed)
+        return room
 
     def _start_suspect(self) -> None:
         """Run one suspect, its start committed first, so that a crash is known to be its own."""
@@ -309,15 +360,16 @@ class Worker:
         spec = self._suspects.popleft()
         if spec.id in self.state.store.mark_started(self._id, [spec]):
             self._suspect_running = spec
-            self._pool.submit([spec], time.monotonic())
+            self._pools.submit(spec, time.monotonic())
 
     # Waiting, stopping, outages
 
     def _wait(self) -> None:
-        if self._claim_again and self._room() > 0 and not self._stops:
+        has_room = any(self._room(lane) > 0 for lane in self._pools)
+        if self._claim_again and has_room and not self._stops:
             return
-        busy = self._pool.running() or self._pool.unstarted()
-        if self._pool.unstarted() and self._finished:
+        busy = self._pools.running() or self._pools.unstarted()
+        if self._pools.unstarted() and self._finished:
             time.sleep(_GATHER_SECONDS)
             return
         self._wake.wait(_FOLLOW_SECONDS if busy else self.state.config.poll_interval)
@@ -326,14 +378,20 @@ class Worker:
     def _is_done(self) -> bool:
         if self._stops:
             return True
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._is_used_up():
             return True
-        idle = not (self._pool.running() or self._pool.unstarted() or self._finished)
+        idle = not (self._pools.running() or self._pools.unstarted() or self._finished)
         idle = idle and not self._suspects
-        max_jobs = self._options.max_jobs
+        max_jobs = self._own_limits.max_jobs
         if max_jobs is not None and self._claimed >= max_jobs:
             return idle
         return self._options.burst and idle and self._nothing_left()
+
+    def _is_used_up(self) -> bool:
+        limits = self._own_limits
+        if limits.max_time is not None and time.monotonic() - self._begun >= limits.max_time:
+            return True
+        return limits.max_memory is not None and memory_in_use() >= limits.max_memory
 
     def _nothing_left(self) -> bool:
         left = True
@@ -347,18 +405,18 @@ class Worker:
 
     def _drain(self) -> None:
         """Give back what has not started, let the rest finish, then give that back as well."""
-        held_back = [*self._pool.take_unstarted(), *self._suspects]
+        held_back = [*self._pools.take_unstarted(), *self._suspects]
         self._suspects.clear()
         self._finished.extend((spec, _given_back(spec)) for spec in held_back)
         grace_ends = time.monotonic() + self._grace
-        if running := self._pool.running():
+        if running := self._pools.running():
             _logger.info(
                 "Worker stopping | Worker: %s | Running: %d | Grace: %g s; a second signal ends it",
                 self.name,
                 running,
                 self._grace,
             )
-        while self._pool.running() and time.monotonic() < grace_ends and self._stops < 2:
+        while self._pools.running() and time.monotonic() < grace_ends and self._stops < 2:
             self._guard(self._drain_turn)
             self._wake.wait(min(_FOLLOW_SECONDS, max(0.0, grace_ends - time.monotonic())))
         self._give_back_running()
@@ -373,12 +431,12 @@ class Worker:
 
     def _give_back_running(self) -> None:
         """Stop the code first: another worker may start the job as soon as it is given back."""
-        running = self._pool.running_specs()
+        running = self._pools.running_specs()
         given_back = {(spec.id, spec.attempt) for spec in running}
         for spec in running:
-            self._pool.cancel(spec)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while self._pool.running() and time.monotonic() < deadline:
+            self._pools.cancel(spec)
+        deadline = time.monotonic() + self._pools.stop_seconds
+        while self._pools.running() and time.monotonic() < deadline:
             self._wake.wait(deadline - time.monotonic())
         ended = list(self._finished)
         self._finished.clear()
@@ -387,7 +445,7 @@ class Worker:
             if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
                 outcome = dataclasses.replace(_given_back(spec), report=outcome.report)
             self._finished.append((spec, outcome))
-        for spec in self._pool.running_specs():
+        for spec in self._pools.running_specs():
             _logger.warning("Job %s did not stop; it is given back while its code runs", spec.id)
             self._finished.append((spec, _given_back(spec)))
 
@@ -409,12 +467,6 @@ class Worker:
     # Called from other threads
 
     def _on_finished(self, spec: JobSpec, outcome: Outcome) -> None:
-        if outcome.wait_seconds is not None:
-            # A moving average: quick to follow, calm against single outliers.
-            before = self._seconds_per_job
-            self._seconds_per_job = (
-                outcome.run_seconds if before is None else 0.9 * before + 0.1 * outcome.run_seconds
-            )
         self._finished.append((spec, outcome))
         self._wake.set()
 
@@ -427,7 +479,12 @@ class Worker:
 
 
 def register(
-    state: AppState, name: str, *, concurrency: int, queues: Sequence[str] | None = None
+    state: AppState,
+    name: str,
+    *,
+    pool: str = "thread",
+    concurrency: int = 1,
+    queues: Sequence[str] | None = None,
 ) -> int:
     """The id of a new worker row for this process."""
     me = this_process()
@@ -438,7 +495,7 @@ def register(
             "pid": me.pid,
             "process": me.process,
             "version": __version__,
-            "pool": "thread",
+            "pool": pool,
             "concurrency": concurrency,
             "queues": None if queues is None else json.dumps(queues),
             "beats": 0,
@@ -450,11 +507,24 @@ def _given_back(spec: JobSpec) -> Outcome:
     return Outcome(spec.id, spec.attempt, OutcomeKind.GIVEN_BACK)
 
 
-def _check_can_work(state: AppState) -> None:
-    if state.config.pool == "process":
-        raise ConfigError(
-            "BGJOBS_POOL = 'process': this version has the thread pool only; set it to 'thread'"
-        )
+def _routes(state: AppState, options: WorkerOptions, queues: Sequence[str] | None) -> list[Route]:
+    config = state.config
+    default = options.pool or config.pool
+    found = routes(default, config.queue_pools, queues, config.concurrency_of)
+    if options.concurrency is not None:
+        found[0] = dataclasses.replace(found[0], size=options.concurrency)
+    return found
+
+
+def _check_can_work(state: AppState, its_routes: Sequence[Route], app: str | None) -> None:
+    if any(route.pool == "process" for route in its_routes):
+        if not hasattr(os, "fork"):
+            raise ConfigError("the process pool needs fork(): use the thread pool on this system")
+        if app is None:
+            raise ConfigError(
+                "the process pool builds the app anew in each child process: set "
+                "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"
+            )
     if state.store.always_joins:
         raise ConfigError(
             "an in-memory SQLite database cannot be shared with a worker; use a file, or "

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import resource
+import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -135,6 +139,80 @@ def crash_worker(path: str) -> None:
     os.kill(os.getpid(), 9)
 
 
+def crash_once(path: str) -> int:
+    """Kill its own process at the first attempt."""
+    record(path, f"{current_job.id} {current_job.attempt}")
+    if current_job.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return current_job.attempt
+
+
+def exit_quietly(code: int = 0) -> None:
+    """End its process as if all had gone well."""
+    os._exit(code)
+
+
+def ignore_term(path: str) -> None:
+    """Run for ever, deaf to SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    record(path, f"deaf {current_job.id} {os.getpid()}")
+    while True:
+        time.sleep(0.05)
+
+
+def stuck_in_c(path: str) -> None:
+    """Hold the interpreter in a call that takes hours and never looks up."""
+    record(path, f"stuck {current_job.id} {os.getpid()}")
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def with_subprocess(path: str) -> None:
+    """Start a program that goes on by itself, and wait for ever."""
+    program = subprocess.Popen(["sleep", "600"])
+    record(path, f"{program.pid}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        time.sleep(0.05)
+
+
+def too_much_memory() -> int:
+    """Ask for more than its limit allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, hard))
+    return len(bytearray(2**32))
+
+
+def grow(mebibytes: int) -> int:
+    """Keep memory for as long as the process lives."""
+    _kept.append(b"x" * (mebibytes * 2**20))
+    return os.getpid()
+
+
+_kept: list[bytes] = []
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def tell_and_hold(path: str) -> None:
+    """Tell how far it is, then run for ever."""
+    current_job.progress(0.5, "half")
+    current_job.log("half done")
+    current_job.meta["half"] = True
+    hold(path)
+
+
+def swallow(path: str) -> str:
+    """Finish in spite of every request to stop."""
+    record(path, f"start {current_job.id}")
+    try:
+        while True:
+            time.sleep(0.01)
+    except BaseException:
+        return "finished in spite of it"
+
+
 def enqueue_another(value: int) -> None:
     run_background_job("tests.jobs.echo", parameters=[value])
 
@@ -164,6 +242,16 @@ NAMES = [
             report,
             system_exit,
             crash_worker,
+            crash_once,
+            exit_quietly,
+            ignore_term,
+            stuck_in_c,
+            with_subprocess,
+            too_much_memory,
+            grow,
+            process_id,
+            tell_and_hold,
+            swallow,
             enqueue_another,
             login,
         )

@@ -42,6 +42,9 @@ class ThreadPool:
     :param on_finished: called, in the job's thread, with each job and its outcome.
     """
 
+    stop_seconds = 1.0
+    """Within which code that was cancelled has stopped, unless it ignores that."""
+
     def __init__(
         self, state: AppState, size: int, on_finished: Callable[[JobSpec, Outcome], None]
     ) -> None:

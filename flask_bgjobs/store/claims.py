@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,13 +41,19 @@ class Claims(Database):
         self._known_queues: set[str] = set()
 
     def claim(
-        self, worker_id: int, limit: int, queues: Sequence[str] | None = None
+        self,
+        worker_id: int,
+        limit: int,
+        queues: Sequence[str] | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> list[JobSpec]:
         """Up to ``limit`` pending jobs, now running under ``worker_id``, best first.
 
         :param queues: served in this strict order; ``None`` serves all by priority.
+        :param without: queues that are left out.
         """
-        specs = self.transaction(lambda c: self._claim(c, worker_id, limit, queues))
+        specs = self.transaction(lambda c: self._claim(c, worker_id, limit, queues, without))
         self._known_queues |= {spec.queue for spec in specs}
         return specs
 
@@ -64,12 +70,17 @@ class Claims(Database):
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
 
     def _claim(
-        self, connection: sa.Connection, worker_id: int, limit: int, queues: Sequence[str] | None
+        self,
+        connection: sa.Connection,
+        worker_id: int,
+        limit: int,
+        queues: Sequence[str] | None,
+        without: Collection[str],
     ) -> list[JobSpec]:
         if not self._is_alive(connection, worker_id):
             return []
         specs: list[JobSpec] = []
-        for candidates in self._candidates(connection, limit, queues):
+        for candidates in self._candidates(connection, limit, queues, without):
             specs += self.claim_from(connection, worker_id, candidates, limit - len(specs))
             if len(specs) >= limit:
                 break
@@ -81,14 +92,18 @@ class Claims(Database):
         return status == "alive"
 
     def _candidates(
-        self, connection: sa.Connection, limit: int, queues: Sequence[str] | None
+        self,
+        connection: sa.Connection,
+        limit: int,
+        queues: Sequence[str] | None,
+        without: Collection[str],
     ) -> Iterator[sa.Select[Any]]:
-        paused = set(connection.scalars(_PAUSED_QUEUES))
+        closed = {*connection.scalars(_PAUSED_QUEUES), *without}
         if queues is not None:
-            yield from (self._pending_in(name) for name in queues if name not in paused)
-        elif paused:
-            # Read queue by queue, or the claim would step over every row of the paused ones.
-            open_queues = [name for name in self._pending_queues(connection) if name not in paused]
+            yield from (self._pending_in(name) for name in queues if name not in closed)
+        elif closed:
+            # Read queue by queue, or the claim would step over every row of the closed ones.
+            open_queues = [name for name in self._pending_queues(connection) if name not in closed]
             if open_queues:
                 yield self._merged(open_queues, limit)
         else:

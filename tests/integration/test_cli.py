@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from flask import Flask
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState
 from flask_bgjobs.testing import drain
+from tests import jobs
 from tests.conftest import build_app, count_jobs, stored
 
 
@@ -152,9 +154,15 @@ def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
     run_background_job("tests.jobs.echo", queue="mail")
     output = run("worker", "--burst", "-q", "mail, low", "-c", "2", "-n", "me")
     assert "worker me for the app shop" in output
-    assert "queues: mail, low" in output
-    assert "threads: 2" in output
-    assert "Worker me stopped: 1 completed" in output
+    for line in (
+        f"database   {app.config['SQLALCHEMY_DATABASE_URI']}",
+        "queues     mail, low",
+        "pool       2 threads",
+        f"allowed    {len(jobs.NAMES)} names",
+        "dashboard  /jobs",
+    ):
+        assert f"  {line}\n" in output
+    assert re.search(r"Worker me stopped after \d+\.\d s: 1 completed\n", output)
     assert "ran no job" in run("worker", "--burst")
 
 

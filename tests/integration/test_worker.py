@@ -269,8 +269,9 @@ class TestCancel:
         """A job that waits for a thread is cancelled without running."""
         with working(app, concurrency=1) as worker:
             # A pace so quick that the worker claims work ahead.
-            wait_until(lambda: hasattr(worker, "_pool"), "the pool")
-            worker._seconds_per_job = 0.001
+            wait_until(lambda: hasattr(worker, "_pools"), "the pool")
+            (lane,) = worker._pools
+            lane._seconds_per_job = 0.001
             blocker = enqueue("hold", str(journal))
             waiting = enqueue("record", str(journal), "must not run")
             wait_until(lambda: stored(app, waiting).status == "running", "the prefetch")
@@ -563,10 +564,15 @@ class TestCannotWork:
         with app.app_context(), pytest.raises(ConfigError, match="in-memory"):
             Worker(state_of(app))
 
-    def test_the_process_pool_is_not_there_yet(self, make_app: Callable[..., Flask]) -> None:
-        """``BGJOBS_POOL = "process"`` is refused by the worker, in one sentence."""
-        app = make_app(BGJOBS_POOL="process")
-        with app.app_context(), pytest.raises(ConfigError, match="thread pool only"):
+    @pytest.mark.parametrize(
+        "config", [{"BGJOBS_POOL": "process"}, {"BGJOBS_QUEUE_POOLS": {"images": "process"}}]
+    )
+    def test_a_process_pool_needs_to_know_the_app(
+        self, make_app: Callable[..., Flask], config: dict[str, Any]
+    ) -> None:
+        """Where child processes could not build the app, the worker says what to set."""
+        app = make_app(**config)
+        with app.app_context(), pytest.raises(ConfigError, match="BGJOBS_APP = 'shop:create_app'"):
             Worker(state_of(app))
 
     def test_an_import_that_fails_is_named(self, make_app: Callable[..., Flask]) -> None:

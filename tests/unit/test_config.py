@@ -27,6 +27,8 @@ def read(**values: Any) -> Config:
 DEFAULTS: dict[str, tuple[str, Any]] = {
     "BGJOBS_ALLOWED_JOBS": ("allowed_jobs", {}),
     "BGJOBS_POOL": ("pool", "thread"),
+    "BGJOBS_QUEUE_POOLS": ("queue_pools", {}),
+    "BGJOBS_APP": ("app", None),
     "BGJOBS_CONCURRENCY": ("concurrency", None),
     "BGJOBS_QUEUES": ("queues", None),
     "BGJOBS_PRIORITIES": ("priorities", {"high": 3, "medium": 2, "low": 0}),
@@ -77,7 +79,7 @@ def test_every_field_has_a_key() -> None:
     ("pool", "concurrency", "expected"),
     [
         ("thread", None, 10),
-        ("process", None, os.cpu_count() or 1),
+        ("process", None, len(os.sched_getaffinity(0))),
         ("thread", 3, 3),
         ("process", 64, 64),
     ],
@@ -85,7 +87,13 @@ def test_every_field_has_a_key() -> None:
 def test_concurrency(pool: str, concurrency: int | None, expected: int) -> None:
     """Jobs at once are 10 threads or one process per CPU, unless they are set."""
     config = read(BGJOBS_POOL=pool, BGJOBS_CONCURRENCY=concurrency)
-    assert config.worker_concurrency() == expected
+    assert config.concurrency_of(pool) == expected
+
+
+def test_concurrency_is_of_the_common_pool() -> None:
+    """``BGJOBS_CONCURRENCY`` says nothing of the pool that only some queues use."""
+    config = read(BGJOBS_CONCURRENCY=64, BGJOBS_QUEUE_POOLS={"images": "process"})
+    assert config.concurrency_of("process") == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +109,8 @@ def test_concurrency(pool: str, concurrency: int | None, expected: int) -> None:
         ),
         ("BGJOBS_ALLOWED_JOBS", {"a.B": []}, {"a.B": frozenset()}),
         ("BGJOBS_POOL", "process", "process"),
+        ("BGJOBS_QUEUE_POOLS", {"images": "process"}, {"images": "process"}),
+        ("BGJOBS_APP", "shop:create_app", "shop:create_app"),
         ("BGJOBS_CONCURRENCY", 1, 1),
         ("BGJOBS_QUEUES", ["high", "mail"], ("high", "mail")),
         ("BGJOBS_QUEUES", "high, mail", ("high", "mail")),
@@ -164,6 +174,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("BGJOBS_ALLOWED_JOBS", {"shop.Mail": ["run now"]}, "public method"),
     ("BGJOBS_ALLOWED_JOBS", {"shop.Mail": [5]}, "public method"),
     ("BGJOBS_POOL", "gevent", "'thread', 'process'"),
+    ("BGJOBS_QUEUE_POOLS", {"images": "gevent"}, "'thread', 'process'"),
+    ("BGJOBS_QUEUE_POOLS", {"Im ages": "thread"}, "a queue must be"),
+    ("BGJOBS_QUEUE_POOLS", ["images"], "must be a dict of queue to pool"),
+    ("BGJOBS_APP", "", "must be a text"),
     ("BGJOBS_POOL", None, "'thread', 'process'"),
     ("BGJOBS_POOL", "Thread", "'thread', 'process'"),
     *(("BGJOBS_CONCURRENCY", value, INTEGER) for value in (0, -1, 2.0, "4", True, 10_001)),

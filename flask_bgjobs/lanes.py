@@ -1,0 +1,164 @@
+"""Lanes: each is a pool and the queues whose jobs run in it.
+
+A worker has one lane as long as no queue names a pool of its own. Lanes never wait for each
+other: how much is claimed for one depends on its own pool alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from .pools.process import ProcessPool
+from .pools.thread import ThreadPool
+from .spec import JobSpec, Outcome, Report
+
+_PREFETCH_SECONDS = 0.1
+"""Work claimed ahead: more would keep a new high-priority job waiting."""
+_MAX_CLAIM = 1_000
+
+Finished = Callable[[JobSpec, Outcome], None]
+Pool = ThreadPool | ProcessPool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """Which jobs go into which pool."""
+
+    pool: str
+    """``thread`` or ``process``."""
+    size: int
+    """Jobs at once."""
+    queues: tuple[str, ...] | None
+    """Served in this strict order; ``None``: all but those of the other routes."""
+    others: frozenset[str] = frozenset()
+    """Queues that have a route of their own."""
+
+    def serves(self, queue: str) -> bool:
+        """Whether jobs of ``queue`` go here."""
+        return queue not in self.others if self.queues is None else queue in self.queues
+
+
+class Lane:
+    """One pool at work.
+
+    :param make_pool: makes it; is given what to call with each job and its outcome.
+    :param on_finished: called with the same.
+    """
+
+    def __init__(
+        self, route: Route, make_pool: Callable[[Finished], Pool], on_finished: Finished
+    ) -> None:
+        self.route = route
+        self._on_finished = on_finished
+        self._seconds_per_job: float | None = None
+        self.pool = make_pool(self._note)
+
+    def room(self) -> int:
+        """How many jobs to claim: as many as the pool can take, and a little work ahead."""
+        unstarted = self.pool.unstarted()
+        ahead = self._prefetch()
+        if unstarted > ahead // 2:
+            return 0
+        return min(self.route.size + ahead - self.pool.running() - unstarted, _MAX_CLAIM)
+
+    def _prefetch(self) -> int:
+        if self._seconds_per_job is None:
+            return 0
+        pace = max(self._seconds_per_job, _PREFETCH_SECONDS / _MAX_CLAIM)
+        return int(self.route.size * _PREFETCH_SECONDS / pace)
+
+    def _note(self, spec: JobSpec, outcome: Outcome) -> None:
+        if outcome.wait_seconds is not None:
+            # A moving average: quick to follow, calm against single outliers.
+            before, run = self._seconds_per_job, outcome.run_seconds
+            self._seconds_per_job = run if before is None else 0.9 * before + 0.1 * run
+        self._on_finished(spec, outcome)
+
+
+class Lanes:
+    """All lanes of a worker, with the methods of a pool."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes)
+
+    @property
+    def stop_seconds(self) -> float:
+        """Within which code that was cancelled has stopped, unless it ignores that."""
+        return max(lane.pool.stop_seconds for lane in self._lanes)
+
+    def room(self) -> int:
+        """How many jobs all of them could take."""
+        return sum(max(0, lane.room()) for lane in self._lanes)
+
+    def submit(self, spec: JobSpec, claimed: float) -> None:
+        """Run one job where its queue belongs."""
+        lane = next((each for each in self._lanes if each.route.serves(spec.queue)), None)
+        (lane or self._lanes[0]).pool.submit([spec], claimed)
+
+    def unstarted(self) -> int:
+        """How many jobs wait in the pools."""
+        return sum(lane.pool.unstarted() for lane in self._lanes)
+
+    def running(self) -> int:
+        """How many jobs run."""
+        return sum(lane.pool.running() for lane in self._lanes)
+
+    def take_unstarted(self) -> list[JobSpec]:
+        """The jobs that wait in the pools; they will not be run here."""
+        return [spec for lane in self._lanes for spec in lane.pool.take_unstarted()]
+
+    def running_specs(self) -> list[JobSpec]:
+        """The jobs that run."""
+        return [spec for lane in self._lanes for spec in lane.pool.running_specs()]
+
+    def unstarted_specs(self) -> list[JobSpec]:
+        """The jobs that wait in the pools."""
+        return [spec for lane in self._lanes for spec in lane.pool.unstarted_specs()]
+
+    def reports(self) -> dict[tuple[int, int], Report]:
+        """What running jobs told since the last call, by job id and attempt."""
+        each = (lane.pool.reports().items() for lane in self._lanes)
+        return dict(itertools.chain.from_iterable(each))
+
+    def cancel(self, spec: JobSpec) -> None:
+        """Ask a job's code to stop, in the way of its pool."""
+        for lane in self._lanes:
+            lane.pool.cancel(spec)
+
+    def close(self) -> None:
+        """Let threads end when they are idle, and end child processes."""
+        for lane in self._lanes:
+            lane.pool.close()
+
+
+def routes(
+    default: str,
+    queue_pools: Mapping[str, str],
+    queues: Sequence[str] | None,
+    size_of: Callable[[str], int],
+) -> list[Route]:
+    """The routes of a worker, that of the default pool first.
+
+    :param default: the pool of queues that name none.
+    :param queue_pools: queue to pool, of those that do.
+    :param queues: what the worker serves, in strict order; ``None``: all.
+    :param size_of: gives the jobs at once of a pool.
+    """
+    other = "thread" if default == "process" else "process"
+    elsewhere = tuple(name for name, pool in queue_pools.items() if pool == other)
+    if queues is None:
+        here = None
+    else:
+        here = tuple(name for name in queues if name not in elsewhere)
+        elsewhere = tuple(name for name in queues if name in elsewhere)
+    found = []
+    if here is None or here:
+        found.append(Route(default, size_of(default), here, frozenset(elsewhere)))
+    if elsewhere:
+        found.append(Route(other, size_of(other), elsewhere))
+    return found

@@ -1,0 +1,338 @@
+"""The process pool as users run it: children that crash, hang, are killed and are replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_bgjobs import Job, run_background_job
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.models import Attempt
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
+
+pytestmark = pytest.mark.acceptance
+Start = Callable[..., Any]
+
+
+def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
+    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def descendants(pid: int) -> list[int]:
+    """The living processes below ``pid``."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def start(start_worker: Start) -> Iterator[Start]:
+    """Starts a worker with two children; after the test none of its processes is left."""
+    started: list[Any] = []
+
+    def start_one(*options: str) -> Any:
+        started.append(start_worker("-P", "process", "-c", "2", *options))
+        return started[-1]
+
+    yield start_one
+    for worker in started:
+        below = descendants(worker.pid)
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        wait_until(lambda below=below: not any(map(is_alive, below)), "the children's end")
+
+
+def test_jobs_run_in_children(app: Flask, start: Start) -> None:
+    """Jobs run in processes other than the worker's, with results, retries and async code."""
+    worker = start()
+    by_pid = enqueue("process_id").wait(DEADLINE_SECONDS)
+    assert by_pid.result in descendants(worker.pid)
+    sample = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"])
+    assert sample.wait(DEADLINE_SECONDS).result == "executed: Hello"
+    assert enqueue("async_echo", 5).wait(DEADLINE_SECONDS).result == 5
+    flaky = enqueue("fail_times", 2, retry_delay=0.05).wait(DEADLINE_SECONDS)
+    assert (flaky.status, flaky.result, flaky.retry_count) == ("completed", 3, 2)
+    large = enqueue("echo", "x" * 900_000).wait(DEADLINE_SECONDS)
+    assert large.result == "x" * 900_000
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "how"),
+    [
+        ("crash_worker", ["{journal}"], "was killed by SIGKILL"),
+        ("exit_quietly", [0], "exited with code 0"),
+        ("exit_quietly", [7], "exited with code 7"),
+    ],
+)
+def test_a_crash_costs_only_its_own_job(
+    app: Flask, state: AppState, start: Start, journal: Path, name: str, parameters: Any, how: str
+) -> None:
+    """A job that ends its process is quarantined after three crashes, uses no retry, and the
+    jobs beside it run once; a quiet exit is never taken for success."""
+    worker = start()
+    parameters = [str(journal) if p == "{journal}" else p for p in parameters]
+    others = [enqueue("record", str(journal), f"other {n}") for n in range(50)]
+    crashing = enqueue(name, *parameters, retries=5, priority=1)
+    others += [enqueue("record", str(journal), f"other {n}") for n in range(50, 100)]
+    crashing.wait(DEADLINE_SECONDS)
+    assert (crashing.status, crashing.crash_count, crashing.retry_count) == ("failed", 3, 0)
+    assert (crashing.attempt, crashing.error_type) == (3, "Crashed")
+    assert how in (crashing.error or "")
+    for job in others:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+    ran = [line for line in lines(journal) if line.startswith("other")]
+    assert sorted(ran) == sorted(f"other {n}" for n in range(100))
+    assert worker.poll() is None
+
+
+def test_a_slot_is_back_within_two_seconds(app: Flask, start: Start, journal: Path) -> None:
+    """After a child was killed while it ran a job, the next job has a child within two seconds."""
+    start()
+    blocker = enqueue("hold", str(journal), 600)
+    victim = enqueue("process_id").wait(DEADLINE_SECONDS)
+    os.kill(victim.result, signal.SIGKILL)
+    killed_at = time.monotonic()
+    after = enqueue("process_id").wait(DEADLINE_SECONDS)
+    assert after.status == "completed"
+    assert after.result != victim.result
+    assert time.monotonic() - killed_at < 2.0
+    assert blocker.refresh().status == "running"
+
+
+def test_a_killed_busy_child_costs_one_attempt(
+    app: Flask, state: AppState, start: Start, journal: Path
+) -> None:
+    """A job whose child is killed from outside once is run again and completes; no retry used."""
+    start()
+    job = enqueue("crash_once", str(journal), retries=0).wait(DEADLINE_SECONDS)
+    assert (job.status, job.result, job.retry_count, job.crash_count) == ("completed", 2, 0, 1)
+    assert lines(journal) == [f"{job.id} 1", f"{job.id} 2"]
+
+
+def test_too_much_memory_is_an_ordinary_failure(app: Flask, start: Start) -> None:
+    """A job that meets its memory limit fails with MemoryError; its neighbours do not notice."""
+    start("--max-jobs", "1")
+    job = enqueue("too_much_memory", retries=0).wait(DEADLINE_SECONDS)
+    assert (job.status, job.error_type) == ("failed", "MemoryError")
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+
+
+@pytest.mark.parametrize("name", ["hold", "ignore_term", "stuck_in_c", "with_subprocess"])
+def test_a_cancel_stops_the_code(app: Flask, start: Start, journal: Path, name: str) -> None:
+    """A cancel ends the code and the programs that it started, whatever it is doing: the row
+    says cancelling until then, and the slot is free again."""
+    worker = start()
+    job = enqueue(name, str(journal), retries=3)
+    wait_until(lambda: lines(journal), "the start")
+    children = descendants(worker.pid)
+    asked_at = time.monotonic()
+    state = app.extensions["bgjobs"]
+    state.store.cancel([job.id])
+    assert job.refresh().is_cancelling
+    job.wait(DEADLINE_SECONDS)
+    assert job.status == "cancelled"
+    # SIGTERM within one second, SIGKILL two seconds later, and a little for a busy machine.
+    assert time.monotonic() - asked_at < (2.0 if name == "hold" else 5.0)
+    if name == "with_subprocess":
+        program = int(lines(journal)[0])
+        assert program in children
+        wait_until(lambda: not is_alive(program), "the program's end")
+    both = [enqueue("echo", n) for n in range(4)]
+    assert [j.wait(DEADLINE_SECONDS).result for j in both] == [0, 1, 2, 3]
+
+
+def test_clean_up_runs_before_the_end(app: Flask, start: Start, journal: Path) -> None:
+    """Code that is cancelled or out of time runs its ``finally`` blocks, async code as well."""
+    start()
+    jobs = [
+        enqueue("hold", str(journal), 600, timeout=0.3, retries=0),
+        enqueue("async_hold", str(journal), timeout=0.3, retries=0),
+    ]
+    for job in jobs:
+        job.wait(DEADLINE_SECONDS)
+        assert (job.status, job.error_type) == ("failed", "JobTimeout")
+        assert "ran longer than 0.3 s" in (job.error or "")
+    assert f"stopped {jobs[0].id} JobTimeout" in lines(journal)
+    assert "cleaned up" in lines(journal)
+
+
+def test_a_timeout_of_deaf_code_uses_a_retry(
+    app: Flask, state: AppState, start: Start, journal: Path
+) -> None:
+    """Code that ignores SIGTERM is killed when its time is up; that is a failure, not a crash."""
+    start()
+    job = enqueue("ignore_term", str(journal), timeout=0.2, retries=1, retry_delay=0.01)
+    job.wait(DEADLINE_SECONDS)
+    assert (job.status, job.retry_count, job.crash_count) == ("failed", 1, 0)
+    assert len(lines(journal)) == 2
+    with state.store.read() as connection:
+        outcomes = connection.execute(Attempt.__table__.select()).all()
+    assert [row.outcome for row in outcomes] == ["timeout", "timeout"]
+
+
+def test_finished_in_spite_of_a_cancel(app: Flask, start: Start, journal: Path) -> None:
+    """A job that finishes in spite of the request is completed: the outcome tells."""
+    start()
+    job = enqueue("swallow", str(journal))
+    wait_until(lambda: lines(journal), "the start")
+    app.extensions["bgjobs"].store.cancel([job.id])
+    job.wait(DEADLINE_SECONDS)
+    assert (job.status, job.result) == ("completed", "finished in spite of it")
+
+
+def test_reports_arrive_while_it_runs(app: Flask, start: Start, journal: Path) -> None:
+    """Progress, log lines and meta of a child are seen while its code runs, and kept after a
+    crash of the child."""
+    start()
+    job = enqueue("tell_and_hold", str(journal), retries=0)
+    wait_until(lambda: job.refresh().progress_note == "half", "the progress")
+    assert job.meta == {"half": True}
+    app.extensions["bgjobs"].store.cancel([job.id])
+    assert job.wait(DEADLINE_SECONDS).status == "cancelled"
+
+
+def test_a_long_job_keeps_no_quick_one_waiting(app: Flask, start: Start, journal: Path) -> None:
+    """Jobs handed to a child ahead are taken back when the job before them turns out long."""
+    start()
+    for n in range(300):
+        enqueue("echo", n)
+    blocker = enqueue("hold", str(journal), 600)
+    quick = [enqueue("echo", n) for n in range(300)]
+    for job in quick:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+    assert blocker.refresh().status == "running"
+
+
+def test_children_die_with_their_worker(app: Flask, start: Start, journal: Path) -> None:
+    """When the worker is killed with -9, children end within a second, also stuck in C."""
+    worker = start()
+    enqueue("stuck_in_c", str(journal))
+    enqueue("hold", str(journal), 600)
+    wait_until(lambda: len(lines(journal)) == 2, "the starts")
+    below = descendants(worker.pid)
+    assert len(below) == 3
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    killed_at = time.monotonic()
+    wait_until(lambda: not any(map(is_alive, below)), "the children's end")
+    assert time.monotonic() - killed_at < 1.0
+
+
+def test_a_killed_nursery_is_replaced(app: Flask, start: Start, journal: Path) -> None:
+    """When the process that bears the children is killed, jobs go on in new ones; none is lost
+    and none is blamed."""
+    worker = start()
+    job = enqueue("fail_times", 0, str(journal))
+    job.wait(DEADLINE_SECONDS)
+    held = enqueue("hold", str(journal), 1.0, retries=0)
+    wait_until(lambda: any(line.startswith("start") for line in lines(journal)), "the start")
+    (nursery,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    os.kill(int(nursery), signal.SIGKILL)
+    held.wait(DEADLINE_SECONDS)
+    assert (held.status, held.crash_count, held.retry_count) == ("completed", 0, 0)
+    assert held.attempt == 2
+
+
+@pytest.mark.parametrize("option", ["--max-jobs", "--max-time", "--max-memory"])
+def test_limits_replace_children(app: Flask, start: Start, option: str) -> None:
+    """A child that reached a limit is replaced between two jobs, and the worker goes on."""
+    value = {"--max-jobs": "2", "--max-time": "0.2", "--max-memory": "150"}[option]
+    worker = start(option, value)
+    pids = set()
+    for _ in range(8):
+        job = enqueue("grow", 60 if option == "--max-memory" else 1)
+        pids.add(job.wait(DEADLINE_SECONDS).result)
+        if option == "--max-time":
+            enqueue("fail_times", 0).wait(DEADLINE_SECONDS)
+            time.sleep(0.1)
+    assert len(pids) >= 3
+    assert worker.poll() is None
+
+
+def test_a_stop_gives_running_jobs_back(app: Flask, start: Start, journal: Path) -> None:
+    """After the grace the code of children is stopped and its jobs are given back; exit code 0."""
+    worker = start("--shutdown-timeout", "0.3")
+    jobs = [enqueue("ignore_term", str(journal)), enqueue("hold", str(journal), 600)]
+    waiting = [enqueue("echo", n) for n in range(20)]
+    wait_until(lambda: len(lines(journal)) == 2, "the starts")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    for job in [*jobs, *waiting]:
+        assert (job.refresh().status, job.retry_count) == ("pending", 0)
+
+
+def test_a_signal_to_the_whole_group_is_the_workers_affair(
+    app: Flask, start: Start, journal: Path
+) -> None:
+    """A service manager that signals every process stops the worker gracefully all the same:
+    running jobs end by themselves within the grace."""
+    worker = start()
+    job = enqueue("hold", str(journal), 1.0)
+    wait_until(lambda: lines(journal), "the start")
+    for pid in [*descendants(worker.pid), worker.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    assert job.refresh().status == "completed"
+
+
+def test_cancel_of_a_claimed_job_that_waits(app: Flask, start: Start, journal: Path) -> None:
+    """A job that is claimed but not begun is cancelled without running."""
+    start()
+    for _ in range(200):
+        enqueue("echo")
+    blockers = [enqueue("hold", str(journal), 600) for _ in range(2)]
+    waiting = [enqueue("record", str(journal), "must not run") for _ in range(20)]
+    wait_until(lambda: len(lines(journal)) == 2, "the blockers")
+    state = app.extensions["bgjobs"]
+    state.store.cancel([job.id for job in waiting])
+    for job in waiting:
+        assert job.wait(DEADLINE_SECONDS).status == "cancelled"
+    state.store.cancel([job.id for job in blockers])
+    assert [stored(app, b.wait(DEADLINE_SECONDS)).status for b in blockers] == ["cancelled"] * 2
+    assert "must not run" not in lines(journal)
+
+
+def test_an_app_that_cannot_be_built_is_said_at_once(
+    app: Flask, tmp_path: Path, start_worker: Start
+) -> None:
+    """A worker whose children cannot build the app ends with one sentence and exit code 1."""
+    (tmp_path / "host.py").write_text(
+        "from flask_bgjobs.pools import is_child\n"
+        "if is_child():\n    raise RuntimeError('no such thing in a child')\n"
+        + (tmp_path / "host.py").read_text()
+    )
+    worker = start_worker("-P", "process")
+    assert worker.wait(DEADLINE_SECONDS) == 1
+    said = worker.log.read_text()
+    assert "a child process could not build the app from 'host'" in said
+    assert "no such thing in a child" in said
+    assert "Traceback" not in said
