@@ -19,11 +19,13 @@ DEADLINE_SECONDS = 30.0
 """How long a test waits for something that must come; machines are slow and noisy."""
 
 
-def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Any:
+def wait_until(
+    condition: Callable[[], Any], what: str = "the condition", seconds: float = DEADLINE_SECONDS
+) -> Any:
     """The first true value of ``condition``, or a failure that says what did not come."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come in {DEADLINE_SECONDS:g} s"
+        assert time.monotonic() < deadline, f"{what} did not come in {seconds:g} s"
         time.sleep(0.01)
     return value
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -99,3 +101,109 @@ def test_two_workers_run_each_of_5000_jobs_once(
     with state.store.read() as connection:
         attempts = connection.execute(sa.select(sa.func.max(Job.attempt))).scalar()
     assert attempts == 1
+
+
+CRASHING = {"exit_quietly", "crash_worker", "crash_once", "ignore_term"}
+
+
+class Mix:
+    """Jobs of many kinds, what must become of them, and which of them will be cancelled."""
+
+    def __init__(self, journal: str, *, with_crashes: bool) -> None:
+        self.expected: collections.Counter[tuple[str, str, int]] = collections.Counter()
+        self.to_cancel: list[Job] = []
+        self.racing: list[Job] = []
+        self._random = random.Random(3)
+        kinds: list[tuple[int, str, list[Any], dict[str, Any], tuple[str, int]]] = [
+            (1_420, "echo", [1], {}, ("completed", 0)),
+            (200, "fail_times", [1], {"retries": 1, "retry_delay": 0.05}, ("completed", 1)),
+            (300, "fail", [], {"retries": 2, "retry_delay": 0.02}, ("failed", 2)),
+            (150, "system_exit", [], {"retries": 0}, ("failed", 0)),
+            (150, "hold", [journal, 600], {"timeout": 0.1, "retries": 0}, ("failed", 0)),
+            (150, "async_hold", [journal], {}, ("cancelled", 0)),
+            (150, "record", [journal, "late"], {"delay": 600}, ("cancelled", 0)),
+            (200, "report", [2], {}, ("racing", 0)),
+            (80, "exit_quietly", [0], {}, ("failed", 0)),
+            (80, "crash_worker", [journal], {"retries": 1}, ("failed", 0)),
+            (80, "crash_once", [journal], {"retries": 0}, ("completed", 0)),
+            (40, "ignore_term", [journal], {"timeout": 0.1, "retries": 0}, ("failed", 0)),
+        ]
+        kinds = [kind for kind in kinds if with_crashes or kind[1] not in CRASHING]
+        names = [kind for kind in kinds for _ in range(kind[0])]
+        self._random.shuffle(names)
+        for _, name, parameters, options, (status, retries) in names:
+            job = run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
+            if status == "racing":
+                self.racing.append(job)
+                continue
+            self.expected[name, status, retries] += 1
+            if status == "cancelled":
+                self.to_cancel.append(job)
+        self.size = len(names)
+
+        self._uncancelled = self.to_cancel + self.racing
+        self._random.shuffle(self._uncancelled)
+
+    def cancel_at_random(self, state: AppState, left: int = 0) -> None:
+        """Cancel all but ``left`` of what is to be cancelled, and of what races with that, a few
+        at a time while the others run; running ones are waited for."""
+        jobs = self._uncancelled
+        while len(jobs) > left:
+            some = [jobs.pop() for _ in range(min(len(jobs), self._random.randint(1, 20)))]
+            state.store.cancel([job.id for job in some])
+            running = [job for job in some if job.refresh().status == "running"]
+            wait_until(lambda running=running: all(j.refresh().is_finished for j in running))
+
+
+def _memory(pid: int) -> int:
+    """MiB in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 // 2**20
+
+
+def _is_over(state: AppState) -> bool:
+    return all(status in ("completed", "failed", "cancelled") for _, status, _ in _statuses(state))
+
+
+def _descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found |= {child} | _descendants(child)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "with_crashes"),
+    [(["-P", "process", "-c", "4"], True), (["-P", "thread", "-c", "10"], False)],
+    ids=["process", "thread"],
+)
+def test_three_thousand_mixed_jobs(
+    app: Flask,
+    state: AppState,
+    start_worker: Start,
+    tmp_path: Path,
+    options: list[str],
+    with_crashes: bool,
+) -> None:
+    """3,000 jobs that pass, raise, exit, hang until their timeout, kill their own process, ignore
+    SIGTERM or are cancelled at random end as computed; no child is left over and the worker's
+    memory stays flat. (Without the crashing kinds on the thread pool.)"""
+    journal = str(tmp_path / "journal")
+    mix = Mix(journal, with_crashes=with_crashes)
+    assert mix.size == (3_000 if with_crashes else 2_720)
+    worker = start_worker(*options)
+    mix.cancel_at_random(state, left=350)
+    before = _memory(worker.pid)
+    mix.cancel_at_random(state)
+    wait_until(lambda: _is_over(state), "the end of all jobs", 120)
+    seen = _statuses(state)
+    raced = seen.pop(("report", "completed", 0), 0) + seen.pop(("report", "cancelled", 0), 0)
+    assert raced == len(mix.racing) == 200
+    assert seen == mix.expected
+    assert _memory(worker.pid) - before < 20
+    below = _descendants(worker.pid)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+    assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+    assert "late" not in Path(journal).read_text().splitlines()
