@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,9 +16,10 @@ from flask_bgjobs.app_state import state_of
 from tests.conftest import build_app, wait_until
 
 HOST = """
+import json, os
 from tests.conftest import build_app
 def create_app():
-    return build_app({url!r})
+    return build_app({url!r}, **json.loads(os.environ["TEST_CONFIG"]))
 """
 
 
@@ -29,14 +31,18 @@ class Workers:
         (folder / "host.py").write_text(HOST.format(url=url))
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        """A worker process, once it says that it has started."""
+    def start(self, *options: str, **config: object) -> subprocess.Popen[str]:
+        """A worker process of an app with ``config``, once it says that it has started."""
         log = self._folder / f"worker-{len(self._started)}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flask", "--app", "host", "bgjobs", "worker", *options],
                 cwd=self._folder,
-                env={**os.environ, "PYTHONPATH": f"{self._folder}{os.pathsep}{Path.cwd()}"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{self._folder}{os.pathsep}{Path.cwd()}",
+                    "TEST_CONFIG": json.dumps(config),
+                },
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -72,7 +78,7 @@ def app(database_url: str) -> Iterator[object]:
 def start_worker(
     tmp_path: Path, app: object, database_url: str
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts ``flask bgjobs worker`` with the options given."""
+    """Starts ``flask bgjobs worker`` with the options and the configuration given."""
     workers = Workers(tmp_path, database_url)
     yield workers.start
     workers.end()

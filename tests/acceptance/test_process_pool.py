@@ -58,8 +58,8 @@ def start(start_worker: Start) -> Iterator[Start]:
     """Starts a worker with two children; after the test none of its processes is left."""
     started: list[Any] = []
 
-    def start_one(*options: str) -> Any:
-        started.append(start_worker("-P", "process", "-c", "2", *options))
+    def start_one(*options: str, **config: Any) -> Any:
+        started.append(start_worker("-P", "process", "-c", "2", *options, **config))
         return started[-1]
 
     yield start_one
@@ -336,3 +336,34 @@ def test_an_app_that_cannot_be_built_is_said_at_once(
     assert "a child process could not build the app from 'host'" in said
     assert "no such thing in a child" in said
     assert "Traceback" not in said
+
+
+def test_a_queue_may_name_its_pool(app: Flask, start_worker: Start, journal: Path) -> None:
+    """Jobs of a queue with a pool of its own run there, beside those of all other queues; a crash
+    or a long job on one side leaves the other alone."""
+    worker = start_worker("-c", "2", BGJOBS_QUEUE_POOLS={"images": "process"})
+    here = enqueue("process_id")
+    there = enqueue("process_id", queue="images")
+    assert here.wait(DEADLINE_SECONDS).result == worker.pid
+    assert there.wait(DEADLINE_SECONDS).result in descendants(worker.pid)
+    blockers = [enqueue("hold", str(journal), 600) for _ in range(2)]
+    wait_until(lambda: len(lines(journal)) == 2, "the blockers")
+    crashed = enqueue("exit_quietly", queue="images").wait(DEADLINE_SECONDS)
+    assert (crashed.status, crashed.crash_count) == ("failed", 3)
+    assert enqueue("echo", 1, queue="images").wait(DEADLINE_SECONDS).result == 1
+    assert [job.refresh().status for job in blockers] == ["running", "running"]
+    assert "2 threads, " in worker.log.read_text()
+    assert "child processes for images" in worker.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("queues", "says"), [("images", "child processes\n"), ("mail", "10 threads\n")]
+)
+def test_only_the_pools_that_are_needed(
+    app: Flask, start_worker: Start, queues: str, says: str
+) -> None:
+    """A worker has only the pools that its queues need."""
+    worker = start_worker("-q", queues, BGJOBS_QUEUE_POOLS={"images": "process"})
+    job = enqueue("process_id", queue=queues).wait(DEADLINE_SECONDS)
+    assert (job.result == worker.pid) == (queues == "mail")
+    assert says in worker.log.read_text()
