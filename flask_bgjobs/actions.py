@@ -1,12 +1,22 @@
-"""What people do to jobs by hand: cancel, retry, delete. The CLI and the dashboard call these."""
+"""What people do by hand: cancel, retry and delete jobs, pause and resume queues.
+
+The CLI and the dashboard call these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 
 from .app_state import AppState
+from .errors import QueueNotFound
 from .signals import job_cancelled
-from .store import ActionResult
+from .store import ActionResult, Selection
+
+_AT_ONCE = 500
+"""Jobs per transaction when many are chosen: others wait for the write lock meanwhile."""
+
+Act = Callable[[AppState, Sequence[int]], ActionResult]
 
 
 def cancel(state: AppState, ids: Sequence[int]) -> ActionResult:
@@ -16,10 +26,8 @@ def cancel(state: AppState, ids: Sequence[int]) -> ActionResult:
         finished or do not exist.
     """
     result = state.store.cancel(ids)
-    for job_id in result.done:
-        job = state.store.get(job_id)
-        if job is not None:
-            state.emit(job_cancelled, job=job)
+    for job in state.store.get_many(result.done) if result.done else ():
+        state.emit(job_cancelled, job=job)
     return result
 
 
@@ -37,3 +45,41 @@ def delete(state: AppState, ids: Sequence[int]) -> ActionResult:
     :returns: ``done`` are gone; ``skipped`` run, or another table's row refers to them.
     """
     return state.store.delete(ids)
+
+
+def act_on_selected(state: AppState, act: Act, selection: Selection) -> Iterator[ActionResult]:
+    """What ``act`` did to the jobs that are selected, batch by batch.
+
+    :param act: :func:`cancel`, :func:`retry` or :func:`delete`.
+    """
+    for ids in state.store.selected_ids(selection, _AT_ONCE):
+        yield act(state, ids)
+
+
+def pause(state: AppState, queue: str) -> bool:
+    """Let no worker claim jobs of ``queue``; running ones go on.
+
+    :returns: ``False`` when it was paused already.
+    :raises QueueNotFound: when there is no such queue.
+    """
+    _check_exists(state, queue)
+    return state.store.pause(queue)
+
+
+def resume(state: AppState, queue: str) -> bool:
+    """Let workers claim jobs of ``queue`` again.
+
+    :returns: ``False`` when it was not paused.
+    :raises QueueNotFound: when there is no such queue.
+    """
+    _check_exists(state, queue)
+    return state.store.resume(queue)
+
+
+def _check_exists(state: AppState, queue: str) -> None:
+    config = state.config
+    known = state.store.queue_names() | {"default", *(config.queues or ()), *config.queue_pools}
+    if queue not in known:
+        close = difflib.get_close_matches(queue, sorted(known), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+        raise QueueNotFound(f"there is no queue {queue!r}; {hint}")

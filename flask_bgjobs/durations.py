@@ -1,13 +1,18 @@
-"""Durations at the edge: seconds or ``timedelta`` in, checked float seconds out."""
+"""Durations at the edge: seconds, ``timedelta`` or text in, checked float seconds out."""
 
 from __future__ import annotations
 
 import datetime as dt
 import math
+import re
 
 from .retry import MAX_DELAY_SECONDS
 
 Duration = int | float | dt.timedelta
+
+_TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
+_UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_WORDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def seconds(value: object, name: str, *, minimum: float = 0.0, above: bool = False) -> float:
@@ -34,3 +39,23 @@ def seconds(value: object, name: str, *, minimum: float = 0.0, above: bool = Fal
             f"{name} must be {bound} {minimum:g} s and at most a hundred years, not {value!r}"
         )
     return number
+
+
+def parse(text: str, name: str) -> float:
+    """The float seconds that ``text`` says: ``90``, ``90s``, ``15m``, ``2h`` or ``7d``.
+
+    :param name: what it is called in the error.
+    :raises ValueError: for another text, or more than a hundred years.
+    """
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{name} must be seconds or like 90s, 15m, 2h or 7d, not {text!r}")
+    return seconds(float(found[1]) * _UNIT_SECONDS[found[2]], name)
+
+
+def in_words(seconds: float) -> str:
+    """A duration in whole numbers of its largest unit, such as ``3 min``."""
+    for size, unit in _WORDS:
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return "0 s"

@@ -8,6 +8,7 @@
     ├── InvalidJob             a parameter, option or target is not acceptable
     ├── UniqueKeyTaken         another job holds the unique_key
     ├── JobNotFound            no job has that id
+    ├── QueueNotFound          no queue has that name
     ├── JobNotCommitted        the job's transaction has not committed
     ├── WaitTimeout            job.wait() gave up
     └── DatabaseNotSupported   no store is written for that database
@@ -49,6 +50,10 @@ class UniqueKeyTaken(BgJobsError):
 
 class JobNotFound(BgJobsError, LookupError):
     """No job has that id."""
+
+
+class QueueNotFound(BgJobsError, LookupError):
+    """No queue has that name."""
 
 
 class JobNotCommitted(BgJobsError):

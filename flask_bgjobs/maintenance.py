@@ -1,4 +1,4 @@
-"""Rescue: finding workers that died, and freeing the jobs that they held."""
+"""Rescue: freeing the jobs of workers that died. Prune: deleting what is old, step by step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import time
 
 from .identity import is_gone
 from .spec import Settled
-from .store import Store
+from .store import PruneCursor, Retention, Store
 
 _logger = logging.getLogger("flask_bgjobs")
+
+_PRUNED_AT_ONCE = 500
+"""Jobs per step: others wait for the write lock meanwhile, and the worker for its turn."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,3 +60,31 @@ class Sweeper:
         living = {worker.id for worker in workers}
         self._sightings = {k: seen for k, seen in self._sightings.items() if k in living}
         return rescued
+
+
+class Pruner:
+    """Deletes finished jobs that are older than their retention, a short step at a time.
+
+    A pass looks at each such job once. It ends with the rows of workers that are long gone.
+    """
+
+    def __init__(self, store: Store, retention: Retention) -> None:
+        self._store = store
+        self._retention = retention
+        self._cursor: PruneCursor | None = None
+        self.deleted = 0
+        """Jobs that this pass has deleted."""
+        self.held = 0
+        """Jobs that this pass had to leave: a row of another table refers to them."""
+
+    def step(self) -> bool:
+        """Delete up to 500 jobs. ``False``: the pass is finished, and the next step begins anew."""
+        if self._cursor is None:
+            self.deleted = self.held = 0
+        pruned = self._store.prune(self._retention, _PRUNED_AT_ONCE, self._cursor)
+        self.deleted += pruned.deleted
+        self.held += pruned.held
+        self._cursor = pruned.cursor
+        if pruned.cursor is None:
+            self._store.prune_workers(_PRUNED_AT_ONCE)
+        return pruned.cursor is not None

@@ -87,6 +87,18 @@ def state(app: Flask) -> AppState:
     return state_of(app)
 
 
+@pytest.fixture
+def run(app: Flask) -> Any:
+    """Runs a command in a context of its own, as the shell would."""
+
+    def invoke(*words: str, code: int = 0, answer: str | None = None) -> str:
+        result = app.test_cli_runner().invoke(args=["bgjobs", *words], input=answer)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return invoke
+
+
 def stored(app: Flask, job: Job | int) -> Job:
     """A job as the database has it."""
     found = state_of(app).store.get(job if isinstance(job, int) else job.id)

@@ -1,6 +1,6 @@
 """``flask bgjobs …``: each command parses, calls one function and prints."""
 
-from . import database, jobs, worker
+from . import database, jobs, operate, worker
 from .group import bgjobs_commands
 
-__all__ = ["bgjobs_commands", "database", "jobs", "worker"]
+__all__ = ["bgjobs_commands", "database", "jobs", "operate", "worker"]

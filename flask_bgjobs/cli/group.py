@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 from flask.cli import AppGroup
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
+from .. import durations
 from ..config import check_queue
 from ..errors import BgJobsError
 from ..text import one_line
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    # Generic only since click 8.2.
+    _ParamType = click.ParamType
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MAX_ID = 2**63 - 1
 
 bgjobs_commands = AppGroup("bgjobs", help="Background jobs: run a worker, see and change jobs.")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
@@ -32,19 +44,20 @@ def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
         except BgJobsError as error:
             raise click.ClickException(one_line(str(error))) from None
         except DBAPIError as error:
-            raise click.ClickException(one_line(_database_sentence(error))) from None
+            raise click.ClickException(database_sentence(error)) from None
 
     return wrapped
 
 
-def _database_sentence(error: DBAPIError) -> str:
-    text = str(error.orig)
+def database_sentence(error: SQLAlchemyError) -> str:
+    """What the database, or the way to it, has to say, on one line."""
+    text = one_line(str(error.orig if isinstance(error, DBAPIError) else error))
     if isinstance(error, OperationalError) and "no such table" in text:
         return f"{text}: run `flask db upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
     return f"the database refused: {text}"
 
 
-class QueueNames(click.ParamType[Any]):
+class QueueNames(_ParamType):
     """Names of queues, separated by commas."""
 
     name = "names"
@@ -54,3 +67,37 @@ class QueueNames(click.ParamType[Any]):
             return [check_queue(name.strip()) for name in value.split(",")]
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Duration(_ParamType):
+    """Seconds, or a number with a unit: 90s, 15m, 2h, 7d."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            return durations.parse(value, "it")
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Moment(_ParamType):
+    """A time: a duration before now, or ISO 8601, in UTC unless it says otherwise."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        with contextlib.suppress(ValueError):
+            return dt.timedelta(seconds=durations.parse(value, "it"))
+        try:
+            moment = dt.datetime.fromisoformat(value)
+            return (
+                moment if moment.tzinfo is None else moment.astimezone(dt.UTC).replace(tzinfo=None)
+            )
+        except (ValueError, OverflowError):
+            self.fail(
+                "it must be a duration before now like 90s, 15m, 2h or 7d, or a time like "
+                f"2026-11-23T12:00, not {value!r}",
+                param,
+                ctx,
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +14,33 @@ from ..app_state import current_state, import_jobs
 from ..enqueue import run_background_job
 from ..errors import JobNotFound
 from ..states import JobStatus
-from ..store import ActionResult
 from ..text import one_line
-from .group import bgjobs_commands, json_option, one_sentence
+from .group import MAX_ID, bgjobs_commands, json_option, one_sentence
 from .output import plain, print_json, print_table, read_json
+from .selection import Verb, act_on_chosen, chosen_jobs
 
 if TYPE_CHECKING:
     from ..dashboard.queries import JobRow
 
-_MAX_ID = 2**63 - 1
-_ids_argument = click.argument("ids", nargs=-1, required=True, type=click.IntRange(1, _MAX_ID))
+_RETRY = Verb(
+    actions.retry,
+    (JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED),
+    "Retry {}?",
+    "pending again",
+)
+_CANCEL = Verb(
+    actions.cancel,
+    (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
+    "Cancel {}?",
+    "cancelled",
+)
+_DELETE = Verb(
+    actions.delete,
+    tuple(status for status in JobStatus if status != JobStatus.RUNNING),
+    "Delete {} for ever?",
+    "deleted",
+    asks_for_ids=True,
+)
 
 
 @bgjobs_commands.command("enqueue")
@@ -102,7 +118,7 @@ def list_command(
 
 
 @bgjobs_commands.command("show")
-@click.argument("job_id", type=click.IntRange(1, _MAX_ID))
+@click.argument("job_id", type=click.IntRange(1, MAX_ID))
 @json_option
 @one_sentence
 def show_command(job_id: int, as_json: bool) -> None:
@@ -131,41 +147,27 @@ def show_command(job_id: int, as_json: bool) -> None:
 
 
 @bgjobs_commands.command("retry")
-@_ids_argument
+@chosen_jobs(_RETRY)
 @one_sentence
-def retry_command(ids: Sequence[int]) -> None:
+def retry_command(**chosen: Any) -> None:
     """Run failed, cancelled or retrying jobs again, with all their retries."""
-    _report("pending again", actions.retry(current_state(), ids))
+    act_on_chosen(_RETRY, **chosen)
 
 
 @bgjobs_commands.command("cancel")
-@_ids_argument
+@chosen_jobs(_CANCEL)
 @one_sentence
-def cancel_command(ids: Sequence[int]) -> None:
+def cancel_command(**chosen: Any) -> None:
     """Cancel jobs; running ones are asked to stop."""
-    _report("cancelled", actions.cancel(current_state(), ids))
+    act_on_chosen(_CANCEL, **chosen)
 
 
 @bgjobs_commands.command("delete")
-@_ids_argument
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@chosen_jobs(_DELETE)
 @one_sentence
-def delete_command(ids: Sequence[int], yes: bool) -> None:
+def delete_command(**chosen: Any) -> None:
     """Delete jobs that do not run, for ever."""
-    if not yes:
-        click.confirm(f"Delete {len(ids)} job(s) for ever?", abort=True)
-    _report("deleted", actions.delete(current_state(), ids))
-
-
-def _report(done: str, result: ActionResult) -> None:
-    for job_id in result.done:
-        click.echo(f"Job {job_id} {done}")
-    for job_id in result.requested:
-        click.echo(f"Job {job_id} is running and was asked to stop")
-    for job_id, reason in result.skipped.items():
-        click.echo(f"Job {job_id} skipped: {reason}", err=True)
-    if not result.done and not result.requested:
-        sys.exit(1)
+    act_on_chosen(_DELETE, **chosen)
 
 
 def _job_data(row: JobRow) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Who may do what, and that it was really they who asked.
 
 Everything is closed until the host registers an authorizer. A view that stands in no line of
-:data:`_ACTIONS` is closed as well, so that a new one cannot be forgotten.
+:data:`_ACTIONS` and is not in :data:`_OPEN` is closed as well, so that a new one cannot be
+forgotten.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _ACTIONS = {
     "act": "",
 }
 """What the authorizer is asked for each view; the empty one is named by the address."""
+_OPEN = frozenset({"static", "healthz"})
+"""Views for everybody: a load balancer has no login. They tell nothing of any job."""
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
@@ -103,7 +106,7 @@ def wants_fragment() -> bool:
 
 def _guard() -> ResponseReturnValue | None:
     view = (request.endpoint or "").rpartition(".")[2]
-    if view == "static":
+    if view in _OPEN:
         return None
     values: dict[str, Any] = request.view_args or {}
     action = _ACTIONS.get(view) or values.get("verb")

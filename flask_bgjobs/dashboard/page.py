@@ -11,6 +11,7 @@ from typing import Any
 
 from flask import request, url_for
 
+from .. import durations
 from ..app_state import AppState
 from ..models import Job
 from ..states import JobStatus
@@ -18,7 +19,6 @@ from . import access
 from .queries import JobRow
 
 _STATIC = pathlib.Path(__file__).parent / "static"
-_UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _ACTIONS_IN = {
     "scheduled": ("cancel", "delete"),
     "pending": ("cancel", "delete"),
@@ -98,11 +98,10 @@ class Helpers:
     def relative(when: dt.datetime, now: dt.datetime) -> str:
         """``3 min ago`` or ``in 2 h``."""
         seconds = (when - now).total_seconds()
-        for size, unit in _UNITS:
-            if abs(seconds) >= size:
-                number = int(abs(seconds) // size)
-                return f"in {number} {unit}" if seconds > 0 else f"{number} {unit} ago"
-        return "now"
+        if abs(seconds) < 1:
+            return "now"
+        duration = durations.in_words(abs(seconds))
+        return f"in {duration}" if seconds > 0 else f"{duration} ago"
 
     @staticmethod
     def duration(seconds: float) -> str:

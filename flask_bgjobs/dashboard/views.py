@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable
 from http import HTTPStatus
@@ -19,16 +20,19 @@ from flask import (
     url_for,
 )
 from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException
 
 from .. import actions
 from ..app_state import AppState, current_state
 from ..models import Job
 from ..store import ActionResult
-from ..text import storable
+from ..text import one_line, storable
 from . import access, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
 from .page import Helpers
+
+_logger = logging.getLogger("flask_bgjobs")
 
 _PER_PAGE = 50
 _MAX_QUERY = 200
@@ -48,6 +52,7 @@ def register(blueprint: Blueprint) -> None:
     blueprint.add_url_rule(
         "/job/<int:job_id>/<any(cancel, retry, delete):verb>", view_func=act, methods=["POST"]
     )
+    blueprint.add_url_rule("/healthz", view_func=healthz, provide_automatic_options=False)
     blueprint.context_processor(_template_values)
     for code in (400, 403, 404, 413):
         blueprint.register_error_handler(code, _show_error)
@@ -125,6 +130,22 @@ def act(job_id: int, verb: str) -> ResponseReturnValue:
     if verb == "delete" and result.done and following == url_for(".show_job", job_id=job_id):
         following = url_for(".list_jobs")
     return redirect(following, HTTPStatus.SEE_OTHER)
+
+
+def healthz() -> Response:
+    """Whether a worker is alive, for load balancers: 200 or 503, and no detail."""
+    try:
+        alive = queries.count_live_workers(current_state())
+    except SQLAlchemyError as error:
+        _logger.warning("Health check failed | Error: %s", one_line(str(error)))
+        return _plain("the database does not answer", HTTPStatus.SERVICE_UNAVAILABLE)
+    if not alive:
+        return _plain("no worker is alive", HTTPStatus.SERVICE_UNAVAILABLE)
+    return _plain("ok", HTTPStatus.OK)
+
+
+def _plain(text: str, status: HTTPStatus) -> Response:
+    return Response(text, status, mimetype="text/plain")
 
 
 def _live_page(name: str, **values: Any) -> Response:

@@ -11,10 +11,23 @@ from ..errors import DatabaseNotSupported
 from .base import Store
 from .by_hand import ActionResult
 from .inserts import NewJob, unique_hash
+from .prunes import PruneCursor, Pruned, Retention
 from .runs import LeaseView
+from .selections import Selection
 from .sqlite import SqliteStore
 
-__all__ = ["ActionResult", "LeaseView", "NewJob", "Store", "make_store", "unique_hash"]
+__all__ = [
+    "ActionResult",
+    "LeaseView",
+    "NewJob",
+    "PruneCursor",
+    "Pruned",
+    "Retention",
+    "Selection",
+    "Store",
+    "make_store",
+    "unique_hash",
+]
 
 _STORES: dict[str, type[Store]] = {"sqlite": SqliteStore}
 

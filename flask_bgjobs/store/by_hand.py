@@ -9,10 +9,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from ..models import Attempt, Job, JobLog
+from ..models import Job
 from ..states import WAITING, JobStatus
 from .database import JOBS, Database
 from .inserts import loaded_job, unique_hash
+from .prunes import delete_unheld
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +35,12 @@ class ByHand(Database):
         with self.read() as connection:
             row = connection.execute(sa.select(JOBS).where(JOBS.c.id == job_id)).one_or_none()
         return None if row is None else loaded_job(row)
+
+    def get_many(self, ids: Sequence[int]) -> list[Job]:
+        """The jobs that exist of these, loaded and detached, oldest first."""
+        statement = sa.select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id)
+        with self.read() as connection:
+            return [loaded_job(row) for row in connection.execute(statement)]
 
     def cancel(self, ids: Sequence[int]) -> ActionResult:
         """Cancel jobs that wait, and ask running ones to stop."""
@@ -100,13 +107,15 @@ class ByHand(Database):
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
+            idle = [job_id for job_id, status in found.items() if status != JobStatus.RUNNING]
+            held = delete_unheld(connection, idle)
             for job_id, status in found.items():
                 if status == JobStatus.RUNNING:
                     result.skipped[job_id] = "it is running; cancel it first"
-                elif self._delete_one(connection, job_id):
-                    result.done.append(job_id)
-                else:
+                elif job_id in held:
                     result.skipped[job_id] = "a row of another table refers to it"
+                else:
+                    result.done.append(job_id)
             return result
 
         return self._act(ids, work)
@@ -141,16 +150,6 @@ class ByHand(Database):
         try:
             with connection.begin_nested():
                 self._update_each(connection, [job_id], unique_hash=unique_hash(key))
-        except IntegrityError:
-            return False
-        return True
-
-    def _delete_one(self, connection: sa.Connection, job_id: int) -> bool:
-        try:
-            with connection.begin_nested():
-                connection.execute(sa.delete(JOBS).where(JOBS.c.id == job_id))
-                connection.execute(sa.delete(Attempt).where(Attempt.job_id == job_id))
-                connection.execute(sa.delete(JobLog).where(JobLog.job_id == job_id))
         except IntegrityError:
             return False
         return True

@@ -16,18 +16,6 @@ from tests import jobs
 from tests.conftest import build_app, count_jobs, stored
 
 
-@pytest.fixture
-def run(app: Flask) -> Any:
-    """Runs a command in a context of its own, as the shell would."""
-
-    def invoke(*words: str, code: int = 0) -> str:
-        result = app.test_cli_runner().invoke(args=["bgjobs", *words])
-        assert result.exit_code == code, result.output
-        return result.output
-
-    return invoke
-
-
 def test_enqueue(app: Flask, run: Any) -> None:
     """``enqueue`` takes target, method, parameters and options, and says what it made."""
     assert run(

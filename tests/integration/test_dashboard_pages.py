@@ -464,7 +464,7 @@ def test_the_first_visit_says_how_to_begin(host: Host) -> None:
 
 def test_finished_jobs_are_counted_to_a_limit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts of finished jobs stop at their limit; waiting ones are exact."""
-    monkeypatch.setattr(queries, "_FINISHED_CAP", 1000)
+    monkeypatch.setattr(queries.stats, "_FINISHED_CAP", 1000)
     host.add(count=1500, status="completed")
     host.add(count=1200, status="pending")
     counts = queries.count_by_status(host.state)

@@ -13,11 +13,12 @@ from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
 from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.dashboard.queries import stats_now
 from flask_bgjobs.maintenance import Sweeper
 from flask_bgjobs.models import Attempt, JobLog, Queue, Worker
 from flask_bgjobs.spec import JobSpec, Outcome, Report, Settled
-from flask_bgjobs.states import OutcomeKind
-from flask_bgjobs.store import Store
+from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.store import Selection, Store
 from flask_bgjobs.worker import register
 from tests.conftest import stored, wait_until
 
@@ -174,6 +175,36 @@ class TestPlans:
         plan = _plans(crowded, lambda: (crowded.promote(), crowded.upcoming(60, 0.05)))
         assert "ix_bgjobs_job_due" in plan
         assert "SCAN bgjobs_job" not in plan
+
+    def test_pruning_reads_an_index_in_order(self, crowded: Store) -> None:
+        """Finding what is old neither sorts nor scans, at the first batch and behind a cursor."""
+        execute(crowded, sa.update(Job).values(finished_at=dt.datetime(2000, 1, 1)))
+        retention = {JobStatus.COMPLETED: 60.0, JobStatus.FAILED: 60.0}
+
+        def prune() -> None:
+            first = crowded.prune(retention, 10)
+            crowded.prune(retention, 10, first.cursor)
+            crowded.count_prunable(retention)
+
+        plan = _plans(crowded, prune)
+        assert "ix_bgjobs_job_finished" in plan
+        assert "SCAN bgjobs_job" not in plan
+        assert "TEMP B-TREE" not in plan
+
+    def test_a_selection_reads_an_index_in_order(self, crowded: Store) -> None:
+        """The batches of a selection neither sort nor scan, whatever else is asked of them."""
+        statuses = (JobStatus.FAILED, JobStatus.PENDING)
+        selection = Selection(statuses, until=crowded.clock(), queues=("default",))
+        plan = _plans(crowded, lambda: next(crowded.selected_ids(selection, 10)))
+        assert "status=?" in plan
+        assert "SCAN bgjobs_job" not in plan
+        assert "TEMP B-TREE" not in plan
+
+    def test_the_numbers_of_operators_read_indexes(self, crowded: Store, state: AppState) -> None:
+        """No number that the command line shows makes the database read whole rows of all jobs."""
+        plan = _plans(crowded, lambda: stats_now(state))
+        assert "SCAN bgjobs_job" not in plan
+        assert "ix_bgjobs_job_finished" in plan
 
 
 def _plans(store: Store, work: Callable[[], object]) -> str:

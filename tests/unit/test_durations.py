@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 
-from flask_bgjobs.durations import seconds
+from flask_bgjobs.durations import in_words, parse, seconds
 from flask_bgjobs.retry import MAX_DELAY_SECONDS
 
 
@@ -75,3 +75,52 @@ def test_minimum() -> None:
     with pytest.raises(ValueError, match="more than 0 s"):
         seconds(0, "timeout", above=True)
     assert seconds(1e-6, "timeout", above=True) == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0.0),
+        ("90", 90.0),
+        ("1.5", 1.5),
+        ("90s", 90.0),
+        ("15m", 900.0),
+        ("2h", 7_200.0),
+        ("7d", 604_800.0),
+        ("0.5d", 43_200.0),
+    ],
+)
+def test_text(text: str, expected: float) -> None:
+    """A text is a number of seconds, or a number with its unit."""
+    assert parse(text, "age") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "d", "7 d", "7w", "7D", "1h30m", "7d\n", "\N{ARABIC-INDIC DIGIT SEVEN}d"),
+        *("-1", "+1", "-7d", "nan", "inf", "-inf", "1e3", ".5", "1.", "1_000", "40000d", "9" * 400),
+    ],
+)
+def test_text_refused(text: str) -> None:
+    """Whatever else stands there, or more than a hundred years, is a ``ValueError``."""
+    with pytest.raises(ValueError, match="age must be"):
+        parse(text, "age")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0, "0 s"),
+        (0.9, "0 s"),
+        (1, "1 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (7_199, "1 h"),
+        (86_400, "1 d"),
+        (864_000, "10 d"),
+    ],
+)
+def test_words(seconds: float, expected: str) -> None:
+    """A duration is told in whole numbers of its largest unit."""
+    assert in_words(seconds) == expected

@@ -29,6 +29,7 @@ def test_default_message(error: type[errors.BgJobsError]) -> None:
     [
         (errors.InvalidJob, ValueError),
         (errors.JobNotFound, LookupError),
+        (errors.QueueNotFound, LookupError),
         (errors.WaitTimeout, TimeoutError),
     ],
 )

@@ -1,0 +1,144 @@
+"""What ``retry``, ``cancel`` and ``delete`` share: jobs by their ids, or many by a selection."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime as dt
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from .. import actions
+from ..app_state import AppState, current_state
+from ..states import JobStatus
+from ..store import ActionResult, Selection
+from .group import MAX_ID, Moment, yes_option
+from .output import counted, progress_bar
+
+_NEITHER_OR_BOTH = (
+    "name jobs by their ids, or select them with --status, --queue, --target, --since and "
+    "--until, and not both"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verb:
+    """What a command does to jobs, and how it says so."""
+
+    act: actions.Act
+    statuses: tuple[JobStatus, ...]
+    """Those that it can act on. A job that moves on meanwhile stands in a later one, or has a
+    time after the selection's end."""
+    question: str
+    done: str
+    asks_for_ids: bool = False
+    """Whether it asks first also when the jobs are named one by one."""
+
+
+def chosen_jobs(verb: Verb) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The argument and options of a command that acts on ids or on a selection."""
+    statuses = click.Choice([status.value for status in verb.statuses])
+    parameters = (
+        click.argument("ids", nargs=-1, type=click.IntRange(1, MAX_ID)),
+        click.option("--status", "statuses", type=statuses, multiple=True, help="Repeatable."),
+        click.option("--queue", "queues", multiple=True, help="Name of a queue; repeatable."),
+        click.option("--target", help="A class or function, or a class with its method."),
+        click.option("--since", type=Moment(), help="From then on: 2h ago, or an ISO 8601 time."),
+        click.option("--until", type=Moment(), help="Up to then: 2h ago, or an ISO 8601 time."),
+        yes_option,
+    )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for add in reversed(parameters):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+def act_on_chosen(verb: Verb, ids: Sequence[int], yes: bool, **selectors: Any) -> None:
+    """Do what the command is for, and say what was done."""
+    is_selecting = any(value not in (None, ()) for value in selectors.values())
+    if is_selecting == bool(ids):
+        raise click.UsageError(_NEITHER_OR_BOTH)
+    if ids:
+        _act_on_ids(verb, ids, yes)
+    else:
+        state = current_state()
+        _act_on_selection(state, verb, _selection(state, verb, **selectors), yes)
+
+
+def _selection(
+    state: AppState,
+    verb: Verb,
+    *,
+    statuses: Sequence[str],
+    queues: Sequence[str],
+    target: str | None,
+    since: dt.datetime | dt.timedelta | None,
+    until: dt.datetime | dt.timedelta | None,
+) -> Selection:
+    now = state.store.clock()
+
+    def moment(value: dt.datetime | dt.timedelta) -> dt.datetime:
+        return now - value if isinstance(value, dt.timedelta) else value
+
+    return Selection(
+        statuses=tuple(s for s in verb.statuses if s in statuses or not statuses),
+        until=now if until is None else min(moment(until), now),
+        since=None if since is None else moment(since),
+        queues=tuple(queues),
+        target=target,
+    )
+
+
+def _act_on_ids(verb: Verb, ids: Sequence[int], yes: bool) -> None:
+    if verb.asks_for_ids and not yes:
+        click.confirm(verb.question.format(counted(len(ids), "job")), abort=True)
+    result = verb.act(current_state(), ids)
+    for job_id in result.done:
+        click.echo(f"Job {job_id} {verb.done}")
+    for job_id in result.requested:
+        click.echo(f"Job {job_id} is running and was asked to stop")
+    for job_id, reason in result.skipped.items():
+        click.echo(f"Job {job_id} skipped: {reason}", err=True)
+    if not result.done and not result.requested:
+        sys.exit(1)
+
+
+def _act_on_selection(state: AppState, verb: Verb, selection: Selection, yes: bool) -> None:
+    count = state.store.count_selected(selection)
+    if not count:
+        click.echo("No jobs match")
+        return
+    if not yes:
+        click.confirm(verb.question.format(counted(count, "job")), abort=True)
+    done = requested = 0
+    skipped: collections.Counter[str] = collections.Counter()
+    with progress_bar(count, "Jobs") as advance:
+        for result in actions.act_on_selected(state, verb.act, selection):
+            done += len(result.done)
+            requested += len(result.requested)
+            skipped.update(result.skipped.values())
+            advance(_size(result))
+    click.echo(_summary(verb, done, requested, skipped.total()))
+    for reason, number in skipped.items():
+        click.echo(f"{counted(number, 'job')} skipped: {reason}", err=True)
+    if not done and not requested:
+        sys.exit(1)
+
+
+def _size(result: ActionResult) -> int:
+    return len(result.done) + len(result.requested) + len(result.skipped)
+
+
+def _summary(verb: Verb, done: int, requested: int, skipped: int) -> str:
+    parts = [f"{counted(done, 'job')} {verb.done}"]
+    if requested:
+        parts.append(f"{requested:,} asked to stop")
+    if skipped:
+        parts.append(f"{skipped:,} skipped")
+    return ", ".join(parts)

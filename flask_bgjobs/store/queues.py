@@ -1,0 +1,56 @@
+"""Queues: which there are, and holding back those that are paused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from ..models import Queue
+from ..states import JobStatus
+from .database import JOBS, Database
+
+_NEXT_QUEUE = (
+    sa.select(JOBS.c.queue)
+    .where(JOBS.c.status == sa.bindparam("status"), JOBS.c.queue > sa.bindparam("after"))
+    .order_by(JOBS.c.queue)
+    .limit(1)
+)
+
+
+class Queues(Database):
+    """The statements about queues."""
+
+    def pause(self, name: str) -> bool:
+        """Let no worker claim jobs of the queue. ``False``: it was paused already."""
+        return self.transaction(lambda c: self._pause(c, name))
+
+    def resume(self, name: str) -> bool:
+        """Let workers claim jobs of the queue again. ``False``: it was not paused."""
+        paused = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_not(None))
+        return bool(self.transaction(lambda c: c.execute(paused.values(paused_at=None)).rowcount))
+
+    def queue_names(self) -> set[str]:
+        """Every queue that a worker has claimed from, that is paused, or that holds a job."""
+        with self.read() as connection:
+            claimed = connection.scalars(sa.select(Queue.name)).all()
+            holding = (name for s in JobStatus for name in self._queues_holding(connection, s))
+            return {*claimed, *holding}
+
+    def _pause(self, connection: sa.Connection, name: str) -> bool:
+        known = connection.scalar(sa.select(Queue.name).where(Queue.name == name))
+        if known is None:
+            # A claim may write the same row at this moment.
+            with contextlib.suppress(IntegrityError), connection.begin_nested():
+                connection.execute(sa.insert(Queue).values(name=name, created_at=self.now))
+        running = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_(None))
+        return bool(connection.execute(running.values(paused_at=self.now)).rowcount)
+
+    def _queues_holding(self, connection: sa.Connection, status: JobStatus) -> Iterator[str]:
+        """The queues that hold jobs with this status, one index seek each."""
+        parameters = {"status": status.value, "after": ""}
+        while (name := connection.scalar(_NEXT_QUEUE, parameters)) is not None:
+            yield name
+            parameters["after"] = name

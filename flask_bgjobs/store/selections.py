@@ -1,0 +1,86 @@
+"""Selections: many jobs at once, chosen by what they have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from ..states import FINAL, JobStatus
+from .database import JOBS, Database
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """Which jobs to act on; what is empty does not select.
+
+    Times are UTC without ``tzinfo``. They are about the end of a finished job, and about the
+    enqueue of any other.
+    """
+
+    statuses: tuple[JobStatus, ...]
+    """In the order in which they are read."""
+    until: dt.datetime
+    """Jobs of a later time are left out, so that new ones cannot make the work endless."""
+    since: dt.datetime | None = None
+    queues: tuple[str, ...] = ()
+    target: str | None = None
+    """Dotted name of a class or function, or of a class with its method."""
+
+
+class Selections(Database):
+    """The statements that find the jobs of a selection. They change nothing."""
+
+    def clock(self) -> dt.datetime:
+        """The time of the database, UTC without ``tzinfo``."""
+        with self.read() as connection:
+            now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+        return now
+
+    def count_selected(self, selection: Selection) -> int:
+        """How many jobs are selected."""
+        with self.read() as connection:
+            return sum(
+                connection.scalar(sa.select(sa.func.count()).where(*_wanted(selection, status)))
+                or 0
+                for status in selection.statuses
+            )
+
+    def selected_ids(self, selection: Selection, limit: int) -> Iterator[list[int]]:
+        """The ids of the jobs that are selected, in batches of ``limit`` at most.
+
+        Each batch is read when it is asked for, behind the one before: what the caller did to
+        that one does not matter, and a million ids are never in memory.
+        """
+        for status in selection.statuses:
+            after = 0
+            while ids := self._next_ids(selection, status, after, limit):
+                yield ids
+                after = ids[-1]
+
+    def _next_ids(
+        self, selection: Selection, status: JobStatus, after: int, limit: int
+    ) -> list[int]:
+        statement = (
+            sa.select(JOBS.c.id)
+            .where(*_wanted(selection, status), JOBS.c.id > after)
+            .order_by(JOBS.c.id)
+            .limit(limit)
+        )
+        with self.read() as connection:
+            return list(connection.scalars(statement))
+
+
+def _wanted(selection: Selection, status: JobStatus) -> list[sa.ColumnElement[bool]]:
+    when = JOBS.c.finished_at if status in FINAL else JOBS.c.created_at
+    wanted = [JOBS.c.status == status.value, when <= selection.until]
+    if selection.since is not None:
+        wanted.append(when >= selection.since)
+    if selection.queues:
+        wanted.append(JOBS.c.queue.in_(selection.queues))
+    if selection.target is not None:
+        full_name = JOBS.c.target + "." + JOBS.c.method
+        wanted.append(sa.or_(JOBS.c.target == selection.target, full_name == selection.target))
+    return wanted

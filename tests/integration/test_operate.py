@@ -1,0 +1,435 @@
+"""The operator's commands: numbers, queues, workers, prune, health, and many jobs at once."""
+
+from __future__ import annotations
+
+import datetime as dt
+import io
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from flask_bgjobs import Job, JobStatus, QueueNotFound, actions, run_background_job
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.cli.output import progress_bar
+from flask_bgjobs.enqueue import enqueue
+from flask_bgjobs.models import Queue, Worker
+from flask_bgjobs.options import JobOptions
+from flask_bgjobs.signals import job_cancelled
+from flask_bgjobs.testing import drain
+from flask_bgjobs.worker import register
+from tests.conftest import build_app, count_jobs, stored
+
+DAY = 86_400.0
+
+
+def add(state: AppState, count: int = 1, *, age: float = 0.0, **values: Any) -> list[int]:
+    """The ids of new jobs with these column values, enqueued and finished ``age`` seconds ago."""
+    jobs = enqueue(state, "tests.jobs.echo", None, [()] * count, JobOptions(), None)
+    ids = [job.id for job in jobs]
+    then = state.store.after(sa.literal(-age))
+    if JobStatus(values.get("status", "pending")).is_final:
+        values["finished_at"] = then
+    change(state, sa.update(Job).where(Job.id.in_(ids)).values(created_at=then, **values))
+    return ids
+
+
+def change(state: AppState, statement: Any) -> None:
+    state.store.transaction(lambda connection: connection.execute(statement))
+
+
+def silence(state: AppState, worker_id: int, seconds: float = 3_600) -> None:
+    """Let a worker's last heartbeat be long ago."""
+    long_ago = state.store.after(sa.literal(-seconds))
+    change(state, sa.update(Worker).where(Worker.id == worker_id).values(heartbeat_at=long_ago))
+
+
+def with_status(state: AppState, *statuses: str) -> list[int]:
+    statement = sa.select(Job.id).where(Job.status.in_(statuses)).order_by(Job.id)
+    with state.store.read() as connection:
+        return list(connection.scalars(statement))
+
+
+def read(run: Any, *words: str, code: int = 0) -> Any:
+    return json.loads(run(*words, "--json", code=code))
+
+
+# Numbers
+
+
+def test_stats(state: AppState, run: Any) -> None:
+    """``stats`` counts jobs by status and queue, what the last hour brought, and workers."""
+    add(state, 2, queue="mail", run_at=state.store.after(sa.literal(-120.0)))
+    add(state, 1, queue="mail", status="scheduled")
+    add(state, 1, status="running")
+    add(state, 3, status="completed")
+    add(state, 1, status="completed", age=7_200)
+    add(state, 1, status="failed", age=3_000)
+    register(state, "alive")
+    silence(state, register(state, "silent"))
+    data = read(run, "stats")
+    assert data["jobs"] == {
+        "scheduled": 1,
+        "pending": 2,
+        "running": 1,
+        "retrying": 0,
+        "completed": 4,
+        "failed": 1,
+        "cancelled": 0,
+    }
+    default, mail = data["queues"]
+    assert (default["name"], default["waiting"], default["running"]) == ("default", 0, 1)
+    assert default["oldest_pending_seconds"] is None
+    assert (mail["name"], mail["waiting"], mail["running"]) == ("mail", 3, 0)
+    assert 120 <= mail["oldest_pending_seconds"] < 180
+    assert data["last_hour"] == {"completed": 3, "failed": 1}
+    assert data["workers"] == {"alive": 1, "silent": 1}
+    output = run("stats")
+    for line in ("completed  4", "mail     3        0        2 min", "1 alive, 1 silent"):
+        assert line in output
+    assert "Last hour: 3 completed, 1 failed" in output
+
+
+def test_stats_of_an_empty_database(run: Any) -> None:
+    """Without any job all numbers are 0."""
+    assert set(read(run, "stats")["jobs"].values()) == {0}
+    assert "Workers: 0 alive, 0 silent" in run("stats")
+    assert run("queues") == "No queues yet\n"
+    assert run("workers") == "No workers\n"
+
+
+def test_queues(state: AppState, run: Any) -> None:
+    """``queues`` says what each queue holds, since when it is paused, and who serves it."""
+    for status in ("pending", "scheduled", "retrying", "running", "completed"):
+        add(state, 1, queue="mail", status=status)
+    add(state, 2, queue="low")
+    register(state, "all")
+    register(state, "mailer", queues=["mail"])
+    silence(state, register(state, "silent", queues=["low"]))
+    run("pause", "low")
+    low, mail = read(run, "queues")
+    numbers = ("pending", "scheduled", "retrying", "running", "workers")
+    assert [mail[key] for key in ("name", *numbers)] == ["mail", 1, 1, 1, 1, 2]
+    assert [low[key] for key in ("name", *numbers)] == ["low", 2, 0, 0, 0, 1]
+    assert mail["paused_at"] is None
+    assert low["paused_at"].endswith("Z")
+    lines = run("queues").splitlines()
+    assert lines[1].split()[:5] == ["low", "2", "0", "0", "0"]
+    assert lines[1].endswith(low["paused_at"])
+
+
+def test_workers(state: AppState, run: Any) -> None:
+    """``workers`` shows who lives and who is silent, and with ``--all`` who has ended."""
+    first = register(state, "first", concurrency=4, queues=["mail", "low"])
+    silent, stopped = register(state, "second"), register(state, "third")
+    add(state, 3, status="running", worker_id=first)
+    silence(state, silent)
+    state.store.stop_worker(stopped)
+    found = read(run, "workers")
+    assert [(each["name"], each["status"]) for each in found] == [
+        ("first", "alive"),
+        ("second", "silent"),
+    ]
+    assert (found[0]["queues"], found[0]["concurrency"]) == (["mail", "low"], 4)
+    assert (found[0]["running"], found[1]["running"]) == (3, 0)
+    assert found[1]["heartbeat_age_seconds"] >= 3_600
+    assert [each["status"] for each in read(run, "workers", "--all")][2:] == ["stopped"]
+    output = run("workers", "--all")
+    for text in ("mail,low", "1 h ago", "silent", "stopped"):
+        assert text in output
+
+
+# Pause and resume
+
+
+def test_a_paused_queue_is_not_claimed(state: AppState, run: Any) -> None:
+    """No worker claims from a paused queue, until it is resumed."""
+    (job_id,) = add(state, 1, queue="mail")
+    worker = register(state, "one")
+    assert run("pause", "mail") == "Queue mail paused\n"
+    assert state.store.claim(worker, 10) == state.store.claim(worker, 10, ["mail"]) == []
+    assert run("pause", "mail") == "Queue mail is already paused\n"
+    assert run("resume", "mail") == "Queue mail resumed\n"
+    assert run("resume", "mail") == "Queue mail is not paused\n"
+    assert [spec.id for spec in state.store.claim(worker, 10)] == [job_id]
+
+
+def test_pausing_again_keeps_the_time(state: AppState) -> None:
+    """A second pause does not make a queue look as if it had been paused just now."""
+    assert actions.pause(state, "default") is True
+    long_ago = state.store.after(sa.literal(-DAY))
+    change(state, sa.update(Queue).values(paused_at=long_ago))
+    assert actions.pause(state, "default") is False
+    with state.store.read() as connection:
+        paused_at = connection.scalar(sa.select(Queue.paused_at))
+    assert (state.store.clock() - paused_at).total_seconds() > DAY / 2
+
+
+@pytest.mark.parametrize("status", ["pending", "completed", "scheduled"])
+def test_queues_of_any_job_are_known(state: AppState, status: str) -> None:
+    """A queue can be paused while any job has its name, or the configuration names it."""
+    add(state, 1, queue="mail", status=status)
+    assert actions.pause(state, "mail")
+    assert actions.pause(state, "default")
+
+
+def test_configured_queues_are_known(make_app: Callable[..., Flask]) -> None:
+    """A queue of BGJOBS_QUEUES can be paused before it has had a job."""
+    app = make_app(BGJOBS_QUEUES=["urgent"])
+    assert actions.pause(app.extensions["bgjobs"], "urgent")
+
+
+def test_unknown_queues_are_refused(state: AppState, run: Any) -> None:
+    """A queue that nothing knows is an error with a suggestion, and no row is made of it."""
+    add(state, 1, queue="mail")
+    for command in ("pause", "resume"):
+        assert "did you mean 'mail'?" in run(command, "mial", code=1)
+        assert "there are default, mail" in run(command, "zzz", code=1)
+        run(command, code=2)
+    with pytest.raises(QueueNotFound):
+        actions.pause(state, "mial")
+    assert state.store.queue_names() == {"mail"}
+
+
+# Prune
+
+
+def test_prune_goes_by_the_retention(app: Flask, state: AppState, run: Any) -> None:
+    """``prune`` says how many jobs it would delete, and deletes them when told yes."""
+    add(state, 2, status="completed", age=8 * DAY)
+    add(state, 1, status="failed", age=8 * DAY)
+    assert "Delete 2 jobs for ever? [y/N]" in run("prune", answer="n\n", code=1)
+    assert count_jobs(app) == 3
+    assert run("prune", answer="y\n").endswith("2 jobs deleted, 0 held by other tables\n")
+    assert run("prune") == "0 jobs deleted, 0 held by other tables\n"
+    assert with_status(state, "failed") == [3]
+
+
+def test_prune_by_status_and_age(app: Flask, state: AppState, run: Any) -> None:
+    """``--status`` and ``--older-than`` stand above the configuration."""
+    for status in ("completed", "failed", "cancelled"):
+        add(state, 1, status=status, age=2 * DAY)
+        add(state, 1, status=status, age=3_600)
+    words = ("--status", "failed", "--status", "cancelled", "--older-than", "1d", "--yes")
+    assert run("prune", *words) == "2 jobs deleted, 0 held by other tables\n"
+    assert len(with_status(state, "completed")) == 2
+    assert run("prune", "--older-than", "1h", "--yes").startswith("4 jobs deleted")
+    assert count_jobs(app) == 0
+
+
+def test_prune_leaves_what_a_host_holds(app: Flask, state: AppState, run: Any) -> None:
+    """Jobs that a host's foreign key holds are counted and stay; a thousand others go."""
+    held = add(state, 3, status="completed", age=8 * DAY)
+    add(state, 1_001, status="completed", age=8 * DAY)
+    change(state, sa.text("CREATE TABLE export (job_id INTEGER REFERENCES bgjobs_job(id))"))
+    for job_id in held:
+        change(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
+    assert run("prune", "--yes") == "1,001 jobs deleted, 3 held by other tables\n"
+    assert with_status(state, "completed") == held
+
+
+def test_prune_keeps_for_ever(make_app: Callable[..., Flask]) -> None:
+    """Where BGJOBS_RETENTION is ``None``, only an age on the command line deletes anything."""
+    app = make_app(BGJOBS_RETENTION=None)
+    with app.app_context():
+        add(app.extensions["bgjobs"], 1, status="completed", age=999 * DAY)
+    runner = app.test_cli_runner()
+    assert "for ever" in runner.invoke(args=["bgjobs", "prune"]).output
+    assert count_jobs(app) == 1
+    runner.invoke(args=["bgjobs", "prune", "--older-than", "30d", "--yes"])
+    assert count_jobs(app) == 0
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "-7d", "7w", "soon", "1e9d", ""])
+def test_nonsense_is_no_duration(state: AppState, run: Any, text: str) -> None:
+    """What is no duration ends with exit code 2, and deletes nothing."""
+    add(state, 1, status="completed", age=8 * DAY)
+    assert "not '" in run("prune", "--yes", "--older-than", text, code=2)
+    run("delete", "--yes", "--since", text, code=2)
+    assert with_status(state, "completed") == [1]
+
+
+# Health
+
+
+def test_health(state: AppState, run: Any) -> None:
+    """``health`` is exit code 0 while a worker is alive, and names work that nobody serves."""
+    assert run("health", code=1).startswith("Not healthy: no worker is alive")
+    worker = register(state, "one", queues=["default"])
+    assert run("health") == "Healthy: 1 worker alive\n"
+    add(state, 1, queue="mail")
+    assert run("health") == "Healthy: 1 worker alive; no live worker serves work in mail\n"
+    data = read(run, "health")
+    assert (data["healthy"], data["database"], data["alive"]) == (True, True, 1)
+    assert data["unserved"] == ["mail"]
+    silence(state, worker)
+    assert "no worker is alive" in run("health", code=1)
+    data = read(run, "health", code=1)
+    assert (data["healthy"], data["database"], data["silent"]) == (False, True, 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [(None, "run `flask db upgrade`"), ("sqlite:////nowhere/at/all.db", "unable to open")],
+)
+def test_health_without_a_database(database_url: str, url: str | None, said: str) -> None:
+    """A database that does not answer is one sentence and exit code 1, in JSON as well."""
+    app = build_app(url or database_url)
+    result = app.test_cli_runner().invoke(args=["bgjobs", "health"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Not healthy: ")
+    assert said in result.output
+    assert result.output.count("\n") == 1
+    result = app.test_cli_runner().invoke(args=["bgjobs", "health", "--json"])
+    assert result.exit_code == 1
+    data = json.loads(result.output)
+    assert (data["healthy"], data["database"]) == (False, False)
+    with app.app_context():
+        app.extensions["bgjobs"].store.dispose()
+        app.extensions["sqlalchemy"].engine.dispose()
+
+
+# Many jobs at once
+
+
+def test_cancel_many(state: AppState, run: Any) -> None:
+    """A selection is counted, confirmed, and cancelled in batches; running jobs are asked."""
+    waiting = add(state, 1_200, queue="mail")
+    running = add(state, 3, queue="mail", status="running")
+    add(state, 1, queue="mail", status="completed")
+    others = add(state, 2)
+    heard: list[int] = []
+
+    def hear(sender: object, job: Job) -> None:
+        heard.append(job.id)
+
+    with job_cancelled.connected_to(hear):
+        assert "Cancel 1,203 jobs? [y/N]" in run("cancel", "--queue", "mail", answer="n\n", code=1)
+        assert with_status(state, "cancelled") == heard == []
+        output = run("cancel", "--queue", "mail", "--yes")
+    assert output == "1,200 jobs cancelled, 3 asked to stop\n"
+    assert with_status(state, "cancelled") == heard == waiting
+    assert with_status(state, "pending") == others
+    assert all(job.is_cancelling for job in state.store.get_many(running))
+
+
+def test_retry_many(app: Flask, state: AppState, run: Any) -> None:
+    """Each selected job is run again once, also when it fails again at once."""
+    for _ in range(3):
+        run_background_job("tests.jobs.fail", retries=0)
+    drain(app)
+    key = run_background_job("tests.jobs.fail", retries=0, unique_key="k").id
+    drain(app)
+    run_background_job("tests.jobs.echo", unique_key="k", delay=60)
+    output = run("retry", "--status", "failed", "--yes")
+    assert "3 jobs pending again, 1 skipped\n" in output
+    assert "1 job skipped: another job holds its unique_key" in output
+    assert with_status(state, "pending") == [1, 2, 3]
+    assert "1 skipped" in run("retry", "--status", "failed", "--yes", code=1)
+    assert stored(app, key).status == "failed"
+
+
+def test_a_retried_job_that_fails_at_once_is_not_met_again(
+    state: AppState, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    """A job that failed after the command began is not retried by it a second time."""
+    add(state, 3, status="retrying")
+    add(state, 3, status="failed")
+    times: list[int] = []
+
+    retry = state.store.retry
+
+    def retry_and_fail(ids: list[int]) -> Any:
+        result = retry(ids)
+        times.extend(ids)
+        failed = {"status": "failed", "finished_at": state.store.after(sa.literal(1.0))}
+        change(state, sa.update(Job).where(Job.id.in_(ids)).values(**failed))
+        return result
+
+    monkeypatch.setattr(actions, "_AT_ONCE", 2)
+    monkeypatch.setattr(state.store, "retry", retry_and_fail)
+    run("retry", "--status", "failed", "--status", "retrying", "--yes")
+    assert sorted(times) == [1, 2, 3, 4, 5, 6]
+
+
+def test_delete_many(app: Flask, state: AppState, run: Any) -> None:
+    """``delete`` takes all but running jobs, and goes on behind those that it cannot delete."""
+    running = add(state, 1, status="running")
+    held = add(state, 2, status="failed")
+    add(state, 1_100, status="failed")
+    add(state, 2)
+    change(state, sa.text("CREATE TABLE export (job_id INTEGER REFERENCES bgjobs_job(id))"))
+    for job_id in held:
+        change(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
+    output = run("delete", "--queue", "default", "--yes")
+    assert output.startswith("1,102 jobs deleted, 2 skipped\n")
+    assert "2 jobs skipped: a row of another table refers to it" in output
+    assert sorted(with_status(state, *JobStatus)) == running + held
+
+
+def test_selections_narrow(app: Flask, state: AppState, run: Any) -> None:
+    """Status, queue, target and times each leave jobs out, and hold together."""
+    wanted = add(state, 1, status="failed", age=7_200, queue="mail", target="a.B", method="c")
+    add(state, 1, status="failed", age=7_200, queue="mail", target="a.B", method="d")
+    add(state, 1, status="failed", age=7_200, queue="low", target="a.B", method="c")
+    add(state, 1, status="failed", age=600, queue="mail", target="a.B", method="c")
+    add(state, 1, status="failed", age=DAY, queue="mail", target="a.B", method="c")
+    add(state, 1, status="cancelled", age=7_200, queue="mail", target="a.B", method="c")
+    words = ["--status", "failed", "--queue", "mail", "--target", "a.B.c"]
+    times = ["--since", "3h", "--until", "1h"]
+    assert run("retry", *words, *times, "--yes") == "1 job pending again\n"
+    assert with_status(state, "pending") == wanted
+    assert run("retry", *words, *times, "--yes") == "No jobs match\n"
+    assert run("delete", "--target", "a.B", "--yes") == "6 jobs deleted\n"
+
+
+def test_times_are_of_the_end_or_of_the_enqueue(state: AppState, run: Any) -> None:
+    """Finished jobs are chosen by their end, others by their enqueue, in UTC or as it says."""
+    (finished,), (waiting,) = add(state, 1, status="failed"), add(state, 1)
+    half_past = dt.datetime(2020, 1, 2, 12, 30)
+    for job_id, column in ((finished, Job.finished_at), (waiting, Job.created_at)):
+        change(state, sa.update(Job).where(Job.id == job_id).values({column: half_past}))
+    until = ("--until", "2020-01-02T13:00Z")
+    for since in ("2020-01-02T12:00:00", "2020-01-02 13:15+01:00", "2020-01-02"):
+        output = run("delete", "--since", since, *until, answer="n\n", code=1)
+        assert "Delete 2 jobs for ever?" in output
+    assert run("delete", "--until", "2020-01-02T12:00") == "No jobs match\n"
+    assert run("delete", "--since", "2020-01-02T13:00", "--until", "1d") == "No jobs match\n"
+
+
+@pytest.mark.parametrize("command", ["retry", "cancel", "delete"])
+def test_ids_or_a_selection(state: AppState, run: Any, command: str) -> None:
+    """Neither ids nor a selection, and both at once, are wrong usage that says what to do."""
+    add(state)
+    for words in ([], ["1", "--queue", "default"], ["--yes"]):
+        output = run(command, *words, code=2)
+        assert "name jobs by their ids, or select them with --status" in output
+    assert with_status(state, "pending") == [1]
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("retry", "completed"), ("retry", "running"), ("cancel", "failed"), ("delete", "running")],
+)
+def test_a_status_that_the_verb_cannot_act_on(run: Any, command: str, status: str) -> None:
+    """Only statuses that the command can change may be chosen."""
+    assert "is not one of" in run(command, "--status", status, "--yes", code=2)
+
+
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar is drawn where somebody sees it, and nothing of it is written elsewhere."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, is_drawn in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar(4, "Jobs") as advance:
+            advance(4)
+        assert ("100%" in stream.getvalue()) is is_drawn
+        assert bool(stream.getvalue()) is is_drawn
