@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 from flask import Flask
 
 from . import joining, logs
-from .app_state import AppState, Authorizer
+from .app_state import AppState, Authorizer, state_of
 from .config import Config
+from .embedded import EmbeddedOptions, EmbeddedWorker
 from .enqueue import Parameters
 from .errors import ConfigError
 from .functions import BoundJob, JobFunction
@@ -111,6 +112,27 @@ class BgJobs:
         """
         bound = job.using() if isinstance(job, JobFunction) else job
         return bound.enqueue_many(parameter_sets)
+
+    def start_worker(self, app: Flask, **options: Unpack[EmbeddedOptions]) -> EmbeddedWorker:
+        """A worker inside the process that serves ``app``, for small deployments.
+
+        It starts with the first request that the process answers or the first job that it
+        enqueues; under ``flask run`` at once. It never starts in the parent of a reloader, in
+        the master of a pre-fork server, in other ``flask`` commands, or in a child of the process
+        pool. Call it once, after :meth:`init_app`.
+
+        :param options: ``queues``, ``pool``, ``concurrency``, ``name`` and ``shutdown_timeout``,
+            as of ``flask bgjobs worker``.
+        :returns: the worker, also kept as ``app.extensions["bgjobs_worker"]``.
+        :raises ConfigError: when the app was not set up or has a worker already, its database is
+            in memory, or the process pool is used and ``BGJOBS_APP`` is not set.
+        """
+        if "bgjobs_worker" in app.extensions:
+            raise ConfigError(f"the app {app.name!r} has a worker already: call start_worker once")
+        worker = EmbeddedWorker(state_of(app), dict(options))
+        app.extensions["bgjobs_worker"] = worker
+        worker.start_when_serving()
+        return worker
 
     def authorize_dashboard(self, authorizer: Authorizer) -> Authorizer:
         """Decorator for the function that says who may do what on the dashboard.

@@ -44,6 +44,10 @@ class Clock:
         self._scheduler.add_job(self._wake, "interval", seconds=self._poll_interval, id="poll")
         self._scheduler.start()
 
+    def every(self, seconds: float, call: Callable[[], object]) -> None:
+        """Also call ``call`` every so many seconds; it must be quick."""
+        self._scheduler.add_job(call, "interval", seconds=seconds)
+
     def stop(self) -> None:
         """Stop calling; a call under way ends first."""
         # Paused and emptied first: APScheduler breaks when it is shut down while its thread

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from . import schema
 from .app_state import AppState, import_jobs
@@ -23,9 +23,10 @@ from .errors import BgJobsError, ConfigError
 from .heart import Heart
 from .identity import this_process
 from .lanes import Finished, Lane, Lanes, Pool, Route, routes
-from .maintenance import Sweeper
+from .maintenance import Pruner, Sweeper
 from .memory import memory_in_use
 from .models import Job
+from .outbox import Outbox
 from .pools.child import Limits
 from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
@@ -42,6 +43,9 @@ _FOLLOW_SECONDS = 0.25
 _GATHER_SECONDS = 0.002
 """While threads are busy, outcomes are gathered so long, to be settled in one transaction."""
 _HORIZON_SECONDS = 60.0
+_PRUNE_SECONDS = 300.0
+_PRUNE_PAUSE_SECONDS = 0.05
+"""Between two steps of pruning, for others that want to write."""
 _LAST_SETTLE_TRIES = 3
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
 
@@ -68,6 +72,8 @@ class WorkerOptions:
     """The same when it holds so many MiB of memory."""
     shutdown_timeout: float | None = None
     """Seconds that running jobs have to end after a stop was asked for."""
+    scheduler: bool = True
+    """Prune, and run what recurs; polling, promotion and rescue go on without it."""
     app: str | None = None
     """From where child processes import the app; ``BGJOBS_APP`` goes before it."""
     show_logs: bool = False
@@ -102,7 +108,7 @@ class Worker:
         self._id = 0
         self._stops = 0
         self._wake = _Wake()
-        self._finished: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
+        self._outbox = Outbox(state.store)
         self._claimed = 0
         self._claim_again = True
         self._suspects: collections.deque[JobSpec] = collections.deque()
@@ -119,6 +125,8 @@ class Worker:
         self._own_limits = self._limits if self.routes[0].pool == "thread" else Limits()
         self._begun = time.monotonic()
         self._sweeper = Sweeper(state.store, config.lease)
+        self._pruner = Pruner(state.store, config.retention)
+        self._prune_due = options.scheduler
         _check_can_work(state, self.routes, self._app)
         import_jobs(state)
 
@@ -171,6 +179,8 @@ class Worker:
         self._register()
         self._heart = Heart(self.state.store, self._id, self.state.config.heartbeat_interval)
         self._clock = Clock(self._on_clock, self.state.config.poll_interval)
+        if self._options.scheduler:
+            self._clock.every(_PRUNE_SECONDS, self._on_prune_time)
         self._clock.start()
         self.state.enqueued.append(self._on_enqueued)
         self.state.emit(worker_started, worker=self.name)
@@ -233,39 +243,11 @@ class Worker:
         self._sweep()
         self._start_suspect()
         self._claim()
+        self._prune()
 
     def _settle(self) -> None:
-        """Record what finished, in one transaction; kept for the next turn when that fails."""
-        batch = [self._finished.popleft() for _ in range(len(self._finished))]
-        if not batch:
-            return
-        try:
-            settled = self.state.store.settle(self._id, self.name, batch)
-        except (DataError, IntegrityError, ProgrammingError):
-            settled = self._settle_one_by_one(batch)
-        except BaseException:
-            self._finished.extendleft(reversed(batch))
-            raise
-        for entry in settled:
-            self._after_settle(entry)
-
-    def _settle_one_by_one(self, batch: Sequence[tuple[JobSpec, Outcome]]) -> list[Settled]:
-        """One outcome that the database refuses must not keep the others from being recorded."""
-        settled: list[Settled] = []
-        for spec, outcome in batch:
-            try:
-                settled += self.state.store.settle(self._id, self.name, [(spec, outcome)])
-            except (DataError, IntegrityError, ProgrammingError) as error:
-                _logger.exception("The outcome of job %s was refused by the database", spec.id)
-                plain = Outcome(
-                    spec.id,
-                    spec.attempt,
-                    OutcomeKind.FAILED_FINALLY,
-                    error_type=type(error).__name__,
-                    error="the outcome could not be recorded; the worker's log says why",
-                )
-                settled += self.state.store.settle(self._id, self.name, [(spec, plain)])
-        return settled
+        for settled in self._outbox.record(self._id, self.name):
+            self._after_settle(settled)
 
     def _after_settle(self, settled: Settled) -> None:
         spec = settled.spec
@@ -328,6 +310,24 @@ class Worker:
         for settled in self._sweeper.sweep(self._id):
             emit_settled(self.state.app, settled)
 
+    def _prune(self) -> None:
+        """Delete a few of the jobs that have outlived their retention."""
+        if not self._prune_due:
+            return
+        try:
+            self._prune_due = self._pruner.step()
+        except IntegrityError as error:
+            # A foreign key that is checked at the commit: nobody can tell which row is held.
+            _logger.warning("Jobs not pruned | Worker: %s | Error: %s", self.name, error.orig)
+            self._prune_due = False
+        if not self._prune_due and self._pruner.deleted:
+            _logger.info(
+                "Jobs pruned | Worker: %s | Deleted: %d | Held by other tables: %d",
+                self.name,
+                self._pruner.deleted,
+                self._pruner.held,
+            )
+
     def _claim(self) -> None:
         self._claim_again = False
         for lane in self._pools:
@@ -369,10 +369,11 @@ class Worker:
         if self._claim_again and has_room and not self._stops:
             return
         busy = self._pools.running() or self._pools.unstarted()
-        if self._pools.unstarted() and self._finished:
+        if self._pools.unstarted() and self._outbox:
             time.sleep(_GATHER_SECONDS)
             return
-        self._wake.wait(_FOLLOW_SECONDS if busy else self.state.config.poll_interval)
+        seconds = _FOLLOW_SECONDS if busy else self.state.config.poll_interval
+        self._wake.wait(min(seconds, _PRUNE_PAUSE_SECONDS) if self._prune_due else seconds)
         self._claim_again = True
 
     def _is_done(self) -> bool:
@@ -380,7 +381,7 @@ class Worker:
             return True
         if self._is_used_up():
             return True
-        idle = not (self._pools.running() or self._pools.unstarted() or self._finished)
+        idle = not (self._pools.running() or self._pools.unstarted() or self._outbox)
         idle = idle and not self._suspects
         max_jobs = self._own_limits.max_jobs
         if max_jobs is not None and self._claimed >= max_jobs:
@@ -405,9 +406,9 @@ class Worker:
 
     def _drain(self) -> None:
         """Give back what has not started, let the rest finish, then give that back as well."""
-        held_back = [*self._pools.take_unstarted(), *self._suspects]
+        for spec in [*self._pools.take_unstarted(), *self._suspects]:
+            self._outbox.put(spec, _given_back(spec))
         self._suspects.clear()
-        self._finished.extend((spec, _given_back(spec)) for spec in held_back)
         grace_ends = time.monotonic() + self._grace
         if running := self._pools.running():
             _logger.info(
@@ -422,7 +423,7 @@ class Worker:
         self._give_back_running()
         for _ in range(_LAST_SETTLE_TRIES):
             self._guard(self._settle)
-            if not self._finished:
+            if not self._outbox:
                 break
 
     def _drain_turn(self) -> None:
@@ -438,16 +439,14 @@ class Worker:
         deadline = time.monotonic() + self._pools.stop_seconds
         while self._pools.running() and time.monotonic() < deadline:
             self._wake.wait(deadline - time.monotonic())
-        ended = list(self._finished)
-        self._finished.clear()
-        for spec, outcome in ended:
+        for spec, outcome in self._outbox.take_all():
             stopped_by_us = (spec.id, spec.attempt) in given_back
             if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
                 outcome = dataclasses.replace(_given_back(spec), report=outcome.report)
-            self._finished.append((spec, outcome))
+            self._outbox.put(spec, outcome)
         for spec in self._pools.running_specs():
             _logger.warning("Job %s did not stop; it is given back while its code runs", spec.id)
-            self._finished.append((spec, _given_back(spec)))
+            self._outbox.put(spec, _given_back(spec))
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Run a step that uses the database; live through an outage."""
@@ -467,12 +466,15 @@ class Worker:
     # Called from other threads
 
     def _on_finished(self, spec: JobSpec, outcome: Outcome) -> None:
-        self._finished.append((spec, outcome))
+        self._outbox.put(spec, outcome)
         self._wake.set()
 
     def _on_clock(self) -> None:
         self._look_due = True
         self._wake.set()
+
+    def _on_prune_time(self) -> None:
+        self._prune_due = True
 
     def _on_enqueued(self, _job: Job) -> None:
         self._wake.set()

@@ -9,14 +9,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
+from flask import Flask
 from flask.cli import ScriptInfo
 
+from .. import sd_notify
 from ..app_state import AppState, current_state
 from ..console import show_logs
+from ..reload import run_with_reload, watched_folders
+from ..signals import worker_started
 from ..states import JobStatus
 from ..version import __version__
 from .group import QueueNames, bgjobs_commands, one_sentence
@@ -55,20 +59,28 @@ _POOL_UNITS = {"thread": "threads", "process": "child processes"}
     type=_positive,
     help="The same at so many MiB of memory.",
 )
+@click.option("--no-scheduler", is_flag=True, help="No pruning; the rest goes on as without it.")
+@click.option("--reload", "reloads", is_flag=True, help="Start anew when code changes.")
 @click.option("-n", "--name", help="Name shown on the dashboard; default: host and pid.")
 @click.option("--shutdown-timeout", type=click.FloatRange(min=0), help="Grace of a stop, seconds.")
 @one_sentence
-def worker_command(**options: Any) -> None:
+def worker_command(no_scheduler: bool, reloads: bool, **options: Any) -> None:
     """Run jobs until told to stop (SIGTERM or Ctrl-C; a second one stops at once)."""
     from ..worker import Worker, WorkerOptions
 
     state = current_state()
+    if reloads:
+        command = [sys.executable, *(word for word in sys.orig_argv[1:] if word != "--reload")]
+        sys.exit(run_with_reload(command, watched_folders(state.app.root_path)))
     show_logs()
-    worker = Worker(state, WorkerOptions(app=_app_path(), show_logs=True, **options))
+    worker = Worker(
+        state,
+        WorkerOptions(scheduler=not no_scheduler, app=_app_path(), show_logs=True, **options),
+    )
     for line in _banner(state, worker):
         click.echo(line)
     began = time.monotonic()
-    with _stopped_by_signals(worker.stop):
+    with _stopped_by_signals(worker), worker_started.connected_to(_tell_systemd_of_start):
         worker.run()
     click.echo(_summary(worker, time.monotonic() - began))
     if worker.has_code_running or _other_threads_hold_the_process():
@@ -113,13 +125,21 @@ def _summary(worker: Worker, seconds: float) -> str:
     return f"Worker {worker.name} stopped after {seconds:.1f} s: {counts or 'it ran no job'}"
 
 
+def _tell_systemd_of_start(_app: Flask, worker: str) -> None:
+    sd_notify.notify("READY=1", f"STATUS=The worker {worker} takes jobs")
+
+
 @contextlib.contextmanager
-def _stopped_by_signals(stop: Callable[[], None]) -> Any:
+def _stopped_by_signals(worker: Worker) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: stop()) for number in signals}
+
+    def stop(*_: object) -> None:
+        worker.stop()
+        sd_notify.notify("STOPPING=1", "STATUS=Running jobs have their grace")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

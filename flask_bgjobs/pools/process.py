@@ -41,6 +41,8 @@ _MAX_AHEAD = 32
 _START_SECONDS = 60.0
 """For the first child to build the app."""
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
+_HOPELESS_FAILURES = 3
+"""Children that died in a row while they built the app, for reasons they could not tell."""
 _MAX_LINES = 1_000
 """Log lines of a job that wait to be written."""
 
@@ -387,10 +389,12 @@ class ProcessPool:
     def _on_failed_birth(self, how: str) -> None:
         """Wait before the next one: what keeps one child from starting keeps all."""
         self._failures += 1
-        self._failure = self._failure or f"its process {how} while it built the app"
+        failure = self._failure or f"its process {how} while it built the app"
+        if self._failures >= _HOPELESS_FAILURES:
+            self._failure = failure
         backoff = _FIRST_BACKOFF_SECONDS * 2 ** min(self._failures, 20)
         self._birth_at = time.monotonic() + min(backoff, _LAST_BACKOFF_SECONDS)
-        _logger.error("A child of the process pool could not start: %s", self._failure)
+        _logger.error("A child of the process pool could not start: %s", failure)
         self._changed.notify_all()
 
     def _on_nursery_lost(self) -> None:
@@ -475,6 +479,7 @@ class ProcessPool:
                 self._changed.notify_all()
             case [child.BROKEN, sentence]:
                 self._failure = sentence
+                self._changed.notify_all()
 
     def _on_outcome(self, each: _Child, number: int, outcome: Outcome) -> None:
         task = each.handed.pop(number)
@@ -495,7 +500,7 @@ class ProcessPool:
         with self._changed:
             while not any(each.is_ready for each in self._children.values()):
                 left = deadline - time.monotonic()
-                if (self._failure and self._failures) or left <= 0:
+                if self._failure or left <= 0:
                     reason = self._failure or f"it took longer than {_START_SECONDS:g} s"
                     break
                 self._changed.wait(left)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
 from flask_bgjobs.app_state import AppState
+from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt
+from flask_bgjobs.options import JobOptions
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
@@ -367,3 +372,30 @@ def test_only_the_pools_that_are_needed(
     job = enqueue("process_id", queue=queues).wait(DEADLINE_SECONDS)
     assert (job.result == worker.pid) == (queues == "mail")
     assert says in worker.log.read_text()
+
+
+def test_children_killed_at_random_cost_no_neighbour(
+    app: Flask, state: AppState, start: Start, journal: Path
+) -> None:
+    """While children and the process that bears them are killed at random, thousands of short jobs
+    all complete; none runs a second time but those that were running in a killed child."""
+    sets = [[str(journal), str(number)] for number in range(8_000)]
+    enqueue_sets(state, "tests.jobs.record", None, sets, JobOptions())
+    worker = start("--burst")
+    random_ = random.Random(7)
+    while worker.poll() is None:
+        below = descendants(worker.pid)
+        if below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(random_.choice(below), signal.SIGKILL)
+        # Not a wait for anything: the pace of the kills.
+        time.sleep(random_.uniform(0.2, 0.6))
+    assert worker.returncode == 0
+    runs = collections.Counter(map(int, lines(journal)))
+    assert set(runs) == set(range(8_000))
+    with state.store.read() as connection:
+        attempts = connection.execute(Attempt.__table__.select()).all()
+        statuses = set(connection.execute(sa.select(Job.status)).scalars())
+    assert statuses == {"completed"}
+    assert {attempt.outcome for attempt in attempts} <= {"crashed", "lost"}
+    assert sum(runs.values()) - len(runs) <= len(attempts)

@@ -324,7 +324,7 @@ class TestAllowList:
         self, app: Flask, state: AppState, change: dict[str, str]
     ) -> None:
         """Whatever is edited in a row, the worker and the jobs beside it go on."""
-        broken, other = enqueue("fail", retries=1), enqueue("echo", 4)
+        broken, other = enqueue("fail", retries=1, retry_delay=60), enqueue("echo", 4)
         edited = sa.update(Job).where(Job.id == broken.id).values(**change)
         state.store.transaction(lambda connection: connection.execute(edited))
         with working(app):
@@ -416,6 +416,33 @@ class TestStop:
         begin = time.monotonic()
         Worker(state_of(app), WorkerOptions(max_time=0.3)).run()
         assert time.monotonic() - begin >= 0.3
+
+    def test_max_memory(self, app: Flask) -> None:
+        """``max_memory`` stops a worker with threads once it holds so many MiB; running jobs end
+        and nothing is lost."""
+        jobs = [enqueue("echo", n) for n in range(3)]
+        Worker(state_of(app), WorkerOptions(max_memory=1)).run()
+        assert {job.refresh().status for job in jobs} == {"pending"}
+        Worker(state_of(app), WorkerOptions(max_memory=100_000, burst=True)).run()
+        assert {job.refresh().status for job in jobs} == {"completed"}
+
+    @pytest.mark.parametrize("scheduler", [True, False])
+    def test_old_jobs_are_pruned(self, make_app: Callable[..., Flask], scheduler: bool) -> None:
+        """A worker deletes jobs that have outlived ``BGJOBS_RETENTION``, unless it has no
+        scheduler."""
+        app = make_app(BGJOBS_RETENTION={"completed": 0, "failed": None})
+        with app.app_context():
+            old, kept = enqueue("echo"), enqueue("fail", retries=0)
+            Worker(state_of(app), WorkerOptions(burst=True, scheduler=False)).run()
+            assert stored(app, old).status == "completed"
+            with working(app, scheduler=scheduler) as worker:
+                if scheduler:
+                    wait_until(lambda: state_of(app).store.get(old.id) is None, "the pruning")
+                else:
+                    enqueue("echo", delay=0.3).wait(30)
+                    assert stored(app, old).status == "completed"
+                assert stored(app, kept).status == "failed"
+                assert worker._pruner.held == 0
 
     def test_queues_are_served_in_strict_order(self, app: Flask, journal: Path) -> None:
         """A worker serves only its queues, the first one first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import signal
 import sys
 import threading
 import time
@@ -436,3 +437,40 @@ def test_interrupted_before_the_coroutine_awaits() -> None:
     wait_until(lambda: window.interrupt(JobCancelled))
     assert isinstance(code.end().error, JobCancelled)
     assert reached == []
+
+
+def test_a_signal_handler_may_interrupt_its_own_thread() -> None:
+    """From a signal's handler the interruption is raised on the spot, also in a blocking call."""
+    window = Window()
+    before = signal.signal(signal.SIGALRM, lambda *_: window.interrupt(JobTimeout))
+    began = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(JobTimeout):
+            window.run(lambda: time.sleep(30))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 10
+    assert window.is_closed
+
+
+def test_a_signal_handler_may_interrupt_a_coroutine() -> None:
+    """From a signal's handler a coroutine is stopped through its task, so that it can clean up."""
+    window = Window()
+    cleaned: list[bool] = []
+
+    async def code() -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append(True)
+
+    before = signal.signal(signal.SIGALRM, lambda *_: window.interrupt(JobCancelled))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(JobCancelled):
+            window.run(lambda: window.run_coroutine(code()))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert cleaned == [True]

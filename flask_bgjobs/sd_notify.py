@@ -1,0 +1,24 @@
+"""Tell systemd how a service of ``Type=notify`` fares: the protocol of ``sd_notify(3)``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+
+def notify(*states: str) -> bool:
+    """Whether systemd was told; ``False`` where nobody listens. Never raises.
+
+    :param states: lines such as ``READY=1``, ``STOPPING=1`` or ``STATUS=…``.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return False
+    if address.startswith("@"):
+        # Linux's abstract namespace.
+        address = f"\0{address[1:]}"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto("\n".join(states).encode(), address)
+        return True
+    return False

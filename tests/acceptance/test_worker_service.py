@@ -1,0 +1,62 @@
+"""The worker under a service manager, and under its own reloader."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_bgjobs import Job, run_background_job
+from tests.conftest import DEADLINE_SECONDS, wait_until
+
+pytestmark = pytest.mark.acceptance
+Start = Callable[..., Any]
+
+
+def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
+    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
+
+
+def test_systemd_is_told(app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``Type=notify`` systemd learns when the worker takes jobs and when it stops."""
+    name = f"bgjobs-test-{os.getpid()}"
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}")
+        systemd.settimeout(DEADLINE_SECONDS)
+        worker = start_worker("-n", "me")
+        assert systemd.recv(4096) == b"READY=1\nSTATUS=The worker me takes jobs"
+        worker.send_signal(signal.SIGTERM)
+        assert systemd.recv(4096).startswith(b"STOPPING=1\n")
+        assert worker.wait(DEADLINE_SECONDS) == 0
+
+
+def test_a_change_of_code_starts_the_worker_anew(
+    app: Flask, start_worker: Start, tmp_path: Path
+) -> None:
+    """With ``--reload`` a changed file stops the worker, gives its jobs back and starts it again
+    with the new code, also after code that could not be imported; Ctrl-C ends all."""
+    worker = start_worker("--reload")
+    old = enqueue("process_id").wait(DEADLINE_SECONDS).result
+    assert old != worker.pid
+    journal = tmp_path / "journal"
+    held = enqueue("hold", str(journal), 600)
+    wait_until(journal.exists, "the start")
+    host = (tmp_path / "host.py").read_text()
+    (tmp_path / "host.py").write_text(f"{host}\nthis is no Python\n")
+    wait_until(lambda: held.refresh().status == "pending", "the job given back")
+    wait_until(lambda: "SyntaxError" in worker.log.read_text(), "the failure")
+    assert worker.poll() is None
+    (tmp_path / "host.py").write_text(host)
+    new = enqueue("process_id").wait(DEADLINE_SECONDS).result
+    assert new not in (old, worker.pid)
+    assert "host.py has changed; the worker starts anew" in worker.log.read_text()
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    wait_until(lambda: not Path(f"/proc/{new}").exists(), "the worker's end")
