@@ -251,7 +251,9 @@ class ProcessPool:
         """Seconds until something must be looked at, if nothing is heard before."""
         with self._changed:
             now = time.monotonic()
-            at = min((self._look_at(each, now) for each in self._children.values()), default=now)
+            at = min(
+                (self._look_at(each, now) for each in self._children.values()), default=math.inf
+            )
             if len(self._living()) < self.size and not self._is_closed:
                 at = min(at, self._birth_at)
             return None if at == math.inf else max(0.0, at - now)
