@@ -315,8 +315,9 @@ def test_cancel_of_a_claimed_job_that_waits(app: Flask, start: Start, journal: P
     for _ in range(200):
         enqueue("echo")
     blockers = [enqueue("hold", str(journal), 600) for _ in range(2)]
-    waiting = [enqueue("record", str(journal), "must not run") for _ in range(20)]
     wait_until(lambda: len(lines(journal)) == 2, "the blockers")
+    waiting = [enqueue("record", str(journal), "must not run") for _ in range(20)]
+    wait_until(lambda: waiting[0].refresh().status == "running", "the claim ahead")
     state = app.extensions["bgjobs"]
     state.store.cancel([job.id for job in waiting])
     for job in waiting:
