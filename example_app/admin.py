@@ -1,4 +1,7 @@
-"""What administrators see: import, reports and outbox. The jobs have a dashboard of their own."""
+"""What administrators see: import, photos, reports, outbox and trouble.
+
+The jobs have a dashboard of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,17 @@ from werkzeug.utils import secure_filename
 
 from flask_bgjobs import Job
 
+from . import photos, trouble
 from .auth import admin_required
 from .extensions import db
-from .forms import ReportForm, UploadForm
-from .jobs import build_sales_report, import_products
-from .models import OutboxMail, ProductUpload, Report, now
+from .formats import job_url
+from .forms import PhotoForm, ReportForm, UploadForm
+from .jobs import build_sales_report, import_products, make_thumbnails
+from .models import OutboxMail, Product, ProductUpload, Report, now
 from .shop import PER_PAGE, ROW_ID, page_number
 
 REPORT_DAYS = 30
+TROUBLE = {"hang": trouble.hang, "stubborn": trouble.stubborn, "crash": trouble.crash}
 
 blueprint = Blueprint("admin", __name__, url_prefix="/admin")
 
@@ -40,7 +46,19 @@ def imports() -> ResponseReturnValue:
 @admin_required
 def show_import(upload_id: int) -> str:
     upload = db.get_or_404(ProductUpload, upload_id)
-    return render_template("admin/import.html", upload=upload, job=job_of(upload))
+    return render_template("admin/import.html", upload=upload, job=job_of(upload.job_id))
+
+
+@blueprint.route(f"/products/<{ROW_ID}:product_id>/photo", methods=["GET", "POST"])
+@admin_required
+def photo(product_id: int) -> ResponseReturnValue:
+    product = db.get_or_404(Product, product_id)
+    form = PhotoForm()
+    if form.validate_on_submit():
+        save_photo(product, form.file.data.read(), current_user.get_id())
+        return redirect(url_for("admin.photo", product_id=product.id))
+    job = job_of(product.photo_job_id)
+    return render_template("admin/photo.html", product=product, form=form, job=job)
 
 
 @blueprint.route("/reports", methods=["GET", "POST"])
@@ -54,7 +72,7 @@ def reports() -> ResponseReturnValue:
         return redirect(url_for("admin.reports"))
     newest = sa.select(Report).order_by(Report.id.desc())
     page = db.paginate(newest, page=page_number(), per_page=PER_PAGE, error_out=False)
-    jobs = {report.id: job_of(report) for report in page}
+    jobs = {report.id: job_of(report.job_id) for report in page}
     return render_template("admin/reports.html", form=form, page=page, jobs=jobs)
 
 
@@ -80,6 +98,20 @@ def outbox() -> str:
     return render_template("admin/outbox.html", page=page)
 
 
+@blueprint.get("/trouble")
+@admin_required
+def show_trouble() -> str:
+    return render_template("admin/trouble.html", jobs=TROUBLE)
+
+
+@blueprint.post(f"/trouble/<any({', '.join(TROUBLE)}):name>")
+@admin_required
+def start_trouble(name: str) -> ResponseReturnValue:
+    # Their queue is part of them: this page has no way to send them to a thread.
+    job = TROUBLE[name].using(owner=current_user.get_id(), tags=["trouble"]).enqueue()
+    return redirect(job_url(job.id))
+
+
 def start_import(filename: str, content: bytes, owner: str | None = None) -> ProductUpload:
     """The upload, saved together with the job that will import it."""
     upload = ProductUpload(filename=secure_filename(filename)[-200:] or "products.csv")
@@ -103,6 +135,33 @@ def start_report(since: dt.date, until: dt.date, owner: str | None = None) -> Re
     return report
 
 
-def job_of(row: ProductUpload | Report) -> Job | None:
-    """The job that works on ``row``; ``None`` once it was pruned."""
-    return None if row.job_id is None else db.session.get(Job, row.job_id)
+def save_photo(product: Product, content: bytes, owner: str | None = None) -> None:
+    """The product's photo from now on, saved together with the job that makes its thumbnails.
+
+    :param content: checked by :func:`example_app.photos.check`.
+    """
+    name = photos.keep(content)
+    try:
+        replaced = _set_photo(product, name, owner)
+    except BaseException:
+        photos.remove(name)
+        raise
+    if replaced is not None:
+        photos.remove(replaced)
+
+
+def _set_photo(product: Product, name: str, owner: str | None) -> str | None:
+    # Locked, so that of two uploads at once the second sees, and removes, the first.
+    db.session.refresh(product, with_for_update=True)
+    replaced = product.photo
+    product.photo, product.thumbnails_at = name, None
+    db.session.flush()
+    job = make_thumbnails.using(owner=owner, tags=["photo"]).enqueue(product.id, name)
+    product.photo_job_id = job.id
+    db.session.commit()
+    return replaced
+
+
+def job_of(job_id: int | None) -> Job | None:
+    """The job with this id; ``None`` once it was pruned."""
+    return None if job_id is None else db.session.get(Job, job_id)

@@ -30,10 +30,12 @@ def admin_password() -> str:
 @click.command("seed")
 @with_appcontext
 def seed() -> None:
-    """Create the administrator, products and orders, where missing."""
+    """Create the administrator, products, orders and photos, where missing."""
     password = admin_password()
     made = samples.seed(password)
-    click.echo(f"{made.products} products and {made.orders} orders were added.")
+    click.echo(
+        f"{made.products} products, {made.orders} orders and {made.photos} photos were added."
+    )
     click.echo(f"Administrator: {samples.ADMIN_EMAIL}, password: {password}")
 
 

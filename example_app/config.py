@@ -31,6 +31,11 @@ ALLOWED_JOBS = [
 ]
 """What may be run by name. Functions decorated with ``@bgjobs.job`` are allowed by that."""
 
+IMAGE_QUEUE, DANGER_QUEUE = "images", "danger"
+QUEUE_POOLS = {IMAGE_QUEUE: "process", DANGER_QUEUE: "process"} if hasattr(os, "fork") else {}
+"""Unpacking a photo holds a processor, and a hostile one may do worse: in child processes that
+keeps nothing else waiting, and can be stopped. All other queues are served by threads."""
+
 MAX_UPLOAD_BYTES = 5 * 1024 * 1024
 
 
@@ -50,7 +55,9 @@ def from_environment(instance: Path) -> dict[str, Any]:
         "MAX_CONTENT_LENGTH": MAX_UPLOAD_BYTES,
         "SQLALCHEMY_DATABASE_URI": read("SHOP_DATABASE_URL") or "sqlite:///shop.sqlite",
         "BGJOBS_ALLOWED_JOBS": ALLOWED_JOBS,
-        "BGJOBS_IMPORTS": ["example_app.jobs"],
+        "BGJOBS_IMPORTS": ["example_app.jobs", "example_app.trouble"],
+        "BGJOBS_APP": "example_app:create_app",
+        "BGJOBS_QUEUE_POOLS": QUEUE_POOLS,
         "SHOP_ADMIN_PASSWORD": read("SHOP_ADMIN_PASSWORD"),
         "SHOP_SMTP_HOST": read("SHOP_SMTP_HOST"),
         "SHOP_SMTP_PORT": int(read("SHOP_SMTP_PORT") or 25),

@@ -184,6 +184,8 @@ def _say_welcome(port: int, password: str) -> None:
   with password   {password}
 
   A worker runs the sample jobs now: look at /jobs/ to see them run, fail, retry and succeed.
+  Its child processes make thumbnails of the products' photos. /admin/trouble has jobs for them
+  that hang and crash.
   /test-background-job enqueues one more. Ctrl-C ends both the web server and the worker.
 """,
         flush=True,

@@ -17,6 +17,8 @@ from wtforms import (
 )
 from wtforms.validators import DataRequired, Email, EqualTo, InputRequired, Length, NumberRange
 
+from . import photos
+
 
 def _stripped(value: str | None) -> str:
     return (value or "").strip()
@@ -85,6 +87,28 @@ class UploadForm(FlaskForm):
         validators=[FileRequired(), FileAllowed(["csv"], "Choose a file that ends in .csv.")],
         render_kw={"accept": ".csv,text/csv"},
     )
+
+
+class PhotoForm(FlaskForm):
+    file = FileField(
+        "Photo",
+        description="JPEG, PNG or WebP, at most 5 MB. It replaces the one that is there.",
+        validators=[
+            FileRequired(),
+            FileAllowed(["jpg", "jpeg", "png", "webp"], "Choose a .jpg, .png or .webp file."),
+        ],
+        render_kw={"accept": "image/jpeg,image/png,image/webp"},
+    )
+
+    def validate_file(self, field: Any) -> None:
+        # FileAllowed went by the name, which says nothing about what is inside.
+        content = field.data.read()
+        field.data.seek(0)
+        try:
+            photos.check(content)
+        except photos.NotAPhoto as error:
+            text = str(error)
+            raise ValidationError(f"{text[0].upper()}{text[1:]}.") from error
 
 
 class ReportForm(FlaskForm):

@@ -19,7 +19,8 @@ import sqlalchemy as sa
 
 from flask_bgjobs import Fail, Retry, current_job
 
-from . import mail, products_csv
+from . import mail, photos, products_csv
+from .config import IMAGE_QUEUE
 from .extensions import bgjobs, db
 from .formats import money
 from .models import Order, OutboxMail, Product, ProductUpload, Report, now
@@ -215,3 +216,42 @@ def _sales(since: dt.date, until: dt.date) -> sa.Select[Any]:
 def _cell(text: str) -> str:
     # A spreadsheet would run a cell that starts like a formula.
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+@bgjobs.job(queue=IMAGE_QUEUE, retries=1, timeout=30)
+def make_thumbnails(product_id: int, photo: str) -> str:
+    """Make the thumbnails of a product's photo, unless it has another photo by now.
+
+    Runs in a child process, as its queue is in ``BGJOBS_QUEUE_POOLS``: code of C libraries is
+    stopped there as well when the time is up, and a crash costs this job only.
+    """
+    if not _has_photo(product_id, photo):
+        return _forget_photo(photo)
+    try:
+        for done, made in enumerate(photos.make_thumbnails(photo), 1):
+            current_job.log(f"{made.width} x {made.height} pixels, {made.bytes:,} bytes")
+            total = len(photos.SIZES)
+            current_job.progress(done / total, f"{done} of {total} sizes")
+    except photos.NotAPhoto as error:
+        raise Fail(str(error)) from error
+    made_now = (
+        sa.update(Product)
+        .where(Product.id == product_id, Product.photo == photo)
+        .values(thumbnails_at=now())
+    )
+    is_shown = db.session.execute(made_now).rowcount == 1
+    db.session.commit()
+    return "made" if is_shown else _forget_photo(photo)
+
+
+def _has_photo(product_id: int, photo: str) -> bool:
+    product = db.session.get(Product, product_id)
+    has_it = product is not None and product.photo == photo
+    # No transaction is left open while the pictures are made.
+    db.session.commit()
+    return has_it
+
+
+def _forget_photo(photo: str) -> str:
+    photos.remove(photo)
+    return "was replaced meanwhile"

@@ -50,6 +50,11 @@ class Product(db.Model):
     category: Mapped[str] = mapped_column(sa.String(60), default="")
     price_cents: Mapped[int]
     stock: Mapped[int] = mapped_column(default=0)
+    photo: Mapped[str | None] = mapped_column(sa.String(32))
+    """The name of its photo's files; another photo has another name."""
+    photo_job_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    thumbnails_at: Mapped[dt.datetime | None]
+    """When the thumbnails of ``photo`` were made."""
 
 
 class Order(db.Model):

@@ -14,7 +14,8 @@ import sqlalchemy as sa
 
 from flask_bgjobs import Job, run_background_job
 
-from .admin import start_import, start_report
+from .admin import save_photo, start_import, start_report
+from .drawing import draw_photo
 from .extensions import db
 from .jobs import send_receipt
 from .models import Order, Product, User, now
@@ -23,6 +24,8 @@ ADMIN_EMAIL = "admin@example.com"
 CUSTOMER_EMAIL = "customer@example.com"
 IMPORT_ROWS = 3_000
 SAMPLE_ORDERS = 40
+SAMPLE_PHOTOS = 24
+"""As many as the first page of products shows."""
 
 _ADJECTIVES = ("Small", "Large", "Blue", "Green", "Folding", "Sturdy", "Light", "Round", "Quiet")
 _MATERIALS = ("oak", "steel", "linen", "glass", "cork", "wool", "clay", "bamboo", "paper")
@@ -40,6 +43,7 @@ class Seeded:
 
     products: int
     orders: int
+    photos: int
 
 
 def seed(admin_password: str) -> Seeded:
@@ -51,7 +55,7 @@ def seed(admin_password: str) -> Seeded:
     products = _products()
     orders = _orders()
     db.session.commit()
-    return Seeded(products, orders)
+    return Seeded(products, orders, _photos())
 
 
 def product_csv(rows: int = IMPORT_ROWS, bad_rows: int = 5) -> bytes:
@@ -142,6 +146,17 @@ def _orders() -> int:
         )
         db.session.add(order)
     return SAMPLE_ORDERS
+
+
+def _photos() -> int:
+    """Each saved by itself, with the job that makes its thumbnails."""
+    if db.session.scalar(sa.select(sa.func.count(Product.photo))):
+        return 0
+    first = sa.select(Product).order_by(Product.name, Product.id).limit(SAMPLE_PHOTOS)
+    products = db.session.scalars(first).all()
+    for product in products:
+        save_photo(product, draw_photo(product.sku))
+    return len(products)
 
 
 def _catalogue() -> Iterator[tuple[str, str, int]]:

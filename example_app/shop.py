@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sqlalchemy as sa
-from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from flask import (
+    Blueprint,
+    Response,
+    abort,
+    flash,
+    redirect,
+    render_template,
+    request,
+    send_from_directory,
+    url_for,
+)
 from flask.typing import ResponseReturnValue
 from flask_login import current_user, login_required
 
-from flask_bgjobs import run_background_job
+from flask_bgjobs import Job, run_background_job
 
+from . import photos
 from .extensions import db
 from .forms import OrderForm
 from .jobs import send_receipt
@@ -19,18 +32,22 @@ MAX_PAGE = 10_000
 ROW_ID = "int(max=2147483647)"
 """Ids in addresses: larger ones are no rows, and databases would refuse to compare them."""
 
+PHOTO_SECONDS = 365 * 24 * 3600
+
 blueprint = Blueprint("shop", __name__)
 
 
 @blueprint.get("/")
 def products() -> str:
     query = request.args.get("q", "").strip()[:100]
-    found = sa.select(Product).order_by(Product.name, Product.id)
+    # What there is something to see of comes first.
+    found = sa.select(Product).order_by(Product.photo.is_(None), Product.name, Product.id)
     if query:
         matches = (Product.name, Product.sku, Product.category)
         found = found.where(sa.or_(*(m.icontains(query, autoescape=True) for m in matches)))
     page = db.paginate(found, page=page_number(), per_page=PER_PAGE, error_out=False)
-    return render_template("shop/products.html", page=page, query=query)
+    being_made = photos_being_made(page.items)
+    return render_template("shop/products.html", page=page, query=query, being_made=being_made)
 
 
 def page_number() -> int:
@@ -42,7 +59,28 @@ def page_number() -> int:
 @blueprint.get(f"/products/<{ROW_ID}:product_id>")
 def product(product_id: int) -> str:
     found = db.get_or_404(Product, product_id)
-    return render_template("shop/product.html", product=found, form=OrderForm())
+    return _product_page(found, OrderForm())
+
+
+def _product_page(product: Product, form: OrderForm) -> str:
+    being_made = photos_being_made([product])
+    return render_template("shop/product.html", product=product, form=form, being_made=being_made)
+
+
+@blueprint.get("/photos/<name>-<int:size>.webp")
+def thumbnail(name: str, size: int) -> Response:
+    # Another photo has another name, so browsers may keep this one.
+    file = photos.thumbnail_name(name, size)
+    return send_from_directory(photos.thumbnail_folder(), file, max_age=PHOTO_SECONDS)
+
+
+def photos_being_made(products: Sequence[Product]) -> set[int]:
+    """Of which products' photos the job has not ended yet, by product id."""
+    missing = {p.photo_job_id: p.id for p in products if p.photo and p.thumbnails_at is None}
+    if not missing:
+        return set()
+    jobs = db.session.scalars(sa.select(Job).where(Job.id.in_(missing)))
+    return {missing[job.id] for job in jobs if not job.is_finished}
 
 
 @blueprint.post(f"/products/<{ROW_ID}:product_id>/order")
@@ -51,7 +89,7 @@ def order(product_id: int) -> ResponseReturnValue:
     found = db.get_or_404(Product, product_id)
     form = OrderForm()
     if not form.validate_on_submit():
-        return render_template("shop/product.html", product=found, form=form), 400
+        return _product_page(found, form), 400
     if not _take_from_stock(found, form.quantity.data):
         db.session.rollback()
         flash("There are not so many left.", "warning")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 from playwright import sync_api
 
+from example_app import samples
+from example_app.drawing import draw_photo
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +145,8 @@ def test_signal_ends_both_and_the_demo(start_demo: StartDemo, number: int) -> No
     """Ctrl-C or SIGTERM ends web server and worker, the demo's exit code is 0, and it can be
     started again with the same login."""
     demo = start_demo()
-    assert len(demo.processes()) == 3
+    # The demo, the web server, the worker, and its child processes with the one they come from.
+    assert len(demo.processes()) >= 5
     demo.send(number)
     assert demo.wait_until_ended() == 0, demo.output
     assert demo.processes() == []
@@ -159,7 +163,8 @@ def test_death_of_one_ends_the_other(start_demo: StartDemo, command: str, name: 
     os.kill(demo.child(command), signal.SIGKILL)
     assert demo.wait_until_ended() == 1
     assert f"The {name} ended by itself" in demo.output
-    assert demo.processes() == []
+    # Those of a killed worker are ended by one another.
+    wait_until(lambda: not demo.processes(), "the end of the child processes")
 
 
 def test_taken_port_is_replaced(start_demo: StartDemo) -> None:
@@ -253,6 +258,57 @@ def test_newcomer_dispatches_a_job_and_sees_it_retry(page: sync_api.Page, demo: 
     sync_api.expect(row).to_contain_text("FlakyJob")
     sync_api.expect(row).to_contain_text("completed")
     assert faults == []
+
+
+@pytest.mark.browser
+def test_newcomer_makes_trouble_and_the_worker_lives_on(page: sync_api.Page, demo: Demo) -> None:
+    """The seeded photos get their thumbnails; a job that hangs or ignores signals is cancelled
+    from the dashboard within seconds, one that crashes ends as failed; and after all that the
+    same worker makes the thumbnails of another photo."""
+    worker = demo.child("worker")
+    sign_in(page, *demo.login)
+
+    def shown() -> int:
+        page.goto("/")
+        return page.locator(".photo img").count()
+
+    wait_until(lambda: shown() == samples.SAMPLE_PHOTOS, "the thumbnails")
+    # Fails for one that is no picture.
+    decode = "all => Promise.all(all.map(each => { each.loading = 'eager'; return each.decode() }))"
+    page.locator(".photo img").evaluate_all(decode)
+
+    for name in ("hang", "stubborn"):
+        job_id = start_trouble(page, name)
+        see_in_time(page, f"Job {job_id} running")
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        asked_at = time.monotonic()
+        see_in_time(page, f"Job {job_id} cancelled")
+        # Two seconds are given to code that does not listen; the rest is the page's and a
+        # busy machine's.
+        assert time.monotonic() - asked_at < 10
+
+    job_id = start_trouble(page, "crash")
+    see_in_time(page, f"Job {job_id} failed")
+    see_in_time(page, "Crashed: the process that ran it was killed by SIGKILL")
+    assert demo.child("worker") == worker
+
+    page.goto("/")
+    page.locator(".products a").last.click()
+    page.get_by_role("link", name="Change photo").click()
+    photo = {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": draw_photo("another one")}
+    before = page.locator(".photo img").get_attribute("src")
+    page.get_by_label("Photo").set_input_files(files=[photo])
+    page.get_by_role("button", name="Upload").click()
+    see_in_time(page, "completed")
+    assert page.locator(".photo img").get_attribute("src") != before
+
+
+def start_trouble(page: sync_api.Page, name: str) -> int:
+    """Enqueue a job that makes trouble; leads to its page, and returns its id."""
+    page.goto("/admin/trouble")
+    page.get_by_role("button", name=f"Enqueue {name}").click()
+    page.wait_for_url("**/jobs/job/*")
+    return int(page.url.rpartition("/")[2])
 
 
 def sign_in(page: sync_api.Page, email: str, password: str) -> None:

@@ -15,10 +15,12 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask.testing import FlaskClient
+from PIL import Image, ImageDraw
 from werkzeug.test import TestResponse
 
-from example_app import create_app, samples
+from example_app import create_app, photos, samples, trouble
 from example_app.auth import is_local
+from example_app.drawing import draw_photo
 from example_app.extensions import db
 from example_app.models import Order, OutboxMail, Product, ProductUpload, Report, User
 from flask_bgjobs import Job, JobStatus
@@ -491,6 +493,327 @@ class TestImport:
         assert rows(shop, Job) == []
 
 
+def picture(
+    kind: str = "PNG", size: tuple[int, int] = (600, 300), mode: str = "RGB", **options: Any
+) -> bytes:
+    """A picture whose left half is red and whose right half is blue, where it has colours."""
+    made = Image.new("RGB", size, "blue")
+    ImageDraw.Draw(made).rectangle((0, 0, size[0] // 2, size[1]), fill="red")
+    data = io.BytesIO()
+    made.convert(mode).save(data, kind, **options)
+    return data.getvalue()
+
+
+def send_photo(
+    client: FlaskClient, product_id: int, content: bytes, filename: str = "photo.png"
+) -> TestResponse:
+    file = (io.BytesIO(content), filename)
+    return client.post(f"/admin/products/{product_id}/photo", data={"file": file})
+
+
+def files(shop: Flask) -> set[str]:
+    """The names of all files of photos."""
+    folder = Path(shop.instance_path, "photos")
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def files_of(name: str) -> set[str]:
+    return {name, f"{name}-160.webp", f"{name}-480.webp"}
+
+
+def shown(client: FlaskClient, name: str, size: int) -> Image.Image:
+    with client.get(f"/photos/{name}-{size}.webp") as answer:
+        assert (answer.status_code, answer.mimetype) == (200, "image/webp")
+        return Image.open(io.BytesIO(answer.data))
+
+
+def black(size: tuple[int, int]) -> bytes:
+    """A PNG that is small as a file, however large it is."""
+    data = io.BytesIO()
+    Image.new("1", size).save(data, "PNG")
+    return data.getvalue()
+
+
+def damaged(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+class TestPhotos:
+    @pytest.mark.parametrize(
+        ("kind", "filename"), [("JPEG", "a.jpg"), ("PNG", "a.PNG"), ("WEBP", "../a.webp")]
+    )
+    def test_upload_becomes_two_thumbnails(self, shop: Flask, kind: str, filename: str) -> None:
+        """Pages say that the photo is being made until the job has made both sizes; then they
+        show it."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        assert 'class="photo' not in admin.get("/").text
+        page = send_photo(admin, product_id, picture(kind), filename).location
+        for address in (page, "/", f"/products/{product_id}"):
+            assert "Photo is being made" in admin.get(address).text
+        assert statuses(shop) == [JobStatus.COMPLETED]
+        (product,) = rows(shop, Product)
+        for address, size in ((page, 480), ("/", 160), (f"/products/{product_id}", 480)):
+            text = admin.get(address).text
+            assert f"/photos/{product.photo}-{size}.webp" in text
+            assert "being made" not in text
+        stranger = shop.test_client()
+        assert shown(stranger, product.photo, 480).size == (480, 240)
+        assert shown(stranger, product.photo, 160).size == (160, 80)
+        assert files(shop) == files_of(product.photo)
+
+    def test_job_runs_in_the_process_pool_and_tells_what_it_does(self, shop: Flask) -> None:
+        """Its queue belongs to the process pool; it has a timeout, progress and log lines."""
+        product_id = add_product(shop)
+        send_photo(signed_in(shop, is_admin=True), product_id, picture())
+        drain(shop)
+        (job,) = rows(shop, Job)
+        assert shop.config["BGJOBS_QUEUE_POOLS"][job.queue] == "process"
+        assert (job.timeout, job.retries, job.result) == (30, 1, "made")
+        assert (job.progress, job.progress_note) == (1, "2 of 2 sizes")
+        with shop.app_context():
+            lines = db.session.scalars(sa.text("SELECT message FROM bgjobs_log ORDER BY id")).all()
+        assert [re.sub(r"[\d,]+ bytes", "", line) for line in lines] == [
+            "480 x 240 pixels, ",
+            "160 x 80 pixels, ",
+        ]
+
+    def test_photo_is_turned_and_tells_nothing_more(self, shop: Flask) -> None:
+        """A photo is turned as the camera was held; where it was taken is not passed on."""
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held upright
+        exif[0x010F] = "Some Camera"
+        exif.get_ifd(0x8825)[1] = "N"
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        content = picture("JPEG", exif=exif.tobytes(), icc_profile=b"x" * 200, comment=b"secret")
+        assert b"Some Camera" in content
+        send_photo(admin, product_id, content, "a.jpg")
+        assert statuses(shop) == [JobStatus.COMPLETED]
+        (product,) = rows(shop, Product)
+        made = shown(admin, product.photo, 480)
+        assert made.size == (240, 480)
+        top, bottom = (made.convert("RGB").getpixel((120, y)) for y in (20, 460))
+        assert top[0] > 200 > bottom[0]
+        assert not {"exif", "icc_profile", "xmp", "comment"} & set(made.info)
+        assert not made.getexif()
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+    def test_every_kind_of_png_is_taken(self, shop: Flask, mode: str) -> None:
+        """Palettes, greys and transparency all become thumbnails."""
+        product_id = add_product(shop)
+        send_photo(signed_in(shop, is_admin=True), product_id, picture(mode=mode))
+        assert statuses(shop) == [JobStatus.COMPLETED]
+
+    def test_print_colours_are_taken(self, shop: Flask) -> None:
+        """A CMYK JPEG becomes a picture in the web's colours."""
+        product_id = add_product(shop)
+        content = picture("JPEG", mode="CMYK")
+        send_photo(signed_in(shop, is_admin=True), product_id, content, "a.jpeg")
+        assert statuses(shop) == [JobStatus.COMPLETED]
+
+    def test_small_photo_is_not_blown_up(self, shop: Flask) -> None:
+        """A photo that is smaller than a thumbnail keeps its size."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        send_photo(admin, product_id, picture(size=(20, 10)))
+        drain(shop)
+        assert shown(admin, rows(shop, Product)[0].photo, 480).size == (20, 10)
+
+    @pytest.mark.parametrize(
+        ("content", "filename", "why"),
+        [
+            (b"", "a.png", "no JPEG, PNG or WebP picture"),
+            (b"not a picture", "a.png", "no JPEG, PNG or WebP picture"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png", "no JPEG, PNG or WebP picture"),
+            (picture("GIF"), "a.png", "no JPEG, PNG or WebP picture"),
+            (picture(), "a.gif", "Choose a .jpg, .png or .webp file."),
+            (picture(), "a", "Choose a .jpg, .png or .webp file."),
+            (damaged(picture("WEBP")), "a.webp", "no JPEG, PNG or WebP picture"),
+            (black((8_000, 5_001)), "a.png", "more than 40 million pixels"),
+            (black((10_000, 10_000)), "a.png", "more than 40 million pixels"),
+            (black((20_000, 10_000)), "a.png", "more than 40 million pixels"),
+        ],
+        ids=[
+            "empty",
+            "text",
+            "svg",
+            "gif",
+            "gif name",
+            "no suffix",
+            "damaged",
+            "large",
+            "larger",
+            "bomb",
+        ],
+    )
+    def test_what_is_no_photo_is_refused(
+        self, shop: Flask, content: bytes, filename: str, why: str
+    ) -> None:
+        """The upload of anything else is answered with the reason, and leaves nothing behind."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        answer = send_photo(admin, product_id, content, filename)
+        assert answer.status_code == 200
+        assert why in answer.text
+        assert (rows(shop, Job), files(shop)) == ([], set())
+        assert rows(shop, Product)[0].photo is None
+
+    def test_large_file_is_refused(self, shop: Flask) -> None:
+        """More than MAX_UPLOAD_BYTES are not even read."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        large = admin.post(
+            f"/admin/products/{product_id}/photo",
+            data=b"x" * (6 * 1024 * 1024),
+            content_type="multipart/form-data; boundary=x",
+        )
+        assert large.status_code == 413
+        assert (rows(shop, Job), files(shop)) == ([], set())
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    def test_damaged_photo_fails_for_good(self, shop: Flask, kind: str) -> None:
+        """A file that breaks off fails the job without a retry, and its page says why."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        page = send_photo(admin, product_id, damaged(picture(kind)), f"a.{kind.lower()}").location
+        assert statuses(shop) == [JobStatus.FAILED]
+        (job,) = rows(shop, Job)
+        assert "the picture is damaged" in job.error
+        assert "the picture is damaged" in admin.get(page).text
+        assert "No photo" in admin.get("/").text
+
+    def test_replaced_photo_is_removed(self, shop: Flask) -> None:
+        """A new photo takes the place of the old one, of which no file is left."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        send_photo(admin, product_id, picture())
+        drain(shop)
+        before = rows(shop, Product)[0].photo
+        send_photo(admin, product_id, picture(size=(300, 600)))
+        assert "Photo is being made" in admin.get("/").text
+        assert admin.get(f"/photos/{before}-480.webp").status_code == 404
+        drain(shop)
+        after = rows(shop, Product)[0].photo
+        assert files(shop) == files_of(after)
+        assert shown(admin, after, 480).size == (240, 480)
+
+    def test_photo_that_was_replaced_before_its_job_ran_leaves_nothing(self, shop: Flask) -> None:
+        """The first of two uploads in a row is never shown, and its job ends well."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        for _ in range(2):
+            send_photo(admin, product_id, picture())
+        assert statuses(shop) == [JobStatus.COMPLETED] * 2
+        assert [job.result for job in rows(shop, Job)] == ["was replaced meanwhile", "made"]
+        assert files(shop) == files_of(rows(shop, Product)[0].photo)
+
+    def test_photo_that_is_replaced_while_its_job_runs_leaves_nothing(
+        self, shop: Flask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a job has made of a photo that is replaced meanwhile is removed by the job."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        send_photo(admin, product_id, picture())
+        make_thumbnails, calls = photos.make_thumbnails, []
+
+        def replaced_at_first(name: str) -> Iterator[photos.Thumbnail]:
+            calls.append(name)
+            made = list(make_thumbnails(name))
+            if len(calls) == 1:
+                send_photo(admin, product_id, picture())
+            return iter(made)
+
+        monkeypatch.setattr(photos, "make_thumbnails", replaced_at_first)
+        assert statuses(shop) == [JobStatus.COMPLETED] * 2
+        assert [job.result for job in rows(shop, Job)] == ["was replaced meanwhile", "made"]
+        assert files(shop) == files_of(rows(shop, Product)[0].photo)
+
+    def test_job_may_run_twice(self, shop: Flask) -> None:
+        """A job that runs again makes the same files again."""
+        from example_app.jobs import make_thumbnails
+
+        product_id = add_product(shop)
+        send_photo(signed_in(shop, is_admin=True), product_id, picture())
+        with shop.app_context():
+            name = rows(shop, Product)[0].photo
+            make_thumbnails.enqueue(product_id, name)
+        assert statuses(shop) == [JobStatus.COMPLETED] * 2
+        assert files(shop) == files_of(name)
+
+    def test_upload_that_is_not_committed_leaves_no_file(
+        self, shop: Flask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """When the product cannot be saved, neither file nor job stays, and the old photo does."""
+        product_id = add_product(shop)
+        admin = signed_in(shop, is_admin=True)
+        send_photo(admin, product_id, picture())
+        drain(shop)
+        kept = files(shop)
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("the disk is full")
+
+        with shop.app_context():
+            sa.event.listen(db.session, "before_commit", refuse)
+        try:
+            with pytest.raises(RuntimeError, match="disk is full"):
+                send_photo(admin, product_id, picture())
+        finally:
+            sa.event.remove(db.session, "before_commit", refuse)
+        assert files(shop) == kept == files_of(rows(shop, Product)[0].photo)
+        assert len(rows(shop, Job)) == 1
+
+    def test_only_thumbnails_are_served(self, shop: Flask) -> None:
+        """Uploads, other sizes and other files cannot be fetched."""
+        product_id = add_product(shop)
+        client = signed_in(shop, is_admin=True)
+        send_photo(client, product_id, picture())
+        drain(shop)
+        name = rows(shop, Product)[0].photo
+        for address in (
+            f"/photos/{name}",
+            f"/photos/{name}-100.webp",
+            f"/photos/..%2Fuploads%2F{name}",
+            "/photos/..%2F..%2Fsecret_key-480.webp",
+            "/photos/-480.webp",
+        ):
+            assert client.get(address).status_code == 404
+
+    def test_drawn_photos_are_photos(self) -> None:
+        """The pictures that the seed draws are as good as uploads, and always the same."""
+        drawn = draw_photo("SHOP-0001")
+        photos.check(drawn)
+        assert drawn == draw_photo("SHOP-0001") != draw_photo("SHOP-0002")
+
+
+class TestTrouble:
+    @pytest.mark.parametrize("name", ["hang", "stubborn", "crash"])
+    def test_page_sends_them_to_child_processes(self, shop: Flask, name: str) -> None:
+        """The page enqueues each into a queue of the process pool, and leads to the job."""
+        admin = signed_in(shop, is_admin=True)
+        assert f"/admin/trouble/{name}" in admin.get("/admin/trouble").text
+        answer = admin.post(f"/admin/trouble/{name}", data={"queue": "default"})
+        (job,) = rows(shop, Job)
+        assert answer.location == f"/jobs/job/{job.id}"
+        assert job.target == f"example_app.trouble.{name}"
+        assert shop.config["BGJOBS_QUEUE_POOLS"][job.queue] == "process"
+
+    @pytest.mark.parametrize("job", [trouble.hang, trouble.stubborn, trouble.crash])
+    def test_they_refuse_to_run_in_the_workers_own_process(self, shop: Flask, job: Any) -> None:
+        """However it got there, such a job fails at once outside a child process."""
+        with shop.app_context():
+            job.using(queue="default").enqueue()
+        assert statuses(shop) == [JobStatus.FAILED]
+        assert "runs in a child process only" in rows(shop, Job)[0].error
+
+    @pytest.mark.parametrize("address", ["/admin/trouble/hang", "/admin/trouble/mischief"])
+    def test_others_cannot_start_any(self, shop: Flask, address: str) -> None:
+        """Customers cannot start one, and nobody one that does not exist."""
+        assert signed_in(shop).post(address).status_code in (403, 404)
+        assert rows(shop, Job) == []
+
+
 class TestReports:
     def test_report_is_built_and_downloaded(self, shop: Flask) -> None:
         """The job sums up the days' orders, and the page offers the file."""
@@ -522,7 +845,7 @@ class TestReports:
 
 
 class TestAccess:
-    ADMIN_PAGES = ("/jobs/", "/admin/imports", "/admin/reports", "/admin/outbox")
+    ADMIN_PAGES = ("/jobs/", "/admin/imports", "/admin/reports", "/admin/outbox", "/admin/trouble")
 
     @pytest.mark.parametrize("address", ADMIN_PAGES)
     def test_strangers_are_asked_to_sign_in(self, shop: Flask, address: str) -> None:
@@ -574,14 +897,32 @@ class TestCommands:
         """The second call adds nothing and prints the same password, which works."""
         runner = shop.test_cli_runner()
         first, second = (runner.invoke(args=["seed"]) for _ in range(2))
-        assert "60 products and 40 orders" in first.output
-        assert "0 products and 0 orders" in second.output
+        assert "60 products, 40 orders and 24 photos" in first.output
+        assert "0 products, 0 orders and 0 photos" in second.output
         said = re.search(r"Administrator: (\S+), password: (\S+)", second.output)
         assert said is not None
         assert said[0] in first.output
         client = shop.test_client()
         client.post("/auth/login", data={"email": said[1], "password": said[2]})
         assert client.get("/admin/imports").status_code == 200
+
+    def test_seed_fills_the_first_page_with_photos(self, shop: Flask) -> None:
+        """After the seed's jobs have run, every product on the first page has its thumbnail."""
+        shop.test_cli_runner().invoke(args=["seed"])
+        assert statuses(shop) == [JobStatus.COMPLETED] * samples.SAMPLE_PHOTOS
+        page = shop.test_client().get("/").text
+        assert page.count("-160.webp") == samples.SAMPLE_PHOTOS
+        assert "No photo" not in page
+
+    def test_products_with_photos_come_first(self, shop: Flask) -> None:
+        """However many products an import adds, the first page shows those with photos."""
+        admin = signed_in(shop, is_admin=True)
+        product_id = add_product(shop, name="Zebra")
+        for number in range(30):
+            add_product(shop, f"V-{number}")
+        assert "Zebra" not in admin.get("/").text
+        send_photo(admin, product_id, picture())
+        assert "Zebra" in admin.get("/").text
 
     def test_seed_takes_the_password_from_the_environment(self, make_shop: MakeShop) -> None:
         """A configured password is used, and replaces an older one."""
@@ -599,10 +940,12 @@ class TestCommands:
         monkeypatch.setattr("example_app.jobs.time.sleep", lambda seconds: None)
         runner = shop.test_cli_runner()
         runner.invoke(args=["seed"])
+        drain(shop)
+        seeded = len(rows(shop, Job))
         listed = runner.invoke(args=["sample-jobs"]).output
         assert "example_app.jobs.import_products" in listed
         drain(shop)
-        jobs = rows(shop, Job)
+        jobs = rows(shop, Job)[seeded:]
         assert len(jobs) == len(listed.splitlines()) == 15
         assert {job.status for job in jobs} == {"completed", "scheduled", "retrying", "failed"}
         assert any(job.priority == 3 for job in jobs)
