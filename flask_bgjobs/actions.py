@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .app_state import AppState
 from .errors import QueueNotFound
-from .signals import job_cancelled
 from .store import ActionResult, Selection
 
 _AT_ONCE = 500
@@ -25,10 +24,7 @@ def cancel(state: AppState, ids: Sequence[int]) -> ActionResult:
     :returns: ``done`` are cancelled, ``requested`` run and are asked to stop, ``skipped`` were
         finished or do not exist.
     """
-    result = state.store.cancel(ids)
-    for job in state.store.get_many(result.done) if result.done else ():
-        state.emit(job_cancelled, job=job)
-    return result
+    return state.cancel(ids)
 
 
 def retry(state: AppState, ids: Sequence[int]) -> ActionResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -15,8 +15,8 @@ from .errors import ConfigError
 from .models import Job
 from .redact import Redactor
 from .registry import Registry
-from .signals import emit
-from .store import Store
+from .signals import emit, job_cancelled
+from .store import ActionResult, Store
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -46,6 +46,13 @@ class AppState:
     def emit(self, signal: Any, **values: object) -> None:
         """Send a signal with this app as sender."""
         emit(signal, self.app, **values)
+
+    def cancel(self, ids: Sequence[int]) -> ActionResult:
+        """Cancel jobs, and tell of those that waited; running ones are asked to stop."""
+        result = self.store.cancel(ids)
+        for job in self.store.get_many(result.done) if result.done else ():
+            self.emit(job_cancelled, job=job)
+        return result
 
     def masked_parameters(self, target: str, method: str | None, parameters: Any) -> Any:
         """The parameters of a job as they may be shown."""

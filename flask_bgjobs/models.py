@@ -189,6 +189,19 @@ class Job(Base):
             set_committed_value(self, column.key, getattr(fresh, column.key))
         return self
 
+    def cancel(self) -> Job:
+        """Cancel the job, and return it refreshed; a finished one stays as it is.
+
+        One that waits is ``cancelled`` at once. The code of a running one is asked to stop:
+        :attr:`is_cancelling` is true until it has. Needs an application context.
+
+        :raises JobNotCommitted: when the transaction that it joined has not committed.
+        :raises JobNotFound: when it was deleted.
+        """
+        self.refresh()
+        current_app.extensions["bgjobs"].cancel([self.id])
+        return self.refresh()
+
     def wait(self, timeout: float | None = None) -> Job:
         """Wait until the job is finished, and return it refreshed.
 

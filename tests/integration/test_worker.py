@@ -232,6 +232,45 @@ class TestTime:
 
 
 class TestCancel:
+    @pytest.mark.parametrize("options", [{}, {"delay": 600}], ids=["pending", "scheduled"])
+    def test_a_waiting_job_cancels_itself_at_once(self, app: Flask, options: Any) -> None:
+        """``job.cancel()`` cancels what waits at once, sends the signal once, and does nothing the
+        second time."""
+        told: list[int] = []
+        job = enqueue("echo", **options)
+
+        def on_cancelled(_app: Flask, job: Job) -> None:
+            told.append(job.id)
+
+        with job_cancelled.connected_to(on_cancelled, app):
+            assert job.cancel().status == "cancelled"
+            assert job.cancel().status == "cancelled"
+        assert told == [job.id]
+
+    def test_a_retrying_job_is_cancelled_at_once(self, app: Flask) -> None:
+        """``job.cancel()`` of a job that waits for its retry leaves no attempt to come."""
+        job = enqueue("fail", retries=5, retry_delay=600)
+        with working(app):
+            wait_until(lambda: job.refresh().status == "retrying", "the failure")
+            assert job.cancel().status == "cancelled"
+        assert job.refresh().attempt == 1
+
+    def test_a_running_job_is_cancelling_first(self, app: Flask, journal: Path) -> None:
+        """``job.cancel()`` of a running job asks; asking twice changes nothing; the status tells
+        when the code has stopped."""
+        with working(app):
+            job = enqueue("hold", str(journal))
+            wait_until(lambda: lines(journal), "the start")
+            for _ in range(2):
+                assert job.cancel().is_cancelling or job.is_finished
+            assert job.wait(30).status == "cancelled"
+
+    def test_a_finished_job_stays_finished(self, app: Flask) -> None:
+        """``job.cancel()`` of a completed job leaves it completed."""
+        job = enqueue("echo", 1)
+        Worker(state_of(app), WorkerOptions(burst=True)).run()
+        assert job.cancel().status == "completed"
+
     def test_running_code_is_stopped(self, app: Flask, state: AppState, journal: Path) -> None:
         """Cancelling a running job stops its code, and only then is it cancelled."""
         job = enqueue("hold", str(journal))
