@@ -91,10 +91,6 @@ class Lanes:
         """Within which code that was cancelled has stopped, unless it ignores that."""
         return max(lane.pool.stop_seconds for lane in self._lanes)
 
-    def room(self) -> int:
-        """How many jobs all of them could take."""
-        return sum(max(0, lane.room()) for lane in self._lanes)
-
     def submit(self, spec: JobSpec, claimed: float) -> None:
         """Run one job where its queue belongs."""
         lane = next((each for each in self._lanes if each.route.serves(spec.queue)), None)

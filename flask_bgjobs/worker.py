@@ -84,8 +84,8 @@ class Worker:
     """One worker process's loop.
 
     :param state: the app whose jobs it runs.
-    :raises BgJobsError: when it cannot work: an in-memory database, missing tables, a pool
-        that this version does not have.
+    :raises BgJobsError: when it cannot work: an in-memory database, missing tables, or a process
+        pool without ``BGJOBS_APP``.
     """
 
     def __init__(self, state: AppState, options: WorkerOptions | None = None) -> None:

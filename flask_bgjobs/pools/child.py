@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import signal
 import socket
@@ -78,7 +77,6 @@ class _Child:
         self._channel = channel
         self._tickets = tickets
         self._marks = marks
-        self._sent_ahead: collections.deque[tuple[int, float, list[Any]]] = collections.deque()
         self._number = 0
         self._job: CurrentJob | None = None
         self._window: Window | None = None
