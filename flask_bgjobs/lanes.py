@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from .pace import Pace
 from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
 from .spec import JobSpec, Outcome, Report
@@ -52,7 +53,7 @@ class Lane:
     ) -> None:
         self.route = route
         self._on_finished = on_finished
-        self._seconds_per_job: float | None = None
+        self._pace = Pace()
         self.pool = make_pool(self._note)
 
     def room(self) -> int:
@@ -64,16 +65,14 @@ class Lane:
         return min(self.route.size + ahead - self.pool.running() - unstarted, _MAX_CLAIM)
 
     def _prefetch(self) -> int:
-        if self._seconds_per_job is None:
+        if self._pace.seconds is None:
             return 0
-        pace = max(self._seconds_per_job, _PREFETCH_SECONDS / _MAX_CLAIM)
-        return int(self.route.size * _PREFETCH_SECONDS / pace)
+        seconds = max(self._pace.seconds, _PREFETCH_SECONDS / _MAX_CLAIM)
+        return int(self.route.size * _PREFETCH_SECONDS / seconds)
 
     def _note(self, spec: JobSpec, outcome: Outcome) -> None:
         if outcome.wait_seconds is not None:
-            # A moving average: quick to follow, calm against single outliers.
-            before, run = self._seconds_per_job, outcome.run_seconds
-            self._seconds_per_job = run if before is None else 0.9 * before + 0.1 * run
+            self._pace.note(outcome.run_seconds)
         self._on_finished(spec, outcome)
 
 

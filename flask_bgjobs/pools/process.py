@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import BgJobsError
+from ..pace import Pace
 from ..spec import JobSpec, Outcome, Report
 from ..states import OutcomeKind
 from . import child
@@ -127,7 +128,7 @@ class ProcessPool:
         self._numbers = itertools.count(1)
         self._slots = itertools.count(1)
         self._done: list[tuple[JobSpec, Outcome]] = []
-        self._seconds_per_job: float | None = None
+        self._pace = Pace()
         self._is_closed = False
         self._failures = 0
         self._failure = ""
@@ -307,9 +308,10 @@ class ProcessPool:
             self._flush(each)
 
     def _ahead(self) -> int:
-        if self._seconds_per_job is None:
+        if self._pace.seconds is None:
             return 0
-        return min(_MAX_AHEAD, int(_AHEAD_SECONDS / max(self._seconds_per_job, 1e-6)))
+        seconds = max(self._pace.seconds, _AHEAD_SECONDS / _MAX_AHEAD)
+        return int(_AHEAD_SECONDS / seconds)
 
     def _hand(self, each: _Child, task: _Task) -> None:
         number = next(self._numbers)
@@ -487,8 +489,7 @@ class ProcessPool:
         task = each.handed.pop(number)
         if each.stopping == number:
             each.stopping, each.kill_at = 0, math.inf
-        before, run = self._seconds_per_job, outcome.run_seconds
-        self._seconds_per_job = run if before is None else 0.9 * before + 0.1 * run
+        self._pace.note(outcome.run_seconds)
         self._finish(task, outcome)
 
     def _finish(self, task: _Task, outcome: Outcome) -> None:

@@ -310,7 +310,7 @@ class TestCancel:
             # A pace so quick that the worker claims work ahead.
             wait_until(lambda: hasattr(worker, "_pools"), "the pool")
             (lane,) = worker._pools
-            lane._seconds_per_job = 0.001
+            lane._pace.seconds = 0.001
             blocker = enqueue("hold", str(journal))
             waiting = enqueue("record", str(journal), "must not run")
             wait_until(lambda: stored(app, waiting).status == "running", "the prefetch")
