@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -46,6 +47,26 @@ class AppState:
     def emit(self, signal: Any, **values: object) -> None:
         """Send a signal with this app as sender."""
         emit(signal, self.app, **values)
+
+    def check_can_work(self, pools: Collection[str], app: str | None) -> None:
+        """Refuse a worker that could not work in any process.
+
+        :param pools: those that it needs.
+        :param app: from where child processes would import the app.
+        :raises ConfigError: says what to set.
+        """
+        if "process" in pools and not hasattr(os, "fork"):
+            raise ConfigError("the process pool needs fork(): use the thread pool on this system")
+        if "process" in pools and app is None:
+            raise ConfigError(
+                "the process pool builds the app anew in each child process: set "
+                "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"
+            )
+        if self.store.always_joins:
+            raise ConfigError(
+                "an in-memory SQLite database cannot be shared with a worker; use a file, or "
+                "flask_bgjobs.testing in tests"
+            )
 
     def cancel(self, ids: Sequence[int]) -> ActionResult:
         """Cancel jobs, and tell of those that waited; running ones are asked to stop."""

@@ -20,7 +20,7 @@ from flask.cli import FlaskGroup, run_command
 from sqlalchemy.exc import DBAPIError
 
 from .app_state import AppState
-from .errors import BgJobsError, ConfigError
+from .errors import BgJobsError
 from .pools import is_child
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class EmbeddedWorker:
         self._thread: threading.Thread | None = None
         self._worker: Worker | None = None
         self._stopping = threading.Event()
-        _check_can_work(state, options)
+        pools = {options.get("pool") or state.config.pool, *state.config.queue_pools.values()}
+        state.check_can_work(pools, state.config.app)
 
     @property
     def is_running(self) -> bool:
@@ -143,20 +144,6 @@ class EmbeddedWorker:
     def _grace(self) -> float:
         asked = self._options.get("shutdown_timeout")
         return self._state.config.shutdown_timeout if asked is None else float(asked)
-
-
-def _check_can_work(state: AppState, options: dict[str, Any]) -> None:
-    if state.store.always_joins:
-        raise ConfigError(
-            "start_worker: an in-memory SQLite database cannot be shared with a worker; use a "
-            "file, and in tests flask_bgjobs.testing instead of start_worker"
-        )
-    pools = {options.get("pool") or state.config.pool, *state.config.queue_pools.values()}
-    if "process" in pools and state.config.app is None:
-        raise ConfigError(
-            "start_worker: the process pool builds the app anew in each child process: set "
-            "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"
-        )
 
 
 def _is_reloaded() -> bool:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from . import schema
 from .app_state import AppState, import_jobs
-from .errors import BgJobsError, ConfigError
+from .errors import BgJobsError
 from .heart import Heart
 from .identity import this_process
 from .lanes import Finished, Lane, Lanes, Pool, Route, routes
@@ -127,7 +127,8 @@ class Worker:
         self._sweeper = Sweeper(state.store, config.lease)
         self._pruner = Pruner(state.store, config.retention)
         self._prune_due = options.scheduler
-        _check_can_work(state, self.routes, self._app)
+        state.check_can_work({route.pool for route in self.routes}, self._app)
+        _check_tables(state)
         import_jobs(state)
 
     def stop(self) -> None:
@@ -518,20 +519,7 @@ def _routes(state: AppState, options: WorkerOptions, queues: Sequence[str] | Non
     return found
 
 
-def _check_can_work(state: AppState, its_routes: Sequence[Route], app: str | None) -> None:
-    if any(route.pool == "process" for route in its_routes):
-        if not hasattr(os, "fork"):
-            raise ConfigError("the process pool needs fork(): use the thread pool on this system")
-        if app is None:
-            raise ConfigError(
-                "the process pool builds the app anew in each child process: set "
-                "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"
-            )
-    if state.store.always_joins:
-        raise ConfigError(
-            "an in-memory SQLite database cannot be shared with a worker; use a file, or "
-            "flask_bgjobs.testing in tests"
-        )
+def _check_tables(state: AppState) -> None:
     missing = schema.missing_tables(state)
     if missing:
         raise BgJobsError(
