@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session
 
 from . import joining, serialize
 from .app_state import AppState, current_state
 from .durations import Duration
-from .errors import BgJobsError, InvalidJob
+from .errors import BgJobsError, DatabaseUnusable, InvalidJob
 from .models import Job
 from .options import JobOptions, column_values, first_run
 from .signals import job_enqueued, job_refused
 from .states import JobStatus
-from .store import NewJob, unique_hash
+from .store import NewJob, advice, unique_hash
 
 _logger = logging.getLogger("flask_bgjobs")
 
@@ -85,6 +86,7 @@ def run_background_job(
         otherwise.
     :raises JobNotAllowed: when the allow-list does not hold target or method.
     :raises InvalidJob: when a parameter or option is not acceptable.
+    :raises DatabaseUnusable: when a SQLite file is locked for more than 30 s, full or read-only.
     """
     options = JobOptions(
         retries=retries,
@@ -129,7 +131,7 @@ def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUT
     """Insert checked jobs by the transaction rule."""
     joined = _session_to_join(state, session)
     if joined is None:
-        saved = state.store.transaction(lambda connection: state.store.insert(connection, jobs))
+        saved = _save(state, jobs)
         for job in _new_among(saved):
             _announce(state, job)
         return saved
@@ -142,6 +144,16 @@ def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUT
     if commits:
         joined.commit()
     return saved
+
+
+def _save(state: AppState, jobs: Sequence[NewJob]) -> list[Job]:
+    try:
+        return state.store.transaction(lambda connection: state.store.insert(connection, jobs))
+    except DBAPIError as error:
+        what_to_do = advice(error)
+        if what_to_do is None:
+            raise
+        raise DatabaseUnusable(f"the job was not enqueued: {error.orig} ({what_to_do})") from error
 
 
 def _new_jobs(

@@ -11,6 +11,7 @@
     ├── QueueNotFound          no queue has that name
     ├── JobNotCommitted        the job's transaction has not committed
     ├── WaitTimeout            job.wait() gave up
+    ├── DatabaseUnusable       the database is locked for too long, full or read-only
     └── DatabaseNotSupported   no store is written for that database
 
     Exception
@@ -62,6 +63,10 @@ class JobNotCommitted(BgJobsError):
 
 class WaitTimeout(BgJobsError, TimeoutError):
     """The job did not reach a final status in time."""
+
+
+class DatabaseUnusable(BgJobsError):
+    """The database is locked for too long, full or read-only; nothing was changed."""
 
 
 class DatabaseNotSupported(BgJobsError):

@@ -20,8 +20,7 @@ class Heart:
     """
 
     def __init__(self, store: Store, worker_id: int, interval: float) -> None:
-        self.lease_lost = False
-        """Whether the worker's row was marked dead by another worker."""
+        self._lost_id: int | None = None
         self._store = store
         self._worker_id = worker_id
         self._interval = interval
@@ -29,10 +28,14 @@ class Heart:
         self._thread = threading.Thread(target=self._beat, name="bgjobs-heart", daemon=True)
         self._thread.start()
 
+    @property
+    def lease_lost(self) -> bool:
+        """Whether the worker's row was marked dead by another worker."""
+        return self._lost_id == self._worker_id
+
     def beat_for(self, worker_id: int) -> None:
         """Go on for the new row of a worker that started over."""
         self._worker_id = worker_id
-        self.lease_lost = False
 
     def stop(self) -> None:
         """Stop beating."""
@@ -51,5 +54,11 @@ class Heart:
             except DBAPIError as error:
                 _logger.warning("Heartbeat not recorded: %s", error.orig)
                 continue
-            if not alive and worker_id == self._worker_id:
-                self.lease_lost = True
+            except Exception:
+                # Such as a host's own way to connect that fails: a worker whose heart stops
+                # would lose its lease and never learn of it.
+                _logger.exception("Heartbeat not recorded")
+                continue
+            if not alive:
+                # Of that row: the worker may have started over meanwhile.
+                self._lost_id = worker_id

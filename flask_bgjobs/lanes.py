@@ -92,8 +92,11 @@ class Lanes:
 
     def submit(self, spec: JobSpec, claimed: float) -> None:
         """Run one job where its queue belongs."""
-        lane = next((each for each in self._lanes if each.route.serves(spec.queue)), None)
-        (lane or self._lanes[0]).pool.submit([spec], claimed)
+        self._pool_of(spec).submit([spec], claimed)
+
+    def can_begin(self, spec: JobSpec) -> bool:
+        """Whether the job would begin at once where its queue belongs."""
+        return self._pool_of(spec).idle() > 0
 
     def unstarted(self) -> int:
         """How many jobs wait in the pools."""
@@ -129,6 +132,10 @@ class Lanes:
         """Let threads end when they are idle, and end child processes."""
         for lane in self._lanes:
             lane.pool.close()
+
+    def _pool_of(self, spec: JobSpec) -> Pool:
+        lane = next((each for each in self._lanes if each.route.serves(spec.queue)), None)
+        return (lane or self._lanes[0]).pool
 
 
 def routes(

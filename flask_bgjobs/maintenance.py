@@ -19,7 +19,7 @@ _PRUNED_AT_ONCE = 500
 @dataclasses.dataclass(slots=True)
 class _Sighting:
     beats: int
-    since: float
+    silent_seconds: float = 0.0
 
 
 class Sweeper:
@@ -32,6 +32,7 @@ class Sweeper:
         self._store = store
         self._lease = lease
         self._sightings: dict[int, _Sighting] = {}
+        self._swept = time.monotonic()
 
     def sweep(self, own_id: int) -> list[Settled]:
         """Rescue the jobs of silent workers.
@@ -39,15 +40,17 @@ class Sweeper:
         :param own_id: the worker that sweeps, which is not judged by itself.
         :returns: one per job that was freed.
         """
-        now = time.monotonic()
+        passed = self._passed()
         rescued: list[Settled] = []
         workers = [worker for worker in self._store.living_workers() if worker.id != own_id]
         for worker in workers:
             sighting = self._sightings.get(worker.id)
             if sighting is None or sighting.beats != worker.beats:
-                sighting = self._sightings[worker.id] = _Sighting(worker.beats, now)
+                sighting = self._sightings[worker.id] = _Sighting(worker.beats)
+            else:
+                sighting.silent_seconds += passed
             gone = is_gone(worker.process)
-            if gone or now - sighting.since >= self._lease:
+            if gone or sighting.silent_seconds >= self._lease:
                 freed = self._store.rescue(worker.id, worker.beats)
                 reason = "its process is gone" if gone else "its lease ran out"
                 _logger.warning(
@@ -57,9 +60,21 @@ class Sweeper:
                     len(freed),
                 )
                 rescued += freed
+        rescued += self._store.rescue_orphans()
         living = {worker.id for worker in workers}
         self._sightings = {k: seen for k, seen in self._sightings.items() if k in living}
         return rescued
+
+    def _passed(self) -> float:
+        """Seconds since the last sweep, half a lease at most.
+
+        A worker that did not sweep for so long has slept itself, and the others perhaps with it:
+        the machine or the container was paused. They get the time to show that they live. (Time in
+        which the database could not be asked does not count at all.)
+        """
+        now = time.monotonic()
+        passed, self._swept = now - self._swept, now
+        return min(passed, self._lease / 2)
 
 
 class Pruner:

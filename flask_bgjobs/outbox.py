@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
-from .spec import JobSpec, Outcome, Settled
+from .spec import JobSpec, Key, Outcome, Settled
 from .states import OutcomeKind
-from .store import Store
+from .store import CommitInDoubt, Store
 
 _logger = logging.getLogger("flask_bgjobs")
 
@@ -24,6 +24,7 @@ class Outbox:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._waiting: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
+        self._in_doubt: set[Key] = set()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -45,12 +46,16 @@ class Outbox:
         if not batch:
             return []
         try:
-            return self._store.settle(worker_id, worker_name, batch)
+            settled = self._store.settle(worker_id, worker_name, batch, self._in_doubt)
         except _REFUSED:
-            return self._record_one_by_one(worker_id, worker_name, batch)
-        except BaseException:
+            settled = self._record_one_by_one(worker_id, worker_name, batch)
+        except BaseException as error:
+            if isinstance(error, CommitInDoubt):
+                self._in_doubt |= {spec.key for spec, _ in batch}
             self._waiting.extendleft(reversed(batch))
             raise
+        self._in_doubt.clear()
+        return settled
 
     def _record_one_by_one(
         self, worker_id: int, worker_name: str, batch: Sequence[tuple[JobSpec, Outcome]]

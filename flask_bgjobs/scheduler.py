@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable
 
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.base import BaseTrigger
+
+_logger = logging.getLogger("flask_bgjobs")
 
 STEP_SECONDS = 0.05
 """Due times are rounded up to this, so that ten thousand retries cost a few triggers."""
 _DRIFT_SECONDS = 1.0
+_STOP_SECONDS = 2.0
+"""For the scheduler to stop; the worker's end must not hang with it."""
 
 
 class Clock:
@@ -28,6 +35,8 @@ class Clock:
     """
 
     def __init__(self, wake: Callable[[], object], poll_interval: float) -> None:
+        self.hangs = False
+        """Whether it could not be stopped: Python would wait for its threads for ever."""
         self._wake = wake
         self._poll_interval = poll_interval
         self._triggers: dict[int, str] = {}
@@ -41,15 +50,23 @@ class Clock:
 
     def start(self) -> None:
         """Begin to call."""
-        self._scheduler.add_job(self._wake, "interval", seconds=self._poll_interval, id="poll")
+        self.every(self._poll_interval, self._wake)
         self._scheduler.start()
 
     def every(self, seconds: float, call: Callable[[], object]) -> None:
         """Also call ``call`` every so many seconds; it must be quick."""
-        self._scheduler.add_job(call, "interval", seconds=seconds)
+        self._scheduler.add_job(call, _Every(seconds))
 
     def stop(self) -> None:
-        """Stop calling; a call under way ends first."""
+        """Stop calling; a call under way ends first, unless it takes longer than two seconds."""
+        stopping = threading.Thread(target=self._shut_down, name="bgjobs-clock-stop", daemon=True)
+        stopping.start()
+        stopping.join(_STOP_SECONDS)
+        self.hangs = stopping.is_alive()
+        if self.hangs:
+            _logger.warning("The scheduler hangs; it is left behind")
+
+    def _shut_down(self) -> None:
         # Paused and emptied first: APScheduler breaks when it is shut down while its thread
         # removes a trigger that has just fired.
         self._scheduler.pause()
@@ -65,7 +82,10 @@ class Clock:
                 self._triggers[step] = self._add_trigger(step)
 
     def drifted(self) -> bool:
-        """Whether the wall clock jumped; then all one-off triggers are dropped, to be set anew."""
+        """Whether the wall clock jumped; then all one-off triggers are dropped, to be set anew.
+
+        What is called every so many seconds is called now, and from now on.
+        """
         offset = _wall_minus_monotonic()
         if abs(offset - self._offset) <= _DRIFT_SECONDS:
             return False
@@ -75,6 +95,10 @@ class Clock:
             # One that fires at this moment is already gone.
             with contextlib.suppress(JobLookupError):
                 self._scheduler.remove_job(job_id)
+        for job in self._scheduler.get_jobs():
+            if isinstance(job.trigger, _Every):
+                # After a jump back its next time would not come for as long as the jump was.
+                job.modify(next_run_time=dt.datetime.now(dt.UTC))
         return True
 
     def _add_trigger(self, step: int) -> str:
@@ -85,6 +109,20 @@ class Clock:
     def _ring(self, step: int) -> None:
         self._triggers.pop(step, None)
         self._wake()
+
+
+class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
+    """Fires so many seconds after it last fired.
+
+    APScheduler's own interval trigger goes through all the times that a jump of the clock left
+    out. When a machine that woke up in 1970 is told the date, those are more than memory holds.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._pause = dt.timedelta(seconds=seconds)
+
+    def get_next_fire_time(self, _previous: dt.datetime | None, now: dt.datetime) -> dt.datetime:
+        return now + self._pause
 
 
 def _wall_minus_monotonic() -> float:

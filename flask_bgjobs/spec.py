@@ -15,6 +15,10 @@ _UNREADABLE_DELAYS = (5.0,)
 """Seconds before a retry of a job whose own delays cannot be read."""
 
 
+Key = tuple[int, int]
+"""Job id and attempt: what tells one run of a job from every other."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobSpec:
     """A claimed job, as far as running and settling it needs."""
@@ -40,6 +44,11 @@ class JobSpec:
     """By the database's clock."""
     started_at: dt.datetime | None
     """Only of a job taken from a dead worker: set when its start had been committed."""
+
+    @property
+    def key(self) -> Key:
+        """Job id and attempt."""
+        return self.id, self.attempt
 
     @property
     def parameters(self) -> Any:

@@ -9,13 +9,12 @@ import json
 import logging
 import os
 import queue
-import random
 import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from . import schema
 from .app_state import AppState, import_jobs
@@ -26,13 +25,14 @@ from .lanes import Finished, Lane, Lanes, Pool, Route, routes
 from .maintenance import Pruner, Sweeper
 from .memory import memory_in_use
 from .models import Job
+from .outage import Outage
 from .outbox import Outbox
 from .pools.child import Limits
 from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
 from .scheduler import STEP_SECONDS, Clock
 from .signals import emit_settled, worker_started, worker_stopped
-from .spec import JobSpec, Outcome, Settled
+from .spec import JobSpec, Key, Outcome, Settled
 from .states import JobStatus, OutcomeKind
 from .version import __version__
 
@@ -47,7 +47,8 @@ _PRUNE_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Between two steps of pruning, for others that want to write."""
 _LAST_SETTLE_TRIES = 3
-_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
+_DEADLINES_PER_LEASE = 4
+_LEAST_DEADLINE_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,7 @@ class Worker:
         self.counts: collections.Counter[JobStatus] = collections.Counter()
         """Settled jobs by their new status."""
         self._options = options
+        self._store = state.store.with_deadline(_deadline(config.lease))
         self._grace = (
             config.shutdown_timeout
             if options.shutdown_timeout is None
@@ -108,24 +110,27 @@ class Worker:
         self._id = 0
         self._stops = 0
         self._wake = _Wake()
-        self._outbox = Outbox(state.store)
+        self._outbox = Outbox(self._store)
         self._claimed = 0
         self._claim_again = True
         self._suspects: collections.deque[JobSpec] = collections.deque()
         self._suspect_running: JobSpec | None = None
-        self._marked: set[tuple[int, int]] = set()
+        self._held: set[Key] = set()
+        """What it claimed, until the outcome is recorded."""
+        self._claim_in_doubt = False
+        self._marked: set[Key] = set()
         self._followed = 0.0
         self._look_due = False
         self._looked_ahead = self._swept = -float("inf")
-        self._backoff = _FIRST_BACKOFF_SECONDS
+        self._outage = Outage(self.name)
         self._limits = Limits(
             max_jobs=options.max_jobs, max_time=options.max_time, max_memory=options.max_memory
         )
         # Child processes keep to them by themselves.
         self._own_limits = self._limits if self.routes[0].pool == "thread" else Limits()
         self._begun = time.monotonic()
-        self._sweeper = Sweeper(state.store, config.lease)
-        self._pruner = Pruner(state.store, config.retention)
+        self._sweeper = Sweeper(self._store, config.lease)
+        self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
         state.check_can_work({route.pool for route in self.routes}, self._app)
         _check_tables(state)
@@ -142,7 +147,7 @@ class Worker:
     @property
     def has_code_running(self) -> bool:
         """Whether code still runs that no interruption could stop."""
-        return self._pools.running() > 0
+        return self._pools.running() > 0 or self._clock.hangs
 
     @property
     def pool(self) -> str:
@@ -174,11 +179,11 @@ class Worker:
     # Beginning and end
 
     def _start(self) -> None:
-        notice = self.state.store.prepare(wal=self.state.config.sqlite_wal)
+        notice = self._store.prepare(wal=self.state.config.sqlite_wal)
         if notice:
             _logger.info(notice)
         self._register()
-        self._heart = Heart(self.state.store, self._id, self.state.config.heartbeat_interval)
+        self._heart = Heart(self._store, self._id, self.state.config.heartbeat_interval)
         self._clock = Clock(self._on_clock, self.state.config.poll_interval)
         if self._options.scheduler:
             self._clock.every(_PRUNE_SECONDS, self._on_prune_time)
@@ -210,8 +215,9 @@ class Worker:
         self.state.enqueued.remove(self._on_enqueued)
         self._clock.stop()
         self._pools.close()
-        self._guard(lambda: self.state.store.stop_worker(self._id))
+        self._guard(lambda: self._store.stop_worker(self._id))
         self._heart.stop()
+        self._store.dispose()
         self.state.emit(worker_stopped, worker=self.name)
 
     def _register(self) -> None:
@@ -226,8 +232,11 @@ class Worker:
     def _start_over(self) -> None:
         """Go on under a new id, after another worker took this one's lease and jobs."""
         _logger.warning("Lease lost | Worker: %s | It starts over under a new id", self.name)
-        self._pools.take_unstarted()
+        if any(spec is self._suspect_running for spec in self._pools.take_unstarted()):
+            # No outcome of it will come.
+            self._suspect_running = None
         self._suspects.clear()
+        self._held.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()
@@ -239,6 +248,7 @@ class Worker:
         if self._heart.lease_lost:
             self._start_over()
         self._settle()
+        self._give_back_unseen()
         self._follow_running()
         self._promote_due()
         self._sweep()
@@ -252,7 +262,8 @@ class Worker:
 
     def _after_settle(self, settled: Settled) -> None:
         spec = settled.spec
-        self._marked.discard((spec.id, spec.attempt))
+        self._held.discard(spec.key)
+        self._marked.discard(spec.key)
         if self._suspect_running is spec:
             self._suspect_running = None
         if settled.status is None:
@@ -268,6 +279,16 @@ class Worker:
             self._clock.wake_in([settled.delay_seconds])
         emit_settled(self.state.app, settled)
 
+    def _give_back_unseen(self) -> None:
+        """Give back what a claim took whose commit got no answer."""
+        if not self._claim_in_doubt:
+            return
+        unseen = [spec for spec in self._store.held_by(self._id) if spec.key not in self._held]
+        for spec in unseen:
+            self._outbox.put(spec, _given_back(spec))
+        self._settle()
+        self._claim_in_doubt = False
+
     def _follow_running(self) -> None:
         """Write what running jobs told, stop what was cancelled or is no longer ours."""
         now = time.monotonic()
@@ -276,7 +297,7 @@ class Worker:
             return
         self._followed = now
         self._show_started()
-        view = self.state.store.observe(self._id, self._pools.reports())
+        view = self._store.observe(self._id, self._pools.reports())
         for spec in [*self._pools.running_specs(), *self._pools.unstarted_specs()]:
             lost = view.attempts.get(spec.id) != spec.attempt
             if not lost and spec.id not in view.cancelling:
@@ -286,10 +307,10 @@ class Worker:
     def _show_started(self) -> None:
         """Show jobs as started that run for longer than a moment."""
         running = self._pools.running_specs()
-        new = [spec for spec in running if (spec.id, spec.attempt) not in self._marked]
+        new = [spec for spec in running if spec.key not in self._marked]
         if new:
-            self.state.store.mark_started(self._id, new)
-            self._marked |= {(spec.id, spec.attempt) for spec in new}
+            self._store.mark_started(self._id, new)
+            self._marked |= {spec.key for spec in new}
 
     def _promote_due(self) -> None:
         """Make due jobs claimable, and set the clock for those that are due soon."""
@@ -300,8 +321,8 @@ class Worker:
             return
         self._look_due = False
         self._looked_ahead = now
-        self.state.store.promote()
-        self._clock.wake_in(self.state.store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
+        self._store.promote()
+        self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -339,7 +360,10 @@ class Worker:
 
     def _claim_for(self, lane: Lane, room: int) -> None:
         route = lane.route
-        specs = self.state.store.claim(self._id, room, route.queues, without=route.others)
+        self._claim_in_doubt = True
+        specs = self._store.claim(self._id, room, route.queues, without=route.others)
+        self._claim_in_doubt = False
+        self._held |= {spec.key for spec in specs}
         claimed = time.monotonic()
         self._claimed += len(specs)
         self._claim_again |= len(specs) == room
@@ -349,6 +373,9 @@ class Worker:
     def _room(self, lane: Lane) -> int:
         """How many jobs to claim for a lane: suspects that wait for their turn count as well."""
         waiting = sum(lane.route.serves(spec.queue) for spec in self._suspects)
+        if waiting and self._suspect_running is None:
+            # The next free place is for one of them, or they would wait for ever.
+            return 0
         room = lane.room() - waiting
         if self._own_limits.max_jobs is not None:
             room = min(room, self._own_limits.max_jobs - self._claimed)
@@ -358,8 +385,14 @@ class Worker:
         """Run one suspect, its start committed first, so that a crash is known to be its own."""
         if self._suspect_running is not None or not self._suspects:
             return
-        spec = self._suspects.popleft()
-        if spec.id in self.state.store.mark_started(self._id, [spec]):
+        # One that would wait in its pool had its start committed, and could be blamed unseen.
+        spec = next(filter(self._pools.can_begin, self._suspects), None)
+        if spec is None:
+            return
+        started = self._store.mark_started(self._id, [spec])
+        # Not before: where the database is away, it stays among those that wait.
+        self._suspects.remove(spec)
+        if spec.id in started:
             self._suspect_running = spec
             self._pools.submit(spec, time.monotonic())
 
@@ -373,7 +406,7 @@ class Worker:
         if self._pools.unstarted() and self._outbox:
             time.sleep(_GATHER_SECONDS)
             return
-        seconds = _FOLLOW_SECONDS if busy else self.state.config.poll_interval
+        seconds = _FOLLOW_SECONDS if busy or self._suspects else self.state.config.poll_interval
         self._wake.wait(min(seconds, _PRUNE_PAUSE_SECONDS) if self._prune_due else seconds)
         self._claim_again = True
 
@@ -399,10 +432,10 @@ class Worker:
         left = True
         try:
             # A retry without a delay is due already.
-            self.state.store.promote()
-            left = self.state.store.unfinished(self.queues)
-        except DBAPIError as error:
-            self._outage(error)
+            self._store.promote()
+            left = self._store.unfinished(self.queues)
+        except SQLAlchemyError as error:
+            self._wait_out(error)
         return not left and self._looked_ahead > 0
 
     def _drain(self) -> None:
@@ -434,14 +467,14 @@ class Worker:
     def _give_back_running(self) -> None:
         """Stop the code first: another worker may start the job as soon as it is given back."""
         running = self._pools.running_specs()
-        given_back = {(spec.id, spec.attempt) for spec in running}
+        given_back = {spec.key for spec in running}
         for spec in running:
             self._pools.cancel(spec)
         deadline = time.monotonic() + self._pools.stop_seconds
         while self._pools.running() and time.monotonic() < deadline:
             self._wake.wait(deadline - time.monotonic())
         for spec, outcome in self._outbox.take_all():
-            stopped_by_us = (spec.id, spec.attempt) in given_back
+            stopped_by_us = spec.key in given_back
             if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
                 outcome = dataclasses.replace(_given_back(spec), report=outcome.report)
             self._outbox.put(spec, outcome)
@@ -453,16 +486,19 @@ class Worker:
         """Run a step that uses the database; live through an outage."""
         try:
             step()
-        except DBAPIError as error:
-            self._outage(error)
+        except SQLAlchemyError as error:
+            self._wait_out(error)
         else:
-            self._backoff = _FIRST_BACKOFF_SECONDS
+            self._outage.is_over()
 
-    def _outage(self, error: DBAPIError) -> None:
-        _logger.error("Database not usable | Worker: %s | Error: %s", self.name, error.orig)
-        if not self._stops:
-            time.sleep(self._backoff * random.uniform(0.5, 1.0))
-        self._backoff = min(self._backoff * 2, _LAST_BACKOFF_SECONDS)
+    def _wait_out(self, error: SQLAlchemyError) -> None:
+        self._pause(self._outage.goes_on(error, len(self._outbox)))
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless a stop was asked for."""
+        end = time.monotonic() + seconds
+        while not self._stops and (left := end - time.monotonic()) > 0:
+            self._wake.wait(left)
 
     # Called from other threads
 
@@ -504,6 +540,11 @@ def register(
             "beats": 0,
         }
     )
+
+
+def _deadline(lease: float) -> float:
+    """Seconds that the database may take for a transaction: there must be time for a second try."""
+    return max(_LEAST_DEADLINE_SECONDS, lease / _DEADLINES_PER_LEASE)
 
 
 def _given_back(spec: JobSpec) -> Outcome:

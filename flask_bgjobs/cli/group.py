@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import functools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 from flask.cli import AppGroup
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from .. import durations
 from ..config import check_queue
 from ..errors import BgJobsError
+from ..store import advice
 from ..text import one_line
 
 if TYPE_CHECKING:
@@ -49,12 +51,18 @@ def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+_MISSING_TABLE = re.compile(r"no such table|relation .* does not exist")
+
+
 def database_sentence(error: SQLAlchemyError) -> str:
     """What the database, or the way to it, has to say, on one line."""
-    text = one_line(str(error.orig if isinstance(error, DBAPIError) else error))
-    if isinstance(error, OperationalError) and "no such table" in text:
+    said = error.orig if isinstance(error, DBAPIError) else error
+    # PostgreSQL adds lines with the place in the statement.
+    text = one_line(str(said).partition("\n")[0])
+    if _MISSING_TABLE.search(text):
         return f"{text}: run `flask db upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
-    return f"the database refused: {text}"
+    what_to_do = advice(error)
+    return f"the database refused: {text}{f' ({what_to_do})' if what_to_do else ''}"
 
 
 class QueueNames(_ParamType):

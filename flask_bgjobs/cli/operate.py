@@ -236,10 +236,10 @@ def health_command(as_json: bool) -> None:
 
 
 def _health(state: AppState) -> _Health:
-    from ..dashboard.queries import service_now
+    from ..dashboard.queries import HEALTH_SECONDS, service_now
 
     try:
-        service = service_now(state)
+        service = service_now(state, within=HEALTH_SECONDS)
     except SQLAlchemyError as error:
         return _Health(False, False, message=f"Not healthy: {database_sentence(error)}")
     message = (

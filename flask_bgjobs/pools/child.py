@@ -99,6 +99,7 @@ class _Child:
         What was interrupted may have left anything behind: locks, threads, half-made state.
         """
         claimed, spec = self._data_of(number)
+        self._state.store.leave_what_is_gone()
         job = CurrentJob(spec, max_payload=self._state.config.max_payload)
         window = Window()
         self._marks.start(number, time.monotonic())

@@ -158,9 +158,13 @@ def _serve(control: socket.socket) -> list[int] | None:
             _reap(children, control)
         if control.fileno() not in readable:
             continue
-        data, descriptors, _, _ = socket.recv_fds(
-            control, _MESSAGE.size, _DESCRIPTORS, socket.MSG_WAITALL
-        )
+        try:
+            data, descriptors, _, _ = socket.recv_fds(
+                control, _MESSAGE.size, _DESCRIPTORS, socket.MSG_WAITALL
+            )
+        except ConnectionResetError:
+            # Killed before it had read what we told it.
+            data = b""
         if len(data) < _MESSAGE.size:
             _kill_all(children)
             return None

@@ -165,6 +165,12 @@ class ProcessPool:
         with self._changed:
             return sum(bool(each.handed) for each in self._children.values())
 
+    def idle(self) -> int:
+        """How many jobs would begin at once, were they submitted now."""
+        with self._changed:
+            idle = (c.is_ready and not c.stopping and not c.handed for c in self._living())
+            return sum(idle) - len(self._waiting)
+
     def take_unstarted(self) -> list[JobSpec]:
         """The jobs that no child has begun; they will not be run here."""
         with self._changed:

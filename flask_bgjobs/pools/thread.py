@@ -79,6 +79,11 @@ class ThreadPool:
         """How many jobs run."""
         return len(self._running)
 
+    def idle(self) -> int:
+        """How many jobs would begin at once, were they submitted now."""
+        with self._changed:
+            return self.size - len(self._running) - len(self._waiting)
+
     def take_unstarted(self) -> list[JobSpec]:
         """The jobs that wait for a thread; they will not be run here."""
         with self._changed:

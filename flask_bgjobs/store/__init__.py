@@ -10,14 +10,17 @@ from sqlalchemy.orm import scoped_session
 from ..errors import DatabaseNotSupported
 from .base import Store
 from .by_hand import ActionResult
+from .database import CommitInDoubt
 from .inserts import NewJob, unique_hash
+from .postgresql import PostgresStore
 from .prunes import PruneCursor, Pruned, Retention
 from .runs import LeaseView
 from .selections import Selection
-from .sqlite import SqliteStore
+from .sqlite import SqliteStore, advice
 
 __all__ = [
     "ActionResult",
+    "CommitInDoubt",
     "LeaseView",
     "NewJob",
     "PruneCursor",
@@ -25,11 +28,12 @@ __all__ = [
     "Retention",
     "Selection",
     "Store",
+    "advice",
     "make_store",
     "unique_hash",
 ]
 
-_STORES: dict[str, type[Store]] = {"sqlite": SqliteStore}
+_STORES: dict[str, type[Store]] = {"sqlite": SqliteStore, "postgresql": PostgresStore}
 
 
 def make_store(

@@ -11,11 +11,10 @@ from .due import Due
 from .inserts import Inserts
 from .leases import Leases
 from .prunes import Prunes
-from .queues import Queues
 from .selections import Selections
 
 
-class Store(Inserts, Claims, Leases, Due, Prunes, Queues, Selections, ByHand):
+class Store(Inserts, Claims, Leases, Due, Prunes, Selections, ByHand):
     """The statements of one app's tables on one database, in the order of a job's life:
 
     insert (1), claim (2), mark_started and observe (3), settle (4); beat and rescue; promote;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ import sqlalchemy as sa
 from ..models import Job, Queue
 from ..spec import JobSpec
 from ..states import JobStatus
-from .database import JOBS, WORKERS, Database
+from .database import JOBS, WORKERS
+from .queues import Queues
 
 SPEC_COLUMNS = [
     (JOBS.c[Job.__mapper__.attrs[field.name].columns[0].name]).label(field.name)
@@ -33,7 +33,7 @@ _NEXT_PENDING_QUEUE = (
 )
 
 
-class Claims(Database):
+class Claims(Queues):
     """The statements of a claim."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,13 +61,7 @@ class Claims(Database):
         """The job ``job_id``, now running under ``worker_id``, due or not; empty if it may not."""
         waiting = (JobStatus.PENDING.value, JobStatus.SCHEDULED.value)
         candidates = sa.select(JOBS.c.id).where(JOBS.c.id == job_id, JOBS.c.status.in_(waiting))
-        return self.transaction(lambda c: self.claim_from(c, worker_id, candidates, 1))
-
-    @abc.abstractmethod
-    def claim_from(
-        self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
-    ) -> list[JobSpec]:
-        """Claim the first ``limit`` of the ordered ``candidates``, best first."""
+        return self.transaction(lambda c: self._claim_from(c, worker_id, candidates, 1))
 
     def _claim(
         self,
@@ -81,15 +75,39 @@ class Claims(Database):
             return []
         specs: list[JobSpec] = []
         for candidates in self._candidates(connection, limit, queues, without):
-            specs += self.claim_from(connection, worker_id, candidates, limit - len(specs))
+            specs += self._claim_from(connection, worker_id, candidates, limit - len(specs))
             if len(specs) >= limit:
                 break
         self._register_queues(connection, {spec.queue for spec in specs})
         return specs
 
+    def _claim_from(
+        self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
+    ) -> list[JobSpec]:
+        """Claim the first ``limit`` of the ordered ``candidates``, best first."""
+        rows = connection.execute(
+            sa.update(JOBS)
+            .where(JOBS.c.id.in_(self.locked(candidates.limit(limit))))
+            .values(
+                status=JobStatus.RUNNING.value,
+                attempt=JOBS.c.attempt + 1,
+                worker_id=worker_id,
+                claimed_at=self.now,
+                started_at=None,
+                finished_at=None,
+                progress=None,
+                progress_note=None,
+            )
+            .returning(*SPEC_COLUMNS, JOBS.c.run_at.label("due"))
+        ).all()
+        # RETURNING promises no order.
+        ordered = sorted(rows, key=lambda row: (-row.priority, row.due, row.id))
+        return [JobSpec(*row[:-1]) for row in ordered]
+
     def _is_alive(self, connection: sa.Connection, worker_id: int) -> bool:
-        status = connection.scalar(sa.select(WORKERS.c.status).where(WORKERS.c.id == worker_id))
-        return status == "alive"
+        # Shared, so that a rescue waits: what is claimed now must not be missing in it.
+        statement = sa.select(WORKERS.c.status).where(WORKERS.c.id == worker_id)
+        return connection.scalar(statement.with_for_update(read=True)) == "alive"
 
     def _candidates(
         self,
@@ -121,7 +139,13 @@ class Claims(Database):
             for name in queues
         )
         best = sa.union_all(*(sa.select(each) for each in best_of_each)).subquery()
-        return sa.select(best.c.id).order_by(best.c.claim_rank, best.c.run_at, best.c.id)
+        # Joined again with the table, whose rows can be locked.
+        return (
+            sa.select(JOBS.c.id)
+            .join_from(best, JOBS, JOBS.c.id == best.c.id)
+            .where(JOBS.c.status == JobStatus.PENDING.value)
+            .order_by(best.c.claim_rank, best.c.run_at, best.c.id)
+        )
 
     def _pending_queues(self, connection: sa.Connection) -> Iterator[str]:
         """The queues that hold pending jobs, one index seek each."""
@@ -132,6 +156,4 @@ class Claims(Database):
 
     def _register_queues(self, connection: sa.Connection, names: set[str]) -> None:
         for name in sorted(names - self._known_queues):
-            known = connection.scalar(sa.select(Queue.name).where(Queue.name == name))
-            if known is None:
-                connection.execute(sa.insert(Queue).values(name=name, created_at=self.now))
+            self.register_queue(connection, name)

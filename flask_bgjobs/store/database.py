@@ -10,23 +10,32 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import scoped_session
 
-from ..models import Attempt, Job, Worker
+from .. import forks
+from ..models import Attempt, Job, Queue, Worker
+from .watchdog import Watchdog
 
 T = TypeVar("T")
 
 JOBS = cast(sa.Table, Job.__table__)
 WORKERS = cast(sa.Table, Worker.__table__)
 ATTEMPTS = cast(sa.Table, Attempt.__table__)
+QUEUES = cast(sa.Table, Queue.__table__)
 
+READ_ONLY = "bgjobs_read_only"
+"""The execution option of connections that only read."""
 _REDO_SECONDS = 30.0
 """How long a transaction that the database turned away is tried again."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.005, 0.5
+
+
+class CommitInDoubt(OperationalError):
+    """The connection died in a commit: nobody can tell whether it was done."""
 
 
 class Database(abc.ABC):
@@ -36,6 +45,7 @@ class Database(abc.ABC):
     :param session: the host's session, for databases that have only one connection.
     :param schema: the schema of the host's metadata, if it has one.
     :param max_crashes: proved crashes at which a job is failed.
+    :param deadline: seconds after which a connection in use is given up; ``None``: never.
     """
 
     now: sa.ColumnElement[dt.datetime]
@@ -51,9 +61,13 @@ class Database(abc.ABC):
         *,
         schema: str | None,
         max_crashes: int,
+        deadline: float | None = None,
     ) -> None:
         self.host_engine = engine
         self.host_session = session
+        self._schema = schema
+        self.deadline = deadline
+        self._watchdog = Watchdog(self.sever)
         self.execution_options: dict[str, Any] = (
             {} if schema is None else {"schema_translate_map": {None: schema}}
         )
@@ -61,10 +75,21 @@ class Database(abc.ABC):
         self._own_engine: sa.Engine | None = None
         self._own_engine_pid = 0
         self._own_engine_lock = threading.Lock()
+        forks.watch(self)
 
     @abc.abstractmethod
     def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
         """The database's clock plus ``seconds``."""
+
+    insert_into: Callable[[sa.Table], Any]
+    """The dialect's own ``insert()``, which can ignore conflicts."""
+
+    def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
+        """The ids of ``candidates``, kept from others until the transaction ends.
+
+        Those that another transaction keeps are left out.
+        """
+        return sa.select(candidates.subquery().c.id)
 
     @abc.abstractmethod
     def make_engine(self) -> sa.Engine:
@@ -96,22 +121,61 @@ class Database(abc.ABC):
                 self._own_engine_pid = os.getpid()
             return self._own_engine
 
+    def with_deadline(self, seconds: float) -> Self:
+        """A store of the same database with connections of its own and a deadline.
+
+        Whatever takes longer than ``seconds`` ends with an error, also where the link to the
+        database is dead and says nothing.
+        """
+        return type(self)(
+            self.host_engine,
+            self.host_session,
+            schema=self._schema,
+            max_crashes=self._max_crashes,
+            deadline=seconds,
+        )
+
+    def leave_what_is_gone(self) -> None:  # noqa: B027  # only a file can be replaced
+        """Close connections, the host's as well, that lead to a database no longer in use."""
+
+    def sever(self, driver_connection: Any) -> None:  # noqa: B027  # a file has no link to break
+        """Break a driver's connection while another thread waits for it."""
+
     def dispose(self) -> None:
         """Close the connections of our own engine; the next use opens new ones."""
         with self._own_engine_lock:
             if self._own_engine is not None:
                 self._own_engine.dispose()
+            self._watchdog.end()
+
+    def before_fork(self) -> None:
+        """Close our idle connections, so that a child process inherits none of them."""
+        if not self.always_joins:
+            self.dispose()
+
+    def after_fork_in_child(self) -> None:
+        """Take a new lock: another thread of the parent may have held the old one."""
+        self._own_engine_lock = threading.Lock()
 
     def transaction(self, work: Callable[[sa.Connection], T]) -> T:
         """What ``work`` returns, done in a transaction of our own.
 
         ``work`` runs again, from its start, when the database turns the transaction away for
-        a passing reason, for up to 30 s.
+        a passing reason, for up to 30 s, and once when the connection dies before the commit.
+
+        :raises CommitInDoubt: when the connection dies in the commit.
         """
 
         def attempt() -> T:
-            with self.engine.begin() as connection:
-                return work(connection)
+            with self._connected() as connection:
+                transaction = connection.begin()
+                try:
+                    result = work(connection)
+                except BaseException:
+                    transaction.rollback()
+                    raise
+                _commit(transaction)
+                return result
 
         return self.redo(attempt)
 
@@ -119,17 +183,46 @@ class Database(abc.ABC):
         """What ``attempt`` returns; called again while the database is busy, for up to 30 s."""
         deadline = time.monotonic() + _REDO_SECONDS
         pause = _FIRST_PAUSE_SECONDS
+        was_cut_off = False
         while True:
             try:
                 return attempt()
+            except CommitInDoubt:
+                raise
             except DBAPIError as error:
-                if not self.is_redoable(error) or time.monotonic() > deadline:
+                cut_off = error.connection_invalidated and not was_cut_off
+                if not (cut_off or self.is_redoable(error)) or time.monotonic() > deadline:
                     raise
+                was_cut_off = was_cut_off or cut_off
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, _LAST_PAUSE_SECONDS)
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[sa.Connection]:
-        """A connection to read with: it takes no write lock and commits nothing."""
-        with self.engine.connect() as connection:
+    def read(self, *, within: float | None = None) -> Iterator[sa.Connection]:
+        """A connection to read with: it takes no write lock and commits nothing.
+
+        :param within: seconds after which it is given up, where the store has no deadline.
+        """
+        with self._connected(within=within, **{READ_ONLY: True}) as connection:
             yield connection
+
+    @contextlib.contextmanager
+    def _connected(self, *, within: float | None = None, **options: Any) -> Iterator[sa.Connection]:
+        deadline = self.deadline or within
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(self.engine.connect().execution_options(**options))
+            if deadline is not None:
+                driver_connection = connection.connection.driver_connection
+                stack.enter_context(self._watchdog.watching(driver_connection, deadline))
+            yield connection
+
+
+def _commit(transaction: sa.RootTransaction) -> None:
+    try:
+        transaction.commit()
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        raise CommitInDoubt(
+            error.statement, error.params, error.orig or error, connection_invalidated=True
+        ) from error

@@ -12,7 +12,8 @@ from ..states import JobStatus
 from .database import JOBS, Database
 
 _PROMOTE_AT_ONCE = 1_000
-"""Rows per transaction, so that enqueues are not kept waiting behind a long write."""
+"""Rows of a status per transaction: enqueues must not wait behind a long write."""
+_WITH_A_TIME = (JobStatus.SCHEDULED.value, JobStatus.RETRYING.value)
 _NEXT_DUE = (
     sa.select(JOBS.c.run_at)
     .where(
@@ -45,7 +46,7 @@ class Due(Database):
         with self.read() as connection:
             dues = {
                 due
-                for status in (JobStatus.SCHEDULED.value, JobStatus.RETRYING.value)
+                for status in _WITH_A_TIME
                 for due in self._upcoming(connection, status, horizon_seconds, step_seconds)
             }
         return sorted(dues)
@@ -76,11 +77,16 @@ class Due(Database):
     @functools.cached_property
     def _promote(self) -> sa.Update:
         due = (
-            sa.select(JOBS.c.id)
-            .where(
-                JOBS.c.status.in_([JobStatus.SCHEDULED.value, JobStatus.RETRYING.value]),
-                JOBS.c.run_at <= self.now,
+            self.locked(
+                sa.select(JOBS.c.id)
+                .where(JOBS.c.status == status, JOBS.c.run_at <= self.now)
+                .order_by(JOBS.c.run_at, JOBS.c.id)
+                .limit(_PROMOTE_AT_ONCE)
             )
-            .limit(_PROMOTE_AT_ONCE)
+            for status in _WITH_A_TIME
         )
-        return sa.update(JOBS).where(JOBS.c.id.in_(due)).values(status=JobStatus.PENDING.value)
+        return (
+            sa.update(JOBS)
+            .where(JOBS.c.id.in_(sa.union_all(*due)))
+            .values(status=JobStatus.PENDING.value)
+        )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import datetime as dt
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -35,13 +34,6 @@ class NewJob:
 class Inserts(Database):
     """The statements of an enqueue."""
 
-    insert_into: Callable[[sa.Table], sa.Insert]
-    """The dialect's own ``insert()``."""
-
-    @abc.abstractmethod
-    def insert_tolerantly(self, statement: sa.Insert) -> sa.Insert:
-        """``statement``, inserting nothing where ``unique_hash`` is taken."""
-
     def insert(self, connection: sa.Connection, jobs: Sequence[NewJob]) -> list[Job]:
         """The inserted jobs, in the order given; with a taken ``unique_key``, its holder.
 
@@ -57,7 +49,8 @@ class Inserts(Database):
         return [_inserted_job(job, row) for job, row in zip(jobs, rows, strict=True)]
 
     def _insert_unique(self, connection: sa.Connection, job: NewJob) -> Job:
-        statement = self.insert_tolerantly(self._insert).returning(*_INSERTED)
+        statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
+        statement = statement.returning(*_INSERTED)
         for _ in range(_UNIQUE_TRIES):
             row = connection.execute(
                 statement, _insert_parameters(job), execution_options=self.execution_options
@@ -78,8 +71,9 @@ class Inserts(Database):
         )
 
     @functools.cached_property
-    def _insert(self) -> sa.Insert:
-        delay = sa.bindparam("delay_seconds", type_=sa.Double)
+    def _insert(self) -> Any:
+        # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
+        delay = sa.cast(sa.bindparam("delay_seconds", type_=sa.Double), sa.Double)
         run_at = sa.bindparam("given_run_at", type_=JOBS.c.run_at.type)
         due = sa.case((delay.is_not(None), self.after(delay)), else_=self.now)
         return self.insert_into(JOBS).values(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..models import Worker
 from ..spec import JobSpec, Outcome, Settled
 from ..states import JobStatus, OutcomeKind
 from .claims import SPEC_COLUMNS
-from .database import JOBS
+from .database import JOBS, WORKERS
 from .settles import Settles
 
 
@@ -85,16 +86,48 @@ class Leases(Settles):
         )
         if not taken.rowcount:
             return []
-        name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id)) or ""
-        rows = connection.execute(
+        return self._free_jobs(connection, worker_id)
+
+    def rescue_orphans(self) -> list[Settled]:
+        """Free running jobs that belong to no living worker: its row was deleted or edited.
+
+        :returns: one per job.
+        """
+        living = sa.select(WORKERS.c.id).where(WORKERS.c.status == "alive")
+        orphans = (
+            sa.select(JOBS.c.worker_id)
+            .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id.not_in(living))
+            .distinct()
+        )
+        with self.read() as connection:
+            owners = connection.scalars(orphans).all()
+        return [
+            settled
+            for owner in owners
+            for settled in self.transaction(functools.partial(self._free_jobs, worker_id=owner))
+        ]
+
+    def held_by(self, worker_id: int) -> list[JobSpec]:
+        """The jobs that are running under a worker, started or not."""
+        with self.read() as connection:
+            return self._held_by(connection, worker_id)
+
+    def _free_jobs(self, connection: sa.Connection, worker_id: int) -> list[Settled]:
+        name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
+        specs = self._held_by(connection, worker_id, lock=True)
+        lost = [(spec, _lost_outcome(spec, name or str(worker_id))) for spec in specs]
+        return self.settle_within(connection, worker_id, name or "", lost) if lost else []
+
+    def _held_by(
+        self, connection: sa.Connection, worker_id: int, *, lock: bool = False
+    ) -> list[JobSpec]:
+        held = (
             sa.select(*SPEC_COLUMNS)
             .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id)
             .order_by(JOBS.c.id)
-            .with_for_update()
         )
-        specs = [JobSpec(**row._mapping) for row in rows]
-        lost = [(spec, _lost_outcome(spec, name)) for spec in specs]
-        return self.settle_within(connection, worker_id, name, lost) if lost else []
+        rows = connection.execute(held.with_for_update() if lock else held)
+        return [JobSpec(**row._mapping) for row in rows]
 
 
 def _lost_outcome(spec: JobSpec, worker_name: str) -> Outcome:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
 
 from ..models import Queue
 from ..states import JobStatus
-from .database import JOBS, Database
+from .database import JOBS, QUEUES, Database
 
 _NEXT_QUEUE = (
     sa.select(JOBS.c.queue)
@@ -39,12 +37,13 @@ class Queues(Database):
             holding = (name for s in JobStatus for name in self._queues_holding(connection, s))
             return {*claimed, *holding}
 
+    def register_queue(self, connection: sa.Connection, name: str) -> None:
+        """Make sure that the queue has a row; others may do so at the same moment."""
+        row = self.insert_into(QUEUES).values(name=name, created_at=self.now)
+        connection.execute(row.on_conflict_do_nothing())
+
     def _pause(self, connection: sa.Connection, name: str) -> bool:
-        known = connection.scalar(sa.select(Queue.name).where(Queue.name == name))
-        if known is None:
-            # A claim may write the same row at this moment.
-            with contextlib.suppress(IntegrityError), connection.begin_nested():
-                connection.execute(sa.insert(Queue).values(name=name, created_at=self.now))
+        self.register_queue(connection, name)
         running = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_(None))
         return bool(connection.execute(running.values(paused_at=self.now)).rowcount)
 

@@ -36,7 +36,7 @@ class Runs(Database):
 
         def work(connection: sa.Connection) -> set[int]:
             started = set()
-            for spec in specs:
+            for spec in sorted(specs, key=lambda spec: spec.id):
                 changed = connection.execute(
                     sa.update(Job)
                     .where(*_fence(spec.id, spec.attempt, worker_id))
@@ -68,7 +68,7 @@ class Runs(Database):
         worker_id: int,
         reports: Mapping[tuple[int, int], Report],
     ) -> None:
-        for (job_id, attempt), report in reports.items():
+        for (job_id, attempt), report in sorted(reports.items(), key=_job_id):
             values = _report_values(report)
             changed = connection.execute(
                 sa.update(Job)
@@ -96,6 +96,11 @@ def _fence(job_id: int, attempt: int, worker_id: int) -> tuple[sa.ColumnElement[
         Job.attempt == attempt,
         Job.worker_id == worker_id,
     )
+
+
+def _job_id(entry: tuple[tuple[int, int], Report]) -> int:
+    """What rows are locked in the order of: two transactions then never wait for each other."""
+    return entry[0][0]
 
 
 def _report_values(report: Report) -> dict[str, Any]:

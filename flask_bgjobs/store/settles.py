@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from ..spec import JobSpec, Outcome, Report, Settled
+from ..spec import JobSpec, Key, Outcome, Report, Settled
 from ..states import FINAL, JobStatus, OutcomeKind, Settlement, settlement
-from .database import ATTEMPTS, JOBS
+from .database import ATTEMPTS, JOBS, WORKERS
 from .runs import RUNNING_OF, Runs
 
 _NO_ATTEMPT_ROW = frozenset({OutcomeKind.COMPLETED, OutcomeKind.GIVEN_BACK, OutcomeKind.SNOOZED})
@@ -23,13 +23,21 @@ class Settles(Runs):
     """The statements of a settle."""
 
     def settle(
-        self, worker_id: int, worker_name: str, finished: Sequence[tuple[JobSpec, Outcome]]
+        self,
+        worker_id: int,
+        worker_name: str,
+        finished: Sequence[tuple[JobSpec, Outcome]],
+        in_doubt: Collection[Key] = (),
     ) -> list[Settled]:
         """Record how attempts ended, all in one transaction; only those still ours change.
 
+        :param in_doubt: attempts whose outcome was recorded by a commit of which nobody knows
+            whether it was done. If it was, that is what is returned.
         :returns: one per attempt, in order; ``status`` is ``None`` where the lease was lost.
         """
-        return self.transaction(lambda c: self.settle_within(c, worker_id, worker_name, finished))
+        return self.transaction(
+            lambda c: self.settle_within(c, worker_id, worker_name, finished, in_doubt)
+        )
 
     def settle_within(
         self,
@@ -37,34 +45,30 @@ class Settles(Runs):
         worker_id: int,
         worker_name: str,
         finished: Sequence[tuple[JobSpec, Outcome]],
+        in_doubt: Collection[Key] = (),
     ) -> list[Settled]:
         """The same as :meth:`settle`, as part of a larger transaction of ours."""
         ours = self._still_running(connection, worker_id, [spec.id for spec, _ in finished])
+        recorded = self._recorded(connection, worker_id, in_doubt)
         settled: list[Settled] = []
         updates: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
         for spec, outcome in finished:
-            if ours.get(spec.id, (0, False))[0] != spec.attempt:
+            cancel_requested = ours.get(spec.key, recorded.get(spec.key))
+            if cancel_requested is None:
                 settled.append(Settled(spec, outcome, None))
                 continue
-            decided = settlement(
-                outcome.kind,
-                retry_count=spec.retry_count,
-                retries=spec.retries,
-                crash_count=spec.crash_count,
-                max_crashes=self._max_crashes,
-                cancel_requested=ours[spec.id][1],
-                retry_delay=spec.retry_policy.delay,
-                delay_seconds=outcome.delay_seconds,
+            decided = self._decide(spec, outcome, cancel_requested)
+            settled.append(
+                Settled(spec, outcome, decided.status, decided.retry_count, decided.delay_seconds)
             )
+            if spec.key in recorded:
+                continue
             updates.append(_settle_parameters(worker_id, spec, outcome, decided))
             if outcome.kind not in _NO_ATTEMPT_ROW:
                 attempts.append(_attempt_values(worker_id, worker_name, spec, outcome))
             if outcome.report is not None:
                 self.write_lines(connection, spec.id, spec.attempt, outcome.report)
-            settled.append(
-                Settled(spec, outcome, decided.status, decided.retry_count, decided.delay_seconds)
-            )
         if updates:
             connection.execute(self._settle_update, updates)
         if attempts:
@@ -73,16 +77,51 @@ class Settles(Runs):
 
     def _still_running(
         self, connection: sa.Connection, worker_id: int, ids: Sequence[int]
-    ) -> dict[int, tuple[int, bool]]:
+    ) -> dict[Key, bool]:
+        """The attempts that are still the worker's, and whether a cancel was asked for."""
         rows = connection.execute(
             RUNNING_OF.where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id).with_for_update(),
             {"worker": worker_id},
         )
-        return {row.id: (row.attempt, row.cancel_requested_at is not None) for row in rows}
+        return _by_key(rows)
+
+    def _recorded(
+        self, connection: sa.Connection, worker_id: int, in_doubt: Collection[Key]
+    ) -> dict[Key, bool]:
+        """Those of the attempts in doubt that have ended, and whether a cancel was asked for.
+
+        As long as the worker is alive, nobody but itself can have ended them.
+        """
+        if not in_doubt:
+            return {}
+        rows = connection.execute(
+            sa.select(JOBS.c.id, JOBS.c.attempt, JOBS.c.cancel_requested_at)
+            .join_from(JOBS, WORKERS, WORKERS.c.id == JOBS.c.worker_id)
+            .where(
+                JOBS.c.id.in_([job_id for job_id, _ in in_doubt]),
+                JOBS.c.worker_id == worker_id,
+                JOBS.c.status != JobStatus.RUNNING.value,
+                WORKERS.c.status == "alive",
+            )
+        )
+        return {key: asked for key, asked in _by_key(rows).items() if key in in_doubt}
+
+    def _decide(self, spec: JobSpec, outcome: Outcome, cancel_requested: bool) -> Settlement:
+        return settlement(
+            outcome.kind,
+            retry_count=spec.retry_count,
+            retries=spec.retries,
+            crash_count=spec.crash_count,
+            max_crashes=self._max_crashes,
+            cancel_requested=cancel_requested,
+            retry_delay=spec.retry_policy.delay,
+            delay_seconds=outcome.delay_seconds,
+        )
 
     @functools.cached_property
     def _settle_update(self) -> sa.Update:
-        delay = sa.bindparam("delay_seconds", type_=sa.Double)
+        # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
+        delay = sa.cast(sa.bindparam("delay_seconds", type_=sa.Double), sa.Double)
         keep_meta = sa.bindparam("new_meta", type_=sa.Text)
         columns = {
             name: sa.bindparam(f"new_{name}", type_=JOBS.c[name].type)
@@ -121,6 +160,10 @@ class Settles(Runs):
                 ),
             )
         )
+
+
+def _by_key(rows: Iterable[Any]) -> dict[Key, bool]:
+    return {(row.id, row.attempt): row.cancel_requested_at is not None for row in rows}
 
 
 def _settle_parameters(

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import sqlite3
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from ..models import UtcTime
-from ..spec import JobSpec
-from ..states import JobStatus
+from ..mounts import network_file_system
 from .base import Store
-from .claims import SPEC_COLUMNS
-from .database import JOBS
+from .database import READ_ONLY, WORKERS
+from .sqlite_file import file_of
+
+_logger = logging.getLogger("flask_bgjobs")
 
 _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
 _CLOCK = "%Y-%m-%d %H:%M:%f000"
 """SQLite's clock has milliseconds; the zeros keep all times the same length, so that they
 compare as text."""
-_READ_ONLY = "bgjobs_read_only"
+_ADVICE = {
+    sqlite3.SQLITE_BUSY: (
+        "somebody else has written to it for too long: look for a transaction that is left open, "
+        "and commit sooner"
+    ),
+    sqlite3.SQLITE_READONLY: (
+        "this user must be allowed to write the file, and to make files in its folder"
+    ),
+    sqlite3.SQLITE_FULL: "make room on its disk",
+    sqlite3.SQLITE_CANTOPEN: (
+        "the folder must be there, and this user must be allowed to make files in it"
+    ),
+}
+"""What to do about an error, by SQLite's code."""
 _NO_BEGIN = "bgjobs_no_begin"
 
 
@@ -34,6 +50,13 @@ class SqliteStore(Store):
     now = sa.func.strftime(_CLOCK, "now", type_=UtcTime)
     has_one_writer = True
     insert_into = staticmethod(sqlite.insert)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._file = None if self.always_joins else file_of(self.host_engine)
+        self._turns_wal_on = False
+        if self._file is not None:
+            self._file.add_user(self)
 
     def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
         return sa.func.strftime(
@@ -45,9 +68,19 @@ class SqliteStore(Store):
         return is_in_memory(self.host_engine)
 
     def prepare(self, *, wal: bool) -> str | None:
-        if not wal or self.always_joins:
+        if self._file is None:
             return None
-        return self.redo(self._turn_wal_on)
+        if kind := network_file_system(self._file.path):
+            # There WAL would need memory that machines share, and spoil the database.
+            _logger.warning(
+                "The SQLite file lies on a network file system (%s), where locks cannot be relied "
+                "on and WAL mode is left alone: use a local disk, or PostgreSQL | File: %s",
+                kind,
+                self._file.path,
+            )
+            return None
+        self._turns_wal_on = wal
+        return self.redo(self._turn_wal_on) if wal else None
 
     def _turn_wal_on(self) -> str | None:
         # Needs the database to itself for a moment, and SQLite does not wait for that.
@@ -59,6 +92,69 @@ class SqliteStore(Store):
         if after != "wal":
             return f"SQLite keeps journal_mode {after}; readers and writers wait for each other"
         return "SQLite's WAL mode is now on for this database (BGJOBS_SQLITE_WAL)"
+
+    @property
+    def engine(self) -> sa.Engine:
+        """Our own engine, with connections to the file that is there now."""
+        if self._file is not None:
+            try:
+                self._file.look()
+            except sqlite3.OperationalError as error:
+                raise OperationalError("open", None, error) from None
+        return super().engine
+
+    def with_deadline(self, seconds: float) -> Self:
+        """A store of the same database with connections of its own.
+
+        It needs no deadline: a file has no link that could fall silent, and who waits for the lock
+        has waited long enough after a while in any case.
+        """
+        return type(self)(
+            self.host_engine,
+            self.host_session,
+            schema=self._schema,
+            max_crashes=self._max_crashes,
+        )
+
+    def leave_what_is_gone(self) -> None:
+        if self._file is not None:
+            # That there is no file is for those to say who need it.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._file.look()
+
+    def leave_file(self) -> None:
+        """Close the connections to a file that is no longer the database, the host's as well."""
+        with self._own_engine_lock:
+            if self._own_engine is not None:
+                self._own_engine.dispose()
+        self.host_engine.dispose()
+        self._known_queues.clear()
+
+    def register_worker(self, values: Mapping[str, Any]) -> int:
+        """The id of a new, living worker: the time in milliseconds, or the next higher one.
+
+        So the ids of one file are not those of another by which it is replaced, and an outcome
+        that a worker still holds cannot hit a job of the other file.
+        """
+        next_one = sa.select(sa.func.coalesce(sa.func.max(WORKERS.c.id), 0) + 1).scalar_subquery()
+        now = time.time_ns() // 1_000_000
+        worker_id = super().register_worker({**values, "id": sa.func.max(next_one, now)})
+        if self._file is not None:
+            self._file.add_worker(worker_id)
+        return worker_id
+
+    def beat(self, worker_id: int) -> bool:
+        """Show that a worker lives. ``False``: it must start over, as its row or its file is gone.
+
+        Also in a copy of its file that has its row: that may be from a time when it ran other
+        jobs, and they are rescued only when their worker falls silent.
+        """
+        alive = super().beat(worker_id)
+        if self._file is None or self._file.has_worker(worker_id):
+            return alive
+        if self._turns_wal_on and (notice := self.redo(self._turn_wal_on)):
+            _logger.info(notice)
+        return False
 
     def make_engine(self) -> sa.Engine:
         if self.always_joins:
@@ -74,7 +170,7 @@ class SqliteStore(Store):
         return engine
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[sa.Connection]:
+    def read(self, *, within: float | None = None) -> Iterator[sa.Connection]:
         if self.always_joins and self.host_session().in_transaction():
             # Closing a second connection would roll the one database connection back.
             yield self.host_session().connection(
@@ -82,38 +178,11 @@ class SqliteStore(Store):
                 execution_options=self.execution_options,
             )
             return
-        with self.engine.connect().execution_options(**{_READ_ONLY: True}) as connection:
+        with super().read(within=within) as connection:
             yield connection
 
     def is_redoable(self, error: DBAPIError) -> bool:
-        code = getattr(error.orig, "sqlite_errorcode", None)
-        return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-    def insert_tolerantly(self, statement: sa.Insert) -> sa.Insert:
-        assert isinstance(statement, sqlite.Insert)
-        return statement.on_conflict_do_nothing(index_elements=["unique_hash"])
-
-    def claim_from(
-        self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
-    ) -> list[JobSpec]:
-        rows = connection.execute(
-            sa.update(JOBS)
-            .where(JOBS.c.id.in_(candidates.limit(limit)))
-            .values(
-                status=JobStatus.RUNNING.value,
-                attempt=JOBS.c.attempt + 1,
-                worker_id=worker_id,
-                claimed_at=self.now,
-                started_at=None,
-                finished_at=None,
-                progress=None,
-                progress_note=None,
-            )
-            .returning(*SPEC_COLUMNS, JOBS.c.run_at.label("due"))
-        ).all()
-        # RETURNING promises no order.
-        ordered = sorted(rows, key=lambda row: (-row.priority, row.due, row.id))
-        return [JobSpec(*row[:-1]) for row in ordered]
+        return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def is_in_memory(engine: sa.Engine) -> bool:
@@ -125,6 +194,17 @@ def is_in_memory(engine: sa.Engine) -> bool:
         or url.query.get("mode") == "memory"
         or "mode=memory" in url.database
     )
+
+
+def advice(error: SQLAlchemyError) -> str | None:
+    """What to do about an error of SQLite, for those that say too little; nothing was changed."""
+    return _ADVICE.get(_primary_code(error))
+
+
+def _primary_code(error: SQLAlchemyError) -> int:
+    """SQLite's own code without its refinements; 0 for errors that have none."""
+    code: int = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
+    return code & 0xFF
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
@@ -140,4 +220,4 @@ def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
 def _on_begin(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
     if not options.get(_NO_BEGIN):
-        connection.exec_driver_sql("BEGIN" if options.get(_READ_ONLY) else "BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if options.get(READ_ONLY) else "BEGIN IMMEDIATE")

@@ -10,12 +10,13 @@ from .detail import JobDetail, is_possible_id, job_detail
 from .listing import MAX_PER_PAGE, JobFilters, Page, list_jobs, recent_failures
 from .queues import QueueStats, queue_stats
 from .rows import JobRow
-from .service import Service, WorkerRow, service_now
+from .service import HEALTH_SECONDS, Service, WorkerRow, service_now
 from .shown import is_readable
 from .stats import Count, Stats, count_by_status, stats_now
 from .workers import WorkerDetail, count_live_workers, list_workers
 
 __all__ = [
+    "HEALTH_SECONDS",
     "MAX_PER_PAGE",
     "Count",
     "InvalidCursor",

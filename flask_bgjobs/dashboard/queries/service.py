@@ -13,6 +13,9 @@ from ...app_state import AppState
 from ...models import Job, Queue, Worker
 from ...states import JobStatus
 
+HEALTH_SECONDS = 5.0
+"""Within which the database must answer a health check."""
+
 _job = Job.__table__
 _worker = Worker.__table__
 
@@ -58,9 +61,12 @@ class Service:
         return len(self.workers) - self.alive
 
 
-def service_now(state: AppState) -> Service:
-    """Who serves what at the moment, by the database's clock."""
-    with state.store.read() as connection:
+def service_now(state: AppState, *, within: float | None = None) -> Service:
+    """Who serves what at the moment, by the database's clock.
+
+    :param within: seconds that the database has to answer.
+    """
+    with state.store.read(within=within) as connection:
         now: dt.datetime = connection.execute(sa.select(state.store.now)).scalar_one()
         workers = [
             _worker_row(row, now, state.config.lease)

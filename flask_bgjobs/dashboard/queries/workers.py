@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from ...app_state import AppState
 from ...models import Job, Worker
 from ...states import JobStatus
+from .service import HEALTH_SECONDS
 
 _job = Job.__table__
 _worker = Worker.__table__
@@ -59,12 +60,12 @@ def list_workers(state: AppState, *, ended: bool = False) -> list[WorkerDetail]:
 
 
 def count_live_workers(state: AppState) -> int:
-    """How many workers are heard of, by one statement."""
+    """How many workers are heard of, by one statement, within 5 s."""
     heard_of_since = state.store.after(sa.literal(-state.config.lease))
     statement = sa.select(sa.func.count()).where(
         _worker.c.status == "alive", _worker.c.heartbeat_at >= heard_of_since
     )
-    with state.store.read() as connection:
+    with state.store.read(within=HEALTH_SECONDS) as connection:
         return connection.scalar(statement) or 0
 
 

@@ -1,0 +1,123 @@
+"""PostgreSQL: rows are locked one by one, and who claims passes over what others hold."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
+
+from ..models import UtcTime
+from .base import Store
+from .database import JOBS, READ_ONLY
+
+_CONNECT_SECONDS = 10
+_LIBPQ_DRIVERS = ("psycopg", "psycopg2")
+_IDLE = "bgjobs_idle"
+_connecting = threading.local()
+"""Whether this thread connects for us, and not for the host."""
+_REDO = frozenset({"40001", "40P01", "55P03"})
+"""Serialization failure, deadlock, lock not available."""
+
+
+class PostgresStore(Store):
+    """The statements on PostgreSQL 12 or newer."""
+
+    # In a query of its own it is read once, so that comparing with it can use an index.
+    now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
+    insert_into = staticmethod(postgresql.insert)
+
+    def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
+        return self.now + seconds * sa.literal_column("interval '1 second'", sa.Interval)
+
+    def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
+        free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
+        # Materialized, or the planner might look for candidates more than once.
+        return sa.select(free.prefix_with("MATERIALIZED").c.id)
+
+    def make_engine(self) -> sa.Engine:
+        engine = sa.create_engine(
+            self.host_engine.url,
+            creator=_in_good_time(self.host_engine),
+            isolation_level="READ COMMITTED",
+            max_overflow=-1,
+        )
+        sa.event.listen(engine, "checkin", _note_idle)
+        sa.event.listen(engine, "checkout", _refuse_dead)
+        if self.deadline is not None:
+            sa.event.listen(engine, "begin", self._limit_idle)
+        return engine
+
+    def _limit_idle(self, connection: sa.Connection) -> None:
+        """Let the server end the transaction of a worker that has fallen silent within it.
+
+        Its rows stay locked for as long, also for those that would rescue its jobs.
+        """
+        if READ_ONLY not in connection.get_execution_options():
+            limit = f"{self.deadline:.3f}s"
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{limit}'")
+
+    def sever(self, driver_connection: Any) -> None:
+        # A copy of the descriptor: shutting it down ends the link for both.
+        with (
+            contextlib.suppress(Exception),
+            socket.fromfd(driver_connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as link,
+        ):
+            link.shutdown(socket.SHUT_RDWR)
+
+    def is_redoable(self, error: DBAPIError) -> bool:
+        # psycopg 3 and psycopg2 have their own words for it.
+        code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        return code in _REDO
+
+
+def _in_good_time(host_engine: sa.Engine) -> Callable[[], Any]:
+    """The host's own way to connect, with its connect_args, and an end to the waiting."""
+
+    def connect() -> Any:
+        _connecting.ours, _connecting.changed = True, {}
+        try:
+            return host_engine.pool._creator()  # type: ignore[call-arg]  # also without a record
+        finally:
+            _connecting.ours = False
+            _connecting.changed.pop("connect_timeout", None)
+
+    if host_engine.driver in _LIBPQ_DRIVERS and not sa.event.contains(
+        host_engine, "do_connect", _limit
+    ):
+        sa.event.listen(host_engine, "do_connect", _limit)
+    return connect
+
+
+def _limit(_dialect: object, _record: object, _args: object, options: dict[str, Any]) -> None:
+    # The dictionary is the one of the host's engine: it is left as it was found.
+    if getattr(_connecting, "ours", False) and "connect_timeout" not in options:
+        options["connect_timeout"] = _CONNECT_SECONDS
+        _connecting.changed = options
+
+
+def _note_idle(_connection: object, record: Any) -> None:
+    record.info[_IDLE] = True
+
+
+def _refuse_dead(connection: Any, record: Any, _proxy: object) -> None:
+    """Let no connection out of the pool that the server has closed meanwhile.
+
+    On an idle connection nothing is to be read but the server's farewell. To look costs no round
+    trip, as asking the server would.
+    """
+    if record.info.pop(_IDLE, False) and _has_something_to_read(connection):
+        raise sa.exc.DisconnectionError("the server has closed the connection")
+
+
+def _has_something_to_read(connection: Any) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        return bool(selector.select(0))

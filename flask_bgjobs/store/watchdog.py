@@ -1,0 +1,63 @@
+"""A deadline for what is asked of the database: a link that says nothing must not hold a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_logger = logging.getLogger("flask_bgjobs")
+
+_LOOK_SECONDS = 0.5
+
+
+class Watchdog:
+    """Severs connections that are in use for longer than they may be.
+
+    A half-open link gives no error: the other side is gone, and nobody says so. Drivers wait for
+    ever then, so a thread looks after the connections that are in use.
+
+    :param sever: breaks a driver's connection, so that who waits for it gets an error.
+    """
+
+    def __init__(self, sever: Callable[[Any], None]) -> None:
+        self._sever = sever
+        self._in_use: dict[object, tuple[float, Any]] = {}
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    @contextlib.contextmanager
+    def watching(self, driver_connection: Any, seconds: float) -> Iterator[None]:
+        """Sever the connection when the block takes longer than ``seconds``."""
+        self._start()
+        token = object()
+        self._in_use[token] = (time.monotonic() + seconds, driver_connection)
+        try:
+            yield
+        finally:
+            self._in_use.pop(token, None)
+
+    def end(self) -> None:
+        """End the thread; the next use starts another."""
+        self._ended.set()
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None or self._ended.is_set():
+                self._ended = threading.Event()
+                self._thread = threading.Thread(
+                    target=self._look, args=[self._ended], name="bgjobs-dog", daemon=True
+                )
+                self._thread.start()
+
+    def _look(self, ended: threading.Event) -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            for token, (deadline, driver_connection) in list(self._in_use.items()):
+                if now >= deadline and self._in_use.pop(token, None) is not None:
+                    _logger.error("The database says nothing: a connection is given up")
+                    self._sever(driver_connection)
