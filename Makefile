@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs build clean
+.PHONY: help demo test chaos lint docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,6 +14,13 @@ demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
 
 test: $(STAMP) ## all tests, on every processor
 	$(BIN)/python -m pytest -n auto
+
+SECONDS = 300
+SEED =
+DATABASE = sqlite
+chaos: $(STAMP) ## kills, stalls and outages; SECONDS=300 SEED=7 DATABASE=sqlite|postgresql|<url>
+	@$(BIN)/python -m tests.chaos --seconds '$(SECONDS)' $(if $(SEED),--seed '$(SEED)') \
+		--database '$(DATABASE)'
 
 lint: $(STAMP) ## style, types and who may import whom
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""An app on a real SQLite file for each test, and help to wait for what must come."""
+"""An app on a real database for each test, and help to wait for what must come."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, Job
 from flask_bgjobs.app_state import AppState, state_of
-from tests import jobs
+from tests import databases, jobs
 
 DEADLINE_SECONDS = 30.0
 """How long a test waits for something that must come; machines are slow and noisy."""
@@ -30,10 +31,41 @@ def wait_until(
     return value
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Find out once per run which databases there are; the workers of xdist are told."""
+    if hasattr(config, "workerinput"):
+        config.missing_servers = config.workerinput["missing_servers"]  # type: ignore[attr-defined]
+        return
+    config.missing_servers = missing = databases.missing_servers()  # type: ignore[attr-defined]
+    if missing and os.environ.get("CI") == "true":
+        raise pytest.UsageError(*missing)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of xdist what this process found out."""
+    node.workerinput["missing_servers"] = node.config.missing_servers
+
+
+def pytest_report_header(config: Any) -> list[str]:
+    """Say in one line per server what the tests do not run on."""
+    return [f"{sentence}; its tests are left out" for sentence in config.missing_servers]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that uses ``database_url`` on every database that its ``on`` mark names."""
+    if "database_kind" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("on")
+        kinds = mark.args if mark else databases.KINDS
+        there = databases.KINDS[:1] if metafunc.config.missing_servers else databases.KINDS  # type: ignore[attr-defined]
+        metafunc.parametrize("database_kind", [kind for kind in kinds if kind in there])
+
+
 @pytest.fixture
-def database_url(tmp_path: Path) -> str:
+def database_url(database_kind: str, tmp_path: Path) -> Iterator[str]:
     """A database of the test's own."""
-    return f"sqlite:///{tmp_path / 'test.db'}"
+    with databases.new_database(database_kind, tmp_path) as url:
+        yield url
 
 
 def build_app(database_url: str, **config: Any) -> Flask:

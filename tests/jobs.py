@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import gc
 import os
 import re
 import resource
 import signal
 import subprocess
+import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy as sa
+from flask import current_app
 
 from flask_bgjobs import Fail, Retry, Snooze, current_job, run_background_job
 
@@ -217,6 +226,137 @@ def enqueue_another(value: int) -> None:
     run_background_job("tests.jobs.echo", parameters=[value])
 
 
+def wall_clock() -> float:
+    return time.time()
+
+
+def enqueue_later(value: int, delay: float) -> int:
+    """By the clock of the process that runs this; the id of the new job."""
+    return run_background_job("tests.jobs.echo", parameters=[value], delay=delay).id
+
+
+def hang_scheduler(part: str) -> None:
+    """Let a thread of the worker's scheduler wait for ever: the one that calls, or its main one."""
+    # Here, as the names of these jobs are imported by processes that must do without it.
+    from apscheduler.events import EVENT_JOB_SUBMITTED
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    (scheduler,) = (o for o in gc.get_objects() if type(o) is BackgroundScheduler)
+    hangs, never = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        hangs.set()
+        never.wait()
+
+    if part == "executor":
+        scheduler.add_job(hang)
+    else:
+        scheduler.add_listener(hang, EVENT_JOB_SUBMITTED)
+    assert hangs.wait(30)
+
+
+def hold_at_first(path: str) -> int:
+    """Run for ever at the first attempt, and end at once at a later one."""
+    if current_job.attempt == 1:
+        hold(path, 600)
+    return current_job.attempt
+
+
+def hold_gil_at_first(path: str, seconds: int) -> int:
+    """At the first attempt let no other thread of the process run for some seconds."""
+    attempt = current_job.attempt
+    record(path, f"start {attempt}")
+    while attempt == 1:
+        # Nobody may come in between, and so begin a transaction that then lasts as long.
+        sys.setswitchinterval(60)
+        if _no_thread_writes():
+            ctypes.PyDLL(None).sleep(seconds)
+            attempt = 0
+        sys.setswitchinterval(0.005)
+        time.sleep(0.001)
+    record(path, f"end {current_job.attempt}")
+    return current_job.attempt
+
+
+def _no_thread_writes() -> bool:
+    """Whether no thread of this process is in a transaction: others would wait for its locks."""
+    stacks = (traceback.walk_stack(frame) for frame in sys._current_frames().values())
+    frames = (frame for stack in stacks for frame, _ in stack)
+    return not any(frame.f_code.co_name == "transaction" for frame in frames)
+
+
+def give(what: str) -> Any:
+    """A result that cannot be stored."""
+    results: dict[str, Any] = {
+        "an object": {"rows": [1, object()]},
+        "NaN": {"rows": [1.0, float("nan")]},
+        "infinity": {"rows": [1, float("-inf")]},
+        "a surrogate": {"rows": [0, "\ud800"]},
+        "too large": "x" * 2**21,
+    }
+    return results[what]
+
+
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it has no text")
+
+
+class TwoArguments(Exception):
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)
+
+
+def throw(what: str) -> None:
+    """Raise what is hard to tell."""
+    errors: dict[str, BaseException] = {
+        "no text": Unreadable(),
+        "NUL and surrogates": ValueError("a\0b\ud800c"),
+        "two arguments": TwoArguments(5, "no"),
+        "exit": SystemExit(3),
+        "interrupt": KeyboardInterrupt(),
+        "generator": GeneratorExit(),
+        "cancelled": asyncio.CancelledError(),
+        "bare": BaseException("bare"),
+    }
+    if what == "50 MB":
+        raise ValueError("begin" + "x" * 50_000_000 + "end")
+    if what == "chain":
+        error: Exception = ValueError("first")
+        for number in range(500):
+            link = RuntimeError(f"link {number}")
+            link.__cause__ = error
+            error = link
+        raise error
+    raise errors[what]
+
+
+def spoil_session(how: str) -> None:
+    """Leave the host's session as no job should."""
+    session = current_app.extensions["sqlalchemy"].session
+    row = "INSERT INTO bgjobs_queue (name, created_at) VALUES ('left', CURRENT_TIMESTAMP)"
+    session.execute(sa.text(row))
+    if how == "broken":
+        session.execute(sa.text("SELECT * FROM no_such_table"))
+    if how == "swallowed":
+        with contextlib.suppress(sa.exc.DBAPIError):
+            session.execute(sa.text("SELECT * FROM no_such_table"))
+
+
+def look_at_session() -> list[Any]:
+    """Where it runs, whether a transaction is open, and what is there by the session."""
+    session = current_app.extensions["sqlalchemy"].session
+    is_open = session().in_transaction()
+    names = session.execute(sa.text("SELECT name FROM bgjobs_queue WHERE name = 'left'"))
+    return [os.getpid(), threading.get_ident(), is_open, list(names.scalars())]
+
+
+def count_by_session() -> int:
+    """How many jobs the host's session finds."""
+    session = current_app.extensions["sqlalchemy"].session
+    return int(session.execute(sa.text("SELECT count(*) FROM bgjobs_job")).scalar_one())
+
+
 def login(user: str, password: str) -> None:
     raise ValueError(f"{user} could not log in with {password}")
 
@@ -253,6 +393,16 @@ NAMES = [
             tell_and_hold,
             swallow,
             enqueue_another,
+            wall_clock,
+            enqueue_later,
+            hang_scheduler,
+            hold_at_first,
+            hold_gil_at_first,
+            give,
+            throw,
+            spoil_session,
+            look_at_session,
+            count_by_session,
             login,
         )
     ),

@@ -75,6 +75,12 @@ def app(database_url: str) -> Iterator[object]:
 
 
 @pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """A file outside the database in which jobs note that they ran."""
+    return tmp_path / "journal"
+
+
+@pytest.fixture
 def start_worker(
     tmp_path: Path, app: object, database_url: str
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import random
 import signal
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from flask_bgjobs import BgJobsError, Job, run_background_job
 from flask_bgjobs.app_state import AppState
 from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.options import JobOptions
+from tests.acceptance.helpers import descendants
 from tests.conftest import count_jobs, wait_until
 
 pytestmark = pytest.mark.acceptance
@@ -164,15 +164,6 @@ def _is_over(state: AppState) -> bool:
     return all(status in ("completed", "failed", "cancelled") for _, status, _ in _statuses(state))
 
 
-def _descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found |= {child} | _descendants(child)
-    return found
-
-
 @pytest.mark.parametrize(
     ("options", "with_crashes"),
     [(["-P", "process", "-c", "4"], True), (["-P", "thread", "-c", "10"], False)],
@@ -202,7 +193,7 @@ def test_three_thousand_mixed_jobs(
     assert raced == len(mix.racing) == 200
     assert seen == mix.expected
     assert _memory(worker.pid) - before < 20
-    below = _descendants(worker.pid)
+    below = descendants(worker.pid)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) == 0
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]

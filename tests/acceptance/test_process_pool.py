@@ -21,28 +21,11 @@ from flask_bgjobs.app_state import AppState
 from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt
 from flask_bgjobs.options import JobOptions
+from tests.acceptance.helpers import descendants, enqueue, lines
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
-
-
-def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
-    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def descendants(pid: int) -> list[int]:
-    """The living processes below ``pid``."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
 
 
 def is_alive(pid: int) -> bool:
@@ -51,11 +34,6 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state not in "ZX"
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "journal"
 
 
 @pytest.fixture

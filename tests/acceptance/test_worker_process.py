@@ -15,25 +15,13 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs import Job, run_background_job
+from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState
+from tests.acceptance.helpers import enqueue, lines
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
-
-
-def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
-    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "journal"
 
 
 def test_from_enqueue_to_result(app: Flask, start_worker: Start) -> None:

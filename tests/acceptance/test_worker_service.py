@@ -12,15 +12,11 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs import Job, run_background_job
+from tests.acceptance.helpers import enqueue
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
-
-
-def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
-    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
 
 
 def test_systemd_is_told(app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,8 +94,8 @@ def test_an_unknown_bind_is_refused() -> None:
 
 def test_another_database_is_refused_with_its_name() -> None:
     """A database without a store is refused with its name."""
-    engine = sa.create_mock_engine("postgresql+psycopg://", lambda *args: None)
-    with pytest.raises(DatabaseNotSupported, match="postgresql"):
+    engine = sa.create_mock_engine("oracle://", lambda *args: None)
+    with pytest.raises(DatabaseNotSupported, match="oracle"):
         make_store(engine, SQLAlchemy().session, schema=None, max_crashes=3)  # type: ignore[arg-type]
 
 

@@ -522,6 +522,45 @@ class TestLease:
         assert events == ["start", "end"] * 3
         assert not any(job.suspect for job in jobs)
 
+    def test_a_suspect_keeps_its_turn_through_an_outage(
+        self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A suspect whose start could not be committed is started when the database is back."""
+        mark_started = type(state.store).mark_started
+        failures = iter([sa.exc.OperationalError("start", {}, Exception("database is gone"))])
+
+        def fail_once(*arguments: Any) -> set[int]:
+            for error in failures:
+                raise error
+            return mark_started(*arguments)
+
+        monkeypatch.setattr(type(state.store), "mark_started", fail_once)
+        job = _suspect(state, "echo", 5)
+        with working(app):
+            assert job.wait(30).result == 5
+        assert next(failures, None) is None
+
+    def test_a_suspect_is_not_started_before_its_code_can_run(
+        self, app: Flask, state: AppState, tmp_path: Path
+    ) -> None:
+        """A suspect for which no thread is free has no start that it could be blamed for."""
+        gate = tmp_path / "gate"
+        with working(app, concurrency=1) as worker:
+            for number in range(5):
+                # Quick ones, so that more is claimed than there are threads.
+                enqueue("echo", number).wait(30)
+            blocking = enqueue("wait_for_file", str(gate))
+            wait_until(lambda: stored(app, blocking).started_at, "the start")
+            job = _suspect(state, "echo", 6)
+            wait_until(lambda: stored(app, job).status == "running", "the claim")
+            beats = _beats(state, worker._id)
+            wait_until(
+                lambda: _beats(state, worker._id) > beats + 2, "time in which it could start"
+            )
+            assert stored(app, job).started_at is None
+            gate.touch()
+            assert job.wait(30).result == 6
+
     def test_another_workers_jobs_are_rescued(self, app: Flask, state: AppState) -> None:
         """A worker finds the jobs of a dead one by itself, and signals it."""
         from flask_bgjobs.worker import register
@@ -540,6 +579,14 @@ class TestLease:
             assert job.wait(30).result == 8
         assert rescued == [job.id]
         assert job.attempt == 2
+
+
+def _suspect(state: AppState, name: str, *parameters: Any) -> Job:
+    """A pending job that was taken from a dead worker."""
+    job = enqueue(name, *parameters, delay=600)
+    suspect = sa.update(Job).where(Job.id == job.id).values(suspect=True, status="pending")
+    state.store.transaction(lambda connection: connection.execute(suspect))
+    return job
 
 
 def _beats(state: AppState, worker_id: int) -> int:
@@ -676,6 +723,7 @@ def test_long_and_quick_jobs_do_not_wait_for_each_other(app: Flask, journal: Pat
         assert slow.refresh().status == "running"
 
 
+@pytest.mark.on("sqlite")
 def test_wal_is_turned_on_and_said(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
     """The worker turns WAL on and says so; ``BGJOBS_SQLITE_WAL = False`` leaves it."""
     caplog.set_level(logging.INFO, "flask_bgjobs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -173,6 +174,59 @@ def test_wall_clock_jumps(
     assert clock.drifted(), "back again is a jump as well"
     clock.wake_in([0.05])
     wait_until(lambda: wakes)
+
+
+@pytest.mark.parametrize("jump", [-3_600.0, 3_600.0])
+def test_polls_go_on_after_a_jump(
+    make_clock: MakeClock, wakes: Wakes, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """After a jump the poll comes at once and not when its old time has come."""
+    clock = make_clock()
+    (poll,) = clock._scheduler.get_jobs()
+    before = poll.next_run_time
+    shift_wall_clock(monkeypatch, jump)
+    assert clock.drifted()
+    wait_until(lambda: len(wakes) == 1)
+    rest(clock, wakes)
+    (poll,) = clock._scheduler.get_jobs()
+    assert poll.next_run_time > before
+    assert len(wakes) == 1
+
+
+def test_missed_polls_are_one(make_clock: MakeClock, wakes: Wakes) -> None:
+    """However many polls a blocked scheduler or a jump of decades left out, one makes up for
+    them, and they are not even counted."""
+    clock = make_clock(NEVER)
+    (poll,) = clock._scheduler.get_jobs()
+    now = dt.datetime.now(dt.UTC)
+    decades_ago = now - dt.timedelta(days=20_000)
+    poll.modify(next_run_time=decades_ago)
+    wait_until(lambda: wakes)
+    rest(clock, wakes)
+    assert len(wakes) == 1
+    (poll,) = clock._scheduler.get_jobs()
+    assert poll.trigger.get_next_fire_time(decades_ago, now) > now
+
+
+def test_a_call_that_never_ends_does_not_hang_the_stop(
+    wakes: Wakes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stop leaves a scheduler that hangs behind, and says so."""
+    monkeypatch.setattr(scheduler, "_STOP_SECONDS", 0.2)
+    entered, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        entered.set()
+        release.wait()
+
+    clock = Clock(hang, 0.01)
+    clock.start()
+    assert entered.wait(30)
+    clock.stop()
+    assert clock.hangs
+    assert "The scheduler hangs" in caplog.text
+    release.set()
+    wait_until(lambda: not clock._scheduler.running)
 
 
 def test_same_due_time_after_a_jump(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+"""What the acceptance tests share: jobs by short names, journals, and processes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from flask_bgjobs import Job, run_background_job
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.models import Worker
+from tests.conftest import wait_until
+
+
+def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
+    """A job of ``tests.jobs``."""
+    return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
+
+
+def lines(path: Path) -> list[str]:
+    """What jobs have noted in a journal."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def workers(state: AppState) -> dict[int, str]:
+    """The status of all workers that there are and were, by id, in order."""
+    return {row.id: row.status for row in _worker_rows(state)}
+
+
+def beats(state: AppState) -> dict[str, int]:
+    """How often living workers have shown that they live, by name."""
+    return {row.name: row.beats for row in _worker_rows(state) if row.status == "alive"}
+
+
+def _worker_rows(state: AppState) -> list[sa.Row[Any]]:
+    columns = (Worker.id, Worker.name, Worker.status, Worker.beats)
+    with state.store.read() as connection:
+        return list(connection.execute(sa.select(*columns).order_by(Worker.id)))
+
+
+def stop_between_transactions(worker: Any, state: AppState) -> None:
+    """Stop a process, but not while it holds a lock that the others would have to wait for."""
+
+    def stop() -> bool:
+        worker.send_signal(signal.SIGSTOP)
+        if _is_quiet(state):
+            return True
+        worker.send_signal(signal.SIGCONT)
+        return False
+
+    wait_until(stop, "a moment between two transactions")
+
+
+def _is_quiet(state: AppState) -> bool:
+    engine = state.store.host_engine
+    if engine.dialect.name == "postgresql":
+        with state.store.read() as connection:
+            return not connection.exec_driver_sql(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND pid <> pg_backend_pid() AND state <> 'idle'"
+                " AND backend_type = 'client backend'"
+            ).scalar()
+    probe = sqlite3.connect(engine.url.database or "", timeout=0)
+    try:
+        probe.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        return False
+    finally:
+        probe.close()
+    return True
+
+
+def descendants(pid: int) -> list[int]:
+    """The living processes below ``pid``."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+    return found

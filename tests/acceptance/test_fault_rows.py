@@ -1,0 +1,257 @@
+"""What jobs, rows and parameters can be, with real workers that run threads and children."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from flask_bgjobs import Job
+from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.models import Attempt
+from tests import databases
+from tests.acceptance.conftest import Workers
+from tests.acceptance.helpers import enqueue, lines
+from tests.conftest import DEADLINE_SECONDS, build_app, stored, wait_until
+
+pytestmark = pytest.mark.acceptance
+POOLS = {"default": "thread", "children": "process"}
+"""The pool of each queue."""
+BOTH_POOLS = {"BGJOBS_QUEUE_POOLS": {"children": "process"}, "BGJOBS_APP": "host:create_app"}
+
+
+@dataclasses.dataclass
+class Site:
+    """An app and a worker of its, for all tests of this file."""
+
+    app: Flask
+    state: AppState
+    folder: Path
+    url: str
+    worker: Any
+
+    def log(self) -> str:
+        """What the worker has written, every kind of line break as it is."""
+        return self.worker.log.read_bytes().decode()
+
+    def has_line(self, *parts: str) -> bool:
+        """Whether a line holds all of these, split as a reader would."""
+        return any(all(part in line for part in parts) for line in self.log().splitlines())
+
+
+@pytest.fixture(scope="module", params=databases.KINDS)
+def module_site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A worker with both pools."""
+    if request.param != "sqlite" and request.config.missing_servers:  # type: ignore[attr-defined]
+        pytest.skip(*request.config.missing_servers)  # type: ignore[attr-defined]
+    folder = tmp_path_factory.mktemp("site")
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(databases.new_database(request.param, folder))
+        app = build_app(url)
+        state = state_of(app)
+        with app.app_context():
+            app.extensions["sqlalchemy"].create_all()
+            app.extensions["sqlalchemy"].engine.dispose()
+        stack.callback(state.store.dispose)
+        workers = Workers(folder, url)
+        stack.callback(workers.end)
+        worker = workers.start("-c", "4", "-q", ",".join(POOLS), **BOTH_POOLS)
+        yield Site(app, state, folder, url, worker)
+        worker.terminate()
+        assert worker.wait(DEADLINE_SECONDS) == 0
+
+
+@pytest.fixture
+def site(module_site: Site) -> Iterator[Site]:
+    """The app with its context pushed; its worker must live through the test without trouble."""
+    with module_site.app.app_context():
+        yield module_site
+        for queue in POOLS:
+            assert enqueue("echo", 1, queue=queue).wait(DEADLINE_SECONDS).result == 1
+    assert module_site.worker.poll() is None
+    for trouble in ("Database not usable", "refused by the database", "Worker dead", "crashed"):
+        assert trouble not in module_site.log()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """A file outside the database in which jobs note that they ran."""
+    return tmp_path / "journal"
+
+
+def in_both_pools(name: str, *parameters: Any, **options: Any) -> list[Job]:
+    return [enqueue(name, *parameters, queue=queue, **options) for queue in POOLS]
+
+
+def execute(site: Site, statement: Any) -> None:
+    site.state.store.transaction(lambda connection: connection.execute(statement))
+
+
+def test_results_that_cannot_be_stored(site: Site) -> None:
+    """A result that is no JSON, not a number or too large fails the job at once, whatever retries
+    it has, and the error names the value."""
+    expected = {
+        "an object": r"result\.rows\[1\].*object",
+        "NaN": r"result\.rows\[1\].*nan",
+        "infinity": r"result\.rows\[1\].*inf",
+        "a surrogate": r"result\.rows\[1\].*surrogate",
+        "too large": r"result.*1,048,576",
+    }
+    made = {what: in_both_pools("give", what, retries=3, retry_delay=0) for what in expected}
+    for what, says in expected.items():
+        for job in made[what]:
+            job.wait(DEADLINE_SECONDS)
+            assert (job.status, job.attempt, job.retry_count) == ("failed", 1, 0)
+            assert re.search(says, job.error or "", re.IGNORECASE), job.error
+
+
+def test_exceptions_of_every_kind(site: Site) -> None:
+    """Whatever a job raises, it is a failure that uses a retry, its text is made storable and
+    cut, and the process that ran it lives."""
+    expected = {
+        "no text": r"Unreadable: \(its message cannot be read",
+        "NUL and surrogates": r"ValueError: a\ufffdb\ufffdc",
+        "50 MB": r"ValueError: beginx",
+        "two arguments": r"TwoArguments: \(5, 'no'\)",
+        "chain": r"RuntimeError: link 499",
+        "exit": r"SystemExit: 3",
+        "interrupt": r"KeyboardInterrupt",
+        "generator": r"GeneratorExit",
+        "cancelled": r"CancelledError",
+        "bare": r"BaseException: bare",
+    }
+    made = {what: in_both_pools("throw", what, retries=1, retry_delay=0) for what in expected}
+    for what, says in expected.items():
+        for job in made[what]:
+            job.wait(DEADLINE_SECONDS)
+            assert (job.status, job.attempt, job.retry_count) == ("failed", 2, 1), what
+            assert re.match(says, job.error or ""), job.error
+            assert len(job.error or "") <= 2_000
+    ids = [job.id for jobs in made.values() for job in jobs]
+    with site.state.store.read() as connection:
+        kept = connection.execute(
+            sa.select(Attempt.outcome, Attempt.traceback).where(Attempt.job_id.in_(ids))
+        ).all()
+    assert len(kept) == 2 * 2 * len(expected)
+    assert {row.outcome for row in kept} == {"failed"}
+    assert max(len(row.traceback) for row in kept) <= 64 * 1024
+
+
+@pytest.mark.parametrize("pool", POOLS.values())
+def test_the_next_job_finds_a_clean_session(site: Site, tmp_path: Path, pool: str) -> None:
+    """What a job leaves behind in the host's session, an open transaction or one that the database
+    has given up, is rolled back, and the next job on the thread starts clean."""
+    workers = Workers(tmp_path, site.url)
+    try:
+        worker = workers.start("-q", "alone", "-P", pool, "-c", "1", BGJOBS_APP="host:create_app")
+        places = set()
+        for how, status in (
+            ("open", "completed"),
+            ("broken", "failed"),
+            ("swallowed", "completed"),
+        ):
+            spoiler = enqueue("spoil_session", how, retries=0, queue="alone")
+            assert spoiler.wait(DEADLINE_SECONDS).status == status
+            look = enqueue("look_at_session", queue="alone").wait(DEADLINE_SECONDS)
+            process, thread, is_open, left = look.result
+            assert (is_open, left) == (False, [])
+            places.add((process, thread))
+        assert len(places) == 1
+        worker.terminate()
+        assert worker.wait(DEADLINE_SECONDS) == 0
+    finally:
+        workers.end()
+
+
+def test_a_job_whose_row_is_deleted(site: Site, journal: Path) -> None:
+    """The code of a running job whose row is deleted is stopped, its outcome changes nothing and is
+    logged as lost, and the jobs beside it are not touched."""
+    deleted = in_both_pools("hold", str(journal), 600)
+    kept = in_both_pools("hold", str(journal), 1.0)
+    wait_until(lambda: len(lines(journal)) >= 4, "the starts")
+    execute(site, sa.delete(Job).where(Job.id.in_([job.id for job in deleted])))
+    for job in deleted:
+        wait_until(lambda job=job: site.has_line(f"Lease lost | Job: {job.id} |"), "the notice")
+        assert site.state.store.get(job.id) is None
+        assert f"stopped {job.id} JobCancelled" in lines(journal)
+    for job in kept:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+        assert job.attempt == 1
+
+
+def test_a_row_that_names_what_is_not_allowed(site: Site) -> None:
+    """A row that was edited to a name that the allow-list does not hold fails for good, and its
+    module is not even imported."""
+    imported = site.folder / "imported"
+    (site.folder / "evil.py").write_text(
+        f"open({str(imported)!r}, 'w').close()\ndef run(*_): pass\nclass Job:\n    run = run\n"
+    )
+    names = [("evil.run", None), ("evil.Job", "run"), ("os.system", None), ("evil:run", None)]
+    names += [("tests.jobs.SampleJob", "_private"), ("tests.jobs.SampleJob", "__init__")]
+    jobs = []
+    for target, method in names:
+        for job in in_both_pools("echo", "true", retries=3, delay=600):
+            edited = {"target": target, "method": method, "run_at": job.created_at}
+            execute(site, sa.update(Job).where(Job.id == job.id).values(**edited))
+            jobs.append(job)
+    for job in jobs:
+        job.wait(DEADLINE_SECONDS)
+        assert (job.status, job.attempt, job.error_type) == ("failed", 1, "JobNotAllowed")
+        refused = f"Unauthorized or invalid job class/method | Class: {job.target} |"
+        wait_until(
+            lambda job=job, line=refused: site.has_line(line, f"Job: {job.id} |"), "the line"
+        )
+    assert not imported.exists()
+
+
+def test_text_in_parameters_forges_no_log_line(site: Site) -> None:
+    """Line breaks and control characters in parameters and errors stay within the one line of their
+    stage."""
+    text = "x\nINFO forged\r\n\x1b[2Jforged\u2028forged\x85\x0bforged"
+    jobs = [*in_both_pools("echo", text), *in_both_pools("fail", text, retries=0)]
+    for job in jobs:
+        end = "Job completed" if job.wait(DEADLINE_SECONDS).status == "completed" else "Job failed"
+        for stage in ("Job running", end):
+            parts = (f"{stage} ", f"Job: {job.id} |", "forged")
+            wait_until(lambda parts=parts: site.has_line(*parts), "the line")
+    for line in site.log().splitlines():
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f]", line)
+        assert not line.startswith(("INFO forged", "forged"))
+
+
+def test_secrets_do_not_reach_the_log(site: Site) -> None:
+    """A value whose key names a secret is masked in the lines of its job and in its error, on the
+    command line as well."""
+    secret = "correct-horse-battery"
+    for job in in_both_pools("login", "ann", secret, retries=1, retry_delay=0):
+        assert job.wait(DEADLINE_SECONDS).status == "failed"
+        for stage in ("Job running", "Job failed and will retry", "Job failed |"):
+            parts = (stage, f"Job: {job.id} |")
+            wait_until(lambda parts=parts: site.has_line(*parts), "the line")
+        shown = site.app.test_cli_runner().invoke(args=["bgjobs", "show", str(job.id)])
+        assert "ann could not log in" in shown.output
+        assert secret not in shown.output
+    assert site.has_line("Job failed |", "ann could not log in")
+    assert secret not in site.log()
+
+
+def test_a_long_job_keeps_no_quick_one_waiting(site: Site, journal: Path) -> None:
+    """Beside a long job in each pool quick ones go on one by one: none waits for it."""
+    slow = in_both_pools("hold", str(journal), 600)
+    wait_until(lambda: len(lines(journal)) == 2, "the starts")
+    quick = [job for number in range(30) for job in in_both_pools("echo", number)]
+    for job in quick:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+    assert [stored(site.app, job).status for job in slow] == ["running", "running"]
+    for job in slow:
+        job.cancel()
+        assert job.wait(DEADLINE_SECONDS).status == "cancelled"

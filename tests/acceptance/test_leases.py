@@ -1,0 +1,157 @@
+"""Leases: kept while a worker lives, lost when it is silent, and what becomes of the jobs."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_bgjobs import Job, maintenance
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.maintenance import Sweeper
+from flask_bgjobs.worker import register
+from tests.acceptance.helpers import beats, enqueue, lines, stop_between_transactions, workers
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
+
+pytestmark = pytest.mark.acceptance
+Start = Callable[..., Any]
+
+SHORT_LEASE = {"BGJOBS_LEASE": 1.5, "BGJOBS_HEARTBEAT_INTERVAL": 0.1}
+BEATS_OF_TWO_LEASES = 30
+
+
+def test_the_grace_of_a_stop_may_outlast_the_lease(
+    app: Flask, state: AppState, start_worker: Start, tmp_path: Path
+) -> None:
+    """A worker that was told to stop keeps its lease while its jobs have their grace: nobody
+    rescues them, and they complete."""
+    gate = tmp_path / "gate"
+    stopping = start_worker("-n", "stopping", "-c", "1", **SHORT_LEASE)
+    job = enqueue("wait_for_file", str(gate))
+    wait_until(lambda: stored(app, job).started_at is not None, "the start")
+    start_worker("-n", "other", "-c", "1", **SHORT_LEASE)
+    stopping.send_signal(signal.SIGTERM)
+    wait_until(lambda: "Worker stopping" in stopping.log.read_text(), "the stop")
+    before = beats(state)["other"]
+    wait_until(lambda: beats(state)["other"] >= before + BEATS_OF_TWO_LEASES, "two leases")
+    gate.touch()
+    assert stopping.wait(DEADLINE_SECONDS) == 0
+    assert (job.refresh().status, job.attempt) == ("completed", 1)
+    assert list(workers(state).values()) == ["stopped", "alive"]
+
+
+@pytest.mark.on("sqlite")
+@pytest.mark.parametrize("pool", ["thread", "process"])
+def test_a_worker_that_comes_back_stops_what_is_no_longer_its(
+    app: Flask, state: AppState, start_worker: Start, journal: Path, pool: str
+) -> None:
+    """A worker that was stopped past its lease finds it lost, stops the job's code, and works on
+    under a new id; the outcome of the newer attempt stands."""
+    stalled = start_worker("-n", "stalled", "-P", pool, "-c", "1", **SHORT_LEASE)
+    job = enqueue("hold_at_first", str(journal))
+    wait_until(lambda: lines(journal), "the start")
+    stop_between_transactions(stalled, state)
+    start_worker("-n", "second", "-q", "default", "-c", "1", **SHORT_LEASE)
+    assert job.wait(DEADLINE_SECONDS).result == 2
+    assert lines(journal) == [f"start {job.id} 1"], "its code still stands where it was"
+    stalled.send_signal(signal.SIGCONT)
+    wait_until(lambda: f"stopped {job.id} JobCancelled" in lines(journal), "the end of the code")
+    wait_until(lambda: "Lease lost | Worker: stalled" in stalled.log.read_text(), "the notice")
+    again = enqueue("echo", 1, queue="only-stalled").wait(DEADLINE_SECONDS)
+    ids = list(workers(state))
+    assert (again.result, again.worker_id) == (1, ids[2])
+    assert list(workers(state).values()) == ["dead", "alive", "alive"]
+    settled = stored(app, job)
+    assert (settled.attempt, settled.worker_id, settled.result) == (2, ids[1], 2)
+    assert settled.finished_at == job.finished_at
+
+
+@pytest.mark.on("sqlite")
+def test_a_late_heartbeat_is_logged(app: Flask, start_worker: Start, journal: Path) -> None:
+    """C code that holds the GIL for longer than the heartbeat's interval makes it late, and the
+    log says so; within the lease that is all."""
+    worker = start_worker("-c", "1", BGJOBS_LEASE=DEADLINE_SECONDS)
+    job = enqueue("hold_gil_at_first", str(journal), 1)
+    assert job.wait(DEADLINE_SECONDS).result == 1
+    wait_until(lambda: "Heartbeat late by" in worker.log.read_text(), "the warning")
+    assert "Lease lost" not in worker.log.read_text()
+
+
+@pytest.mark.on("sqlite")
+def test_a_stall_longer_than_the_lease_overlaps(
+    app: Flask, start_worker: Start, journal: Path, tmp_path: Path
+) -> None:
+    """C code that holds the GIL for longer than the lease runs on while another worker runs the
+    job as well; only the newer outcome counts."""
+    gate = tmp_path / "gate"
+    start_worker("-c", "1", **SHORT_LEASE)
+    busy = enqueue("wait_for_file", str(gate))
+    wait_until(lambda: stored(app, busy).started_at is not None, "the start")
+    stalled = start_worker("-n", "stalled", "-c", "1", **SHORT_LEASE)
+    job = enqueue("hold_gil_at_first", str(journal), 6)
+    wait_until(lambda: lines(journal), "the start")
+    gate.touch()
+    assert job.wait(DEADLINE_SECONDS).result == 2
+    wait_until(lambda: f"Lease lost | Job: {job.id}" in stalled.log.read_text(), "the notice")
+    assert lines(journal)[:3] == ["start 1", "start 2", "end 2"]
+    assert stored(app, job).result == 2
+    assert "Heartbeat late by" in stalled.log.read_text()
+
+
+@pytest.mark.on("sqlite")
+def test_neighbours_of_poison_are_never_blamed(
+    app: Flask, state: AppState, start_worker: Start, journal: Path
+) -> None:
+    """However often poison jobs kill their worker, its other jobs, running and prefetched, are
+    run again, one at a time, and none of them is blamed for a crash."""
+    poison = [enqueue("crash_worker", str(journal), priority=n) for n in (5, 1)]
+    neighbours = [enqueue("hold", str(journal), 0.05) for _ in range(16)]
+    assert start_worker("-c", "6").wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    suspects = {str(job.id) for job in neighbours if stored(app, job).status == "running"}
+    deaths = [len(lines(journal))]
+    while not _have_failed(app, poison):
+        worker = start_worker("-c", "6")
+        wait_until(lambda w=worker: w.poll() is not None or _have_failed(app, poison), "the end")
+        deaths.append(len(lines(journal)))
+    for job in neighbours:
+        assert job.wait(DEADLINE_SECONDS).status == "completed"
+        assert (job.crash_count, job.retry_count) == (0, 0)
+    for job in poison:
+        assert (job.refresh().crash_count, job.error_type) == (3, "Crashed")
+        assert 3 <= lines(journal).count(str(job.id)) <= 4
+    assert suspects
+    for begin, end in itertools.pairwise([*deaths, None]):
+        events = [line.split() for line in lines(journal)[begin:end]]
+        verbs = [event[0] for event in events if event[1:2] and event[1] in suspects]
+        assert ("start", "start") not in itertools.pairwise(verbs), "one began while another ran"
+
+
+def _have_failed(app: Flask, jobs: list[Job]) -> bool:
+    return all(stored(app, job).status == "failed" for job in jobs)
+
+
+def test_silence_that_the_sweeper_slept_through(
+    app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a whole container was paused for longer than a lease, the first worker to wake up
+    gives the others time to show that they live; those that stay silent are dead."""
+    now = 0.0
+    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: now))
+    other = register(state, "other")
+    job = enqueue("echo", 1)
+    state.store.claim(other, 1)
+    sweeper = Sweeper(state.store, lease=10)
+    assert sweeper.sweep(0) == []
+    now += 1_000
+    assert sweeper.sweep(0) == []
+    now += 4
+    assert sweeper.sweep(0) == []
+    now += 4
+    assert [settled.spec.id for settled in sweeper.sweep(0)] == [job.id]
+    assert workers(state) == {other: "dead"}

@@ -1,0 +1,506 @@
+"""Connections that die, servers that stop and links that go silent, under real workers."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from flask import Flask
+from sqlalchemy.exc import SQLAlchemyError
+
+from flask_bgjobs import BgJobsError, Job
+from flask_bgjobs.app_state import state_of
+from tests.acceptance.helpers import enqueue, lines
+from tests.conftest import DEADLINE_SECONDS, build_app, stored, wait_until
+from tests.servers import PostgresServer, Proxy, When, commits
+
+pytestmark = pytest.mark.acceptance
+Start = Callable[..., Any]
+
+LONG_LEASE: dict[str, Any] = {"BGJOBS_LEASE": 120, "BGJOBS_HEARTBEAT_INTERVAL": 0.2}
+"""Longer than any test: what comes back did not come back by a lease that ran out."""
+CLAIMED = commits("SKIP LOCKED", "< UPDATE [1-9]")
+"""The commit of a claim that took something."""
+SETTLED = commits("UPDATE bgjobs_job SET .*error_type", "< UPDATE 1")
+POOLS = pytest.mark.parametrize("pool", ["thread", "process"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """A server that a test may stop, as long as it starts it again."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def database(server: PostgresServer) -> str:
+    """The name of a new database."""
+    return server.create_database()
+
+
+@pytest.fixture
+def database_url(server: PostgresServer, database: str) -> str:
+    """Straight to the server; what a test breaks for its workers is whole for itself."""
+    return server.url(database)
+
+
+@pytest.fixture
+def link(server: PostgresServer) -> Iterator[Proxy]:
+    """A link to the server that can be broken."""
+    with Proxy(server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def linked_url(server: PostgresServer, database: str, link: Proxy) -> str:
+    """The database over that link."""
+    return server.url(database, port=link.port)
+
+
+@pytest.fixture
+def make_app() -> Iterator[Callable[..., Flask]]:
+    """Makes further apps, and closes their connections."""
+    made: list[Flask] = []
+
+    def make(url: str, **config: Any) -> Flask:
+        made.append(build_app(url, **config))
+        return made[-1]
+
+    yield make
+    for app in made:
+        with app.app_context():
+            app.extensions["sqlalchemy"].engine.dispose()
+        state_of(app).store.dispose()
+
+
+def finish(app: Flask, jobs: list[Job], seconds: float = 2 * DEADLINE_SECONDS) -> list[Job]:
+    """The jobs as the database has them, once all have ended."""
+
+    def ended() -> bool:
+        return all(stored(app, job).status in ("completed", "failed", "cancelled") for job in jobs)
+
+    wait_until(ended, "the end of all jobs", seconds)
+    return [stored(app, job) for job in jobs]
+
+
+def told(worker: Any) -> str:
+    """What a worker has written to its log."""
+    return str(worker.log.read_text())
+
+
+def completions(jobs: list[Job], *workers: Any) -> dict[int, int]:
+    """How often each of the jobs was said to be completed."""
+    found = re.findall(
+        r"^.*Job completed successfully .*\| Job: (\d+)", "\n".join(map(told, workers)), re.M
+    )
+    times = collections.Counter(map(int, found))
+    return {job.id: times[job.id] for job in jobs}
+
+
+def assert_ran_once(journal: Path, jobs: list[Job], *workers: Any) -> None:
+    """Every job completed, its code ran once, and its completion was told once."""
+    assert {job.status for job in jobs} == {"completed"}
+    assert {(job.retry_count, job.crash_count) for job in jobs} == {(0, 0)}
+    starts = collections.Counter(line for line in lines(journal) if line.startswith("start"))
+    assert len(starts) == len(jobs)
+    assert set(starts.values()) == {1}, starts.most_common(3)
+    wait_until(lambda: all(completions(jobs, *workers).values()), "the last line in the log")
+    assert set(completions(jobs, *workers).values()) == {1}
+    assert "ease lost" not in "".join(map(told, workers))
+
+
+def stop(worker: Any) -> None:
+    """Stop a worker cleanly."""
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+
+
+# A connection that dies
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_connection_that_dies_in_a_claim_loses_nothing(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, when: When
+) -> None:
+    """Cut before or after the commit of a claim: every job runs, once, without a lease's wait."""
+    cut = link.cut_when(CLAIMED, when, times=3)
+    jobs = [enqueue("hold", str(journal), 0.02) for _ in range(30)]
+    worker = start_worker("-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **LONG_LEASE)
+    assert cut.wait(DEADLINE_SECONDS)
+    finished = finish(app, jobs)
+    assert_ran_once(journal, finished, worker)
+    claimed_unseen = [job for job in finished if job.attempt > 1]
+    assert bool(claimed_unseen) == (when == "after")
+    stop(worker)
+
+
+@POOLS
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_connection_that_dies_in_a_settle_leaves_one_outcome(
+    app: Flask,
+    start_worker: Start,
+    link: Proxy,
+    linked_url: str,
+    journal: Path,
+    pool: str,
+    when: When,
+) -> None:
+    """Cut before or after the commit of a settle: recorded once, told once, no lease lost."""
+    config = {"SQLALCHEMY_DATABASE_URI": linked_url, "BGJOBS_APP": "host", **LONG_LEASE}
+    worker = start_worker("-P", pool, "-c", "2", **config)
+    cut = link.cut_when(SETTLED, when, times=3)
+    jobs = [enqueue("hold", str(journal), 0.1) for _ in range(12)]
+    assert cut.wait(DEADLINE_SECONDS)
+    finished = finish(app, jobs)
+    assert_ran_once(journal, finished, worker)
+    assert {job.attempt for job in finished} == {1}
+    stop(worker)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_retry_that_was_settled_unseen_is_one_retry(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, when: When
+) -> None:
+    """Cut in the settle of a failure: one retry is used, and one failed attempt is kept."""
+    worker = start_worker(SQLALCHEMY_DATABASE_URI=linked_url, **LONG_LEASE)
+    cut = link.cut_when(SETTLED, when)
+    job = enqueue("fail_times", 1, str(journal), retry_delay=0)
+    assert cut.wait(DEADLINE_SECONDS)
+    (finished,) = finish(app, [job])
+    assert (finished.status, finished.attempt, finished.retry_count) == ("completed", 2, 1)
+    assert lines(journal) == [f"{job.id} 1", f"{job.id} 2"]
+    assert told(worker).count("Job failed and will retry") == 1
+    assert "ease lost" not in told(worker)
+    stop(worker)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_connection_that_dies_in_an_enqueue_leaves_one_job(
+    app: Flask, make_app: Any, link: Proxy, linked_url: str, database: str, when: When
+) -> None:
+    """Cut in the commit of an enqueue: one job or an error, never two jobs."""
+    with make_app(linked_url).app_context():
+        enqueue("echo", 0)
+        cut = link.cut_when(commits("INSERT INTO bgjobs_job"), when)
+        with contextlib.suppress(SQLAlchemyError, BgJobsError):
+            enqueue("echo", 1)
+        assert cut.is_set()
+        enqueue("echo", 2)
+    parameters = [job.parameters for job in (stored(app, n) for n in _ids(app))]
+    assert parameters.count([1]) == (when == "after")
+    assert parameters.count([2]) == 1
+
+
+def _ids(app: Flask) -> list[int]:
+    with state_of(app).store.read() as connection:
+        return list(connection.exec_driver_sql("SELECT id FROM bgjobs_job ORDER BY id").scalars())
+
+
+@POOLS
+def test_connections_that_die_all_the_time(
+    app: Flask, start_worker: Start, server: PostgresServer, database: str, journal: Path, pool: str
+) -> None:
+    """All connections of a worker are ended every 100 ms: nothing is lost or run twice."""
+    worker = start_worker("-P", pool, "-c", "4", BGJOBS_APP="host", **LONG_LEASE)
+    jobs = [enqueue("hold", str(journal), 0.05) for _ in range(150)]
+    end = time.monotonic() + 4
+    ended = 0
+    while time.monotonic() < end:
+        ended += len(
+            server.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE datname = '{database}'"
+            )
+        )
+        time.sleep(0.1)
+    assert ended > 20
+    assert_ran_once(journal, finish(app, jobs), worker)
+    stop(worker)
+
+
+# A server that stops
+
+
+def test_outcomes_wait_for_the_server(
+    app: Flask, start_worker: Start, server: PostgresServer, journal: Path, tmp_path: Path
+) -> None:
+    """Jobs that end while the server is down are recorded when it is back, as first attempts.
+
+    The outage is longer than the lease, and takes it from nobody.
+    """
+    gate = tmp_path / "gate"
+    config = {"BGJOBS_LEASE": 5, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
+    workers = [start_worker("-P", pool, "-c", "3", **config) for pool in ("thread", "process")]
+    jobs = [enqueue("hold", str(journal), seconds) for seconds in (2, 3, 4, 12, 12, 12)]
+    gated = enqueue("wait_for_file", str(gate))
+    wait_until(lambda: len(lines(journal)) == len(jobs), "the starts")
+    memory = [_memory(worker.pid) for worker in workers]
+    server.stop("fast")
+    waiting_since = time.monotonic()
+    for worker in workers:
+        wait_until(lambda w=worker: "Database not usable" in told(w), "the notice")
+    gate.touch()
+    wait_until(lambda: time.monotonic() - waiting_since > 8, "the end of the outage")
+    server.start()
+    finished = finish(app, jobs)
+    assert_ran_once(journal, finished, *workers)
+    assert {job.attempt for job in finished} == {1}
+    assert finish(app, [gated])[0].attempt <= 2
+    for worker, before in zip(workers, memory, strict=True):
+        assert "Worker dead" not in told(worker)
+        assert _memory(worker.pid) - before < 50
+        stop(worker)
+
+
+def _memory(pid: int) -> int:
+    """MiB that a process holds."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) // 1024
+
+
+@POOLS
+def test_a_worker_can_be_stopped_while_the_server_is_down(
+    app: Flask, start_worker: Start, server: PostgresServer, journal: Path, pool: str
+) -> None:
+    """SIGTERM ends a worker also during an outage; the job it held is run again afterwards."""
+    worker = start_worker("-P", pool, "--shutdown-timeout", "1", BGJOBS_APP="host", **LONG_LEASE)
+    job = enqueue("hold", str(journal), 3)
+    wait_until(lambda: lines(journal), "the start")
+    server.stop("immediate")
+    try:
+        wait_until(lambda: "Database not usable" in told(worker), "the notice")
+        stop(worker)
+    finally:
+        server.start()
+    start_worker(**LONG_LEASE)
+    (finished,) = finish(app, [job])
+    assert (finished.status, finished.attempt) == ("completed", 2)
+
+
+def test_an_enqueue_fails_cleanly_and_works_at_once_afterwards(
+    app: Flask, start_worker: Start, server: PostgresServer
+) -> None:
+    """While the server is down an enqueue raises soon; the first one after it is back works."""
+    assert enqueue("echo", 1).id
+    server.stop("fast")
+    try:
+        began = time.monotonic()
+        with pytest.raises((SQLAlchemyError, BgJobsError)):
+            enqueue("echo", 2)
+        assert time.monotonic() - began < DEADLINE_SECONDS
+    finally:
+        server.start()
+    job = enqueue("echo", 3)
+    server.restart("fast")
+    # The connection that it left in the pool is dead now.
+    again = enqueue("echo", 4)
+    start_worker()
+    assert [job.result for job in finish(app, [job, again])] == [3, 4]
+
+
+def test_a_server_that_restarts_again_and_again(
+    app: Flask, start_worker: Start, server: PostgresServer, journal: Path
+) -> None:
+    """Five restarts under load, in order and as crashes: nothing is lost or run twice."""
+    workers = [
+        start_worker("-P", pool, "-c", "3", BGJOBS_APP="host", **LONG_LEASE)
+        for pool in ("thread", "process")
+    ]
+    jobs: list[Job] = []
+    modes: list[Literal["fast", "immediate"]] = ["fast", "immediate"] * 2 + ["immediate"]
+    for mode in modes:
+        jobs += [enqueue("hold", str(journal), 0.2) for _ in range(25)]
+        begun = len(jobs) - 20
+        wait_until(lambda n=begun: len(lines(journal)) >= n, "some of the load")
+        server.restart(mode)
+    assert_ran_once(journal, finish(app, jobs), *workers)
+    for worker in workers:
+        stop(worker)
+
+
+def test_a_worker_that_starts_without_a_server(
+    app: Flask, server: PostgresServer, start_worker: Start, tmp_path: Path
+) -> None:
+    """A worker that is started while the server is down says so in a sentence and exits with 1."""
+    server.stop("fast")
+    try:
+        worker = start_worker()
+        assert worker.wait(DEADLINE_SECONDS) == 1
+    finally:
+        server.start()
+    assert told(worker).startswith("Error: ")
+    assert "Traceback" not in told(worker)
+
+
+# A link that goes silent
+
+
+@POOLS
+def test_a_link_silent_for_longer_than_the_lease(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
+) -> None:
+    """A worker that reaches nobody claims nothing, is rescued from, stops its code and comes back.
+
+    It finds out by its own deadline; nothing ever tells it that the connection is dead.
+    """
+    config = {"BGJOBS_LEASE": 4, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
+    cut_off = start_worker(
+        *("-P", pool, "-n", "cut-off", "-c", "2"), SQLALCHEMY_DATABASE_URI=linked_url, **config
+    )
+    job = enqueue("hold", str(journal), 600)
+    wait_until(lambda: stored(app, job).started_at is not None, "the start")
+    other = start_worker("-n", "other", "-c", "2", **config)
+    link.go_silent()
+    wait_until(lambda: "Database not usable" in told(cut_off), "the deadline")
+    quick = [enqueue("echo", n) for n in range(5)]
+    wait_until(lambda: f"start {job.id} 2" in lines(journal), "the rescue")
+    assert "Worker: cut-off | Reason: its lease ran out" in told(other)
+    assert {job.attempt for job in finish(app, quick)} == {1}
+    link.let_pass()
+    wait_until(lambda: "ease lost" in told(cut_off), "the notice")
+    wait_until(lambda: f"stopped {job.id} JobCancelled" in lines(journal), "the end of its code")
+    now = stored(app, job)
+    assert (now.status, now.attempt, now.crash_count) == ("running", 2, 0)
+    other.send_signal(signal.SIGTERM)
+    other.send_signal(signal.SIGTERM)
+    wait_until(lambda: f"start {job.id} 3" in lines(journal), "the comeback")
+    cut_off.send_signal(signal.SIGTERM)
+    wait_until(lambda: "Worker stopping" in told(cut_off), "the stop")
+    stop(cut_off)
+
+
+@POOLS
+def test_a_link_silent_for_less_than_the_lease(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
+) -> None:
+    """A short silence costs nothing: no lease, no outcome, no attempt."""
+    config = {"BGJOBS_LEASE": 20, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
+    worker = start_worker("-P", pool, "-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **config)
+    watcher = start_worker("-q", "elsewhere", **config)
+    jobs = [enqueue("hold", str(journal), seconds) for seconds in (0.5, 1, 2, 6)]
+    wait_until(lambda: len(lines(journal)) == 4, "the starts")
+    link.go_silent()
+    wait_until(lambda: "Database not usable" in told(worker), "the deadline")
+    link.let_pass()
+    finished = finish(app, jobs)
+    assert_ran_once(journal, finished, worker)
+    assert {job.attempt for job in finished} == {1}
+    assert "Worker dead" not in told(watcher)
+    stop(worker)
+
+
+@pytest.mark.parametrize("statement", ["claim", "settle"])
+def test_a_commit_that_arrives_late(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, statement: str
+) -> None:
+    """A commit on a connection that was given up changes nothing when it arrives after all.
+
+    Nor do the locks of that connection stop the worker, which has another one by then.
+    """
+    rule = {"claim": CLAIMED, "settle": SETTLED}[statement]
+    silent = link.go_silent_when(rule)
+    config = {"BGJOBS_LEASE": 20, "BGJOBS_HEARTBEAT_INTERVAL": 0.2}
+    worker = start_worker("-c", "2", SQLALCHEMY_DATABASE_URI=linked_url, **config)
+    first = enqueue("hold", str(journal), 0.1)
+    assert silent.wait(DEADLINE_SECONDS)
+    finish(app, [first])
+    link.let_pass()
+    more = [enqueue("hold", str(journal), 0.1) for _ in range(5)]
+    assert_ran_once(journal, finish(app, [first, *more]), worker)
+    stop(worker)
+
+
+# What is told of it
+
+
+@pytest.mark.parametrize("fault", ["stopped", "silent"])
+def test_health_is_answered_in_time(
+    app: Flask,
+    make_app: Any,
+    start_worker: Start,
+    server: PostgresServer,
+    link: Proxy,
+    linked_url: str,
+    fault: str,
+) -> None:
+    """``/jobs/healthz`` says 503 soon while the database does not answer, and 200 afterwards."""
+    start_worker(**LONG_LEASE)
+    client = make_app(linked_url).test_client()
+    assert client.get("/jobs/healthz").status_code == 200
+    with _broken(fault, server, link):
+        answer = _in_time(lambda: client.get("/jobs/healthz"))
+        assert (answer.status_code, answer.text) == (503, "the database does not answer")
+    wait_until(lambda: client.get("/jobs/healthz").status_code == 200, "the recovery")
+
+
+@pytest.mark.parametrize("fault", ["stopped", "silent"])
+def test_the_health_command_ends_in_time(
+    app: Flask,
+    start_worker: Start,
+    server: PostgresServer,
+    link: Proxy,
+    linked_url: str,
+    tmp_path: Path,
+    fault: str,
+) -> None:
+    """``flask bgjobs health`` exits soon with 1 while the database does not answer, then with 0."""
+    start_worker(**LONG_LEASE)
+    (tmp_path / "linked.py").write_text(
+        "from tests.conftest import build_app\n"
+        f"def create_app(): return build_app({linked_url!r})\n"
+    )
+    assert _health(tmp_path).returncode == 0
+    with _broken(fault, server, link):
+        done = _health(tmp_path)
+        assert done.returncode == 1
+        assert done.stdout.startswith("Not healthy: ")
+        assert "Traceback" not in done.stdout + done.stderr
+    wait_until(lambda: _health(tmp_path).returncode == 0, "the recovery")
+
+
+@contextlib.contextmanager
+def _broken(fault: str, server: PostgresServer, link: Proxy) -> Iterator[None]:
+    if fault == "silent":
+        link.go_silent()
+    else:
+        server.stop("fast")
+    try:
+        yield
+    finally:
+        if fault == "silent":
+            link.let_pass()
+        else:
+            server.start()
+
+
+def _in_time(call: Callable[[], Any]) -> Any:
+    """What a call returns, which must not hang for ever."""
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_SECONDS)
+    assert answers, f"no answer in {DEADLINE_SECONDS:g} s"
+    return answers[0]
+
+
+def _health(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flask", "--app", "linked", "bgjobs", "health"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )

@@ -1,0 +1,179 @@
+"""The databases that chaos runs on: each makes itself, breaks now and then, and goes away."""
+
+from __future__ import annotations
+
+import abc
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from tests.servers import PostgresServer
+
+_SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 1.0, 5.0
+_LONGEST_OUTAGE_SECONDS = 3.0
+_HOLD_LOCK = """
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+time.sleep(float(sys.argv[2]))
+connection.execute("ROLLBACK")
+"""
+
+
+class CannotRun(Exception):
+    """Chaos cannot run on the database that was asked for; says why in one sentence."""
+
+
+class Database(abc.ABC):
+    """A database for one run, empty at first."""
+
+    url: str
+    schema: str | None = None
+
+    @property
+    @abc.abstractmethod
+    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+        """What may go wrong with it, by name; each returns when it is over."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind, also when it was broken at that moment."""
+
+
+class Sqlite(Database):
+    """A file; its trouble is a foreign process that holds the write lock."""
+
+    def __init__(self, file: Path) -> None:
+        if file.exists():
+            raise CannotRun(f"the file {file} exists; name one that chaos may make and delete")
+        if not file.parent.is_dir():
+            raise CannotRun(f"there is no directory {file.parent}")
+        self._file = file
+        self.url = f"sqlite:///{file}"
+
+    @property
+    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {"write lock held": self._hold_lock}
+
+    def close(self) -> None:
+        for end in ("", "-wal", "-shm"):
+            Path(f"{self._file}{end}").unlink(missing_ok=True)
+
+    def _hold_lock(self, rng: random.Random) -> None:
+        seconds = rng.uniform(_SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS)
+        subprocess.run(
+            [sys.executable, "-c", _HOLD_LOCK, str(self._file), str(seconds)], check=True
+        )
+
+
+class TemporarySqlite(Sqlite):
+    """The same in a folder of its own."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="bgjobs-chaos-")
+        super().__init__(Path(self._folder.name) / "chaos.db")
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+class Postgres(Database):
+    """A schema of its own in somebody's database; its trouble is that connections are cut.
+
+    Only connections of this run are, and the server is not touched.
+    """
+
+    def __init__(self, url: sa.URL) -> None:
+        self._name = f"bgjobs_chaos_{uuid.uuid4().hex[:12]}"
+        self.schema = self._name
+        own_url = url.update_query_dict({"application_name": self._name})
+        self.url = own_url.render_as_string(hide_password=False)
+        self._engine = sa.create_engine(
+            url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True
+        )
+        self._run(f"CREATE SCHEMA {self._name}")
+
+    @property
+    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {"connections cut": self._cut}
+
+    def close(self) -> None:
+        self._run(f"DROP SCHEMA {self._name} CASCADE")
+
+    def _cut(self, _rng: random.Random) -> None:
+        self._run(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            f"WHERE application_name = '{self._name}'"
+        )
+
+    def _run(self, statement: str) -> None:
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+
+
+class OwnPostgres(Postgres):
+    """A server of its own, which is stopped and started as well."""
+
+    def __init__(self) -> None:
+        self._server = PostgresServer()
+        self._server.__enter__()
+        try:
+            super().__init__(sa.make_url(self._server.url(self._server.create_database())))
+        except BaseException:
+            self._server.close()
+            raise
+
+    @property
+    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {
+            **super().troubles,
+            "fast restart": lambda rng: self._restart("fast", rng),
+            "immediate restart": lambda rng: self._restart("immediate", rng),
+        }
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _restart(self, mode: str, rng: random.Random) -> None:
+        self._server.stop("fast" if mode == "fast" else "immediate")
+        time.sleep(rng.uniform(0, _LONGEST_OUTAGE_SECONDS))
+        self._server.start()
+
+
+def open_database(name: str) -> Database:
+    """The database that a user asked for.
+
+    :param name: ``sqlite``, ``postgresql`` or a URL.
+    :raises CannotRun: when there is no such database, or it cannot be used.
+    """
+    if name == "sqlite":
+        return TemporarySqlite()
+    if name == "postgresql":
+        return OwnPostgres()
+    try:
+        url = sa.make_url(name)
+        dialect = url.get_dialect().name
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise CannotRun(
+            f"{name!r} is neither sqlite, nor postgresql, nor the URL of a database: {error}"
+        ) from None
+    if dialect == "sqlite":
+        if not url.database or url.database == ":memory:":
+            raise CannotRun("workers cannot share a database in memory; name a file")
+        return Sqlite(Path(url.database).absolute())
+    if dialect != "postgresql":
+        raise CannotRun(f"chaos does not run on {dialect}; it runs on sqlite and postgresql")
+    try:
+        return Postgres(url)
+    except (SQLAlchemyError, ModuleNotFoundError) as error:
+        said = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        where = url.render_as_string(hide_password=True)
+        raise CannotRun(f"cannot make a schema in {where}: {said}") from None

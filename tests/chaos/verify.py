@@ -1,0 +1,239 @@
+"""The verification: every promise, held against the evidence."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from flask_bgjobs import Job
+from flask_bgjobs.states import FINAL, JobStatus
+
+from .evidence import CRASHED, LOST, Evidence
+from .history import Change
+from .journal import END, Run
+
+_FINAL = frozenset(status.value for status in FINAL)
+_NEXT = {
+    None: {"scheduled", "pending"},
+    "scheduled": {"pending", "cancelled"},
+    "retrying": {"pending", "cancelled"},
+    "pending": {"running", "cancelled"},
+    "running": {"completed", "failed", "cancelled", "retrying", "scheduled", "pending"},
+}
+"""The life of a job; nobody retries one by hand here, so that a final status is never left."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Violation:
+    """A promise that was not kept."""
+
+    promise: str
+    """One of :data:`PROMISES`."""
+    job_id: int | None
+    sentence: str
+
+
+Found = Iterator[tuple[int | None, str]]
+
+
+def verify(evidence: Evidence) -> list[Violation]:
+    """Every promise that was not kept; empty when all is well."""
+    return [
+        Violation(promise, job_id, sentence)
+        for promise, checks in PROMISES.items()
+        for check in checks
+        for job_id, sentence in check(evidence)
+    ]
+
+
+def _missing(evidence: Evidence) -> Found:
+    there = evidence.by_token()
+    for planned in evidence.planned.values():
+        if planned.result == "enqueued" and not there.get(planned.token):
+            yield planned.job_id, f"token {planned.token} was enqueued, and has no row"
+
+
+def _never_started(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        if job.status != JobStatus.CANCELLED and not evidence.starts.get(job.id):
+            yield job.id, f"it is {job.status}, and its code was never started"
+
+
+def _stuck(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        if job.status not in _FINAL:
+            yield job.id, f"it is still {job.status}"
+
+
+def _wrong_way(evidence: Evidence) -> Found:
+    for job_id, changes in evidence.history.items():
+        for change in changes:
+            if change.status not in _NEXT.get(change.old_status, ()):
+                yield job_id, f"no job may go this way: {change}"
+
+
+def _wrong_attempt(evidence: Evidence) -> Found:
+    for job_id, changes in evidence.history.items():
+        for change in changes:
+            claimed = change.status == "running"
+            if change.attempt != (change.old_attempt or 0) + claimed:
+                yield job_id, f"the attempt was {change.old_attempt}: {change}"
+
+
+def _settled_twice(evidence: Evidence) -> Found:
+    for job_id, changes in evidence.history.items():
+        settled = collections.Counter(c.attempt for c in changes if c.old_status == "running")
+        for attempt, times in settled.items():
+            if times > 1:
+                yield job_id, f"attempt {attempt} was settled {times} times"
+
+
+def _row_differs(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        last = evidence.history[job.id][-1]
+        if (last.status, last.attempt) != (job.status, job.attempt):
+            yield job.id, f"its row says {job.status}, attempt {job.attempt}; noted last: {last}"
+
+
+def _quarantined(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        innocent = not evidence.planned_of(job).is_poison
+        if innocent and job.status == JobStatus.FAILED and job.error_type == "Crashed":
+            yield job.id, f"it was quarantined: {job.error}"
+
+
+def _blamed_unproved(evidence: Evidence) -> Found:
+    for job_id, failures in evidence.failures.items():
+        outcomes = {attempt: outcome for attempt, outcome, _ in failures}
+        for attempt, outcome, error in failures:
+            with_its_worker = outcome == CRASHED and "alone" in error
+            if with_its_worker and outcomes.get(attempt - 1) not in (LOST, CRASHED):
+                yield job_id, f"it was no suspect in attempt {attempt}, and was blamed: {error}"
+
+
+def _wrong_end(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        planned = evidence.planned_of(job)
+        kind = planned.kind
+        if job.status == JobStatus.CANCELLED and planned.cancel_asked:
+            continue
+        if job.status in _FINAL and job.status != kind.status:
+            yield job.id, f"{kind.name}: it is {job.status} and not {kind.status}: {job.error}"
+        elif job.status in _FINAL and job.retry_count != kind.retries_used:
+            yield job.id, f"{kind.name}: {job.retry_count} retries, and not {kind.retries_used}"
+
+
+def _too_many_retries(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        if any(change.retry_count > job.retries for change in evidence.history[job.id]):
+            yield job.id, f"more retries than the {job.retries} that it has"
+
+
+def _went_on_after_cancel(evidence: Evidence) -> Found:
+    for job_id, changes in evidence.history.items():
+        for change in changes:
+            if change.cancel_requested and change.status not in ("completed", "cancelled"):
+                yield job_id, f"it was asked to stop before: {change}"
+
+
+def _completed_without_end(evidence: Evidence) -> Found:
+    for job in _completed(evidence):
+        runs = evidence.runs.get((job.id, job.attempt), [])
+        if not any(run.ended == END for run in runs):
+            yield job.id, f"it completed, and its attempt {job.attempt} did not reach its end"
+
+
+def _wrong_result(evidence: Evidence) -> Found:
+    for job in _completed(evidence):
+        if job.result != job.attempt:
+            yield job.id, f"attempt {job.attempt} completed it; the result is of {job.result}"
+
+
+def _completed(evidence: Evidence) -> list[Job]:
+    return [job for job in evidence.jobs.values() if job.status == JobStatus.COMPLETED]
+
+
+def _should_not_exist(evidence: Evidence) -> Found:
+    ran = {run.start.token for run in _all_runs(evidence)}
+    there = evidence.by_token()
+    for planned in evidence.planned.values():
+        rows = there.get(planned.token, [])
+        if planned.result in ("rolled back", "deduplicated"):
+            if rows or planned.token in ran:
+                yield planned.job_id, f"token {planned.token} was {planned.result}, and is there"
+        elif len(rows) > 1:
+            yield rows[0].id, f"token {planned.token} is there {len(rows)} times"
+        elif not rows and planned.token in ran:
+            yield planned.job_id, f"token {planned.token} ran, and has no row"
+
+
+def _torn_apart(evidence: Evidence) -> Found:
+    there = evidence.by_token()
+    for planned in evidence.planned.values():
+        if planned.how == "saved at once" or planned.result == "deduplicated":
+            continue
+        # An enqueue that raised may have found its key taken.
+        may_be_deduplicated = planned.result == "in doubt" and "unique_key" in planned.options
+        has_job, has_order = planned.token in there, planned.token in evidence.orders
+        if has_job != has_order and not (has_order and may_be_deduplicated):
+            which = "job without the host's row" if has_job else "host's row without the job"
+            yield planned.job_id, f"token {planned.token}: the {which} was committed"
+
+
+def _ran_unclaimed(evidence: Evidence) -> Found:
+    claims = {
+        (job_id, change.attempt)
+        for job_id, changes in evidence.history.items()
+        for change in changes
+        if change.status == "running"
+    }
+    for job_id, attempt in evidence.runs.keys() - claims:
+        yield job_id, f"attempt {attempt} ran, and was never claimed"
+
+
+def _ran_twice(evidence: Evidence) -> Found:
+    for (job_id, attempt), runs in evidence.runs.items():
+        if len(runs) > 1:
+            yield job_id, f"attempt {attempt} ran {len(runs)} times"
+
+
+def _too_early(evidence: Evidence) -> Found:
+    """Nothing starts before it is due. (``delay`` counts from the insert.)"""
+    for job_id, changes in evidence.history.items():
+        job, inserted = evidence.jobs.get(job_id), _inserted(changes)
+        starts = evidence.starts.get(job_id)
+        if job is None or inserted is None or not starts:
+            continue
+        delay = evidence.planned_of(job).options.get("delay", 0.0)
+        early = inserted.at + delay - (starts[0].at + evidence.clock_offset)
+        if early > evidence.clock_slack:
+            yield job_id, f"it was started {early:.3f} s before it was due"
+
+
+def _keeps_its_key(evidence: Evidence) -> Found:
+    for job in evidence.jobs.values():
+        if job.status in _FINAL and job.unique_hash is not None:
+            yield job.id, f"it is {job.status}, and still holds its unique_key"
+
+
+def _inserted(changes: Sequence[Change]) -> Change | None:
+    return next((change for change in changes if change.old_status is None), None)
+
+
+def _all_runs(evidence: Evidence) -> Iterator[Run]:
+    for runs in evidence.runs.values():
+        yield from runs
+
+
+PROMISES: dict[str, Sequence[Callable[[Evidence], Found]]] = {
+    "lost": (_missing, _never_started),
+    "with two outcomes": (_wrong_way, _wrong_attempt, _settled_twice, _row_differs),
+    "stuck": (_stuck,),
+    "wrongly quarantined": (_quarantined, _blamed_unproved),
+    "with a wrong end": (_wrong_end, _too_many_retries, _went_on_after_cancel, _keeps_its_key),
+    "with a wrong result": (_completed_without_end, _wrong_result),
+    "there, though rolled back": (_should_not_exist, _torn_apart),
+    "run without a right": (_ran_unclaimed, _ran_twice, _too_early),
+}
+"""What must be true of no job, and the checks that look for it."""

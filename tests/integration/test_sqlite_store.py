@@ -1,0 +1,309 @@
+"""What only SQLite knows: a file that is replaced, a network file system, a second writer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from sqlalchemy.exc import OperationalError
+
+from flask_bgjobs import DatabaseUnusable, Job, run_background_job
+from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.models import Queue, Worker
+from flask_bgjobs.mounts import network_file_system
+from flask_bgjobs.spec import Outcome
+from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.store import Store
+from flask_bgjobs.worker import register
+from tests.conftest import build_app, count_jobs, stored
+
+pytestmark = pytest.mark.on("sqlite")
+
+
+@pytest.fixture
+def store(state: AppState) -> Store:
+    return state.store
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The database's file."""
+    return tmp_path / "test.db"
+
+
+def enqueue(value: int = 0, **options: Any) -> Job:
+    return run_background_job("tests.jobs.echo", parameters=[value], **options)
+
+
+def replace(file: Path, new: Path) -> None:
+    """Put ``new`` in the place of ``file``, as it should be done: without what lies beside it."""
+    for suffix in ("-wal", "-shm"):
+        Path(f"{file}{suffix}").unlink(missing_ok=True)
+    os.replace(new, file)
+
+
+def empty_database(path: Path) -> Path:
+    """A database file with our tables and nothing in them."""
+    app = build_app(f"sqlite:///{path}")
+    with app.app_context():
+        db = app.extensions["sqlalchemy"]
+        db.create_all()
+        db.engine.dispose()
+    return path
+
+
+def backup(file: Path, to: Path) -> Path:
+    """A copy of the database as it is now."""
+    source, target = sqlite3.connect(file), sqlite3.connect(to)
+    source.backup(target)
+    source.close()
+    target.close()
+    return to
+
+
+class TestReplacedFile:
+    def test_work_goes_on_in_the_new_file(
+        self, app: Flask, store: Store, file: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Our connections and the host's go over to a file that was moved over the old one, and
+        the log says so once."""
+        assert enqueue(1).id == 1
+        replace(file, empty_database(file.with_name("new.db")))
+        assert count_jobs(app) == 0
+        assert enqueue(2).id == 1
+        assert state_of(app).db.session.get(Job, 1).parameters == [2]
+        assert caplog.text.count("Database file replaced") == 1
+
+    def test_a_file_that_is_gone_is_not_made_anew(
+        self, app: Flask, store: Store, file: Path
+    ) -> None:
+        """A file that was removed is an error that says so, and no empty one takes its place;
+        once somebody has made a new one, work goes on."""
+        enqueue()
+        file.unlink()
+        for _ in range(2):
+            with pytest.raises(OperationalError, match=r"the database file .*test\.db is gone"):
+                enqueue()
+            assert not file.exists()
+        empty_database(file)
+        enqueue()
+        assert count_jobs(app) == 1
+
+    @pytest.mark.parametrize("goes_on_with", ["the new file", "what the log holds"])
+    def test_the_old_files_log_is_not_mixed_with_the_new_file(
+        self, app: Flask, store: Store, file: Path, goes_on_with: str
+    ) -> None:
+        """A new file beside which the old one's ``-wal`` lies is not opened, until that is gone:
+        SQLite would write what it holds into the new file."""
+        store.prepare(wal=True)
+        for number in range(50):
+            enqueue(number)
+        wal = Path(f"{file}-wal")
+        assert wal.stat().st_size > 0
+        os.replace(empty_database(file.with_name("new.db")), file)
+        for _ in range(2):
+            with pytest.raises(OperationalError, match=r"delete .*test\.db-wal and .*test\.db-shm"):
+                store.living_workers()
+        assert wal.exists()
+        if goes_on_with == "the new file":
+            wal.unlink()
+            Path(f"{file}-shm").unlink()
+            assert count_jobs(app) == 0
+        else:
+            # Somebody else opened it: what happened has happened.
+            backup(file, file.with_name("other.db"))
+            assert not wal.exists()
+        enqueue()
+        with store.read() as connection:
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+
+    def test_no_outcome_hits_a_job_of_the_new_file(
+        self, app: Flask, store: Store, state: AppState, file: Path
+    ) -> None:
+        """A worker of the old file changes no job of the new one that has the same id and attempt,
+        for workers of two files never have the same id."""
+        old_worker = register(state, "old", concurrency=1)
+        enqueue()
+        (spec,) = store.claim(old_worker, 1)
+        replace(file, empty_database(file.with_name("new.db")))
+        new_worker = register(state, "new", concurrency=1)
+        job = enqueue()
+        (other,) = store.claim(new_worker, 1)
+        assert (other.id, other.attempt) == (spec.id, spec.attempt)
+        outcome = Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED, wait_seconds=0.0)
+        (settled,) = store.settle(old_worker, "old", [(spec, outcome)])
+        assert settled.status is None
+        assert stored(app, job).status == "running"
+
+    def test_a_worker_starts_over_in_a_new_file(
+        self, app: Flask, store: Store, state: AppState, file: Path
+    ) -> None:
+        """A worker whose row the new file lacks learns from its heartbeat that it must start over,
+        and then works on, in WAL mode as before."""
+        store.prepare(wal=True)
+        worker = register(state, "one", concurrency=1)
+        assert store.beat(worker)
+        replace(file, empty_database(file.with_name("new.db")))
+        assert not store.beat(worker)
+        worker = register(state, "one", concurrency=1)
+        assert store.beat(worker)
+        enqueue(queue="mail")
+        assert len(store.claim(worker, 1)) == 1
+        with store.read() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+            assert connection.scalar(sa.select(Queue.name)) == "mail"
+
+    def test_a_worker_starts_over_in_a_copy_that_knows_it(
+        self, app: Flask, store: Store, state: AppState, file: Path
+    ) -> None:
+        """In a copy of the database that has the worker's row it starts over as well, so that the
+        jobs that it ran when the copy was made are rescued after its lease."""
+        worker = register(state, "one", concurrency=1)
+        assert store.beat(worker)
+        job = enqueue(queue="mail")
+        (spec,) = store.claim(worker, 1)
+        copy = backup(file, file.with_name("copy.db"))
+        outcome = Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED, wait_seconds=0.0)
+        store.settle(worker, "one", [(spec, outcome)])
+        replace(file, copy)
+        assert not store.beat(worker)
+        (row,) = store.living_workers()
+        assert row.id == worker
+        assert [settled.job_id for settled in store.rescue(worker, row.beats)] == [job.id]
+
+    def test_a_queue_that_is_known_here_is_registered_there(
+        self, app: Flask, store: Store, state: AppState, file: Path
+    ) -> None:
+        """A queue that had work in the old file is listed in the new one as soon as it has."""
+        for database in ("old", "new"):
+            if database == "new":
+                replace(file, empty_database(file.with_name("new.db")))
+            enqueue(queue="mail")
+            store.claim(register(state, "one", concurrency=1), 1)
+            with store.read() as connection:
+                assert connection.scalars(sa.select(Queue.name)).all() == ["mail"]
+
+    def test_a_link_that_points_elsewhere_is_followed(self, tmp_path: Path) -> None:
+        """A link whose target was changed is a file that was replaced."""
+        first, second = (empty_database(tmp_path / name) for name in ("first.db", "second.db"))
+        link = tmp_path / "link.db"
+        link.symlink_to(first)
+        app = build_app(f"sqlite:///{link}")
+        store = state_of(app).store
+        with app.app_context():
+            store.prepare(wal=True)
+            enqueue()
+            (tmp_path / "next").symlink_to(second)
+            os.replace(tmp_path / "next", link)
+            assert count_jobs(app) == 0
+        store.dispose()
+
+
+def test_the_log_beside_a_links_target_counts(tmp_path: Path) -> None:
+    """Where the database is a link, the old ``-wal`` that must not be mixed with a new file is the
+    one beside its target."""
+    target, link = empty_database(tmp_path / "target.db"), tmp_path / "link.db"
+    link.symlink_to(target)
+    app = build_app(f"sqlite:///{link}")
+    with app.app_context():
+        store = state_of(app).store
+        store.prepare(wal=True)
+        enqueue()
+        store.living_workers()
+        os.replace(empty_database(tmp_path / "new.db"), target)
+        with pytest.raises(OperationalError, match=r"delete .*target\.db-wal"):
+            store.living_workers()
+    store.dispose()
+
+
+def test_ids_of_workers_rise(
+    state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that register at the same moment, or after the clock was set back, have rising ids
+    of their own."""
+    ids = [register(state, f"w{number}") for number in range(10)]
+    monkeypatch.setattr("time.time_ns", lambda: 0)
+    ids += [register(state, f"w{number}") for number in range(10, 20)]
+    assert ids == sorted(set(ids))
+    with store.read() as connection:
+        names = connection.scalars(sa.select(Worker.name).order_by(Worker.id)).all()
+    assert names == [f"w{number}" for number in range(20)]
+
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+server:/export /srv nfs4 rw 0 0
+//server/share /srv/my\\040share cifs rw 0 0
+/dev/sdb1 /srv/local ext4 rw 0 0
+user@host: /home/user/remote fuse.sshfs rw 0 0
+host /covered 9p rw 0 0
+/dev/sdc1 /covered xfs rw 0 0
+broken
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/var/app.db", None),
+        ("/srv/app.db", "nfs4"),
+        ("/srv/deep/er/app.db", "nfs4"),
+        ("/srvx/app.db", None),
+        ("/srv/my share/app.db", "cifs"),
+        ("/srv/local/app.db", None),
+        ("/home/user/remote/app.db", "fuse.sshfs"),
+        ("/covered/app.db", None),
+    ],
+)
+def test_network_file_systems_are_known(path: str, expected: str | None, tmp_path: Path) -> None:
+    """The mount nearest to a file tells whether it lies on a network file system."""
+    table = tmp_path / "mounts"
+    table.write_text(MOUNTS)
+    assert network_file_system(path, table) == expected
+
+
+def test_where_there_is_no_table_of_mounts_nothing_is_said(tmp_path: Path) -> None:
+    """On a platform without ``/proc/mounts`` no file is taken for one on a network."""
+    assert network_file_system("/srv/app.db", tmp_path / "none") is None
+
+
+def test_a_network_file_system_is_a_warning(
+    app: Flask,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The start of a worker warns of a file on NFS, and leaves WAL mode alone there."""
+    table = tmp_path / "mounts"
+    table.write_text(f"server:/export {tmp_path} nfs4 rw 0 0\n")
+    monkeypatch.setattr("flask_bgjobs.mounts._MOUNTS", table)
+    assert store.prepare(wal=True) is None
+    (record,) = [r for r in caplog.records if "network file system (nfs4)" in r.message]
+    assert record.levelno == logging.WARNING
+    with store.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+
+
+def test_a_read_only_database_is_one_sentence(app: Flask, run: Any, file: Path) -> None:
+    """An enqueue into a file that may not be written raises an error that says what to do; the
+    command says the same in one sentence."""
+    enqueue()
+    url = f"sqlite:///file:{file}?mode=ro&uri=true"
+    read_only = build_app(url)
+    with read_only.app_context():
+        with pytest.raises(DatabaseUnusable, match="must be allowed to write the file") as raised:
+            enqueue()
+        assert isinstance(raised.value.__cause__, OperationalError)
+        done = read_only.test_cli_runner().invoke(args=["bgjobs", "enqueue", "tests.jobs.echo"])
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: the job was not enqueued: attempt to write a readonly")
+    assert done.output.count("\n") == 1
+    assert count_jobs(app) == 1
+    state_of(read_only).store.dispose()

@@ -1,0 +1,599 @@
+"""A PostgreSQL server of a test's own, and a link to it that can be cut, silenced and timed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import psycopg
+import pytest
+
+_DEADLINE_SECONDS = 60.0
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    # An immediate stop loses nothing by it: only a crash of the machine would.
+    "fsync": "off",
+    "max_connections": "60",
+    "shared_buffers": "16MB",
+    "autovacuum": "off",
+    # Starting again must not take the time of a whole checkpoint.
+    "checkpoint_timeout": "1h",
+}
+_STOP_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+# Outside the range from which outgoing connections take theirs, so that a port that is free for
+# the moment of a restart stays so.
+_PORTS = range(20_000, 32_000)
+# Where PgBouncer is; not every user has /usr/sbin in the PATH.
+_PROGRAM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
+
+
+def needs_program(name: str, path: Path | str | None) -> str:
+    """The path of a program; without it the test fails in CI and is skipped elsewhere."""
+    if path is not None:
+        return str(path)
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{name} is not installed")
+    pytest.skip(f"{name} is not installed")
+
+
+def postgres_program(name: str) -> str:
+    """The path of a program of the newest PostgreSQL here.
+
+    Debian keeps them out of the PATH, in a directory per version.
+    """
+    versions = sorted(
+        Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[-3])
+    )
+    return needs_program("PostgreSQL", versions[-1] if versions else shutil.which(name))
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens at."""
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerUser:
+    """Who server programs run as: PostgreSQL and PgBouncer refuse to run as root."""
+
+    name: str | None
+    """``None``: whoever runs the tests."""
+
+    @classmethod
+    def choose(cls) -> Self:
+        """The system's user ``postgres`` when the tests run as root, else oneself."""
+        return cls("postgres" if os.geteuid() == 0 else None)
+
+    def make_folder(self) -> Path:
+        """A new folder that belongs to this user; pytest's own ones are closed to others."""
+        folder = Path(tempfile.mkdtemp(prefix="bgjobs-"))
+        if self.name is not None:
+            shutil.chown(folder, self.name, self.name)
+        return folder
+
+    def popen(self, command: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
+        """The program, started as this user, with its output in ``folder/log``."""
+        if self.name is not None:
+            options |= {"user": self.name, "group": self.name, "extra_groups": []}
+        with (folder / "log").open("a") as log:
+            return subprocess.Popen(
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                # Ctrl-C in the terminal of the tests is not meant for it.
+                start_new_session=True,
+                **options,
+            )
+
+
+class PostgresServer:
+    """A PostgreSQL server with data of its own, on a free port of 127.0.0.1, for trusted users.
+
+    :param settings: more of ``postgresql.conf``.
+    """
+
+    user = "postgres"
+
+    def __init__(self, **settings: str) -> None:
+        self.port = free_port()
+        self._settings = _SETTINGS | settings
+        self._user = ServerUser.choose()
+        initdb = postgres_program("initdb")
+        self._postgres = postgres_program("postgres")
+        self.folder = self._user.make_folder()
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            self._make_data(initdb)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start it.
+
+        :param wait: until it answers; it may have to recover first.
+        """
+        self._launch()
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        while wait and not self._answers():
+            assert time.monotonic() < deadline, f"no PostgreSQL: {self.log()}"
+            assert self._process is not None
+            if self._process.poll() is not None:
+                # Processes of the last run may still hold its memory after an immediate stop.
+                self._launch()
+            time.sleep(0.05)
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop it: ``fast`` ends all sessions in order, ``immediate`` is a crash."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(_STOP_SIGNALS[mode])
+        process.wait(_DEADLINE_SECONDS)
+
+    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop it and start it again."""
+        self.stop(mode)
+        self.start()
+
+    def close(self) -> None:
+        """Stop it and delete its data."""
+        with contextlib.suppress(ProcessLookupError):
+            self.stop("immediate")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def create_database(self) -> str:
+        """The name of a new, empty database."""
+        name = f"test_{uuid.uuid4().hex}"
+        self.execute(f"CREATE DATABASE {name}")
+        return name
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """What a statement answers on a connection of its own, past any proxy."""
+        with psycopg.connect(
+            host="127.0.0.1",
+            port=self.port,
+            user=self.user,
+            dbname=database,
+            autocommit=True,
+            connect_timeout=10,
+        ) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def url(
+        self,
+        database: str = "postgres",
+        driver: str = "postgresql+psycopg",
+        *,
+        port: int | None = None,
+    ) -> str:
+        """The URL of a database.
+
+        :param port: of a proxy or a pooler in front of it.
+        """
+        return (
+            f"{driver}://{self.user}@127.0.0.1:{port or self.port}/{database}"
+            # The proxy reads along.
+            "?sslmode=disable&gssencmode=disable"
+        )
+
+    def log(self) -> str:
+        """What it has written to its log."""
+        return (self.folder / "log").read_text()
+
+    def _make_data(self, initdb: str) -> None:
+        made = self._user.popen(
+            [
+                initdb,
+                *("-D", str(self.folder / "data"), "-U", self.user, "-A", "trust"),
+                *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
+            ],
+            self.folder,
+        )
+        assert made.wait(_DEADLINE_SECONDS) == 0, self.log()
+
+    def _launch(self) -> None:
+        settings = self._settings | {"unix_socket_directories": str(self.folder)}
+        options = [word for item in settings.items() for word in ("-c", "=".join(item))]
+        self._process = self._user.popen(
+            [self._postgres, "-D", str(self.folder / "data"), "-p", str(self.port), *options],
+            self.folder,
+        )
+
+    def _answers(self) -> bool:
+        try:
+            self.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+Transcript = list[str]
+"""Of one transaction: its statements, and with ``< `` before it what the server said of each:
+``["BEGIN", "< BEGIN", "UPDATE shop …", "< UPDATE 1", "COMMIT"]``."""
+Matches = Callable[[Transcript], bool]
+When = Literal["before", "after"]
+Mode = Literal["pass", "cut", "silent"]
+
+
+class Proxy:
+    """A TCP link to a PostgreSQL server on this host, whose faults the test chooses.
+
+    It reads the protocol along, so that it can cut a connection at one exact statement. The URL
+    needs ``sslmode=disable`` and ``gssencmode=disable``.
+
+    :param port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._server = ("127.0.0.1", port)
+        self._mode: Mode = "pass"
+        self._changed = threading.Condition()
+        self._rule: _Rule | None = None
+        self._links: set[_Link] = set()
+        self._closed = False
+        self._listener = socket.create_server(("127.0.0.1", free_port()))
+        self.port = int(self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._accept, name="proxy", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def let_pass(self) -> None:
+        """Forward everything, also what came in while the link was silent, as a network does."""
+        for link in self._copy_of_links():
+            link.is_silent = False
+        self._set_mode("pass")
+
+    def cut(self) -> None:
+        """Close all connections, and new ones as soon as they come."""
+        self._set_mode("cut")
+        self.cut_once()
+
+    def cut_once(self) -> None:
+        """Close all connections; new ones pass."""
+        for link in self._copy_of_links():
+            link.close()
+
+    def go_silent(self) -> None:
+        """Keep connections open, let new ones open, and forward nothing in either direction."""
+        self._set_mode("silent")
+
+    def cut_when(self, matches: Matches, when: When = "before", times: int = 1) -> threading.Event:
+        """Cut the connection whose transaction ``matches``, as soon as its last statement comes.
+
+        :param when: ``before`` the server gets the statement, or ``after`` it has done it, in
+            place of its answer.
+        :param times: so often; then all passes.
+        :returns: set when it was cut so often.
+        """
+        self._rule = _Rule(matches, when, times)
+        return self._rule.done
+
+    def go_silent_when(self, matches: Matches) -> threading.Event:
+        """Go silent as soon as the last statement of a transaction that ``matches`` comes.
+
+        Only that one connection goes silent. The server gets what was sent on it, with the
+        statement, when the link is told to pass.
+
+        :returns: set when it went silent.
+        """
+        self._rule = _Rule(matches, "silent", 1)
+        return self._rule.done
+
+    def close(self) -> None:
+        """Close everything."""
+        self._closed = True
+        # Closing alone does not wake the thread that accepts.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        self._thread.join()
+        for link in self._copy_of_links():
+            link.join()
+
+    def _set_mode(self, mode: Mode) -> None:
+        with self._changed:
+            self._mode = mode
+            self._changed.notify_all()
+
+    def _copy_of_links(self) -> list[_Link]:
+        with self._changed:
+            return list(self._links)
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._mode == "cut":
+                _close(client)
+                continue
+            link = _Link(self, client)
+            with self._changed:
+                self._links.add(link)
+            link.start()
+
+    # For its links
+
+    def connect(self) -> socket.socket:
+        """A connection to the server."""
+        return socket.create_connection(self._server)
+
+    def wait_until_it_passes(self, link: _Link) -> None:
+        """Return when the link is no longer silent or was closed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: link.is_closed or not (link.is_silent or self._mode == "silent")
+            )
+
+    def wake_waiting(self) -> None:
+        """Let those that wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def rule_for(self, transcript: Transcript) -> _Rule | None:
+        """The rule for this moment of a connection's life, if there is one."""
+        rule = self._rule
+        return rule if rule is not None and rule.applies(transcript) else None
+
+    def forget(self, link: _Link) -> None:
+        """Let go of a link that has ended."""
+        with self._changed:
+            self._links.discard(link)
+
+
+class _Rule:
+    def __init__(self, matches: Matches, then: When | Literal["silent"], times: int) -> None:
+        self.then = then
+        self.done = threading.Event()
+        self._matches = matches
+        self._left = times
+        self._lock = threading.Lock()
+
+    def applies(self, transcript: Transcript) -> bool:
+        with self._lock:
+            if not self._left or not self._matches(transcript):
+                return False
+            self._left -= 1
+            return True
+
+    def applied(self) -> None:
+        if not self._left:
+            self.done.set()
+
+
+def commits(*parts: str) -> Matches:
+    """Whether a transaction is about to commit that holds each of ``parts`` (patterns)."""
+
+    def matches(transcript: Transcript) -> bool:
+        whole = "\n".join(transcript)
+        return transcript[-1] == "COMMIT" and all(re.search(part, whole) for part in parts)
+
+    return matches
+
+
+class _Link:
+    """One connection through the proxy: a thread for each direction."""
+
+    def __init__(self, proxy: Proxy, client: socket.socket) -> None:
+        self.is_closed = self.is_silent = False
+        self._proxy = proxy
+        self._client = client
+        self._server: socket.socket | None = None
+        self._transcript: Transcript = []
+        self._statements: dict[bytes, str] = {}
+        self._cut_at_answer: _Rule | None = None
+        self._threads = [
+            threading.Thread(target=self._run, args=[work], name=f"proxy-{name}", daemon=True)
+            for name, work in (("up", self._go_up), ("down", self._go_down))
+        ]
+
+    def start(self) -> None:
+        self._threads[0].start()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._proxy.wake_waiting()
+        _close(self._client)
+        if self._server is not None:
+            _close(self._server)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError:
+            pass
+        finally:
+            self.close()
+            self._proxy.forget(self)
+
+    def _go_up(self) -> None:
+        """From the client to the server."""
+        self._proxy.wait_until_it_passes(self)
+        if self.is_closed:
+            return
+        self._server = self._proxy.connect()
+        self._threads[1].start()
+        # The first message has no type.
+        self._server.sendall(_read_message(self._client, typed=False))
+        while not self.is_closed:
+            message = _read_message(self._client)
+            self._proxy.wait_until_it_passes(self)
+            if not message or self.is_closed:
+                return
+            statement = self._statement(message)
+            if statement is not None and self._ends_at(statement):
+                return
+            self._server.sendall(message)
+
+    def _go_down(self) -> None:
+        """From the server to the client."""
+        assert self._server is not None
+        while not self.is_closed:
+            message = _read_message(self._server)
+            self._proxy.wait_until_it_passes(self)
+            if not message or self.is_closed:
+                return
+            if message[:1] == b"C":
+                if self._cut_at_answer is not None:
+                    self._cut_at_answer.applied()
+                    return
+                self._transcript.append(f"< {message[5:-1].decode()}")
+            self._client.sendall(message)
+
+    def _ends_at(self, statement: str) -> bool:
+        """Whether a rule cuts the connection at this statement."""
+        if statement.startswith("BEGIN"):
+            self._transcript = []
+        self._transcript.append(statement)
+        rule = self._proxy.rule_for(self._transcript)
+        if rule is None:
+            return False
+        if rule.then == "after":
+            self._cut_at_answer = rule
+            return False
+        if rule.then == "silent":
+            self.is_silent = True
+            rule.applied()
+            self._proxy.wait_until_it_passes(self)
+            return self.is_closed
+        rule.applied()
+        self.close()
+        return True
+
+    def _statement(self, message: bytes) -> str | None:
+        """The text of what a message asks the server to run, also of what it has prepared."""
+        kind, body = message[:1], message[5:]
+        if kind == b"Q":
+            return body[:-1].decode()
+        if kind == b"P":
+            name, text, _ = body.split(b"\0", 2)
+            self._statements[name] = text.decode()
+        if kind == b"B":
+            _, name, _ = body.split(b"\0", 2)
+            return self._statements.get(name)
+        return None
+
+
+def _read_message(connection: socket.socket, *, typed: bool = True) -> bytes:
+    """One message of PostgreSQL's protocol; empty at the end."""
+    header = _read(connection, 5 if typed else 4)
+    if not header:
+        return b""
+    (length,) = struct.unpack("!I", header[-4:])
+    return header + _read(connection, length - 4)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            return b""
+        data += part
+    return data
+
+
+def _close(connection: socket.socket) -> None:
+    # Closing alone does not wake a thread that reads.
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+class PgBouncer:
+    """A PgBouncer in transaction mode in front of a PostgreSQL server, on a free port.
+
+    :param server_port: of PostgreSQL.
+    :param connections: to the server at once, for each database.
+    """
+
+    def __init__(self, server_port: int, connections: int = 3) -> None:
+        self.port = free_port()
+        program = needs_program("PgBouncer", shutil.which("pgbouncer", path=_PROGRAM_PATH))
+        self._user = ServerUser.choose()
+        self.folder = self._user.make_folder()
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": self.folder,
+            "auth_type": "any",
+            "pool_mode": "transaction",
+            "default_pool_size": connections,
+            "admin_users": PostgresServer.user,
+        }
+        (self.folder / "pgbouncer.ini").write_text(
+            "[databases]\n"
+            f"* = host=127.0.0.1 port={server_port} user={PostgresServer.user}\n"
+            "[pgbouncer]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
+        )
+        self._process = self._user.popen([program, "pgbouncer.ini"], self.folder)
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return self
+            except OSError:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    log = (self.folder / "log").read_text()
+                    self.__exit__()
+                    raise AssertionError(f"no PgBouncer: {log}") from None
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(_DEADLINE_SECONDS)
+        shutil.rmtree(self.folder, ignore_errors=True)
