@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,16 +35,18 @@ _LOCKS_OR_WRITES = re.compile(
 _SECOND_STATEMENT = re.compile(r";\s*\S")
 _SAVEPOINT = re.compile(r"(?:savepoint|release|rollback)\b", re.IGNORECASE)
 
+_LISTENED_TO: weakref.WeakSet[object] = weakref.WeakSet()
+
 OnCommit = Callable[[Job], object]
 
 
 def watch(engine: sa.Engine, session: scoped_session[Any]) -> None:
     """Mark the transactions of ``engine`` that write, and know the connections of ``session``."""
-    if not event.contains(engine, "before_cursor_execute", _mark_write):
+    if _is_new(engine):
         event.listen(engine, "before_cursor_execute", _mark_write)
         for name in _ENDS:
             event.listen(engine, name, _clear_mark)
-    if not event.contains(session, "after_begin", _remember_connection):
+    if _is_new(session):
         event.listen(session, "after_begin", _remember_connection)
         event.listen(session, "after_transaction_end", _forget_connections)
 
@@ -68,7 +71,7 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
 
     A job whose transaction or savepoint is rolled back instead is logged at DEBUG.
     """
-    if not event.contains(session, "after_commit", _note_commit):
+    if _is_new(session):
         event.listen(session, "after_commit", _note_commit)
         event.listen(session, "after_soft_rollback", _drop_rolled_back)
         event.listen(session, "after_transaction_end", _finish_joined)
@@ -87,6 +90,17 @@ def is_plain_select(statement: str) -> bool:
     # Looked for with and without comments: what looks like one may stand in a literal.
     locks = _LOCKS_OR_WRITES.search(statement) or _LOCKS_OR_WRITES.search(bare)
     return not locks and not _SECOND_STATEMENT.search(bare)
+
+
+def _is_new(target: object) -> bool:
+    """Whether nobody listens to ``target`` yet.
+
+    ``event.contains`` knows a target by its address, which a later one may have.
+    """
+    if target in _LISTENED_TO:
+        return False
+    _LISTENED_TO.add(target)
+    return True
 
 
 def _writing_connections(session: Session, engine: sa.Engine) -> list[sa.Connection]:

@@ -269,7 +269,6 @@ class Proxy:
         self._changed = threading.Condition()
         self._rule: _Rule | None = None
         self._links: set[_Link] = set()
-        self._closed = False
         self._listener = socket.create_server(("127.0.0.1", free_port()))
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._accept, name="proxy", daemon=True)
@@ -325,15 +324,16 @@ class Proxy:
 
     def close(self) -> None:
         """Close everything."""
-        self._closed = True
         # Closing alone does not wake the thread that accepts.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        links = self._copy_of_links()
         self.cut()
-        self._thread.join()
-        for link in self._copy_of_links():
-            link.join()
+        for thread in [self._thread, *(thread for link in links for thread in link.threads)]:
+            if thread.ident is not None:
+                thread.join(_DEADLINE_SECONDS)
+                assert not thread.is_alive(), f"{thread.name} hangs"
 
     def _set_mode(self, mode: Mode) -> None:
         with self._changed:
@@ -345,18 +345,19 @@ class Proxy:
             return list(self._links)
 
     def _accept(self) -> None:
-        while not self._closed:
+        while True:
             try:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if self._mode == "cut":
-                _close(client)
-                continue
-            link = _Link(self, client)
             with self._changed:
-                self._links.add(link)
-            link.start()
+                # Within the lock: who cuts afterwards finds the link, and closes it.
+                if self._mode != "cut":
+                    link = _Link(self, client)
+                    self._links.add(link)
+                    link.threads[0].start()
+                    continue
+            _close(client)
 
     # For its links
 
@@ -428,18 +429,10 @@ class _Link:
         self._transcript: Transcript = []
         self._statements: dict[bytes, str] = {}
         self._cut_at_answer: _Rule | None = None
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._run, args=[work], name=f"proxy-{name}", daemon=True)
             for name, work in (("up", self._go_up), ("down", self._go_down))
         ]
-
-    def start(self) -> None:
-        self._threads[0].start()
-
-    def join(self) -> None:
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
 
     def close(self) -> None:
         self.is_closed = True
@@ -463,7 +456,11 @@ class _Link:
         if self.is_closed:
             return
         self._server = self._proxy.connect()
-        self._threads[1].start()
+        if self.is_closed:
+            # Before there was this connection to close.
+            _close(self._server)
+            return
+        self.threads[1].start()
         # The first message has no type.
         self._server.sendall(_read_message(self._client, typed=False))
         while not self.is_closed:

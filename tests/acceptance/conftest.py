@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from flask_bgjobs.app_state import state_of
-from tests.conftest import build_app, wait_until
+from tests.conftest import DEADLINE_SECONDS, build_app, wait_until
+
+_SHOWN_CHARACTERS = 10_000
+"""Of each log."""
 
 HOST = """
 import json, os
@@ -56,10 +59,13 @@ class Workers:
         return process
 
     def end(self) -> None:
+        """End what is left, and show the logs where the test has failed."""
         for process in self._started:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.wait(DEADLINE_SECONDS)
+            log: Path = process.log  # type: ignore[attr-defined]
+            print(f"--- {log.name}", log.read_text()[-_SHOWN_CHARACTERS:], sep="\n")
 
 
 @pytest.fixture

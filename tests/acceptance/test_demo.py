@@ -119,7 +119,7 @@ class Demo:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.wait(END_SECONDS)
 
 
 StartDemo = Callable[..., Demo]

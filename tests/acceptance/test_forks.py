@@ -146,7 +146,7 @@ def start(
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.wait(DEADLINE_SECONDS)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             # At its end a child that was left alone ends as well.
@@ -227,7 +227,7 @@ class Site:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(DEADLINE_SECONDS)
             self._process.kill()
-            self._process.wait()
+            self._process.wait(DEADLINE_SECONDS)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def start(start_worker: Start) -> Iterator[Start]:
         below = descendants(worker.pid)
         if worker.poll() is None:
             worker.send_signal(signal.SIGKILL)
-        worker.wait()
+        worker.wait(DEADLINE_SECONDS)
         wait_until(lambda below=below: not any(map(is_alive, below)), "the children's end")
 
 

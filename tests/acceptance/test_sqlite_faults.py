@@ -56,7 +56,7 @@ def locked(file: Path, lock: str) -> Iterator[None]:
         assert holder.stdout.readline() == "locked\n"
         yield
     finally:
-        holder.communicate()
+        holder.communicate(timeout=DEADLINE_SECONDS)
     assert holder.returncode == 0
 
 

@@ -96,7 +96,7 @@ class Site:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(DEADLINE_SECONDS)
             self._process.kill()
-            self._process.wait()
+            self._process.wait(DEADLINE_SECONDS)
 
 
 @pytest.fixture

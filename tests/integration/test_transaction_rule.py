@@ -11,9 +11,16 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from flask_bgjobs import BgJobs, InvalidJob, JobNotCommitted, job_enqueued, run_background_job
+from flask_bgjobs import (
+    BgJobs,
+    InvalidJob,
+    JobNotCommitted,
+    job_enqueued,
+    joining,
+    run_background_job,
+)
 from flask_bgjobs.app_state import AppState, state_of
 from tests import jobs
 from tests.conftest import count_jobs, stored
@@ -368,6 +375,20 @@ def test_fifteen_threads_that_hold_sessions_never_wait_for_themselves(shop: Shop
         thread.join()
     assert failures == []
     assert count_jobs(shop.app) == 150
+
+
+def test_a_session_at_the_address_of_one_that_is_gone_is_watched() -> None:
+    """The writes of each session are seen in a process that makes many apps."""
+    engine = sa.create_engine("sqlite://")
+    for number in range(100):
+        # The one before is gone, and leaves its address to this one.
+        sessions = scoped_session(sessionmaker(engine))
+        joining.watch(engine, sessions)
+        sessions.execute(sa.text("CREATE TABLE IF NOT EXISTS note (id INTEGER)"))
+        assert joining.holds_writes(sessions(), engine), f"session {number}"
+        sessions.remove()
+        del sessions
+    engine.dispose()
 
 
 def test_a_receiver_that_raises_changes_nothing(
