@@ -18,10 +18,12 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from tests.servers import PostgresServer
 
 _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 1.0, 5.0
+_LOCK_WAIT_SECONDS = 300.0
+"""Workers that are stalled while they hold the lock keep this process waiting as well."""
 _LONGEST_OUTAGE_SECONDS = 3.0
 _HOLD_LOCK = """
 import sqlite3, sys, time
-connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+connection = sqlite3.connect(sys.argv[1], timeout=float(sys.argv[3]), isolation_level=None)
 connection.execute("BEGIN IMMEDIATE")
 time.sleep(float(sys.argv[2]))
 connection.execute("ROLLBACK")
@@ -69,9 +71,8 @@ class Sqlite(Database):
 
     def _hold_lock(self, rng: random.Random) -> None:
         seconds = rng.uniform(_SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS)
-        subprocess.run(
-            [sys.executable, "-c", _HOLD_LOCK, str(self._file), str(seconds)], check=True
-        )
+        arguments = [str(self._file), str(seconds), str(_LOCK_WAIT_SECONDS)]
+        subprocess.run([sys.executable, "-c", _HOLD_LOCK, *arguments], check=True)
 
 
 class TemporarySqlite(Sqlite):
