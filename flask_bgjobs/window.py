@@ -128,15 +128,17 @@ class Window:
     def _interrupt_through(self, stop_task: Callable[[], object]) -> None:
         """Send interruptions to a task from now on, also one that came before it began."""
         with self._lock:
-            if self._stop_task is None and self._thread is not None:
+            was_sent = self.interruption is not None
+            if was_sent and self._stop_task is None and self._thread is not None:
                 _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
             self._stop_task = stop_task
-            if self.interruption is not None:
+            if was_sent:
                 stop_task()
 
     def _close(self) -> None:
         with self._lock:
-            if self._thread is not None:
+            # Only what was sent: CPython slows down for good by taking back nothing.
+            if self._thread is not None and self.interruption is not None:
                 _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
             self._thread = _CLOSED
 
