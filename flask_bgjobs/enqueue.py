@@ -18,9 +18,10 @@ from .durations import Duration
 from .errors import BgJobsError, DatabaseUnusable, InvalidJob
 from .models import Job
 from .options import JobOptions, column_values, first_run
+from .registry import Target
 from .signals import job_enqueued, job_refused
 from .states import JobStatus
-from .store import NewJob, advice, unique_hash
+from .store import NewJobs, advice, unique_hash
 
 _logger = logging.getLogger("flask_bgjobs")
 
@@ -124,10 +125,10 @@ def enqueue(
     except BgJobsError as error:
         state.emit(job_refused, target=target, method=method, error=error)
         raise
-    return insert(state, jobs, session) if jobs else []
+    return insert(state, jobs, session) if jobs.parameters else []
 
 
-def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUTO) -> list[Job]:
+def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> list[Job]:
     """Insert checked jobs by the transaction rule."""
     joined = _session_to_join(state, session)
     if joined is None:
@@ -146,7 +147,7 @@ def insert(state: AppState, jobs: Sequence[NewJob], session: SessionChoice = AUT
     return saved
 
 
-def _save(state: AppState, jobs: Sequence[NewJob]) -> list[Job]:
+def _save(state: AppState, jobs: NewJobs) -> list[Job]:
     try:
         return state.store.transaction(lambda connection: state.store.insert(connection, jobs))
     except DBAPIError as error:
@@ -162,7 +163,7 @@ def _new_jobs(
     method: str | None,
     parameter_sets: Sequence[Parameters],
     options: JobOptions,
-) -> list[NewJob]:
+) -> NewJobs:
     registry, config = state.registry, state.config
     registry.check(target, method)
     chosen = options.over(registry.options(target))
@@ -170,7 +171,7 @@ def _new_jobs(
     delay_seconds, run_at = first_run(chosen)
     if values["unique_key"] is not None and len(parameter_sets) > 1:
         raise InvalidJob("unique_key names one job; enqueue these one by one, each with its own")
-    signature = registry.resolve(target, method).signature
+    resolved = registry.resolve(target, method)
     waits = delay_seconds is not None or run_at is not None
     common = {
         **values,
@@ -184,12 +185,11 @@ def _new_jobs(
         "crash_count": 0,
         "suspect": False,
     }
-    new_jobs = []
+    texts = []
     for parameters in parameter_sets:
-        text = _parameters_text(parameters, config.max_payload)
-        _check_signature(signature, parameters, target)
-        new_jobs.append(NewJob({**common, "parameters_json": text}, delay_seconds, run_at))
-    return new_jobs
+        texts.append(_parameters_text(parameters, config.max_payload))
+        _check_signature(resolved, parameters, target)
+    return NewJobs(common, texts, delay_seconds, run_at)
 
 
 def _parameters_text(parameters: object, max_bytes: int) -> str:
@@ -205,14 +205,11 @@ def _parameters_text(parameters: object, max_bytes: int) -> str:
         raise InvalidJob(str(error)) from None
 
 
-def _check_signature(signature: Any, parameters: Parameters, target: str) -> None:
+def _check_signature(target: Target, parameters: Parameters, name: str) -> None:
     try:
-        if isinstance(parameters, Mapping):
-            signature.bind(**parameters)
-        else:
-            signature.bind(*parameters)
+        target.check(parameters)
     except TypeError as error:
-        raise InvalidJob(f"the parameters do not fit {target}{signature}: {error}") from None
+        raise InvalidJob(f"the parameters do not fit {name}{target.signature}: {error}") from None
 
 
 def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:

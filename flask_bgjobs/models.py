@@ -18,8 +18,8 @@ from typing import Any
 import sqlalchemy as sa
 from flask import current_app
 from sqlalchemy.dialects import mysql
-from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.schema import SchemaConst
 from sqlalchemy.sql.elements import conv
 
@@ -306,9 +306,14 @@ class Queue(Base):
 
 
 def detached_job(values: dict[str, Any]) -> Job:
-    """A :class:`Job` as if it had been loaded from a row with these ``values``."""
-    job = Job(**values)
-    make_transient_to_detached(job)
+    """A :class:`Job` as if it had been loaded from a row with these ``values``.
+
+    :param values: of all columns, by attribute name.
+    """
+    # As SQLAlchemy loads one: its constructor would note a change of each attribute.
+    job: Job = Job.__mapper__.class_manager.new_instance()
+    vars(job).update(values)
+    instance_state(job).key = Job.__mapper__.identity_key_from_primary_key((values["id"],))
     return job
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .config import AllowedJobs, is_dotted_name
@@ -19,7 +21,7 @@ from .errors import ConfigError, InvalidJob, JobNotAllowed
 from .options import NO_OPTIONS, JobOptions
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """What a name stands for, ready to be called."""
 
@@ -34,13 +36,34 @@ class Target:
             return self.function(*args, **kwargs)
         return self.function(self.cls(), *args, **kwargs)
 
-    @property
+    @functools.cached_property
     def signature(self) -> inspect.Signature:
         """The parameters that a job gives, so without ``self``."""
         signature = inspect.signature(self.function)
         if self.cls is None:
             return signature
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def check(self, parameters: Sequence[Any] | Mapping[str, Any]) -> None:
+        """Make sure that it can be called with these.
+
+        :raises TypeError: says what does not fit.
+        """
+        if isinstance(parameters, Mapping):
+            self.signature.bind(**parameters)
+        elif len(parameters) not in self._positional_counts:
+            self.signature.bind(*parameters)
+
+    @functools.cached_property
+    def _positional_counts(self) -> range:
+        """How many positional parameters are certain to fit: binding thousands takes its time."""
+        each = self.signature.parameters.values()
+        if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in each):
+            return range(0)
+        positional = [p for p in each if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        least = sum(p.default is p.empty for p in positional)
+        has_rest = any(p.kind is p.VAR_POSITIONAL for p in each)
+        return range(least, sys.maxsize if has_rest else len(positional) + 1)
 
     @property
     def named(self) -> Callable[..., Any]:

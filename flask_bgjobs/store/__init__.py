@@ -11,7 +11,7 @@ from ..errors import DatabaseNotSupported
 from .base import Store
 from .by_hand import ActionResult
 from .database import CommitInDoubt
-from .inserts import NewJob, unique_hash
+from .inserts import NewJobs, unique_hash
 from .postgresql import PostgresStore
 from .prunes import PruneCursor, Pruned, Retention
 from .runs import LeaseView
@@ -22,7 +22,7 @@ __all__ = [
     "ActionResult",
     "CommitInDoubt",
     "LeaseView",
-    "NewJob",
+    "NewJobs",
     "PruneCursor",
     "Pruned",
     "Retention",

@@ -6,7 +6,8 @@ import dataclasses
 import datetime as dt
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,15 +17,23 @@ from ..models import Job, detached_job
 from .database import JOBS, Database
 
 _UNIQUE_TRIES = 10
+_AT_ONCE = 5_000
+"""Jobs per statement."""
 _INSERTED = (JOBS.c.id, JOBS.c.created_at, JOBS.c.run_at)
+_COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
+"""By attribute name."""
+_NOTHING_YET = dict.fromkeys(_COLUMNS)
+_BY_THE_DATABASE = {"id", "created_at", "run_at"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class NewJob:
-    """A checked job, ready to be inserted."""
+class NewJobs:
+    """Checked jobs, ready to be inserted, that differ in nothing but their parameters."""
 
     values: Mapping[str, Any]
-    """Column values by attribute name of :class:`~flask_bgjobs.models.Job`."""
+    """What they have in common, by attribute name of :class:`~flask_bgjobs.models.Job`."""
+    parameters: Sequence[str]
+    """As JSON, one text for each job."""
     delay_seconds: float | None = None
     """From now by the database's clock, unless ``run_at`` is given."""
     run_at: dt.datetime | None = None
@@ -34,32 +43,46 @@ class NewJob:
 class Inserts(Database):
     """The statements of an enqueue."""
 
-    def insert(self, connection: sa.Connection, jobs: Sequence[NewJob]) -> list[Job]:
+    def insert(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """The inserted jobs, in the order given; with a taken ``unique_key``, its holder.
 
         :param connection: of our own transaction or of the one that the jobs join.
         """
-        if len(jobs) == 1 and jobs[0].values["unique_hash"] is not None:
-            return [self._insert_unique(connection, jobs[0])]
-        rows = connection.execute(
-            self._insert.returning(*_INSERTED, sort_by_parameter_order=True),
-            [_insert_parameters(job) for job in jobs],
-            execution_options=self.execution_options,
-        ).all()
-        return [_inserted_job(job, row) for job, row in zip(jobs, rows, strict=True)]
+        connection = connection.execution_options(**self.execution_options)
+        if jobs.values["unique_hash"] is not None:
+            return [self._insert_unique(connection, jobs)]
+        if len(jobs.parameters) == 1:
+            row = connection.execute(self._insert_one, _parameters(jobs)).one()
+            return [_inserted_job(jobs, jobs.parameters[0], row)]
+        return [job for part in _parts(jobs) for job in self.insert_many(connection, part)]
 
-    def _insert_unique(self, connection: sa.Connection, job: NewJob) -> Job:
+    def insert_many(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
+        """The inserted jobs, in the order given, by one statement."""
+        common = {key: value for key, value in _parameters(jobs).items() if key != "parameters"}
+        texts = json.dumps(jobs.parameters)
+        inserted = connection.execute(self._insert_many, {**common, "texts": texts})
+        # RETURNING promises no order, but the ids were drawn in that of the parameters.
+        rows = sorted(inserted, key=lambda row: row.id)
+        made = zip(jobs.parameters, rows, strict=True)
+        return (_inserted_job(jobs, text, row) for text, row in made)
+
+    def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
+        """Position and text of the strings in a JSON array, as columns to select."""
+        raise NotImplementedError
+
+    def typed(self, value: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
+        """``value``, fit to be selected rather than inserted."""
+        return value
+
+    def _insert_unique(self, connection: sa.Connection, jobs: NewJobs) -> Job:
         statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
         statement = statement.returning(*_INSERTED)
         for _ in range(_UNIQUE_TRIES):
-            row = connection.execute(
-                statement, _insert_parameters(job), execution_options=self.execution_options
-            ).one_or_none()
+            row = connection.execute(statement, _parameters(jobs)).one_or_none()
             if row is not None:
-                return _inserted_job(job, row)
+                return _inserted_job(jobs, jobs.parameters[0], row)
             holder = connection.execute(
-                sa.select(JOBS).where(JOBS.c.unique_hash == job.values["unique_hash"]),
-                execution_options=self.execution_options,
+                sa.select(JOBS).where(JOBS.c.unique_hash == jobs.values["unique_hash"])
             ).one_or_none()
             if holder is not None:
                 found = loaded_job(holder)
@@ -67,18 +90,36 @@ class Inserts(Database):
                 return found
             # The holder finished between the two statements: the key is free again.
         raise UniqueKeyTaken(
-            f"the unique_key {job.values['unique_key']!r} changes hands too quickly"
+            f"the unique_key {jobs.values['unique_key']!r} changes hands too quickly"
         )
 
     @functools.cached_property
     def _insert(self) -> Any:
+        return self.insert_into(JOBS).values(created_at=self.now, run_at=self._first_run)
+
+    @functools.cached_property
+    def _insert_one(self) -> Any:
+        return self._insert.returning(*_INSERTED)
+
+    @functools.cached_property
+    def _insert_many(self) -> Any:
+        position, text = self.texts(sa.bindparam("texts", type_=sa.Text))
+        values = {
+            column.name: self.typed(sa.bindparam(column.name, type_=column.type))
+            for key, column in _COLUMNS.items()
+            if key not in _BY_THE_DATABASE
+        }
+        values |= {"parameters": text, "created_at": self.now, "run_at": self._first_run}
+        selected = sa.select(*values.values()).order_by(position)
+        return sa.insert(JOBS).from_select(list(values), selected).returning(*_INSERTED)
+
+    @property
+    def _first_run(self) -> sa.ColumnElement[dt.datetime]:
         # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
         delay = sa.cast(sa.bindparam("delay_seconds", type_=sa.Double), sa.Double)
-        run_at = sa.bindparam("given_run_at", type_=JOBS.c.run_at.type)
+        given = self.typed(sa.bindparam("given_run_at", type_=JOBS.c.run_at.type))
         due = sa.case((delay.is_not(None), self.after(delay)), else_=self.now)
-        return self.insert_into(JOBS).values(
-            created_at=self.now, run_at=sa.func.coalesce(run_at, due)
-        )
+        return sa.func.coalesce(given, due)
 
 
 def unique_hash(unique_key: str) -> str:
@@ -86,21 +127,27 @@ def unique_hash(unique_key: str) -> str:
     return hashlib.sha256(unique_key.encode()).hexdigest()
 
 
-def _insert_parameters(job: NewJob) -> dict[str, Any]:
-    values = {_column_name(key): value for key, value in job.values.items()}
-    return {**values, "given_run_at": job.run_at, "delay_seconds": job.delay_seconds}
+def _parts(jobs: NewJobs) -> Iterator[NewJobs]:
+    for begin in range(0, len(jobs.parameters), _AT_ONCE):
+        yield dataclasses.replace(jobs, parameters=jobs.parameters[begin : begin + _AT_ONCE])
 
 
-def _column_name(attribute: str) -> str:
-    return str(Job.__mapper__.attrs[attribute].columns[0].name)
+def _parameters(jobs: NewJobs) -> dict[str, Any]:
+    """Of the statement that inserts the first of them."""
+    values = {**_NOTHING_YET, **jobs.values, "parameters_json": jobs.parameters[0]}
+    columns = {
+        column.name: values[key] for key, column in _COLUMNS.items() if key not in _BY_THE_DATABASE
+    }
+    return {**columns, "given_run_at": jobs.run_at, "delay_seconds": jobs.delay_seconds}
 
 
-def _inserted_job(job: NewJob, row: sa.Row[Any]) -> Job:
-    nothing_yet = dict.fromkeys(Job.__mapper__.column_attrs.keys())
-    return detached_job({**nothing_yet, **job.values, **row._mapping})
+def _inserted_job(jobs: NewJobs, parameters: str, row: sa.Row[Any]) -> Job:
+    by_the_database = {"id": row.id, "created_at": row.created_at, "run_at": row.run_at}
+    return detached_job(
+        {**_NOTHING_YET, **jobs.values, "parameters_json": parameters, **by_the_database}
+    )
 
 
 def loaded_job(row: sa.Row[Any]) -> Job:
     """The job in a whole row of the table, loaded and detached."""
-    columns = Job.__mapper__.column_attrs
-    return detached_job({column.key: row._mapping[column.columns[0]] for column in columns})
+    return detached_job({key: row._mapping[column] for key, column in _COLUMNS.items()})
