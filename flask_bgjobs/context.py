@@ -15,6 +15,7 @@ from .errors import JobCancelled
 from .spec import JobSpec, Report
 from .text import storable
 
+_NO_META = "{}"
 _MAX_LINES = 1_000
 """Log lines kept until they are written; beyond that the oldest are dropped and counted."""
 
@@ -34,8 +35,8 @@ class CurrentJob:
         self._dropped = 0
         self._progress: float | None = None
         self._note: str | None = None
-        self._written_meta = spec.meta_json or "{}"
-        self._cancelled = threading.Event()
+        self._written_meta = spec.meta_json or _NO_META
+        self._cancelled = False
         self.meta: dict[str, Any] = _readable_meta(self._written_meta)
         """A dict of yours, kept with the job over all its attempts."""
 
@@ -62,7 +63,7 @@ class CurrentJob:
     @property
     def cancelled(self) -> bool:
         """Whether somebody asked for a cancel; a loop may look and stop tidily."""
-        return self._cancelled.is_set()
+        return self._cancelled
 
     def raise_if_cancelled(self) -> None:
         """Stop here when somebody asked for a cancel.
@@ -97,7 +98,7 @@ class CurrentJob:
 
     def request_cancel(self) -> None:
         """Make :attr:`cancelled` true; for pools."""
-        self._cancelled.set()
+        self._cancelled = True
 
     def take_report(self) -> Report | None:
         """What was told since the last call, ``None`` when that is nothing; for pools."""
@@ -115,6 +116,8 @@ class CurrentJob:
             return report
 
     def _changed_meta(self) -> str | None:
+        if self.meta == {} and self._written_meta == _NO_META:
+            return None
         try:
             text = serialize.dumps(self.meta, name="meta", max_bytes=self._max_payload)
         except (serialize.NotSerializable, RuntimeError):
@@ -130,11 +133,14 @@ class CurrentJob:
 
         :raises NotSerializable: names what cannot.
         """
-        serialize.dumps(self.meta, name="current_job.meta", max_bytes=self._max_payload)
+        if self.meta != {}:
+            serialize.dumps(self.meta, name="current_job.meta", max_bytes=self._max_payload)
 
 
 def _readable_meta(text: str) -> dict[str, Any]:
     """The stored meta; empty when somebody edited it into something else."""
+    if text == _NO_META:
+        return {}
     try:
         meta = serialize.loads(text)
     except ValueError:

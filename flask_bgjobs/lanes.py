@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from .pace import Pace
+from .pace import Pace, Throughput
 from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
 from .spec import JobSpec, Outcome, Report
@@ -52,23 +52,39 @@ class Lane:
         self, route: Route, make_pool: Callable[[Finished], Pool], on_finished: Finished
     ) -> None:
         self.route = route
+        self.expects_jobs = True
+        """Whether there may be jobs to claim for it."""
         self._on_finished = on_finished
         self._pace = Pace()
+        self._throughput = Throughput()
         self.pool = make_pool(self._note)
+
+    def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
+        """Run jobs, in this order, as places become free."""
+        self._throughput.submitted(len(specs))
+        self.pool.submit(specs, claimed)
+
+    def take_unstarted(self) -> list[JobSpec]:
+        """The jobs that wait in the pool; they will not be run here."""
+        taken = self.pool.take_unstarted()
+        self._throughput.submitted(-len(taken))
+        return taken
 
     def room(self) -> int:
         """How many jobs to claim: as many as the pool can take, and a little work ahead."""
-        unstarted = self.pool.unstarted()
+        unstarted, running = self.pool.unstarted(), self.pool.running()
+        self._throughput.look(unstarted, running)
         ahead = self._prefetch()
         if unstarted > ahead // 2:
             return 0
-        return min(self.route.size + ahead - self.pool.running() - unstarted, _MAX_CLAIM)
+        return min(self.route.size + ahead - running - unstarted, _MAX_CLAIM)
 
     def _prefetch(self) -> int:
         if self._pace.seconds is None:
             return 0
-        seconds = max(self._pace.seconds, _PREFETCH_SECONDS / _MAX_CLAIM)
-        return int(self.route.size * _PREFETCH_SECONDS / seconds)
+        # Jobs that wait for each other, as for the GIL, end less often than they take time.
+        seconds = max(self._pace.seconds / self.route.size, self._throughput.seconds_per_job)
+        return int(_PREFETCH_SECONDS / max(seconds, _PREFETCH_SECONDS / _MAX_CLAIM))
 
     def _note(self, spec: JobSpec, outcome: Outcome) -> None:
         if outcome.wait_seconds is not None:
@@ -90,13 +106,18 @@ class Lanes:
         """Within which code that was cancelled has stopped, unless it ignores that."""
         return max(lane.pool.stop_seconds for lane in self._lanes)
 
+    def expect_jobs(self) -> None:
+        """Note that there may be jobs to claim for any of them."""
+        for lane in self._lanes:
+            lane.expects_jobs = True
+
     def submit(self, spec: JobSpec, claimed: float) -> None:
         """Run one job where its queue belongs."""
-        self._pool_of(spec).submit([spec], claimed)
+        self._lane_of(spec).submit([spec], claimed)
 
     def can_begin(self, spec: JobSpec) -> bool:
         """Whether the job would begin at once where its queue belongs."""
-        return self._pool_of(spec).idle() > 0
+        return self._lane_of(spec).pool.idle() > 0
 
     def unstarted(self) -> int:
         """How many jobs wait in the pools."""
@@ -108,7 +129,7 @@ class Lanes:
 
     def take_unstarted(self) -> list[JobSpec]:
         """The jobs that wait in the pools; they will not be run here."""
-        return [spec for lane in self._lanes for spec in lane.pool.take_unstarted()]
+        return [spec for lane in self._lanes for spec in lane.take_unstarted()]
 
     def running_specs(self) -> list[JobSpec]:
         """The jobs that run."""
@@ -133,9 +154,9 @@ class Lanes:
         for lane in self._lanes:
             lane.pool.close()
 
-    def _pool_of(self, spec: JobSpec) -> Pool:
+    def _lane_of(self, spec: JobSpec) -> Lane:
         lane = next((each for each in self._lanes if each.route.serves(spec.queue)), None)
-        return (lane or self._lanes[0]).pool
+        return lane or self._lanes[0]
 
 
 def routes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
@@ -18,31 +18,58 @@ _REFUSED = (DataError, IntegrityError, ProgrammingError)
 """What the database would answer each time."""
 
 
+_Entries = collections.deque[tuple[JobSpec, Outcome]]
+
+
 class Outbox:
     """Outcomes in the order in which they came; safe to fill from any thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._waiting: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
+        self._smooth: _Entries = collections.deque()
+        """Of attempts that completed and told nothing more, to be recorded in bulk."""
+        self._others: _Entries = collections.deque()
         self._in_doubt: set[Key] = set()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._smooth) + len(self._others)
 
     def put(self, spec: JobSpec, outcome: Outcome) -> None:
         """Keep the outcome of an attempt until it is recorded."""
-        self._waiting.append((spec, outcome))
+        is_smooth = outcome.kind is OutcomeKind.COMPLETED and outcome.report is None
+        (self._smooth if is_smooth else self._others).append((spec, outcome))
 
     def take_all(self) -> list[tuple[JobSpec, Outcome]]:
         """What waits; it is not kept any longer."""
-        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+        return [*_taken(self._smooth), *_taken(self._others)]
 
-    def record(self, worker_id: int, worker_name: str) -> list[Settled]:
-        """What was recorded of all that waited, in one transaction.
+    def record(self, worker_id: int, worker_name: str) -> Iterator[Settled]:
+        """What was recorded of all that waited, in two transactions at most.
 
-        :raises DBAPIError: when the database is not usable; all of it is kept.
+        :raises DBAPIError: when the database is not usable; what was not recorded is kept.
         """
-        batch = self.take_all()
+        yield from self._record_smooth(worker_id)
+        yield from self._record_others(worker_id, worker_name)
+
+    def _record_smooth(self, worker_id: int) -> list[Settled]:
+        batch = _taken(self._smooth)
+        if not batch:
+            return []
+        try:
+            return self._store.complete(worker_id, batch)
+        except _REFUSED:
+            self._others.extendleft(reversed(batch))
+            return []
+        except CommitInDoubt:
+            self._in_doubt |= {spec.key for spec, _ in batch}
+            self._others.extendleft(reversed(batch))
+            raise
+        except BaseException:
+            self._smooth.extendleft(reversed(batch))
+            raise
+
+    def _record_others(self, worker_id: int, worker_name: str) -> list[Settled]:
+        batch = _taken(self._others)
         if not batch:
             return []
         try:
@@ -52,7 +79,7 @@ class Outbox:
         except BaseException as error:
             if isinstance(error, CommitInDoubt):
                 self._in_doubt |= {spec.key for spec, _ in batch}
-            self._waiting.extendleft(reversed(batch))
+            self._others.extendleft(reversed(batch))
             raise
         self._in_doubt.clear()
         return settled
@@ -76,3 +103,8 @@ class Outbox:
                 )
                 settled += self._store.settle(worker_id, worker_name, [(spec, plain)])
         return settled
+
+
+def _taken(entries: _Entries) -> list[tuple[JobSpec, Outcome]]:
+    """All entries, removed; others may be put in meanwhile."""
+    return [entries.popleft() for _ in range(len(entries))]

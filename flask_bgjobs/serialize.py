@@ -22,6 +22,9 @@ MAX_DEPTH = 100
 """Levels of nesting: far beyond what a job needs, far below what exhausts a parser's stack."""
 
 
+_encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+
+
 class NotSerializable(ValueError):
     """The value cannot be stored as JSON; the message says where and why."""
 
@@ -35,9 +38,10 @@ def dumps(value: object, *, name: str = "value", max_bytes: int | None = None) -
     :raises NotSerializable: for a type, number, key or depth that JSON cannot hold the same
         on every database, or a text that is too long.
     """
+    if value is None:
+        return "null"
     try:
-        plain = _encode(value, name, ())
-        text = json.dumps(plain, allow_nan=False, separators=(",", ":"))
+        text = _encoder.encode(_encode(value, name, ()))
     except NotSerializable:
         raise
     except (ValueError, RecursionError) as error:

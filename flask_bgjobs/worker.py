@@ -40,7 +40,7 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _FOLLOW_SECONDS = 0.25
 """How often running jobs are looked after: cancel requests, leases, progress."""
-_GATHER_SECONDS = 0.002
+_GATHER_SECONDS = 0.005
 """While threads are busy, outcomes are gathered so long, to be settled in one transaction."""
 _HORIZON_SECONDS = 60.0
 _PRUNE_SECONDS = 300.0
@@ -112,7 +112,6 @@ class Worker:
         self._wake = _Wake()
         self._outbox = Outbox(self._store)
         self._claimed = 0
-        self._claim_again = True
         self._suspects: collections.deque[JobSpec] = collections.deque()
         self._suspect_running: JobSpec | None = None
         self._held: set[Key] = set()
@@ -121,7 +120,7 @@ class Worker:
         self._marked: set[Key] = set()
         self._followed = 0.0
         self._look_due = False
-        self._looked_ahead = self._swept = -float("inf")
+        self._looked = self._swept = -float("inf")
         self._outage = Outage(self.name)
         self._limits = Limits(
             max_jobs=options.max_jobs, max_time=options.max_time, max_memory=options.max_memory
@@ -184,7 +183,7 @@ class Worker:
             _logger.info(notice)
         self._register()
         self._heart = Heart(self._store, self._id, self.state.config.heartbeat_interval)
-        self._clock = Clock(self._on_clock, self.state.config.poll_interval)
+        self._clock = Clock(self._on_news, self.state.config.poll_interval)
         if self._options.scheduler:
             self._clock.every(_PRUNE_SECONDS, self._on_prune_time)
         self._clock.start()
@@ -250,7 +249,7 @@ class Worker:
         self._settle()
         self._give_back_unseen()
         self._follow_running()
-        self._promote_due()
+        self._look()
         self._sweep()
         self._start_suspect()
         self._claim()
@@ -275,6 +274,7 @@ class Worker:
             )
             return
         self.counts[settled.status] += 1
+        self._look_due |= settled.status is JobStatus.PENDING
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
             self._clock.wake_in([settled.delay_seconds])
         emit_settled(self.state.app, settled)
@@ -312,17 +312,23 @@ class Worker:
             self._store.mark_started(self._id, new)
             self._marked |= {spec.key for spec in new}
 
-    def _promote_due(self) -> None:
-        """Make due jobs claimable, and set the clock for those that are due soon."""
+    def _look(self) -> None:
+        """See what there is to do: make due jobs claimable, set the clock for those due soon."""
         now = time.monotonic()
         # The monotonic bound holds also when the clock's own time jumps or its thread hangs.
-        late = now - self._looked_ahead >= self.state.config.poll_interval
+        late = now - self._looked >= self.state.config.poll_interval
         if not (self._clock.drifted() or self._look_due or late):
             return
+        # Before the look: what comes from now on needs another one.
         self._look_due = False
-        self._looked_ahead = now
-        self._store.promote()
-        self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
+        work = self._store.look(self.queues)
+        promoted = 0
+        if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
+            promoted = self._store.promote()
+            self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
+        if work.pending or promoted:
+            self._pools.expect_jobs()
+        self._looked = now
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -330,6 +336,7 @@ class Worker:
             return
         self._swept = now
         for settled in self._sweeper.sweep(self._id):
+            self._look_due = True
             emit_settled(self.state.app, settled)
 
     def _prune(self) -> None:
@@ -351,10 +358,8 @@ class Worker:
             )
 
     def _claim(self) -> None:
-        self._claim_again = False
         for lane in self._pools:
-            room = self._room(lane)
-            if room > 0:
+            if lane.expects_jobs and (room := self._room(lane)) > 0:
                 self._claim_for(lane, room)
         self._start_suspect()
 
@@ -366,9 +371,9 @@ class Worker:
         self._held |= {spec.key for spec in specs}
         claimed = time.monotonic()
         self._claimed += len(specs)
-        self._claim_again |= len(specs) == room
+        lane.expects_jobs = len(specs) == room
         self._suspects.extend(spec for spec in specs if spec.suspect)
-        lane.pool.submit([spec for spec in specs if not spec.suspect], claimed)
+        lane.submit([spec for spec in specs if not spec.suspect], claimed)
 
     def _room(self, lane: Lane) -> int:
         """How many jobs to claim for a lane: suspects that wait for their turn count as well."""
@@ -399,8 +404,8 @@ class Worker:
     # Waiting, stopping, outages
 
     def _wait(self) -> None:
-        has_room = any(self._room(lane) > 0 for lane in self._pools)
-        if self._claim_again and has_room and not self._stops:
+        may_claim = any(lane.expects_jobs and self._room(lane) > 0 for lane in self._pools)
+        if may_claim and not self._stops:
             return
         busy = self._pools.running() or self._pools.unstarted()
         if self._pools.unstarted() and self._outbox:
@@ -408,7 +413,6 @@ class Worker:
             return
         seconds = _FOLLOW_SECONDS if busy or self._suspects else self.state.config.poll_interval
         self._wake.wait(min(seconds, _PRUNE_PAUSE_SECONDS) if self._prune_due else seconds)
-        self._claim_again = True
 
     def _is_done(self) -> bool:
         if self._stops:
@@ -436,7 +440,7 @@ class Worker:
             left = self._store.unfinished(self.queues)
         except SQLAlchemyError as error:
             self._wait_out(error)
-        return not left and self._looked_ahead > 0
+        return not left and self._looked > 0
 
     def _drain(self) -> None:
         """Give back what has not started, let the rest finish, then give that back as well."""
@@ -473,12 +477,15 @@ class Worker:
         deadline = time.monotonic() + self._pools.stop_seconds
         while self._pools.running() and time.monotonic() < deadline:
             self._wake.wait(deadline - time.monotonic())
+        # Before the outcomes: a job that ends at this moment is in both, and not in neither.
+        still_running = {spec.key: spec for spec in self._pools.running_specs()}
         for spec, outcome in self._outbox.take_all():
+            still_running.pop(spec.key, None)
             stopped_by_us = spec.key in given_back
             if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
-                outcome = dataclasses.replace(_given_back(spec), report=outcome.report)
+                outcome = _given_back(spec)._replace(report=outcome.report)
             self._outbox.put(spec, outcome)
-        for spec in self._pools.running_specs():
+        for spec in still_running.values():
             _logger.warning("Job %s did not stop; it is given back while its code runs", spec.id)
             self._outbox.put(spec, _given_back(spec))
 
@@ -506,7 +513,8 @@ class Worker:
         self._outbox.put(spec, outcome)
         self._wake.set()
 
-    def _on_clock(self) -> None:
+    def _on_news(self) -> None:
+        """There may be something to do: a job is due or was enqueued, or the poll is."""
         self._look_due = True
         self._wake.set()
 
@@ -514,7 +522,7 @@ class Worker:
         self._prune_due = True
 
     def _on_enqueued(self, _job: Job) -> None:
-        self._wake.set()
+        self._on_news()
 
 
 def register(
@@ -576,7 +584,9 @@ class _Wake:
         self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def set(self) -> None:
-        self._queue.put(None)
+        # What is set already need not be set again, ten thousand times a second.
+        if self._queue.empty():
+            self._queue.put(None)
 
     def wait(self, timeout: float) -> None:
         """Return when it is set, or after ``timeout`` seconds; it is unset then."""

@@ -501,7 +501,7 @@ class ProcessPool:
     def _finish(self, task: _Task, outcome: Outcome) -> None:
         earlier = task.take_report()
         if earlier is not None:
-            outcome = dataclasses.replace(outcome, report=earlier.followed_by(outcome.report))
+            outcome = outcome._replace(report=earlier.followed_by(outcome.report))
         self._done.append((task.spec, outcome))
 
     def _wait_for_first_child(self) -> None:

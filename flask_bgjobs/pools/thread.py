@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import queue
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from ..app_state import AppState
 from ..context import CurrentJob
 from ..errors import JobCancelled, JobTimeout
 from ..execute import execute
-from ..spec import JobSpec, Outcome, Report
+from ..spec import JobSpec, Key, Outcome, Report
 from ..states import OutcomeKind
 from ..window import Window
 
@@ -29,13 +30,9 @@ class _Task:
     claimed: float
     window: Window = dataclasses.field(default_factory=Window)
 
-    @property
-    def key(self) -> tuple[int, int]:
-        return (self.spec.id, self.spec.attempt)
-
 
 class ThreadPool:
-    """A fixed set of daemon threads.
+    """A fixed set of daemon threads. Jobs are submitted and taken back by one other thread only.
 
     :param state: the app whose jobs run.
     :param size: how many.
@@ -51,10 +48,13 @@ class ThreadPool:
         self.size = size
         self._state = state
         self._on_finished = on_finished
+        self._tasks: dict[Key, _Task] = {}
+        """What was submitted and has not ended. What does not wait any more runs."""
         self._waiting: deque[_Task] = deque()
-        self._running: dict[tuple[int, int], _Task] = {}
-        self._changed = threading.Condition()
-        self._closed = False
+        self._turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """An entry for each task that was ever put into the queue; ``False`` ends a thread. It is
+        all that threads wait for: a lock around the tasks would be held by a thread that has lost
+        the GIL, with all others waiting for it."""
         self._deadlines = _Deadlines()
         for number in range(size):
             # Daemons: a job that ignores every request must not keep the process alive.
@@ -66,10 +66,11 @@ class ThreadPool:
         :param claimed: when they were claimed, by ``time.monotonic()``.
         """
         limit = self._state.config.max_payload
-        tasks = [_Task(spec, CurrentJob(spec, max_payload=limit), claimed) for spec in specs]
-        with self._changed:
-            self._waiting.extend(tasks)
-            self._changed.notify(len(tasks))
+        for spec in specs:
+            task = _Task(spec, CurrentJob(spec, max_payload=limit), claimed)
+            self._tasks[spec.key] = task
+            self._waiting.append(task)
+            self._turns.put(True)
 
     def unstarted(self) -> int:
         """How many submitted jobs wait for a thread."""
@@ -77,35 +78,32 @@ class ThreadPool:
 
     def running(self) -> int:
         """How many jobs run."""
-        return len(self._running)
+        # In this order: a task that begins meanwhile is then counted twice, and never missed.
+        return len(self._tasks) - len(self._waiting)
 
     def idle(self) -> int:
         """How many jobs would begin at once, were they submitted now."""
-        with self._changed:
-            return self.size - len(self._running) - len(self._waiting)
+        return self.size - len(self._tasks)
 
     def take_unstarted(self) -> list[JobSpec]:
         """The jobs that wait for a thread; they will not be run here."""
-        with self._changed:
-            taken = [task.spec for task in self._waiting]
-            self._waiting.clear()
-            return taken
+        taken = []
+        while (task := self._pop()) is not None:
+            del self._tasks[task.spec.key]
+            taken.append(task.spec)
+        return taken
 
     def running_specs(self) -> list[JobSpec]:
         """The jobs that run."""
-        with self._changed:
-            return [task.spec for task in self._running.values()]
+        return [task.spec for task in self._running_tasks()]
 
     def unstarted_specs(self) -> list[JobSpec]:
         """The jobs that wait for a thread."""
-        with self._changed:
-            return [task.spec for task in self._waiting]
+        return [task.spec for task in self._waiting.copy()]
 
-    def reports(self) -> dict[tuple[int, int], Report]:
+    def reports(self) -> dict[Key, Report]:
         """What running jobs told since the last call, by job id and attempt."""
-        with self._changed:
-            tasks = list(self._running.values())
-        reports = ((task.key, task.job.take_report()) for task in tasks)
+        reports = ((task.spec.key, task.job.take_report()) for task in self._running_tasks())
         return {key: report for key, report in reports if report is not None}
 
     def cancel(self, spec: JobSpec) -> None:
@@ -113,42 +111,48 @@ class ThreadPool:
 
         One that waits for a thread ends as cancelled without having run.
         """
-        with self._changed:
-            task = self._running.get((spec.id, spec.attempt))
-            waiting = next((t for t in self._waiting if t.spec is spec), None)
-            if waiting is not None:
-                self._waiting.remove(waiting)
-        if task is not None:
+        task = self._tasks.get(spec.key)
+        if task is None:
+            return
+        try:
+            self._waiting.remove(task)
+        except ValueError:
             task.job.request_cancel()
             task.window.interrupt(JobCancelled)
-        elif waiting is not None:
-            self._on_finished(spec, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
+        else:
+            self._finish(task, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
 
     def close(self) -> None:
         """Let threads end when they are idle; nothing more can be submitted."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        for _ in range(self.size):
+            self._turns.put(False)
         self._deadlines.close()
 
     def _work(self) -> None:
-        while (task := self._next()) is not None:
-            outcome = execute(self._state, task.spec, task.job, task.window, task.claimed)
-            with self._changed:
-                del self._running[task.key]
-            self._on_finished(task.spec, outcome)
+        while self._turns.get():
+            # Nothing is there where somebody took the task back.
+            if (task := self._pop()) is not None:
+                self._run(task)
 
-    def _next(self) -> _Task | None:
-        with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            task = self._waiting.popleft()
-            self._running[task.key] = task
+    def _run(self, task: _Task) -> None:
         if task.spec.timeout is not None:
             self._deadlines.add(time.monotonic() + task.spec.timeout, task.window)
-        return task
+        self._finish(task, execute(self._state, task.spec, task.job, task.window, task.claimed))
+
+    def _finish(self, task: _Task, outcome: Outcome) -> None:
+        # First told, then forgotten: who looks meanwhile finds it in two places rather than none.
+        self._on_finished(task.spec, outcome)
+        del self._tasks[task.spec.key]
+
+    def _pop(self) -> _Task | None:
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
+
+    def _running_tasks(self) -> list[_Task]:
+        tasks, waiting = self._tasks.copy(), set(map(id, self._waiting.copy()))
+        return [task for task in tasks.values() if id(task) not in waiting]
 
 
 class _Deadlines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from .database import JOBS, WORKERS
 from .queues import Queues
 
 SPEC_COLUMNS = [
-    (JOBS.c[Job.__mapper__.attrs[field.name].columns[0].name]).label(field.name)
-    for field in dataclasses.fields(JobSpec)
+    (JOBS.c[Job.__mapper__.attrs[name].columns[0].name]).label(name) for name in JobSpec._fields
 ]
 
 _PENDING = (
@@ -31,6 +29,10 @@ _NEXT_PENDING_QUEUE = (
     .order_by(JOBS.c.queue)
     .limit(1)
 )
+
+
+def _best_first(spec: JobSpec) -> tuple[Any, ...]:
+    return -spec.priority, spec.run_at, spec.id
 
 
 class Claims(Queues):
@@ -98,11 +100,10 @@ class Claims(Queues):
                 progress=None,
                 progress_note=None,
             )
-            .returning(*SPEC_COLUMNS, JOBS.c.run_at.label("due"))
-        ).all()
+            .returning(*SPEC_COLUMNS)
+        )
         # RETURNING promises no order.
-        ordered = sorted(rows, key=lambda row: (-row.priority, row.due, row.id))
-        return [JobSpec(*row[:-1]) for row in ordered]
+        return sorted(map(JobSpec._make, rows), key=_best_first)
 
     def _is_alive(self, connection: sa.Connection, worker_id: int) -> bool:
         # Shared, so that a rescue waits: what is claimed now must not be missing in it.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -26,8 +28,25 @@ _NEXT_DUE = (
 )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do."""
+
+    pending: bool
+    """Whether a job waits to be claimed."""
+    due_in: float | None
+    """Seconds until the next job with a time of its own is due; ``None``: there is none."""
+
+
 class Due(Database):
     """The statements about time."""
+
+    def look(self, queues: Sequence[str] | None) -> Work:
+        """What there is to do in ``queues``, or in all: one small statement."""
+        row = self.alone(lambda c: c.execute(self._look_in(queues)).one())
+        dues = [due for due in (row.scheduled, row.retrying) if due is not None]
+        due_in = (min(dues) - row.now).total_seconds() if dues else None
+        return Work(bool(row.pending), due_in)
 
     def promote(self) -> int:
         """Move jobs that are due to ``pending``; how many were moved."""
@@ -73,6 +92,19 @@ class Due(Database):
             statement = statement.where(JOBS.c.queue.in_(queues))
         with self.read() as connection:
             return connection.execute(statement.limit(1)).first() is not None
+
+    def _look_in(self, queues: Sequence[str] | None) -> sa.Select[Any]:
+        pending = sa.exists().where(JOBS.c.status == JobStatus.PENDING.value)
+        if queues is not None:
+            pending = pending.where(JOBS.c.queue.in_(queues))
+        first_due = (
+            sa.select(sa.func.min(JOBS.c.run_at))
+            .where(JOBS.c.status == status)
+            .scalar_subquery()
+            .label(status)
+            for status in _WITH_A_TIME
+        )
+        return sa.select(self.now.label("now"), pending.label("pending"), *first_due)
 
     @functools.cached_property
     def _promote(self) -> sa.Update:

@@ -40,7 +40,7 @@ class Leases(Settles):
             .where(Worker.id == worker_id, Worker.status == "alive")
             .values(heartbeat_at=self.now, beats=Worker.beats + 1)
         )
-        return bool(self.transaction(lambda c: c.execute(alive).rowcount))
+        return bool(self.alone(lambda c: c.execute(alive).rowcount))
 
     def stop_worker(self, worker_id: int) -> None:
         """Record that a worker ended cleanly, with nothing left to it.
@@ -61,14 +61,12 @@ class Leases(Settles):
 
     def living_workers(self) -> list[sa.Row[Any]]:
         """Id, name, host, process and beats of the workers that hold a lease."""
-        with self.read() as connection:
-            return list(
-                connection.execute(
-                    sa.select(Worker.id, Worker.name, Worker.host, Worker.process, Worker.beats)
-                    .where(Worker.status == "alive")
-                    .order_by(Worker.id)
-                )
-            )
+        living = (
+            sa.select(Worker.id, Worker.name, Worker.host, Worker.process, Worker.beats)
+            .where(Worker.status == "alive")
+            .order_by(Worker.id)
+        )
+        return self.alone(lambda c: list(c.execute(living)))
 
     def rescue(self, worker_id: int, beats: int) -> list[Settled]:
         """Take the lease of a silent worker, and its running jobs, in one transaction.
@@ -99,8 +97,7 @@ class Leases(Settles):
             .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id.not_in(living))
             .distinct()
         )
-        with self.read() as connection:
-            owners = connection.scalars(orphans).all()
+        owners = self.alone(lambda c: c.scalars(orphans).all())
         return [
             settled
             for owner in owners
@@ -109,8 +106,7 @@ class Leases(Settles):
 
     def held_by(self, worker_id: int) -> list[JobSpec]:
         """The jobs that are running under a worker, started or not."""
-        with self.read() as connection:
-            return self._held_by(connection, worker_id)
+        return self.alone(lambda c: self._held_by(c, worker_id))
 
     def _free_jobs(self, connection: sa.Connection, worker_id: int) -> list[Settled]:
         name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
@@ -127,7 +123,7 @@ class Leases(Settles):
             .order_by(JOBS.c.id)
         )
         rows = connection.execute(held.with_for_update() if lock else held)
-        return [JobSpec(**row._mapping) for row in rows]
+        return [JobSpec._make(row) for row in rows]
 
 
 def _lost_outcome(spec: JobSpec, worker_name: str) -> Outcome:

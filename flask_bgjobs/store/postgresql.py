@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
+import json
 import selectors
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,8 +17,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from ..models import UtcTime
+from ..spec import Key
 from .base import Store
-from .database import JOBS, READ_ONLY
+from .database import ALONE, JOBS, READ_ONLY
+from .settles import COMPLETION_TYPES, Completion
 
 _CONNECT_SECONDS = 10
 _LIBPQ_DRIVERS = ("psycopg", "psycopg2")
@@ -34,8 +38,24 @@ class PostgresStore(Store):
     now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
     insert_into = staticmethod(postgresql.insert)
 
-    def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
-        return self.now + seconds * sa.literal_column("interval '1 second'", sa.Interval)
+    def plus(
+        self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
+    ) -> sa.ColumnElement[dt.datetime]:
+        return time + seconds * sa.literal_column("interval '1 second'", sa.Interval)
+
+    def complete_within(
+        self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
+    ) -> Collection[Key]:
+        # In one statement: PostgreSQL takes ten times as long for one each.
+        parameters = {"ended": json.dumps(ended), "fence_worker": worker_id}
+        return set(connection.execute(self._complete_all, parameters).tuples())
+
+    @functools.cached_property
+    def _complete_all(self) -> Any:
+        columns = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
+        rows = sa.func.json_to_recordset(sa.bindparam("ended", type_=sa.Text).cast(postgresql.JSON))
+        ended = rows.table_valued(*columns).render_derived(with_types=True)
+        return self.completing(dict(ended.c)).returning(JOBS.c.id, JOBS.c.attempt)
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
@@ -55,12 +75,23 @@ class PostgresStore(Store):
             sa.event.listen(engine, "begin", self._limit_idle)
         return engine
 
+    def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
+        elements = sa.func.json_array_elements_text(array.cast(postgresql.JSON))
+        each = elements.table_valued("text", with_ordinality="position").render_derived()
+        return each.c.position, each.c.text
+
+    def typed(self, value: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
+        return sa.cast(value, value.type)
+
+    def dialect_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**options, "isolation_level": "AUTOCOMMIT"} if ALONE in options else options
+
     def _limit_idle(self, connection: sa.Connection) -> None:
         """Let the server end the transaction of a worker that has fallen silent within it.
 
         Its rows stay locked for as long, also for those that would rescue its jobs.
         """
-        if READ_ONLY not in connection.get_execution_options():
+        if not {READ_ONLY, ALONE} & connection.get_execution_options().keys():
             limit = f"{self.deadline:.3f}s"
             connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{limit}'")
 

@@ -55,8 +55,7 @@ class Runs(Database):
         """
         if reports:
             self.transaction(lambda c: self._write_reports(c, worker_id, reports))
-        with self.read() as connection:
-            rows = connection.execute(RUNNING_OF, {"worker": worker_id}).all()
+        rows = self.alone(lambda c: c.execute(RUNNING_OF, {"worker": worker_id}).all())
         return LeaseView(
             attempts={row.id: row.attempt for row in rows},
             cancelling=frozenset(row.id for row in rows if row.cancel_requested_at is not None),

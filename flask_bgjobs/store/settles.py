@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import sqlalchemy as sa
 
@@ -19,8 +19,96 @@ _NO_ERROR = frozenset({*_NO_ATTEMPT_ROW, OutcomeKind.CANCELLED})
 """Nothing went wrong, so that nothing is shown as the job's error."""
 
 
+class Completion(TypedDict):
+    """What is recorded of an attempt that completed."""
+
+    job_id: int
+    fence_attempt: int
+    started_after: float
+    """Seconds from the claim, as is the next."""
+    finished_after: float
+    new_result: str | None
+
+
+COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "job_id": sa.BigInteger(),
+    "fence_attempt": sa.Integer(),
+    "started_after": sa.Double(),
+    "finished_after": sa.Double(),
+    "new_result": sa.Text(),
+}
+"""The columns of a :class:`Completion`."""
+
+
 class Settles(Runs):
     """The statements of a settle."""
+
+    def complete(
+        self, worker_id: int, finished: Iterable[tuple[JobSpec, Outcome]]
+    ) -> list[Settled]:
+        """The same as :meth:`settle` for attempts that completed and told nothing more, in bulk.
+
+        :returns: one per attempt; ``status`` is ``None`` where the lease was lost.
+        """
+        # In the order in which rows are locked everywhere.
+        ordered = sorted(finished, key=_job_id)
+        ended = [_completion(spec, outcome) for spec, outcome in ordered]
+        ours = self.transaction(lambda c: self.complete_within(c, worker_id, ended))
+        return [
+            Settled(
+                spec, outcome, JobStatus.COMPLETED if spec.key in ours else None, spec.retry_count
+            )
+            for spec, outcome in ordered
+        ]
+
+    def complete_within(
+        self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
+    ) -> Collection[Key]:
+        """The attempts that were still the worker's, and have completed now."""
+        keys = {(each["job_id"], each["fence_attempt"]) for each in ended}
+        result = connection.execute(
+            self._complete_update, [{"fence_worker": worker_id, **each} for each in ended]
+        )
+        if result.rowcount == len(ended):
+            return keys
+        completed = connection.execute(
+            sa.select(JOBS.c.id, JOBS.c.attempt).where(
+                JOBS.c.id.in_([each["job_id"] for each in ended]),
+                JOBS.c.status == JobStatus.COMPLETED.value,
+                JOBS.c.worker_id == worker_id,
+            )
+        )
+        return keys & {(row.id, row.attempt) for row in completed}
+
+    @functools.cached_property
+    def _complete_update(self) -> sa.Update:
+        given = {name: sa.bindparam(name, type_=kind) for name, kind in COMPLETION_TYPES.items()}
+        return self.completing(given)
+
+    def completing(self, given: Mapping[str, sa.ColumnElement[Any]]) -> sa.Update:
+        """The fenced update that completes a job.
+
+        :param given: the values of a :class:`Completion`, by name.
+        """
+        return (
+            sa.update(JOBS)
+            .where(
+                JOBS.c.id == given["job_id"],
+                JOBS.c.status == JobStatus.RUNNING.value,
+                JOBS.c.attempt == given["fence_attempt"],
+                JOBS.c.worker_id == sa.bindparam("fence_worker"),
+            )
+            .values(
+                status=JobStatus.COMPLETED.value,
+                started_at=self.plus(JOBS.c.claimed_at, given["started_after"]),
+                finished_at=self.plus(JOBS.c.claimed_at, given["finished_after"]),
+                result=given["new_result"],
+                suspect=False,
+                error_type=None,
+                error=None,
+                unique_hash=None,
+            )
+        )
 
     def settle(
         self,
@@ -160,6 +248,21 @@ class Settles(Runs):
                 ),
             )
         )
+
+
+def _job_id(entry: tuple[JobSpec, Outcome]) -> int:
+    return entry[0].id
+
+
+def _completion(spec: JobSpec, outcome: Outcome) -> Completion:
+    waited = outcome.wait_seconds or 0.0
+    return {
+        "job_id": spec.id,
+        "fence_attempt": spec.attempt,
+        "started_after": waited,
+        "finished_after": waited + outcome.run_seconds,
+        "new_result": outcome.result_json,
+    }
 
 
 def _by_key(rows: Iterable[Any]) -> dict[Key, bool]:

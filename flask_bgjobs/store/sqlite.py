@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from ..models import UtcTime
 from ..mounts import network_file_system
 from .base import Store
-from .database import READ_ONLY, WORKERS
+from .database import ALONE, READ_ONLY, WORKERS
 from .sqlite_file import file_of
 
 _logger = logging.getLogger("flask_bgjobs")
@@ -41,7 +41,6 @@ _ADVICE = {
     ),
 }
 """What to do about an error, by SQLite's code."""
-_NO_BEGIN = "bgjobs_no_begin"
 
 
 class SqliteStore(Store):
@@ -58,10 +57,16 @@ class SqliteStore(Store):
         if self._file is not None:
             self._file.add_user(self)
 
-    def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
+    def plus(
+        self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
+    ) -> sa.ColumnElement[dt.datetime]:
         return sa.func.strftime(
-            _CLOCK, "now", sa.func.printf("%.6f seconds", seconds), type_=UtcTime
+            _CLOCK, time, sa.func.printf("%.6f seconds", seconds), type_=UtcTime
         )
+
+    def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
+        each = sa.func.json_each(array).table_valued("key", "value")
+        return each.c.key, each.c.value
 
     @property
     def always_joins(self) -> bool:
@@ -84,7 +89,7 @@ class SqliteStore(Store):
 
     def _turn_wal_on(self) -> str | None:
         # Needs the database to itself for a moment, and SQLite does not wait for that.
-        with self.engine.connect().execution_options(**{_NO_BEGIN: True}) as connection:
+        with self.engine.connect().execution_options(**{ALONE: True}) as connection:
             before = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
             if before == "wal":
                 return None
@@ -219,5 +224,5 @@ def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 def _on_begin(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
-    if not options.get(_NO_BEGIN):
+    if not options.get(ALONE):
         connection.exec_driver_sql("BEGIN" if options.get(READ_ONLY) else "BEGIN IMMEDIATE")

@@ -33,6 +33,7 @@ def make_spec(**changes: Any) -> JobSpec:
         "suspect": False,
         "crash_count": 0,
         "meta_json": None,
+        "run_at": dt.datetime(2026, 1, 1),
         "claimed_at": dt.datetime(2026, 1, 1),
         "started_at": None,
     }

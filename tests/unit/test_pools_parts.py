@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import json
 import os
@@ -39,6 +38,7 @@ SPEC = JobSpec(
     suspect=True,
     crash_count=1,
     meta_json=None,
+    run_at=NOW,
     claimed_at=NOW,
     started_at=NOW,
 )
@@ -48,7 +48,7 @@ def across(message: Any) -> Any:
     return json.loads(json.dumps(message))
 
 
-@pytest.mark.parametrize("spec", [SPEC, dataclasses.replace(SPEC, started_at=None, method="run")])
+@pytest.mark.parametrize("spec", [SPEC, SPEC._replace(started_at=None, method="run")])
 def test_a_spec_crosses_unchanged(spec: JobSpec) -> None:
     """A job reaches the child as it was claimed."""
     assert messages.unpack_spec(across(messages.pack_spec(spec))) == spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import pickle
 
@@ -41,5 +40,5 @@ def test_plain_data() -> None:
     """Spec and outcome are frozen plain data that can cross a pipe."""
     spec, outcome = make_spec(), Outcome(42, 1, OutcomeKind.FAILED, error="E: no")
     assert pickle.loads(pickle.dumps((spec, outcome))) == (spec, outcome)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         spec.attempt = 2  # type: ignore[misc]
