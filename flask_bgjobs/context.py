@@ -12,12 +12,10 @@ from werkzeug.local import LocalProxy
 
 from . import serialize
 from .errors import JobCancelled
-from .spec import JobSpec, Report
+from .spec import MAX_LINES, JobSpec, Report
 from .text import storable
 
 _NO_META = "{}"
-_MAX_LINES = 1_000
-"""Log lines kept until they are written; beyond that the oldest are dropped and counted."""
 
 
 class CurrentJob:
@@ -31,7 +29,7 @@ class CurrentJob:
         self._spec = spec
         self._max_payload = max_payload
         self._lock = threading.Lock()
-        self._lines: deque[str] = deque(maxlen=_MAX_LINES)
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._dropped = 0
         self._progress: float | None = None
         self._note: str | None = None
@@ -92,7 +90,7 @@ class CurrentJob:
         """Keep a line with the job, for its page on the dashboard."""
         line = storable(str(message))
         with self._lock:
-            if len(self._lines) == _MAX_LINES:
+            if len(self._lines) == MAX_LINES:
                 self._dropped += 1
             self._lines.append(line)
 

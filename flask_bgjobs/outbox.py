@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping
 
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
-from .spec import JobSpec, Key, Outcome, Settled
+from .spec import JobSpec, Key, Outcome, Report, Settled
 from .states import OutcomeKind
 from .store import CommitInDoubt, Store
 
@@ -39,6 +39,14 @@ class Outbox:
         is_smooth = outcome.kind is OutcomeKind.COMPLETED and outcome.report is None
         (self._smooth if is_smooth else self._others).append((spec, outcome))
 
+    def take_in(self, reports: MutableMapping[Key, Report]) -> None:
+        """Add to the outcomes what their attempts told before, taken out of ``reports``."""
+        for spec, outcome in self.take_all():
+            earlier = reports.pop(spec.key, None)
+            if earlier is not None:
+                outcome = outcome._replace(report=earlier.followed_by(outcome.report))
+            self.put(spec, outcome)
+
     def take_all(self) -> list[tuple[JobSpec, Outcome]]:
         """What waits; it is not kept any longer."""
         return [*_taken(self._smooth), *_taken(self._others)]
@@ -58,6 +66,7 @@ class Outbox:
         try:
             return self._store.complete(worker_id, batch)
         except _REFUSED:
+            # The other way looks at each.
             self._others.extendleft(reversed(batch))
             return []
         except CommitInDoubt:
@@ -68,41 +77,50 @@ class Outbox:
             self._smooth.extendleft(reversed(batch))
             raise
 
-    def _record_others(self, worker_id: int, worker_name: str) -> list[Settled]:
-        batch = _taken(self._others)
+    def _record_others(self, worker_id: int, worker_name: str) -> Iterator[Settled]:
+        batch = list(self._others)
         if not batch:
-            return []
+            return
         try:
             settled = self._store.settle(worker_id, worker_name, batch, self._in_doubt)
         except _REFUSED:
-            settled = self._record_one_by_one(worker_id, worker_name, batch)
-        except BaseException as error:
-            if isinstance(error, CommitInDoubt):
-                self._in_doubt |= {spec.key for spec, _ in batch}
-            self._others.extendleft(reversed(batch))
+            # One outcome that the database refuses must not keep the others from being recorded.
+            for _ in batch:
+                yield from self._record_first(worker_id, worker_name)
+            return
+        except CommitInDoubt:
+            self._in_doubt |= {spec.key for spec, _ in batch}
             raise
-        self._in_doubt.clear()
+        self._forget(len(batch))
+        yield from settled
+
+    def _record_first(self, worker_id: int, worker_name: str) -> list[Settled]:
+        spec, outcome = self._others[0]
+        try:
+            settled = self._store.settle(
+                worker_id, worker_name, [(spec, outcome)], self._in_doubt & {spec.key}
+            )
+        except _REFUSED as error:
+            _logger.exception("The outcome of job %s was refused by the database", spec.id)
+            plain = Outcome(
+                spec.id,
+                spec.attempt,
+                OutcomeKind.FAILED_FINALLY,
+                error_type=type(error).__name__,
+                error="the outcome could not be recorded; the worker's log says why",
+            )
+            settled = self._store.settle(worker_id, worker_name, [(spec, plain)])
+        except CommitInDoubt:
+            self._in_doubt.add(spec.key)
+            raise
+        self._forget(1)
         return settled
 
-    def _record_one_by_one(
-        self, worker_id: int, worker_name: str, batch: Sequence[tuple[JobSpec, Outcome]]
-    ) -> list[Settled]:
-        """One outcome that the database refuses must not keep the others from being recorded."""
-        settled: list[Settled] = []
-        for spec, outcome in batch:
-            try:
-                settled += self._store.settle(worker_id, worker_name, [(spec, outcome)])
-            except _REFUSED as error:
-                _logger.exception("The outcome of job %s was refused by the database", spec.id)
-                plain = Outcome(
-                    spec.id,
-                    spec.attempt,
-                    OutcomeKind.FAILED_FINALLY,
-                    error_type=type(error).__name__,
-                    error="the outcome could not be recorded; the worker's log says why",
-                )
-                settled += self._store.settle(worker_id, worker_name, [(spec, plain)])
-        return settled
+    def _forget(self, recorded: int) -> None:
+        """Forget the oldest of the others; they were kept until they were recorded."""
+        for _ in range(recorded):
+            spec, _outcome = self._others.popleft()
+            self._in_doubt.discard(spec.key)
 
 
 def _taken(entries: _Entries) -> list[tuple[JobSpec, Outcome]]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from apscheduler.executors.debug import DebugExecutor
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
@@ -44,7 +45,9 @@ class Clock:
         self._scheduler = BackgroundScheduler(
             daemon=True,
             timezone=dt.UTC,
-            executors={"default": {"type": "threadpool", "max_workers": 1}},
+            # In the scheduler's own thread: what is called is quick, and the end of the
+            # interpreter turns thread pools away before this is stopped.
+            executors={"default": DebugExecutor()},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
 

@@ -14,6 +14,8 @@ from . import serialize
 from .retry import RetryPolicy
 from .states import JobStatus, OutcomeKind
 
+MAX_LINES = 1_000
+"""Log lines of an attempt that are kept until they are written."""
 _UNREADABLE_DELAYS = (5.0,)
 """Seconds before a retry of a job whose own delays cannot be read."""
 
@@ -82,14 +84,14 @@ class Report:
     lines: tuple[str, ...] = ()
 
     def followed_by(self, later: Report | None) -> Report:
-        """This report and ``later`` as one."""
+        """This report and ``later`` as one, with its newest lines."""
         if later is None:
             return self
         return Report(
             self.progress if later.progress is None else later.progress,
             self.progress_note if later.progress_note is None else later.progress_note,
             self.meta_json if later.meta_json is None else later.meta_json,
-            self.lines + later.lines,
+            (self.lines + later.lines)[-MAX_LINES:],
         )
 
 

@@ -82,6 +82,7 @@ def settlement(
     retries: int,
     crash_count: int,
     max_crashes: int,
+    suspect: bool,
     cancel_requested: bool,
     retry_delay: Callable[[int], float],
     delay_seconds: float | None = None,
@@ -93,6 +94,7 @@ def settlement(
     :param retries: retries allowed.
     :param crash_count: proved crashes before this attempt.
     :param max_crashes: crashes at which the job is quarantined as failed.
+    :param suspect: whether it was claimed as one whose last worker had died.
     :param cancel_requested: a cancel was asked for while the attempt ran. It wins over
         everything but a completed attempt.
     :param retry_delay: gives the seconds to wait before retry number n.
@@ -116,7 +118,8 @@ def settlement(
                 JobStatus.SCHEDULED, retry_count, crash_count, delay_seconds=delay_seconds or 0.0
             )
         case OutcomeKind.GIVEN_BACK:
-            return Settlement(JobStatus.PENDING, retry_count, crash_count)
+            # Nothing was learnt about it.
+            return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=suspect)
         case OutcomeKind.LOST:
             return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=True)
         case OutcomeKind.CRASHED:

@@ -32,8 +32,9 @@ from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
 from .scheduler import STEP_SECONDS, Clock
 from .signals import emit_settled, worker_started, worker_stopped
-from .spec import JobSpec, Key, Outcome, Settled
+from .spec import JobSpec, Key, Outcome, Report, Settled
 from .states import JobStatus, OutcomeKind
+from .store import Store
 from .version import __version__
 
 _logger = logging.getLogger("flask_bgjobs")
@@ -47,6 +48,8 @@ _PRUNE_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Between two steps of pruning, for others that want to write."""
 _LAST_SETTLE_TRIES = 3
+_END_SECONDS = 10.0
+"""After the grace of its jobs, for a worker to stop those that are left and to record the rest."""
 _DEADLINES_PER_LEASE = 4
 _LEAST_DEADLINE_SECONDS = 2.0
 
@@ -117,6 +120,8 @@ class Worker:
         self._held: set[Key] = set()
         """What it claimed, until the outcome is recorded."""
         self._claim_in_doubt = False
+        self._untold: dict[Key, Report] = {}
+        """What running jobs told, until it is written."""
         self._marked: set[Key] = set()
         self._followed = 0.0
         self._look_due = False
@@ -141,6 +146,9 @@ class Worker:
         Safe to call from a signal handler and from any thread.
         """
         self._stops += 1
+        grace = self._grace if self._stops == 1 else 0.0
+        # Also a database that says nothing, or that others keep locked, must not hold a worker.
+        self._store.give_up_at = time.monotonic() + grace + _END_SECONDS
         self._wake.set()
 
     @property
@@ -223,6 +231,7 @@ class Worker:
         self._id = register(
             self.state,
             self.name,
+            store=self._store,
             pool=self.pool,
             concurrency=self.concurrency,
             queues=self.queues,
@@ -236,6 +245,7 @@ class Worker:
             self._suspect_running = None
         self._suspects.clear()
         self._held.clear()
+        self._untold.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()
@@ -256,6 +266,8 @@ class Worker:
         self._prune()
 
     def _settle(self) -> None:
+        if self._untold:
+            self._outbox.take_in(self._untold)
         for settled in self._outbox.record(self._id, self.name):
             self._after_settle(settled)
 
@@ -263,6 +275,7 @@ class Worker:
         spec = settled.spec
         self._held.discard(spec.key)
         self._marked.discard(spec.key)
+        self._untold.pop(spec.key, None)
         if self._suspect_running is spec:
             self._suspect_running = None
         if settled.status is None:
@@ -297,7 +310,11 @@ class Worker:
             return
         self._followed = now
         self._show_started()
-        view = self._store.observe(self._id, self._pools.reports())
+        for key, report in self._pools.reports().items():
+            earlier = self._untold.get(key)
+            self._untold[key] = report if earlier is None else earlier.followed_by(report)
+        view = self._store.observe(self._id, self._untold)
+        self._untold.clear()
         for spec in [*self._pools.running_specs(), *self._pools.unstarted_specs()]:
             lost = view.attempts.get(spec.id) != spec.attempt
             if not lost and spec.id not in view.cancelling:
@@ -529,13 +546,17 @@ def register(
     state: AppState,
     name: str,
     *,
+    store: Store | None = None,
     pool: str = "thread",
     concurrency: int = 1,
     queues: Sequence[str] | None = None,
 ) -> int:
-    """The id of a new worker row for this process."""
+    """The id of a new worker row for this process.
+
+    :param store: through which it is written; the app's by default.
+    """
     me = this_process()
-    return state.store.register_worker(
+    return (store or state.store).register_worker(
         {
             "name": name,
             "host": me.host,

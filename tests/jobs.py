@@ -255,6 +255,13 @@ def hang_scheduler(part: str) -> None:
     assert hangs.wait(30)
 
 
+def tell_slowly(lines: int, seconds: float) -> None:
+    """Log numbered lines, with a pause after each."""
+    for number in range(lines):
+        current_job.log(f"line {number}")
+        time.sleep(seconds)
+
+
 def hold_at_first(path: str) -> int:
     """Run for ever at the first attempt, and end at once at a later one."""
     if current_job.attempt == 1:
@@ -396,6 +403,7 @@ NAMES = [
             wall_clock,
             enqueue_later,
             hang_scheduler,
+            tell_slowly,
             hold_at_first,
             hold_gil_at_first,
             give,

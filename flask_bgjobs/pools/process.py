@@ -44,8 +44,6 @@ _START_SECONDS = 60.0
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
 _HOPELESS_FAILURES = 3
 """Children that died in a row while they built the app, for reasons they could not tell."""
-_MAX_LINES = 1_000
-"""Log lines of a job that wait to be written."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -57,8 +55,7 @@ class _Task:
 
     def tell(self, report: Report) -> None:
         """Keep what its code told."""
-        both = report if self.report is None else self.report.followed_by(report)
-        self.report = dataclasses.replace(both, lines=both.lines[-_MAX_LINES:])
+        self.report = report if self.report is None else self.report.followed_by(report)
 
     def take_report(self) -> Report | None:
         """What its code told since the last call."""

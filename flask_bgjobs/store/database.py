@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import datetime as dt
+import math
 import os
 import random
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar, cast
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
 from .. import forks
@@ -69,7 +70,10 @@ class Database(abc.ABC):
         self.host_session = session
         self._schema = schema
         self.deadline = deadline
-        self._watchdog = Watchdog(self.sever)
+        self.give_up_at = math.inf
+        """By ``time.monotonic()``: afterwards the database is not asked any more, and who waits
+        for it then gets an error."""
+        self._watchdog = Watchdog(self.sever, lambda: self.give_up_at)
         self.execution_options: dict[str, Any] = (
             {} if schema is None else {"schema_translate_map": {None: schema}}
         )
@@ -102,6 +106,19 @@ class Database(abc.ABC):
     @abc.abstractmethod
     def make_engine(self) -> sa.Engine:
         """A small engine of our own on the host's database."""
+
+    def connect_as_host(self) -> Any:
+        """A driver's connection, made in the host's own way, with its connect_args.
+
+        :raises OperationalError: also where code of the host's is in the way and fails.
+        """
+        dialect = self.host_engine.dialect
+        try:
+            return self.host_engine.pool._creator()  # type: ignore[call-arg]  # also without a record
+        except (SQLAlchemyError, dialect.loaded_dbapi.Error):
+            raise
+        except Exception as error:
+            raise OperationalError("connect", None, error) from error
 
     def dialect_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The execution options of a connection, with what the driver must be told for them."""
@@ -146,6 +163,10 @@ class Database(abc.ABC):
             max_crashes=self._max_crashes,
             deadline=seconds,
         )
+
+    def seconds_left(self) -> float:
+        """Until the database is not asked any more."""
+        return self.give_up_at - time.monotonic()
 
     def leave_what_is_gone(self) -> None:  # noqa: B027  # only a file can be replaced
         """Close connections, the host's as well, that lead to a database no longer in use."""
@@ -203,7 +224,8 @@ class Database(abc.ABC):
                 raise
             except DBAPIError as error:
                 cut_off = error.connection_invalidated and not was_cut_off
-                if not (cut_off or self.is_redoable(error)) or time.monotonic() > deadline:
+                is_late = time.monotonic() > min(deadline, self.give_up_at)
+                if is_late or not (cut_off or self.is_redoable(error)):
                     raise
                 was_cut_off = was_cut_off or cut_off
             time.sleep(pause * random.uniform(0.5, 1.5))
@@ -234,6 +256,8 @@ class Database(abc.ABC):
     @contextlib.contextmanager
     def _connected(self, *, within: float | None = None, **options: Any) -> Iterator[sa.Connection]:
         deadline = self.deadline or within
+        if self.seconds_left() <= 0:
+            raise OperationalError("connect", None, TimeoutError("the time for it is over"))
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(self.engine.connect())
             connection = connection.execution_options(**self.dialect_options(options))

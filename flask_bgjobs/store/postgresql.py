@@ -6,10 +6,11 @@ import contextlib
 import datetime as dt
 import functools
 import json
+import math
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,11 +23,11 @@ from .base import Store
 from .database import ALONE, JOBS, READ_ONLY
 from .settles import COMPLETION_TYPES, Completion
 
-_CONNECT_SECONDS = 10
+_CONNECT_SECONDS = 10.0
 _LIBPQ_DRIVERS = ("psycopg", "psycopg2")
 _IDLE = "bgjobs_idle"
 _connecting = threading.local()
-"""Whether this thread connects for us, and not for the host."""
+"""The seconds that this thread may wait, where it connects for us and not for the host."""
 _REDO = frozenset({"40001", "40P01", "55P03"})
 """Serialization failure, deadlock, lock not available."""
 
@@ -48,7 +49,8 @@ class PostgresStore(Store):
     ) -> Collection[Key]:
         # In one statement: PostgreSQL takes ten times as long for one each.
         parameters = {"ended": json.dumps(ended), "fence_worker": worker_id}
-        return set(connection.execute(self._complete_all, parameters).tuples())
+        rows = connection.execute(self._complete_all, parameters)
+        return {(row.id, row.attempt) for row in rows}
 
     @functools.cached_property
     def _complete_all(self) -> Any:
@@ -65,7 +67,7 @@ class PostgresStore(Store):
     def make_engine(self) -> sa.Engine:
         engine = sa.create_engine(
             self.host_engine.url,
-            creator=_in_good_time(self.host_engine),
+            creator=self._connect_in_good_time,
             isolation_level="READ COMMITTED",
             max_overflow=-1,
         )
@@ -73,7 +75,22 @@ class PostgresStore(Store):
         sa.event.listen(engine, "checkout", _refuse_dead)
         if self.deadline is not None:
             sa.event.listen(engine, "begin", self._limit_idle)
+        if self.host_engine.driver in _LIBPQ_DRIVERS and not sa.event.contains(
+            self.host_engine, "do_connect", _limit
+        ):
+            sa.event.listen(self.host_engine, "do_connect", _limit)
         return engine
+
+    def _connect_in_good_time(self) -> Any:
+        """The same as :meth:`connect_as_host`, with an end to the waiting."""
+        # libpq waits for two seconds at least.
+        _connecting.seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
+        _connecting.changed = {}
+        try:
+            return self.connect_as_host()
+        finally:
+            _connecting.seconds = None
+            _connecting.changed.pop("connect_timeout", None)
 
     def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         elements = sa.func.json_array_elements_text(array.cast(postgresql.JSON))
@@ -109,28 +126,11 @@ class PostgresStore(Store):
         return code in _REDO
 
 
-def _in_good_time(host_engine: sa.Engine) -> Callable[[], Any]:
-    """The host's own way to connect, with its connect_args, and an end to the waiting."""
-
-    def connect() -> Any:
-        _connecting.ours, _connecting.changed = True, {}
-        try:
-            return host_engine.pool._creator()  # type: ignore[call-arg]  # also without a record
-        finally:
-            _connecting.ours = False
-            _connecting.changed.pop("connect_timeout", None)
-
-    if host_engine.driver in _LIBPQ_DRIVERS and not sa.event.contains(
-        host_engine, "do_connect", _limit
-    ):
-        sa.event.listen(host_engine, "do_connect", _limit)
-    return connect
-
-
 def _limit(_dialect: object, _record: object, _args: object, options: dict[str, Any]) -> None:
     # The dictionary is the one of the host's engine: it is left as it was found.
-    if getattr(_connecting, "ours", False) and "connect_timeout" not in options:
-        options["connect_timeout"] = _CONNECT_SECONDS
+    seconds = getattr(_connecting, "seconds", None)
+    if seconds is not None and "connect_timeout" not in options:
+        options["connect_timeout"] = seconds
         _connecting.changed = options
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import sqlalchemy as sa
 
+from ..models import UtcTime
 from ..spec import JobSpec, Key, Outcome, Report, Settled
 from ..states import FINAL, JobStatus, OutcomeKind, Settlement, settlement
 from .database import ATTEMPTS, JOBS, WORKERS
@@ -160,7 +161,7 @@ class Settles(Runs):
         if updates:
             connection.execute(self._settle_update, updates)
         if attempts:
-            connection.execute(sa.insert(ATTEMPTS), attempts)
+            connection.execute(self._attempt_insert, attempts)
         return settled
 
     def _still_running(
@@ -201,6 +202,7 @@ class Settles(Runs):
             retries=spec.retries,
             crash_count=spec.crash_count,
             max_crashes=self._max_crashes,
+            suspect=spec.suspect,
             cancel_requested=cancel_requested,
             retry_delay=spec.retry_policy.delay,
             delay_seconds=outcome.delay_seconds,
@@ -210,6 +212,7 @@ class Settles(Runs):
     def _settle_update(self) -> sa.Update:
         # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
         delay = sa.cast(sa.bindparam("delay_seconds", type_=sa.Double), sa.Double)
+        is_final = sa.bindparam("is_final", type_=sa.Boolean)
         keep_meta = sa.bindparam("new_meta", type_=sa.Text)
         columns = {
             name: sa.bindparam(f"new_{name}", type_=JOBS.c[name].type)
@@ -219,7 +222,6 @@ class Settles(Runs):
                 "crash_count",
                 "suspect",
                 "started_at",
-                "finished_at",
                 "result",
                 "error_type",
                 "error",
@@ -235,6 +237,7 @@ class Settles(Runs):
             )
             .values(
                 **columns,
+                finished_at=sa.case((is_final, self._or_now("new_finished_at")), else_=sa.null()),
                 run_at=sa.case((delay.is_not(None), self.after(delay)), else_=JOBS.c.run_at),
                 meta=sa.func.coalesce(keep_meta, JOBS.c.meta),
                 progress=sa.func.coalesce(
@@ -243,11 +246,17 @@ class Settles(Runs):
                 progress_note=sa.func.coalesce(
                     sa.bindparam("new_note", type_=sa.String), JOBS.c.progress_note
                 ),
-                unique_hash=sa.case(
-                    (sa.bindparam("is_final", type_=sa.Boolean), None), else_=JOBS.c.unique_hash
-                ),
+                unique_hash=sa.case((is_final, None), else_=JOBS.c.unique_hash),
             )
         )
+
+    @functools.cached_property
+    def _attempt_insert(self) -> sa.Insert:
+        return sa.insert(ATTEMPTS).values(finished_at=self._or_now("ended_at"))
+
+    def _or_now(self, name: str) -> sa.ColumnElement[dt.datetime]:
+        """A time that is given, or the database's clock where it is not."""
+        return sa.func.coalesce(sa.bindparam(name, type_=UtcTime), self.now, type_=UtcTime)
 
 
 def _job_id(entry: tuple[JobSpec, Outcome]) -> int:
@@ -273,22 +282,19 @@ def _settle_parameters(
     worker_id: int, spec: JobSpec, outcome: Outcome, decided: Settlement
 ) -> dict[str, Any]:
     started_at, finished_at = _times(spec, outcome)
-    is_final = decided.status in FINAL
     report = outcome.report or Report()
     return {
         "job_id": spec.id,
         "fence_attempt": spec.attempt,
         "fence_worker": worker_id,
         "delay_seconds": decided.delay_seconds,
-        "is_final": is_final,
+        "is_final": decided.status in FINAL,
         "new_status": decided.status.value,
         "new_retry_count": decided.retry_count,
         "new_crash_count": decided.crash_count,
         "new_suspect": decided.suspect,
         "new_started_at": started_at,
-        "new_finished_at": (finished_at or dt.datetime.now(dt.UTC).replace(tzinfo=None))
-        if is_final
-        else None,
+        "new_finished_at": finished_at,
         "new_result": outcome.result_json,
         "new_error_type": None if outcome.kind in _NO_ERROR else outcome.error_type,
         "new_error": None if outcome.kind in _NO_ERROR else outcome.error,
@@ -309,7 +315,7 @@ def _attempt_values(
         "worker_id": worker_id,
         "worker_name": worker_name,
         "started_at": started_at,
-        "finished_at": finished_at or dt.datetime.now(dt.UTC).replace(tzinfo=None),
+        "ended_at": finished_at,
         "error_type": outcome.error_type,
         "error": outcome.error,
         "traceback": outcome.traceback,

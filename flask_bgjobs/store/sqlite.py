@@ -166,8 +166,7 @@ class SqliteStore(Store):
             return self.host_engine
         engine = sa.create_engine(
             self.host_engine.url,
-            # The host's own way to connect, with its connect_args.
-            creator=self.host_engine.pool._creator,
+            creator=self.connect_as_host,
             max_overflow=-1,
         )
         sa.event.listen(engine, "connect", _on_connect)

@@ -21,10 +21,12 @@ class Watchdog:
     ever then, so a thread looks after the connections that are in use.
 
     :param sever: breaks a driver's connection, so that who waits for it gets an error.
+    :param give_up_at: when all are severed, by ``time.monotonic()``; it may change.
     """
 
-    def __init__(self, sever: Callable[[Any], None]) -> None:
+    def __init__(self, sever: Callable[[Any], None], give_up_at: Callable[[], float]) -> None:
         self._sever = sever
+        self._give_up_at = give_up_at
         self._in_use: dict[object, tuple[float, Any]] = {}
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -58,6 +60,9 @@ class Watchdog:
         while not ended.wait(_LOOK_SECONDS):
             now = time.monotonic()
             for token, (deadline, driver_connection) in list(self._in_use.items()):
-                if now >= deadline and self._in_use.pop(token, None) is not None:
+                if (
+                    now >= min(deadline, self._give_up_at())
+                    and self._in_use.pop(token, None) is not None
+                ):
                     _logger.error("The database says nothing: a connection is given up")
                     self._sever(driver_connection)

@@ -381,6 +381,49 @@ def test_a_link_silent_for_longer_than_the_lease(
     stop(cut_off)
 
 
+def test_a_start_over_on_a_silent_link(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str
+) -> None:
+    """A worker whose link falls silent just when it registers anew comes back by itself."""
+    config = {"BGJOBS_LEASE": 8, "BGJOBS_HEARTBEAT_INTERVAL": 0.2}
+    worker = start_worker("-c", "2", SQLALCHEMY_DATABASE_URI=linked_url, **config)
+    enqueue("echo", 1).wait(DEADLINE_SECONDS)
+    silent = link.go_silent_when(lambda said: "INSERT INTO bgjobs_worker" in said[-1])
+    wait_until(lambda: _rescue_all(app), "the rescue")
+    assert silent.wait(DEADLINE_SECONDS)
+    assert enqueue("echo", 2).wait(2 * DEADLINE_SECONDS).result == 2
+    stop(worker)
+
+
+def _rescue_all(app: Flask) -> bool:
+    """Whether the only worker is taken for dead now; it may have beaten meanwhile."""
+    store = state_of(app).store
+    for row in store.living_workers():
+        store.rescue(row.id, row.beats)
+    return not store.living_workers()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_stop_on_a_silent_link_is_soon_over(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, signals: int
+) -> None:
+    """A worker that is told to stop while its link is silent ends after its grace and a little."""
+    grace = 1 if signals == 1 else 600
+    worker = start_worker(
+        *("-c", "2", "--shutdown-timeout", str(grace)),
+        SQLALCHEMY_DATABASE_URI=linked_url,
+        **LONG_LEASE,
+    )
+    enqueue("hold", str(journal), 600)
+    wait_until(journal.exists, "the start")
+    link.go_silent()
+    for _ in range(signals):
+        worker.send_signal(signal.SIGTERM)
+        wait_until(lambda: "Worker stopping" in told(worker), "the stop")
+    # Long before the 150 s that two transactions of such a lease and a redo would take.
+    assert worker.wait(DEADLINE_SECONDS) == 0
+
+
 @POOLS
 def test_a_link_silent_for_less_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -122,6 +123,20 @@ def test_a_lock_of_33_seconds_loses_nothing(tmp_path: Path) -> None:
             sites.append(site)
         with concurrent.futures.ThreadPoolExecutor() as threads:
             list(threads.map(Site.go_through_a_lock, sites, ["IMMEDIATE", "EXCLUSIVE"]))
+
+
+def test_a_stop_while_the_file_is_locked_is_soon_over(
+    app: Flask, start_worker: Start, tmp_path: Path, journal: Path
+) -> None:
+    """A worker that is told to stop twice ends, although it can record nothing."""
+    worker = start_worker("-c", "2")
+    enqueue("hold", str(journal), 600)
+    wait_until(journal.exists, "the start")
+    with locked(tmp_path / "test.db", "IMMEDIATE"):
+        worker.send_signal(signal.SIGTERM)
+        wait_until(lambda: "Worker stopping" in worker.log.read_text(), "the stop")
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(DEADLINE_SECONDS) == 0
 
 
 def test_a_replaced_file_is_gone_over_to(

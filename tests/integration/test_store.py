@@ -364,6 +364,18 @@ class TestSettle:
         settle(store, worker, spec, OutcomeKind.FAILED)
         assert enqueue(unique_key="k") != first
 
+    def test_ends_are_by_the_databases_clock(
+        self, store: Store, worker: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where the code never ran: a worker's own clock may be years off."""
+        enqueue()
+        (spec,) = store.claim(worker, 1)
+        monkeypatch.setattr("flask_bgjobs.store.settles.dt", None)
+        store.settle(worker, "one", [(spec, Outcome(spec.id, 1, OutcomeKind.REFUSED))])
+        (job,), (attempt,) = rows(store, Job), rows(store, Attempt)
+        for ended in (job, attempt):
+            assert dt.timedelta(0) <= ended.finished_at - job.created_at < dt.timedelta(minutes=1)
+
 
 class TestCancel:
     def test_waiting_jobs_at_once(self, app: Flask, store: Store) -> None:
@@ -548,6 +560,19 @@ class TestRescue:
         gone = process.rsplit("/", 1)[0] + "/1"
         execute(store, sa.update(Worker).values(process=gone))
         assert len(Sweeper(store, lease=3600).sweep(0)) == 1
+
+    def test_a_suspect_given_back_stays_one(
+        self, state: AppState, store: Store, worker: int
+    ) -> None:
+        """A suspect that a stopping worker gives back is still run alone by the next."""
+        enqueue()
+        store.claim(worker, 1)
+        store.rescue(worker, 0)
+        second = register(state, "two")
+        (spec,) = store.claim(second, 1)
+        settle(store, second, spec, OutcomeKind.GIVEN_BACK)
+        (again,) = store.claim(second, 1)
+        assert again.suspect
 
 
 class TestDue:

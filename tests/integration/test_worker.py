@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from flask import Flask
+from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import (
     BgJobsError,
@@ -175,6 +176,45 @@ class TestOutcomes:
             job.wait(30)
         assert (job.progress, job.progress_note, job.meta) == (1.0, "4 of 4", {"step": 4})
         assert [row.message for row in rows(state, JobLog)] == [f"step {n}" for n in range(1, 5)]
+
+    def test_lines_survive_an_outage(
+        self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What running code told while the database was away is written when it is back."""
+        observe, failures = type(state.store).observe, iter(range(3))
+
+        def broken(store: Any, worker_id: int, reports: Any) -> Any:
+            if reports and next(failures, None) is not None:
+                raise OperationalError("observe", None, Exception("the database is away"))
+            return observe(store, worker_id, reports)
+
+        monkeypatch.setattr(type(state.store), "observe", broken)
+        job = enqueue("tell_slowly", 20, 0.05)
+        with working(app):
+            assert job.wait(30).status == "completed"
+        assert next(failures, None) is None
+        told = [row.message for row in rows(state, JobLog)]
+        assert told == [f"line {number}" for number in range(20)]
+
+    def test_a_host_that_cannot_connect_for_a_moment(
+        self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An error of the host's own way to connect is an outage, and no end of the worker."""
+        engine, refused = state.store.host_engine, iter(range(3))
+
+        def refuse(*_: object) -> None:
+            if next(refused, None) is not None:
+                raise RuntimeError("no token")
+
+        with working(app) as worker:
+            assert enqueue("echo", 1).wait(30).result == 1
+            sa.event.listen(engine, "do_connect", refuse)
+            try:
+                worker._store.dispose()
+                wait_until(lambda: "no token" in caplog.text, "the outage")
+                assert enqueue("echo", 2).wait(30).result == 2
+            finally:
+                sa.event.remove(engine, "do_connect", refuse)
 
     def test_a_result_that_is_no_json_fails_at_once(self, app: Flask, state: AppState) -> None:
         """A result that cannot be stored fails the job, names the value, and is not retried."""
@@ -730,6 +770,8 @@ def test_wal_is_turned_on_and_said(app: Flask, caplog: pytest.LogCaptureFixture)
     Worker(state_of(app), WorkerOptions(burst=True)).run()
     assert "WAL mode is now on" in caplog.text
     with state_of(app).store.read() as connection:
+        # A connection learns of the mode when it reads.
+        connection.exec_driver_sql("SELECT 1 FROM bgjobs_job")
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
 

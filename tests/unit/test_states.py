@@ -38,6 +38,7 @@ def settle(kind: OutcomeKind, **changes: object) -> Settlement:
         "retries": 3,
         "crash_count": 0,
         "max_crashes": MAX_CRASHES,
+        "suspect": False,
         "cancel_requested": False,
         "retry_delay": lambda retry: 10.0 * retry,
     }
@@ -65,6 +66,12 @@ def test_retry_count(kind: OutcomeKind, used: int, cancel: bool, crashes: int) -
     settled = settle(kind, retry_count=used, cancel_requested=cancel, crash_count=crashes)
     assert settled.retry_count == used + (settled.status == "retrying")
     assert settled.retry_count <= 3
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+def test_a_job_given_back_is_as_suspect_as_before(suspect: bool) -> None:
+    """Nothing was learnt about a job that is given back."""
+    assert settle(OutcomeKind.GIVEN_BACK, suspect=suspect).suspect is suspect
 
 
 @pytest.mark.parametrize(("kind", "used", "cancel", "crashes"), TABLE)
