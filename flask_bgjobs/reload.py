@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .errors import BgJobsError
+from .signal_handlers import STOP_SIGNALS, handled
 
 _IDLE_STOP_SECONDS, _STOP_SECONDS = 0.5, 5.0
 """For a worker to end by itself, and then to give its running jobs back before it is killed."""
@@ -42,7 +42,7 @@ def run_with_reload(command: Sequence[str], folders: Iterable[Path]) -> int:
         stop_event=stopped,
         raise_interrupt=False,
     )
-    with _set_by_signals(stopped):
+    with handled(STOP_SIGNALS, lambda *_: stopped.set()):
         process = subprocess.Popen(command)
         try:
             for change in changes:
@@ -64,14 +64,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-
-
-@contextlib.contextmanager
-def _set_by_signals(stopped: threading.Event) -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import BgJobsError
+from ..exits import described
 from ..pace import Pace
 from ..spec import JobSpec, Outcome, Report
 from ..states import OutcomeKind
@@ -388,7 +389,7 @@ class ProcessPool:
 
     def _on_ended(self, event: Ended) -> None:
         each = next(c for c in self._children.values() if c.pid == event.pid)
-        how = _described(event.status)
+        how = described(os.waitstatus_to_exitcode(event.status))
         self._bury(each, lambda task: self._crash_outcome(each, task, how))
         if not (each.is_ready or self._is_closed):
             self._on_failed_birth(how)
@@ -532,13 +533,3 @@ def _lost_outcome(task: _Task) -> Outcome:
         error_type="WorkerLost",
         error="WorkerLost: all children ended at once",
     )
-
-
-def _described(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
