@@ -204,6 +204,12 @@ def process_id() -> int:
     return os.getpid()
 
 
+def note_process(path: str, seconds: float = 0.0) -> None:
+    """Note which process runs which job."""
+    time.sleep(seconds)
+    record(path, f"{current_job.id} {os.getpid()}")
+
+
 def tell_and_hold(path: str) -> None:
     """Tell how far it is, then run for ever."""
     current_job.progress(0.5, "half")
@@ -397,6 +403,7 @@ NAMES = [
             too_much_memory,
             grow,
             process_id,
+            note_process,
             tell_and_hold,
             swallow,
             enqueue_another,

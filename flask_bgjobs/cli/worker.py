@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,8 +19,11 @@ from .. import sd_notify
 from ..app_state import AppState, current_state
 from ..console import show_logs
 from ..reload import run_with_reload, watched_folders
+from ..signal_handlers import STOP_SIGNALS, handled
 from ..signals import worker_started
 from ..states import JobStatus
+from ..supervised import OPTION, Supervised
+from ..supervisor import Supervisor
 from ..version import __version__
 from .group import QueueNames, bgjobs_commands, one_sentence
 
@@ -32,6 +34,7 @@ _FLASKS_OWN_CHOICE = ("wsgi.py", "app.py")
 """What ``flask`` looks for when nobody names an app."""
 _YEARS = 1e9
 """Seconds or MiB: more than anybody means, and not infinite."""
+_MOST_PROCESSES = 1_000
 _positive = click.FloatRange(min=0, min_open=True, max=_YEARS)
 _DID = {status: status.value for status in JobStatus} | {JobStatus.PENDING: "put back"}
 _POOL_UNITS = {"thread": "threads", "process": "child processes"}
@@ -43,6 +46,12 @@ _POOL_UNITS = {"thread": "threads", "process": "child processes"}
 )
 @click.option("-P", "--pool", type=click.Choice(["thread", "process"]), help="Where jobs run.")
 @click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Jobs at once.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1, _MOST_PROCESSES),
+    help="So many workers, each a process of its own, under one supervisor.",
+)
+@click.option(OPTION, "supervised", type=int, hidden=True)
 @click.option("--burst", is_flag=True, help="Stop when nothing is pending or running.")
 @click.option(
     "--max-jobs",
@@ -64,15 +73,64 @@ _POOL_UNITS = {"thread": "threads", "process": "child processes"}
 @click.option("-n", "--name", help="Name shown on the dashboard; default: host and pid.")
 @click.option("--shutdown-timeout", type=click.FloatRange(min=0), help="Grace of a stop, seconds.")
 @one_sentence
-def worker_command(no_scheduler: bool, reloads: bool, **options: Any) -> None:
+def worker_command(
+    reloads: bool, processes: int | None, supervised: int | None, **options: Any
+) -> None:
     """Run jobs until told to stop (SIGTERM or Ctrl-C; a second one stops at once)."""
-    from ..worker import Worker, WorkerOptions
-
     state = current_state()
     if reloads:
-        command = [sys.executable, *(word for word in sys.orig_argv[1:] if word != "--reload")]
+        command = [sys.executable, *without_option(sys.orig_argv[1:], "--reload")]
         sys.exit(run_with_reload(command, watched_folders(state.app.root_path)))
     show_logs()
+    # A child is told by its environment as well, where the option stands in it.
+    if processes is not None and supervised is None:
+        sys.exit(_supervise(state, processes, options))
+    _work(state, supervised, **options)
+
+
+def without_option(words: Sequence[str], option: str, *, has_value: bool = False) -> list[str]:
+    """The words of a command line without one option, and without its value if it has one."""
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if word == option and has_value:
+            next(rest, None)
+        elif word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
+
+
+def _supervise(state: AppState, processes: int, options: dict[str, Any]) -> int:
+    """Run so many workers, each by this command without ``--processes``; the exit code."""
+    words = without_option(sys.orig_argv[1:], "--processes", has_value=True)
+    name, grace = options["name"], options["shutdown_timeout"]
+    supervisor = Supervisor(
+        [
+            # Of an option that is given twice, the last one counts.
+            [sys.executable, *words, *(["--name", f"{name}-{number}"] if name else [])]
+            for number in range(1, processes + 1)
+        ],
+        burst=options["burst"],
+        grace_seconds=state.config.shutdown_timeout if grace is None else grace,
+    )
+    click.echo(
+        f"flask-bgjobs {__version__} supervisor {os.getpid()} for the app {state.app.name}, "
+        f"worker processes: {processes}"
+    )
+    began = time.monotonic()
+    code = supervisor.run()
+    click.echo(
+        f"Supervisor {os.getpid()} stopped after {time.monotonic() - began:.1f} s: worker "
+        f"processes started: {supervisor.started:,}, of these as replacements: "
+        f"{supervisor.replacements:,}"
+    )
+    return code
+
+
+def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **options: Any) -> None:
+    """Run one worker in this process, until it is told to stop or is done."""
+    from ..worker import Worker, WorkerOptions
+
     worker = Worker(
         state,
         WorkerOptions(scheduler=not no_scheduler, app=_app_path(), show_logs=True, **options),
@@ -80,7 +138,7 @@ def worker_command(no_scheduler: bool, reloads: bool, **options: Any) -> None:
     for line in _banner(state, worker):
         click.echo(line)
     began = time.monotonic()
-    with _stopped_by_signals(worker), worker_started.connected_to(_tell_systemd_of_start):
+    with _told_to_stop(worker, supervised):
         worker.run()
     click.echo(_summary(worker, time.monotonic() - began))
     if worker.has_code_running or _other_threads_hold_the_process():
@@ -125,23 +183,26 @@ def _summary(worker: Worker, seconds: float) -> str:
     return f"Worker {worker.name} stopped after {seconds:.1f} s: {counts or 'it ran no job'}"
 
 
-def _tell_systemd_of_start(_app: Flask, worker: str) -> None:
-    sd_notify.notify("READY=1", f"STATUS=The worker {worker} takes jobs")
-
-
 @contextlib.contextmanager
-def _stopped_by_signals(worker: Worker) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _told_to_stop(worker: Worker, supervised: int | None) -> Iterator[None]:
+    """Let signals stop the worker, and let its supervisor or systemd know when it takes jobs."""
+    stop: Callable[[], None] = worker.stop
+    on_started = _tell_systemd_of_start
+    if supervised is not None:
+        tie = Supervised(supervised, worker.stop)
+        stop, on_started = tie.stop_once, tie.on_worker_started
 
-    def stop(*_: object) -> None:
-        worker.stop()
+    def on_signal(*_: object) -> None:
+        stop()
         sd_notify.notify("STOPPING=1", "STATUS=Running jobs have their grace")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with (
+        worker_started.connected_to(on_started),
+        handled(STOP_SIGNALS if in_main_thread else (), on_signal),
+    ):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def _tell_systemd_of_start(_app: Flask, worker: str) -> None:
+    sd_notify.notify("READY=1", f"STATUS=The worker {worker} takes jobs")

@@ -21,19 +21,11 @@ from flask_bgjobs.app_state import AppState
 from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt
 from flask_bgjobs.options import JobOptions
-from tests.acceptance.helpers import descendants, enqueue, lines
+from tests.acceptance.helpers import descendants, enqueue, is_alive, lines
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 @pytest.fixture
