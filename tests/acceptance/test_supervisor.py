@@ -277,12 +277,13 @@ CHILD = """
 import os, signal, socket, sys
 supervisor = socket.socket(fileno=int(sys.argv[-1]))
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.alarm(60)
 os.write(1, b"started\\n")
 supervisor.send(b"j")
 supervisor.recv(1)
 {then}
 """
-"""A child that takes jobs until it is told to stop."""
+"""A child that takes jobs until it is told to stop; it outlives no test by long."""
 
 
 @contextlib.contextmanager
