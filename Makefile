@@ -18,7 +18,7 @@ test: $(STAMP) ## all tests, on every processor
 SECONDS = 300
 SEED =
 DATABASE = sqlite
-chaos: $(STAMP) ## kills, stalls and outages; SECONDS=300 SEED=7 DATABASE=sqlite|postgresql|<url>
+chaos: $(STAMP) ## kills, stalls and outages; SECONDS=300 SEED=7 DATABASE=sqlite|postgresql|mysql|<url>
 	@$(BIN)/python -m tests.chaos --seconds '$(SECONDS)' $(if $(SEED),--seed '$(SEED)') \
 		--database '$(DATABASE)'
 

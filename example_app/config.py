@@ -3,7 +3,8 @@
 ========================  ==============================================================
 variable                  meaning
 ========================  ==============================================================
-``SHOP_DATABASE_URL``     an SQLAlchemy address; by default SQLite in the instance folder
+``SHOP_DATABASE_URL``     ``postgresql+psycopg://…`` or ``mysql+pymysql://…``; by default SQLite
+                          in the instance folder
 ``SHOP_SECRET_KEY``       signs sessions; by default made once, kept in the instance folder
 ``SHOP_ADMIN_PASSWORD``   for ``flask seed``; by default made and kept in the same way
 ``SHOP_INSTANCE_PATH``    another instance folder

@@ -12,7 +12,7 @@
     ├── JobNotCommitted        the job's transaction has not committed
     ├── WaitTimeout            job.wait() gave up
     ├── DatabaseUnusable       the database is locked for too long, full or read-only
-    └── DatabaseNotSupported   no store is written for that database
+    └── DatabaseNotSupported   no store is written for that database, or it is too old
 
     Exception
     ├── Retry, Snooze, Fail    raised by a job's own code, to say how it ends
@@ -70,7 +70,7 @@ class DatabaseUnusable(BgJobsError):
 
 
 class DatabaseNotSupported(BgJobsError):
-    """flask-bgjobs has no store for this database."""
+    """flask-bgjobs does not run on this database, its version or its driver."""
 
 
 class Retry(Exception):

@@ -30,7 +30,8 @@ _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 _MAY_HOLD_COMMENT = re.compile(r"--|/\*")
 _PLAIN = re.compile(r"[\s(]*select\b", re.IGNORECASE)
 _LOCKS_OR_WRITES = re.compile(
-    r"\bfor\s+(?:no\s+key\s+update|update|key\s+share|share)\b|\binto\b", re.IGNORECASE
+    r"\bfor\s+(?:no\s+key\s+update|update|key\s+share|share)\b|\block\s+in\s+share\b|\binto\b",
+    re.IGNORECASE,
 )
 _SECOND_STATEMENT = re.compile(r";\s*\S")
 _SAVEPOINT = re.compile(r"(?:savepoint|release|rollback)\b", re.IGNORECASE)

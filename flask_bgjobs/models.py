@@ -32,6 +32,16 @@ BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 UtcTime = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 LongText = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
+_TABLE = {
+    f"{dialect}_{option}": value
+    for dialect in ("mysql", "mariadb")
+    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
+}
+"""Whatever a MySQL database has for defaults: transactions, every letter, and names that are equal
+only where they are the same."""
+_NUMBERED_TABLE = {"sqlite_autoincrement": True, **_TABLE}
+"""No id is used again, also not on SQLite."""
+
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
 
 
@@ -62,7 +72,7 @@ class Job(Base):
         _index("ix_bgjobs_job_list", "status", "id"),
         _index("ix_bgjobs_job_finished", "status", "finished_at", "id"),
         _index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
-        {"sqlite_autoincrement": True},
+        _NUMBERED_TABLE,
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
@@ -233,7 +243,7 @@ class Attempt(Base):
     __tablename__ = "bgjobs_attempt"
     __table_args__ = (
         _index("ix_bgjobs_attempt_job", "job_id", "attempt"),
-        {"sqlite_autoincrement": True},
+        _NUMBERED_TABLE,
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
@@ -256,7 +266,7 @@ class JobLog(Base):
     __tablename__ = "bgjobs_log"
     __table_args__ = (
         _index("ix_bgjobs_log_job", "job_id", "id"),
-        {"sqlite_autoincrement": True},
+        _NUMBERED_TABLE,
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
@@ -272,7 +282,7 @@ class Worker(Base):
     __tablename__ = "bgjobs_worker"
     __table_args__ = (
         _index("ix_bgjobs_worker_status", "status"),
-        {"sqlite_autoincrement": True},
+        _NUMBERED_TABLE,
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
@@ -286,7 +296,7 @@ class Worker(Base):
     version: Mapped[str] = mapped_column(sa.String(32))
     pool: Mapped[str] = mapped_column(sa.String(16))
     concurrency: Mapped[int] = mapped_column(sa.Integer)
-    queues: Mapped[str | None] = mapped_column(sa.Text)
+    queues: Mapped[str | None] = mapped_column(LongText)
     """JSON list of the queues that it serves, in order; ``None`` serves all."""
     beats: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     """Heartbeats so far: a sweeper watches it change by a clock of its own."""
@@ -299,6 +309,7 @@ class Queue(Base):
     """A queue that has had work, and whether it is paused."""
 
     __tablename__ = "bgjobs_queue"
+    __table_args__ = _TABLE
 
     name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)

@@ -12,24 +12,32 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
-POSTGRES_URL = sa.make_url(
-    os.environ.get(
-        "BGJOBS_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"
+URLS = {
+    kind: sa.make_url(os.environ.get(f"BGJOBS_TEST_{kind.upper()}_URL", url))
+    for kind, url in (
+        ("postgresql", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"),
+        ("mysql", "mysql+pymysql://root@127.0.0.1:3306/"),
     )
-)
-KINDS = ("sqlite", "postgresql")
+}
+"""Of the servers that the tests use."""
+KINDS = ("sqlite", *URLS)
 _CONNECT_SECONDS = 5
+_OWN_NUMBER = {"postgresql": "pg_backend_pid()", "mysql": "CONNECTION_ID()"}
 
 
-def missing_servers() -> list[str]:
-    """A sentence for each server that does not answer."""
+def missing_servers() -> dict[str, str]:
+    """A sentence for each server that does not answer, by kind."""
+    return {kind: sentence for kind in URLS if (sentence := _missing(kind))}
+
+
+def _missing(kind: str) -> str | None:
     try:
-        with _server().connect():
-            return []
+        with _server(kind).connect():
+            return None
     except OperationalError as error:
-        where = POSTGRES_URL.render_as_string()
+        where = URLS[kind].render_as_string()
         said = str(error.orig).partition("\n")[0]
-        return [f"no PostgreSQL at {where} (BGJOBS_TEST_POSTGRES_URL): {said}"]
+        return f"no {kind} at {where} (BGJOBS_TEST_{kind.upper()}_URL): {said}"
 
 
 @contextlib.contextmanager
@@ -39,22 +47,47 @@ def new_database(kind: str, folder: Path) -> Iterator[str]:
         yield f"sqlite:///{folder / 'test.db'}"
         return
     name = f"bgjobs_test_{uuid.uuid4().hex}"
-    _run(f"CREATE DATABASE {name}")
+    run(kind, f"CREATE DATABASE {name}")
     try:
-        yield POSTGRES_URL.set(database=name).render_as_string(hide_password=False)
+        yield URLS[kind].set(database=name).render_as_string(hide_password=False)
     finally:
-        _run(f"DROP DATABASE {name} WITH (FORCE)")
+        _drop(kind, name)
 
 
-def _run(statement: str) -> None:
-    with _server().connect() as connection:
+def _drop(kind: str, name: str) -> None:
+    """Drop a database, whoever still uses it."""
+    if kind == "postgresql":
+        run(kind, f"DROP DATABASE {name} WITH (FORCE)")
+        return
+    for connection in _mysql_connections(name):
+        with contextlib.suppress(OperationalError):
+            run(kind, f"KILL {connection}")
+    run(kind, f"DROP DATABASE {name}")
+
+
+def _mysql_connections(name: str) -> list[int]:
+    """The ids of the connections to a database."""
+    found = f"SELECT id FROM information_schema.processlist WHERE db = '{name}'"
+    with _server("mysql").connect() as connection:
+        return list(connection.exec_driver_sql(found).scalars())
+
+
+def run(kind: str, statement: str) -> None:
+    """Run a statement on the server, in no database of a test."""
+    with _server(kind).connect() as connection:
         connection.exec_driver_sql(statement)
 
 
+def number_of(connection: sa.Connection) -> int | None:
+    """By what the server knows a connection; ``None`` where there is no server."""
+    number = _OWN_NUMBER.get(connection.dialect.name)
+    return number and connection.exec_driver_sql(f"SELECT {number}").scalar()
+
+
 @functools.cache
-def _server() -> sa.Engine:
+def _server(kind: str) -> sa.Engine:
     return sa.create_engine(
-        POSTGRES_URL,
+        URLS[kind],
         isolation_level="AUTOCOMMIT",
         poolclass=sa.NullPool,
         connect_args={"connect_timeout": _CONNECT_SECONDS},

@@ -1,7 +1,8 @@
-"""A PostgreSQL server of a test's own, and a link to it that can be cut, silenced and timed."""
+"""Servers of a test's own, and a link to them that can be cut, silenced and timed."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import os
@@ -16,11 +17,12 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import psycopg
+import pymysql
 import pytest
 
 _DEADLINE_SECONDS = 60.0
@@ -34,11 +36,16 @@ _SETTINGS = {
     # Starting again must not take the time of a whole checkpoint.
     "checkpoint_timeout": "1h",
 }
-_STOP_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+_MARIADB_SETTINGS = {
+    "bind-address": "127.0.0.1",
+    # Written at each commit and not synchronized: only a crash of the machine would lose it.
+    "innodb-flush-log-at-trx-commit": "2",
+    "innodb-buffer-pool-size": "32M",
+}
 # Outside the range from which outgoing connections take theirs, so that a port that is free for
 # the moment of a restart stays so.
 _PORTS = range(20_000, 32_000)
-# Where PgBouncer is; not every user has /usr/sbin in the PATH.
+# Where PgBouncer and MariaDB are; not every user has /usr/sbin in the PATH.
 _PROGRAM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
@@ -76,15 +83,15 @@ def free_port() -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerUser:
-    """Who server programs run as: PostgreSQL and PgBouncer refuse to run as root."""
+    """Who server programs run as: they refuse to run as root."""
 
     name: str | None
     """``None``: whoever runs the tests."""
 
     @classmethod
-    def choose(cls) -> Self:
-        """The system's user ``postgres`` when the tests run as root, else oneself."""
-        return cls("postgres" if os.geteuid() == 0 else None)
+    def choose(cls, name: str = "postgres") -> Self:
+        """The system's user ``name`` when the tests run as root, else oneself."""
+        return cls(name if os.geteuid() == 0 else None)
 
     def make_folder(self) -> Path:
         """A new folder that belongs to this user; pytest's own ones are closed to others."""
@@ -111,27 +118,167 @@ class ServerUser:
             )
 
 
-class PostgresServer:
-    """A PostgreSQL server with data of its own, on a free port of 127.0.0.1, for trusted users.
+Transcript = list[str]
+"""Of one transaction: its statements, and with ``< `` before it what the server said of each:
+``["BEGIN", "< BEGIN", "UPDATE shop …", "< UPDATE 1", "COMMIT"]``."""
 
-    :param settings: more of ``postgresql.conf``.
-    """
 
-    user = "postgres"
+class _Protocol(abc.ABC):
+    """What is said on one connection, as far as the proxy must understand it."""
 
-    def __init__(self, **settings: str) -> None:
+    client_begins = False
+    """Whether the client speaks before the server does."""
+
+    @abc.abstractmethod
+    def read(self, connection: socket.socket) -> bytes:
+        """One message; empty at the end."""
+
+    def read_first(self, client: socket.socket) -> bytes:
+        """The first message of a client that begins."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def statement(self, message: bytes) -> str | None:
+        """The text of what a message asks the server to run."""
+
+    @abc.abstractmethod
+    def answer(self, message: bytes) -> str | None:
+        """What the server says of a statement that it has done: ``UPDATE 1``."""
+
+    @abc.abstractmethod
+    def begins(self, statement: str, transcript: Transcript) -> bool:
+        """Whether a statement is the first of a transaction."""
+
+
+class _PostgresProtocol(_Protocol):
+    client_begins = True
+
+    def __init__(self) -> None:
+        self._prepared: dict[bytes, str] = {}
+
+    def read(self, connection: socket.socket) -> bytes:
+        return self._read(connection, 5)
+
+    def read_first(self, client: socket.socket) -> bytes:
+        # It has no type.
+        return self._read(client, 4)
+
+    def _read(self, connection: socket.socket, head: int) -> bytes:
+        header = _read(connection, head)
+        if not header:
+            return b""
+        (length,) = struct.unpack("!I", header[-4:])
+        return header + _read(connection, length - 4)
+
+    def statement(self, message: bytes) -> str | None:
+        """Also the text of what was prepared."""
+        kind, body = message[:1], message[5:]
+        if kind == b"Q":
+            return body[:-1].decode()
+        if kind == b"P":
+            name, text, _ = body.split(b"\0", 2)
+            self._prepared[name] = text.decode()
+        if kind == b"B":
+            _, name, _ = body.split(b"\0", 2)
+            return self._prepared.get(name)
+        return None
+
+    def answer(self, message: bytes) -> str | None:
+        return message[5:-1].decode() if message[:1] == b"C" else None
+
+    def begins(self, statement: str, transcript: Transcript) -> bool:
+        return statement.startswith("BEGIN")
+
+
+class _MysqlProtocol(_Protocol):
+    _QUERY, _OK = 3, 0
+
+    def __init__(self) -> None:
+        self._verb: str | None = None
+        """Of the statement whose answer has not begun."""
+
+    def read(self, connection: socket.socket) -> bytes:
+        header = _read(connection, 4)
+        if not header:
+            return b""
+        return header + _read(connection, int.from_bytes(header[:3], "little"))
+
+    def statement(self, message: bytes) -> str | None:
+        # Every command begins to count its messages anew.
+        is_query = message[3] == 0 and message[4] == self._QUERY
+        text = message[5:].decode("utf-8", "replace") if is_query else None
+        self._verb = text.split(maxsplit=1)[0] if text else None
+        return text
+
+    def answer(self, message: bytes) -> str | None:
+        verb, self._verb = self._verb, None
+        if verb is None or message[4] != self._OK:
+            return None
+        return f"{verb} {_short_number(message[5:])}"
+
+    def begins(self, statement: str, transcript: Transcript) -> bool:
+        """There is no BEGIN: what follows the end of one transaction is of the next."""
+        return any(entry in ("COMMIT", "ROLLBACK") for entry in transcript)
+
+
+def _short_number(data: bytes) -> int:
+    """The number that MySQL writes in one byte, or in the two after a mark."""
+    return data[0] if data[0] < 0xFB else int.from_bytes(data[1:3], "little")
+
+
+class Server(abc.ABC):
+    """A database server with data of its own, on a free port of 127.0.0.1, for trusted users."""
+
+    user: str
+    """Who may do everything in it."""
+    speaks: ClassVar[Callable[[], _Protocol]]
+    """What a proxy in front of it must understand."""
+    stop_signals: Mapping[str, signal.Signals]
+    """What ends all sessions in order, and what is a crash."""
+
+    def __init__(self, system_user: str) -> None:
         self.port = free_port()
-        self._settings = _SETTINGS | settings
-        self._user = ServerUser.choose()
-        initdb = postgres_program("initdb")
-        self._postgres = postgres_program("postgres")
+        self._user = ServerUser.choose(system_user)
+        self._find_programs()
         self.folder = self._user.make_folder()
         self._process: subprocess.Popen[str] | None = None
         try:
-            self._make_data(initdb)
+            made = self._user.popen(self._initialization(), self.folder)
+            assert made.wait(_DEADLINE_SECONDS) == 0, self.log()
         except BaseException:
             self.close()
             raise
+
+    @abc.abstractmethod
+    def _find_programs(self) -> None:
+        """Find the programs, or skip the test."""
+
+    @abc.abstractmethod
+    def _initialization(self) -> Sequence[str]:
+        """The command that makes its data."""
+
+    @abc.abstractmethod
+    def _command(self) -> Sequence[str]:
+        """The command that runs it."""
+
+    @abc.abstractmethod
+    def execute(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
+        """What a statement answers on a connection of its own, past any proxy."""
+
+    @abc.abstractmethod
+    def url(self, database: str, *, port: int | None = None) -> str:
+        """The URL of a database.
+
+        :param port: of a proxy in front of it.
+        """
+
+    @abc.abstractmethod
+    def end_connections(self, database: str) -> int:
+        """End all connections to a database; how many they were."""
+
+    @abc.abstractmethod
+    def _answers(self) -> bool:
+        """Whether it can be used."""
 
     def __enter__(self) -> Self:
         try:
@@ -152,7 +299,7 @@ class PostgresServer:
         self._launch()
         deadline = time.monotonic() + _DEADLINE_SECONDS
         while wait and not self._answers():
-            assert time.monotonic() < deadline, f"no PostgreSQL: {self.log()}"
+            assert time.monotonic() < deadline, f"no {type(self).__name__}: {self.log()}"
             assert self._process is not None
             if self._process.poll() is not None:
                 # Processes of the last run may still hold its memory after an immediate stop.
@@ -165,7 +312,7 @@ class PostgresServer:
             return
         process, self._process = self._process, None
         process.send_signal(signal.SIGCONT)
-        process.send_signal(_STOP_SIGNALS[mode])
+        process.send_signal(self.stop_signals[mode])
         process.wait(_DEADLINE_SECONDS)
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
@@ -185,13 +332,35 @@ class PostgresServer:
         self.execute(f"CREATE DATABASE {name}")
         return name
 
-    def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+    def log(self) -> str:
+        """What it has written to its log."""
+        return (self.folder / "log").read_text()
+
+    def _launch(self) -> None:
+        self._process = self._user.popen(self._command(), self.folder)
+
+
+class PostgresServer(Server):
+    """A PostgreSQL server.
+
+    :param settings: more of ``postgresql.conf``.
+    """
+
+    user = "postgres"
+    speaks = _PostgresProtocol
+    stop_signals: ClassVar = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+
+    def __init__(self, **settings: str) -> None:
+        self._settings = _SETTINGS | settings
+        super().__init__("postgres")
+
+    def execute(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
         """What a statement answers on a connection of its own, past any proxy."""
         with psycopg.connect(
             host="127.0.0.1",
             port=self.port,
             user=self.user,
-            dbname=database,
+            dbname=database or "postgres",
             autocommit=True,
             connect_timeout=10,
         ) as connection:
@@ -215,28 +384,28 @@ class PostgresServer:
             "?sslmode=disable&gssencmode=disable"
         )
 
-    def log(self) -> str:
-        """What it has written to its log."""
-        return (self.folder / "log").read_text()
-
-    def _make_data(self, initdb: str) -> None:
-        made = self._user.popen(
-            [
-                initdb,
-                *("-D", str(self.folder / "data"), "-U", self.user, "-A", "trust"),
-                *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
-            ],
-            self.folder,
+    def end_connections(self, database: str) -> int:
+        return len(
+            self.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE datname = '{database}'"
+            )
         )
-        assert made.wait(_DEADLINE_SECONDS) == 0, self.log()
 
-    def _launch(self) -> None:
+    def _find_programs(self) -> None:
+        self._initdb, self._postgres = map(postgres_program, ("initdb", "postgres"))
+
+    def _initialization(self) -> Sequence[str]:
+        return [
+            self._initdb,
+            *("-D", str(self.folder / "data"), "-U", self.user, "-A", "trust"),
+            *("-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"),
+        ]
+
+    def _command(self) -> Sequence[str]:
         settings = self._settings | {"unix_socket_directories": str(self.folder)}
         options = [word for item in settings.items() for word in ("-c", "=".join(item))]
-        self._process = self._user.popen(
-            [self._postgres, "-D", str(self.folder / "data"), "-p", str(self.port), *options],
-            self.folder,
-        )
+        return [self._postgres, "-D", str(self.folder / "data"), "-p", str(self.port), *options]
 
     def _answers(self) -> bool:
         try:
@@ -246,25 +415,97 @@ class PostgresServer:
         return True
 
 
-Transcript = list[str]
-"""Of one transaction: its statements, and with ``< `` before it what the server said of each:
-``["BEGIN", "< BEGIN", "UPDATE shop …", "< UPDATE 1", "COMMIT"]``."""
+class MariaServer(Server):
+    """A MariaDB server."""
+
+    user = "root"
+    speaks = _MysqlProtocol
+    stop_signals: ClassVar = {"fast": signal.SIGTERM, "immediate": signal.SIGKILL}
+
+    def __init__(self) -> None:
+        super().__init__("mysql")
+
+    def execute(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
+        """What a statement answers on a connection of its own, past any proxy."""
+        with self._cursor(database) as cursor:
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    @contextlib.contextmanager
+    def _cursor(self, database: str | None) -> Iterator[Any]:
+        connection = pymysql.connect(
+            host="127.0.0.1",
+            port=self.port,
+            user=self.user,
+            database=database,
+            autocommit=True,
+            read_timeout=10,
+        )
+        with contextlib.closing(connection), connection.cursor() as cursor:
+            yield cursor
+
+    def url(self, database: str = "", *, port: int | None = None) -> str:
+        return f"mysql+pymysql://{self.user}@127.0.0.1:{port or self.port}/{database}"
+
+    def end_connections(self, database: str) -> int:
+        found = f"SELECT id FROM information_schema.processlist WHERE db = '{database}'"
+        with self._cursor(None) as cursor:
+            cursor.execute(found)
+            numbers = [number for (number,) in cursor.fetchall()]
+            for number in numbers:
+                with contextlib.suppress(pymysql.err.OperationalError):
+                    # It has ended by itself meanwhile.
+                    cursor.execute(f"KILL {number}")
+        return len(numbers)
+
+    def _find_programs(self) -> None:
+        self._install, self._mariadbd = (
+            needs_program("MariaDB", shutil.which(name, path=_PROGRAM_PATH))
+            for name in ("mariadb-install-db", "mariadbd")
+        )
+
+    def _initialization(self) -> Sequence[str]:
+        return [
+            self._install,
+            *("--no-defaults", f"--datadir={self.folder / 'data'}", "--skip-test-db"),
+            "--auth-root-authentication-method=normal",
+        ]
+
+    def _command(self) -> Sequence[str]:
+        settings = _MARIADB_SETTINGS | {
+            "datadir": self.folder / "data",
+            "port": self.port,
+            "socket": self.folder / "socket",
+            "pid-file": self.folder / "pid",
+        }
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        return [self._mariadbd, "--no-defaults", *options]
+
+    def _answers(self) -> bool:
+        try:
+            self.execute("SELECT 1")
+        except pymysql.err.OperationalError:
+            return False
+        return True
+
+
 Matches = Callable[[Transcript], bool]
 When = Literal["before", "after"]
 Mode = Literal["pass", "cut", "silent"]
 
 
 class Proxy:
-    """A TCP link to a PostgreSQL server on this host, whose faults the test chooses.
+    """A TCP link to a server on this host, whose faults the test chooses.
 
-    It reads the protocol along, so that it can cut a connection at one exact statement. The URL
-    needs ``sslmode=disable`` and ``gssencmode=disable``.
+    It reads the protocol along, so that it can cut a connection at one exact statement. Nothing may
+    be encrypted: the URL of PostgreSQL needs ``sslmode=disable`` and ``gssencmode=disable``.
 
-    :param port: of the server.
+    :param server: one that runs, now or later.
     """
 
-    def __init__(self, port: int) -> None:
-        self._server = ("127.0.0.1", port)
+    def __init__(self, server: Server) -> None:
+        self._server = ("127.0.0.1", server.port)
+        self.speaks = server.speaks
         self._mode: Mode = "pass"
         self._changed = threading.Condition()
         self._rule: _Rule | None = None
@@ -426,8 +667,8 @@ class _Link:
         self._proxy = proxy
         self._client = client
         self._server: socket.socket | None = None
+        self._protocol = proxy.speaks()
         self._transcript: Transcript = []
-        self._statements: dict[bytes, str] = {}
         self._cut_at_answer: _Rule | None = None
         self.threads = [
             threading.Thread(target=self._run, args=[work], name=f"proxy-{name}", daemon=True)
@@ -461,14 +702,14 @@ class _Link:
             _close(self._server)
             return
         self.threads[1].start()
-        # The first message has no type.
-        self._server.sendall(_read_message(self._client, typed=False))
+        if self._protocol.client_begins:
+            self._server.sendall(self._protocol.read_first(self._client))
         while not self.is_closed:
-            message = _read_message(self._client)
+            message = self._protocol.read(self._client)
             self._proxy.wait_until_it_passes(self)
             if not message or self.is_closed:
                 return
-            statement = self._statement(message)
+            statement = self._protocol.statement(message)
             if statement is not None and self._ends_at(statement):
                 return
             self._server.sendall(message)
@@ -477,20 +718,21 @@ class _Link:
         """From the server to the client."""
         assert self._server is not None
         while not self.is_closed:
-            message = _read_message(self._server)
+            message = self._protocol.read(self._server)
             self._proxy.wait_until_it_passes(self)
             if not message or self.is_closed:
                 return
-            if message[:1] == b"C":
+            answer = self._protocol.answer(message)
+            if answer is not None:
                 if self._cut_at_answer is not None:
                     self._cut_at_answer.applied()
                     return
-                self._transcript.append(f"< {message[5:-1].decode()}")
+                self._transcript.append(f"< {answer}")
             self._client.sendall(message)
 
     def _ends_at(self, statement: str) -> bool:
         """Whether a rule cuts the connection at this statement."""
-        if statement.startswith("BEGIN"):
+        if self._protocol.begins(statement, self._transcript):
             self._transcript = []
         self._transcript.append(statement)
         rule = self._proxy.rule_for(self._transcript)
@@ -507,28 +749,6 @@ class _Link:
         rule.applied()
         self.close()
         return True
-
-    def _statement(self, message: bytes) -> str | None:
-        """The text of what a message asks the server to run, also of what it has prepared."""
-        kind, body = message[:1], message[5:]
-        if kind == b"Q":
-            return body[:-1].decode()
-        if kind == b"P":
-            name, text, _ = body.split(b"\0", 2)
-            self._statements[name] = text.decode()
-        if kind == b"B":
-            _, name, _ = body.split(b"\0", 2)
-            return self._statements.get(name)
-        return None
-
-
-def _read_message(connection: socket.socket, *, typed: bool = True) -> bytes:
-    """One message of PostgreSQL's protocol; empty at the end."""
-    header = _read(connection, 5 if typed else 4)
-    if not header:
-        return b""
-    (length,) = struct.unpack("!I", header[-4:])
-    return header + _read(connection, length - 4)
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

@@ -51,14 +51,20 @@ def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-_MISSING_TABLE = re.compile(r"no such table|relation .* does not exist")
+_MISSING_TABLE = re.compile(r"no such table|relation .* does not exist|Table .* doesn't exist")
 
 
 def database_sentence(error: SQLAlchemyError) -> str:
     """What the database, or the way to it, has to say, on one line."""
     said = error.orig if isinstance(error, DBAPIError) else error
+    match getattr(said, "args", ()):
+        case (int(), str(words)):
+            # PyMySQL has the server's number before them.
+            text = words
+        case _:
+            text = str(said)
     # PostgreSQL adds lines with the place in the statement.
-    text = one_line(str(said).partition("\n")[0])
+    text = one_line(text.partition("\n")[0])
     if _MISSING_TABLE.search(text):
         return f"{text}: run `flask db upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
     what_to_do = advice(error)

@@ -12,6 +12,7 @@ from .base import Store
 from .by_hand import ActionResult
 from .database import CommitInDoubt
 from .inserts import NewJobs, unique_hash
+from .mysql import MysqlStore
 from .postgresql import PostgresStore
 from .prunes import PruneCursor, Pruned, Retention
 from .runs import LeaseView
@@ -33,7 +34,12 @@ __all__ = [
     "unique_hash",
 ]
 
-_STORES: dict[str, type[Store]] = {"sqlite": SqliteStore, "postgresql": PostgresStore}
+_STORES: dict[str, type[Store]] = {
+    "sqlite": SqliteStore,
+    "postgresql": PostgresStore,
+    "mysql": MysqlStore,
+    "mariadb": MysqlStore,
+}
 
 
 def make_store(

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from ..models import Job
 from ..states import WAITING, JobStatus
-from .database import JOBS, Database
+from .database import JOBS, Database, by_id
 from .inserts import loaded_job, unique_hash
 from .prunes import delete_unheld
 
@@ -127,7 +127,7 @@ class ByHand(Database):
     ) -> ActionResult:
         def locked(connection: sa.Connection) -> ActionResult:
             rows = connection.execute(
-                sa.select(JOBS.c.id, JOBS.c.status)
+                by_id(sa.select(JOBS.c.id, JOBS.c.status))
                 .where(JOBS.c.id.in_(ids))
                 .order_by(JOBS.c.id)
                 .with_for_update()

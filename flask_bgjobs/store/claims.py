@@ -90,16 +90,7 @@ class Claims(Queues):
         rows = connection.execute(
             sa.update(JOBS)
             .where(JOBS.c.id.in_(self.locked(candidates.limit(limit))))
-            .values(
-                status=JobStatus.RUNNING.value,
-                attempt=JOBS.c.attempt + 1,
-                worker_id=worker_id,
-                claimed_at=self.now,
-                started_at=None,
-                finished_at=None,
-                progress=None,
-                progress_note=None,
-            )
+            .values(claimed_values(worker_id, self.now))
             .returning(*SPEC_COLUMNS)
         )
         # RETURNING promises no order.
@@ -158,3 +149,17 @@ class Claims(Queues):
     def _register_queues(self, connection: sa.Connection, names: set[str]) -> None:
         for name in sorted(names - self._known_queues):
             self.register_queue(connection, name)
+
+
+def claimed_values(worker_id: int, claimed_at: Any) -> dict[str, Any]:
+    """What a claim writes into a job."""
+    return {
+        "status": JobStatus.RUNNING.value,
+        "attempt": JOBS.c.attempt + 1,
+        "worker_id": worker_id,
+        "claimed_at": claimed_at,
+        "started_at": None,
+        "finished_at": None,
+        "progress": None,
+        "progress_note": None,
+    }

@@ -103,6 +103,11 @@ class Database(abc.ABC):
         """
         return sa.select(candidates.subquery().c.id)
 
+    def seconds_parameter(self, name: str) -> sa.ColumnElement[float]:
+        """A parameter of seconds that may be ``None``."""
+        # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
+        return sa.cast(sa.bindparam(name, type_=sa.Double), sa.Double)
+
     @abc.abstractmethod
     def make_engine(self) -> sa.Engine:
         """A small engine of our own on the host's database."""
@@ -265,6 +270,16 @@ class Database(abc.ABC):
                 driver_connection = connection.connection.driver_connection
                 stack.enter_context(self._watchdog.watching(driver_connection, deadline))
             yield connection
+
+
+def by_id(jobs: sa.Select[Any]) -> sa.Select[Any]:
+    """The same jobs, looked for by their ids alone, so that no other row is locked.
+
+    MySQL and MariaDB lock what they pass on the way, in the order of the index that they choose.
+    """
+    for dialect in ("mysql", "mariadb"):
+        jobs = jobs.with_hint(JOBS, "FORCE INDEX (PRIMARY)", dialect)
+    return jobs
 
 
 def _commit(transaction: sa.RootTransaction) -> None:

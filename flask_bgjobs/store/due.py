@@ -52,7 +52,7 @@ class Due(Database):
         """Move jobs that are due to ``pending``; how many were moved."""
         moved = 0
         while True:
-            batch: int = self.transaction(lambda c: c.execute(self._promote).rowcount)
+            batch = self.transaction(self._promote_some)
             moved += batch
             if batch < _PROMOTE_AT_ONCE:
                 return moved
@@ -93,6 +93,9 @@ class Due(Database):
         with self.read() as connection:
             return connection.execute(statement.limit(1)).first() is not None
 
+    def _promote_some(self, connection: sa.Connection) -> int:
+        return connection.execute(self._promotion).rowcount
+
     def _look_in(self, queues: Sequence[str] | None) -> sa.Select[Any]:
         pending = sa.exists().where(JOBS.c.status == JobStatus.PENDING.value)
         if queues is not None:
@@ -107,18 +110,24 @@ class Due(Database):
         return sa.select(self.now.label("now"), pending.label("pending"), *first_due)
 
     @functools.cached_property
-    def _promote(self) -> sa.Update:
-        due = (
-            self.locked(
+    def _promotion(self) -> sa.Update:
+        due = (self.locked(candidates) for candidates in self._due())
+        return promotion(sa.union_all(*due))
+
+    def _due(self) -> Iterator[sa.Select[Any]]:
+        """The ids of jobs that are due, one statement for each status."""
+        for status in _WITH_A_TIME:
+            yield (
                 sa.select(JOBS.c.id)
                 .where(JOBS.c.status == status, JOBS.c.run_at <= self.now)
                 .order_by(JOBS.c.run_at, JOBS.c.id)
                 .limit(_PROMOTE_AT_ONCE)
             )
-            for status in _WITH_A_TIME
-        )
-        return (
-            sa.update(JOBS)
-            .where(JOBS.c.id.in_(sa.union_all(*due)))
-            .values(status=JobStatus.PENDING.value)
-        )
+
+
+def promotion(ids: Any) -> sa.Update:
+    """The statement that makes jobs pending.
+
+    :param ids: a list or a query.
+    """
+    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(status=JobStatus.PENDING.value)

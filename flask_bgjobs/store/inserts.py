@@ -20,10 +20,10 @@ _UNIQUE_TRIES = 10
 _AT_ONCE = 5_000
 """Jobs per statement."""
 _INSERTED = (JOBS.c.id, JOBS.c.created_at, JOBS.c.run_at)
-_COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
+COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
 """By attribute name."""
-_NOTHING_YET = dict.fromkeys(_COLUMNS)
-_BY_THE_DATABASE = {"id", "created_at", "run_at"}
+_NOTHING_YET = dict.fromkeys(COLUMNS)
+BY_THE_DATABASE = {"id", "created_at", "run_at"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +43,9 @@ class NewJobs:
 class Inserts(Database):
     """The statements of an enqueue."""
 
+    _holders = sa.select(JOBS)
+    """Jobs that hold a key, as the newest transaction left them."""
+
     def insert(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """The inserted jobs, in the order given; with a taken ``unique_key``, its holder.
 
@@ -51,20 +54,23 @@ class Inserts(Database):
         connection = connection.execution_options(**self.execution_options)
         if jobs.values["unique_hash"] is not None:
             return [self._insert_unique(connection, jobs)]
+        return self.insert_all(connection, jobs)
+
+    def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        """The inserted jobs, in the order given."""
         if len(jobs.parameters) == 1:
             row = connection.execute(self._insert_one, _parameters(jobs)).one()
-            return [_inserted_job(jobs, jobs.parameters[0], row)]
-        return [job for part in _parts(jobs) for job in self.insert_many(connection, part)]
+            return [inserted_job(jobs, jobs.parameters[0], *row)]
+        return [job for part in _parts(jobs) for job in self._insert_part(connection, part)]
 
-    def insert_many(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
-        """The inserted jobs, in the order given, by one statement."""
+    def _insert_part(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
         common = {key: value for key, value in _parameters(jobs).items() if key != "parameters"}
         texts = json.dumps(jobs.parameters)
         inserted = connection.execute(self._insert_many, {**common, "texts": texts})
         # RETURNING promises no order, but the ids were drawn in that of the parameters.
         rows = sorted(inserted, key=lambda row: row.id)
         made = zip(jobs.parameters, rows, strict=True)
-        return (_inserted_job(jobs, text, row) for text, row in made)
+        return (inserted_job(jobs, text, *row) for text, row in made)
 
     def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         """Position and text of the strings in a JSON array, as columns to select."""
@@ -75,14 +81,12 @@ class Inserts(Database):
         return value
 
     def _insert_unique(self, connection: sa.Connection, jobs: NewJobs) -> Job:
-        statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
-        statement = statement.returning(*_INSERTED)
         for _ in range(_UNIQUE_TRIES):
-            row = connection.execute(statement, _parameters(jobs)).one_or_none()
-            if row is not None:
-                return _inserted_job(jobs, jobs.parameters[0], row)
+            inserted = self.insert_unless_taken(connection, jobs)
+            if inserted is not None:
+                return inserted
             holder = connection.execute(
-                sa.select(JOBS).where(JOBS.c.unique_hash == jobs.values["unique_hash"])
+                self._holders.where(JOBS.c.unique_hash == jobs.values["unique_hash"])
             ).one_or_none()
             if holder is not None:
                 found = loaded_job(holder)
@@ -92,6 +96,16 @@ class Inserts(Database):
         raise UniqueKeyTaken(
             f"the unique_key {jobs.values['unique_key']!r} changes hands too quickly"
         )
+
+    def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
+        """The inserted job; ``None`` when another holds its ``unique_key``, and nothing is undone.
+
+        An ``IntegrityError`` would end the host's transaction on some databases.
+        """
+        statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
+        found = connection.execute(statement.returning(*_INSERTED), _parameters(jobs))
+        row = found.one_or_none()
+        return None if row is None else inserted_job(jobs, jobs.parameters[0], *row)
 
     @functools.cached_property
     def _insert(self) -> Any:
@@ -106,8 +120,8 @@ class Inserts(Database):
         position, text = self.texts(sa.bindparam("texts", type_=sa.Text))
         values = {
             column.name: self.typed(sa.bindparam(column.name, type_=column.type))
-            for key, column in _COLUMNS.items()
-            if key not in _BY_THE_DATABASE
+            for key, column in COLUMNS.items()
+            if key not in BY_THE_DATABASE
         }
         values |= {"parameters": text, "created_at": self.now, "run_at": self._first_run}
         selected = sa.select(*values.values()).order_by(position)
@@ -115,8 +129,7 @@ class Inserts(Database):
 
     @property
     def _first_run(self) -> sa.ColumnElement[dt.datetime]:
-        # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
-        delay = sa.cast(sa.bindparam("delay_seconds", type_=sa.Double), sa.Double)
+        delay = self.seconds_parameter("delay_seconds")
         given = self.typed(sa.bindparam("given_run_at", type_=JOBS.c.run_at.type))
         due = sa.case((delay.is_not(None), self.after(delay)), else_=self.now)
         return sa.func.coalesce(given, due)
@@ -132,22 +145,25 @@ def _parts(jobs: NewJobs) -> Iterator[NewJobs]:
         yield dataclasses.replace(jobs, parameters=jobs.parameters[begin : begin + _AT_ONCE])
 
 
-def _parameters(jobs: NewJobs) -> dict[str, Any]:
-    """Of the statement that inserts the first of them."""
+def column_values(jobs: NewJobs) -> dict[str, Any]:
+    """What is stored of the first of them, by column name, apart from id and times."""
     values = {**_NOTHING_YET, **jobs.values, "parameters_json": jobs.parameters[0]}
-    columns = {
-        column.name: values[key] for key, column in _COLUMNS.items() if key not in _BY_THE_DATABASE
-    }
-    return {**columns, "given_run_at": jobs.run_at, "delay_seconds": jobs.delay_seconds}
+    return {c.name: values[key] for key, c in COLUMNS.items() if key not in BY_THE_DATABASE}
 
 
-def _inserted_job(jobs: NewJobs, parameters: str, row: sa.Row[Any]) -> Job:
-    by_the_database = {"id": row.id, "created_at": row.created_at, "run_at": row.run_at}
-    return detached_job(
-        {**_NOTHING_YET, **jobs.values, "parameters_json": parameters, **by_the_database}
-    )
+def inserted_job(
+    jobs: NewJobs, parameters: str, job_id: int, created_at: dt.datetime, run_at: dt.datetime
+) -> Job:
+    """One of the jobs, with what the database gave it, loaded and detached."""
+    given = {"id": job_id, "created_at": created_at, "run_at": run_at}
+    return detached_job({**_NOTHING_YET, **jobs.values, "parameters_json": parameters, **given})
+
+
+def _parameters(jobs: NewJobs) -> dict[str, Any]:
+    times = {"given_run_at": jobs.run_at, "delay_seconds": jobs.delay_seconds}
+    return {**column_values(jobs), **times}
 
 
 def loaded_job(row: sa.Row[Any]) -> Job:
     """The job in a whole row of the table, loaded and detached."""
-    return detached_job({key: row._mapping[column] for key, column in _COLUMNS.items()})
+    return detached_job({key: row._mapping[column] for key, column in COLUMNS.items()})

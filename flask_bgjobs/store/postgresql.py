@@ -7,9 +7,6 @@ import datetime as dt
 import functools
 import json
 import math
-import selectors
-import socket
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +18,11 @@ from ..models import UtcTime
 from ..spec import Key
 from .base import Store
 from .database import ALONE, JOBS, READ_ONLY
+from .links import limited, refuse_dead, shut_down
 from .settles import COMPLETION_TYPES, Completion
 
 _CONNECT_SECONDS = 10.0
 _LIBPQ_DRIVERS = ("psycopg", "psycopg2")
-_IDLE = "bgjobs_idle"
-_connecting = threading.local()
-"""The seconds that this thread may wait, where it connects for us and not for the host."""
 _REDO = frozenset({"40001", "40P01", "55P03"})
 """Serialization failure, deadlock, lock not available."""
 
@@ -67,30 +62,22 @@ class PostgresStore(Store):
     def make_engine(self) -> sa.Engine:
         engine = sa.create_engine(
             self.host_engine.url,
-            creator=self._connect_in_good_time,
+            creator=self._connect,
             isolation_level="READ COMMITTED",
             max_overflow=-1,
         )
-        sa.event.listen(engine, "checkin", _note_idle)
-        sa.event.listen(engine, "checkout", _refuse_dead)
+        refuse_dead(engine, lambda connection: int(connection.fileno()))
         if self.deadline is not None:
             sa.event.listen(engine, "begin", self._limit_idle)
-        if self.host_engine.driver in _LIBPQ_DRIVERS and not sa.event.contains(
-            self.host_engine, "do_connect", _limit
-        ):
-            sa.event.listen(self.host_engine, "do_connect", _limit)
         return engine
 
-    def _connect_in_good_time(self) -> Any:
+    def _connect(self) -> Any:
         """The same as :meth:`connect_as_host`, with an end to the waiting."""
-        # libpq waits for two seconds at least.
-        _connecting.seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
-        _connecting.changed = {}
-        try:
+        # libpq takes whole seconds, and waits for two of them at least.
+        seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
+        is_libpq = self.host_engine.driver in _LIBPQ_DRIVERS
+        with limited(self.host_engine, {"connect_timeout": seconds} if is_libpq else {}):
             return self.connect_as_host()
-        finally:
-            _connecting.seconds = None
-            _connecting.changed.pop("connect_timeout", None)
 
     def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         elements = sa.func.json_array_elements_text(array.cast(postgresql.JSON))
@@ -113,42 +100,10 @@ class PostgresStore(Store):
             connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{limit}'")
 
     def sever(self, driver_connection: Any) -> None:
-        # A copy of the descriptor: shutting it down ends the link for both.
-        with (
-            contextlib.suppress(Exception),
-            socket.fromfd(driver_connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as link,
-        ):
-            link.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(Exception):
+            shut_down(driver_connection.fileno())
 
     def is_redoable(self, error: DBAPIError) -> bool:
         # psycopg 3 and psycopg2 have their own words for it.
         code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
         return code in _REDO
-
-
-def _limit(_dialect: object, _record: object, _args: object, options: dict[str, Any]) -> None:
-    # The dictionary is the one of the host's engine: it is left as it was found.
-    seconds = getattr(_connecting, "seconds", None)
-    if seconds is not None and "connect_timeout" not in options:
-        options["connect_timeout"] = seconds
-        _connecting.changed = options
-
-
-def _note_idle(_connection: object, record: Any) -> None:
-    record.info[_IDLE] = True
-
-
-def _refuse_dead(connection: Any, record: Any, _proxy: object) -> None:
-    """Let no connection out of the pool that the server has closed meanwhile.
-
-    On an idle connection nothing is to be read but the server's farewell. To look costs no round
-    trip, as asking the server would.
-    """
-    if record.info.pop(_IDLE, False) and _has_something_to_read(connection):
-        raise sa.exc.DisconnectionError("the server has closed the connection")
-
-
-def _has_something_to_read(connection: Any) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection.fileno(), selectors.EVENT_READ)
-        return bool(selector.select(0))

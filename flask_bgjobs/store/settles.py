@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from ..models import UtcTime
 from ..spec import JobSpec, Key, Outcome, Report, Settled
 from ..states import FINAL, JobStatus, OutcomeKind, Settlement, settlement
-from .database import ATTEMPTS, JOBS, WORKERS
+from .database import ATTEMPTS, JOBS, WORKERS, by_id
 from .runs import RUNNING_OF, Runs
 
 _NO_ATTEMPT_ROW = frozenset({OutcomeKind.COMPLETED, OutcomeKind.GIVEN_BACK, OutcomeKind.SNOOZED})
@@ -66,17 +66,28 @@ class Settles(Runs):
         self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
     ) -> Collection[Key]:
         """The attempts that were still the worker's, and have completed now."""
+        parameters = [{"fence_worker": worker_id, **each} for each in ended]
+        return self.execute_completion(connection, self._complete_update, parameters, ended)
+
+    def execute_completion(
+        self,
+        connection: sa.Connection,
+        update: sa.Update,
+        parameters: Any,
+        ended: Sequence[Completion],
+    ) -> Collection[Key]:
+        """Complete attempts by an update that tells no more than how many it changed.
+
+        :param parameters: of ``update``.
+        :returns: which were still the worker's.
+        """
         keys = {(each["job_id"], each["fence_attempt"]) for each in ended}
-        result = connection.execute(
-            self._complete_update, [{"fence_worker": worker_id, **each} for each in ended]
-        )
-        if result.rowcount == len(ended):
+        if connection.execute(update, parameters).rowcount == len(ended):
             return keys
         completed = connection.execute(
             sa.select(JOBS.c.id, JOBS.c.attempt).where(
                 JOBS.c.id.in_([each["job_id"] for each in ended]),
                 JOBS.c.status == JobStatus.COMPLETED.value,
-                JOBS.c.worker_id == worker_id,
             )
         )
         return keys & {(row.id, row.attempt) for row in completed}
@@ -169,7 +180,7 @@ class Settles(Runs):
     ) -> dict[Key, bool]:
         """The attempts that are still the worker's, and whether a cancel was asked for."""
         rows = connection.execute(
-            RUNNING_OF.where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id).with_for_update(),
+            by_id(RUNNING_OF).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id).with_for_update(),
             {"worker": worker_id},
         )
         return _by_key(rows)
@@ -210,8 +221,7 @@ class Settles(Runs):
 
     @functools.cached_property
     def _settle_update(self) -> sa.Update:
-        # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
-        delay = sa.cast(sa.bindparam("delay_seconds", type_=sa.Double), sa.Double)
+        delay = self.seconds_parameter("delay_seconds")
         is_final = sa.bindparam("is_final", type_=sa.Boolean)
         keep_meta = sa.bindparam("new_meta", type_=sa.Text)
         columns = {

@@ -51,6 +51,12 @@ def upgrade():
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bgjobs_attempt")),
         sqlite_autoincrement=True,
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
     )
     op.create_index(
         op.f("ix_bgjobs_attempt_job"), "bgjobs_attempt", ["job_id", "attempt"], unique=False
@@ -148,6 +154,12 @@ def upgrade():
         sa.Column("unique_hash", sa.String(length=64), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bgjobs_job")),
         sqlite_autoincrement=True,
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
     )
     op.create_index(
         op.f("ix_bgjobs_job_claim"),
@@ -184,6 +196,12 @@ def upgrade():
         sa.Column("message", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bgjobs_log")),
         sqlite_autoincrement=True,
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
     )
     op.create_index(op.f("ix_bgjobs_log_job"), "bgjobs_log", ["job_id", "id"], unique=False)
     op.create_table(
@@ -204,6 +222,12 @@ def upgrade():
             nullable=True,
         ),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_bgjobs_queue")),
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
     )
     op.create_table(
         "bgjobs_worker",
@@ -216,7 +240,13 @@ def upgrade():
         sa.Column("version", sa.String(length=32), nullable=False),
         sa.Column("pool", sa.String(length=16), nullable=False),
         sa.Column("concurrency", sa.Integer(), nullable=False),
-        sa.Column("queues", sa.Text(), nullable=True),
+        sa.Column(
+            "queues",
+            sa.Text()
+            .with_variant(mysql.LONGTEXT(), "mariadb")
+            .with_variant(mysql.LONGTEXT(), "mysql"),
+            nullable=True,
+        ),
         sa.Column("beats", sa.BigInteger(), nullable=False),
         sa.Column(
             "heartbeat_at",
@@ -241,6 +271,12 @@ def upgrade():
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bgjobs_worker")),
         sqlite_autoincrement=True,
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
     )
     op.create_index(op.f("ix_bgjobs_worker_status"), "bgjobs_worker", ["status"], unique=False)
     op.create_table(
@@ -340,27 +376,15 @@ def upgrade():
 
 
 def downgrade():
+    # The indexes go with their tables. MySQL keeps those alone that a foreign key needs.
     op.drop_table("outbox_mail")
-    op.drop_index(op.f("ix_shop_order_user_id"), table_name="shop_order")
-    op.drop_index(op.f("ix_shop_order_product_id"), table_name="shop_order")
-    op.drop_index(op.f("ix_shop_order_created_at"), table_name="shop_order")
     op.drop_table("shop_order")
     op.drop_table("shop_user")
     op.drop_table("report")
     op.drop_table("product_upload")
-    op.drop_index(op.f("ix_product_name"), table_name="product")
     op.drop_table("product")
-    op.drop_index(op.f("ix_bgjobs_worker_status"), table_name="bgjobs_worker")
     op.drop_table("bgjobs_worker")
     op.drop_table("bgjobs_queue")
-    op.drop_index(op.f("ix_bgjobs_log_job"), table_name="bgjobs_log")
     op.drop_table("bgjobs_log")
-    op.drop_index(op.f("uq_bgjobs_job_unique_hash"), table_name="bgjobs_job")
-    op.drop_index(op.f("ix_bgjobs_job_list"), table_name="bgjobs_job")
-    op.drop_index(op.f("ix_bgjobs_job_finished"), table_name="bgjobs_job")
-    op.drop_index(op.f("ix_bgjobs_job_due"), table_name="bgjobs_job")
-    op.drop_index(op.f("ix_bgjobs_job_claim_queue"), table_name="bgjobs_job")
-    op.drop_index(op.f("ix_bgjobs_job_claim"), table_name="bgjobs_job")
     op.drop_table("bgjobs_job")
-    op.drop_index(op.f("ix_bgjobs_attempt_job"), table_name="bgjobs_attempt")
     op.drop_table("bgjobs_attempt")

@@ -64,6 +64,8 @@ def _is_quiet(state: AppState) -> bool:
                 " AND pid <> pg_backend_pid() AND state <> 'idle'"
                 " AND backend_type = 'client backend'"
             ).scalar()
+    if engine.dialect.name == "mysql":
+        return _holds_no_lock(engine)
     probe = sqlite3.connect(engine.url.database or "", timeout=0)
     try:
         probe.execute("BEGIN IMMEDIATE")
@@ -71,6 +73,17 @@ def _is_quiet(state: AppState) -> bool:
         return False
     finally:
         probe.close()
+    return True
+
+
+def _holds_no_lock(engine: sa.Engine) -> bool:
+    """Whether nobody holds a lock of our rows: here nothing tells in time who has one."""
+    with engine.connect() as connection:
+        try:
+            for table in ("bgjobs_job", "bgjobs_worker"):
+                connection.exec_driver_sql(f"SELECT id FROM {table} FOR UPDATE NOWAIT")
+        except sa.exc.OperationalError:
+            return False
     return True
 
 

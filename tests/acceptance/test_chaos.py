@@ -21,7 +21,7 @@ def seed() -> int:
     return int(os.environ.get("BGJOBS_CHAOS_SEED") or random.randrange(_SEEDS))
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", ["sqlite", "postgresql", "mysql"])
 def test_chaos(database: str, seed: int, record_property: pytest.FixtureRequest) -> None:
     """While workers, children and the database break, no job is lost, settled twice, stuck or
     wrongly quarantined, and each ends as it must."""

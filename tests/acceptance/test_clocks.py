@@ -118,7 +118,7 @@ def test_a_jump_stalls_nothing(
     assert (retried.attempt, later.result) == (2, 7)
 
 
-@pytest.mark.on("postgresql")
+@pytest.mark.on("postgresql", "mysql")
 @pytest.mark.parametrize("jump", [HOUR, -HOUR], ids=["ahead", "back"])
 def test_the_servers_clock_decides_what_is_due(
     app: Flask, clock: WallClock, start_with: Start, jump: float

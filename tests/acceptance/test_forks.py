@@ -31,6 +31,7 @@ import json, os, sys
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import state_of
 from tests.conftest import build_app
+from tests.databases import number_of
 
 app = build_app(sys.argv[1])
 app.app_context().push()
@@ -59,10 +60,8 @@ files = [os.path.realpath(f"/proc/self/fd/{{number}}") for number in os.listdir(
 who = "parent" if child else "child"
 for number in range(40):
     enqueue(f"{{who}} {{number}}")
-backend = None
-if not store.has_one_writer:
-    with store.read() as connection:
-        backend = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+with store.read() as connection:
+    backend = number_of(connection)
 if child:
     os.waitpid(child, 0)
     enqueue("after")
@@ -77,6 +76,7 @@ import sqlalchemy as sa
 from flask_bgjobs import BgJobs, run_background_job
 from flask_bgjobs.app_state import state_of
 from tests.conftest import build_app
+from tests.databases import number_of
 
 numbers = itertools.count()
 
@@ -97,11 +97,8 @@ def create_app():
     def serve():
         for number in range(10):
             record(f"{{os.getpid()}} {{next(numbers)}}")
-        backend = None
-        store = state_of(app).store
-        if not store.has_one_writer:
-            with store.read() as connection:
-                backend = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        with state_of(app).store.read() as connection:
+            backend = number_of(connection)
         names = [thread.name for thread in threading.enumerate()]
         return {{
             "pid": os.getpid(),

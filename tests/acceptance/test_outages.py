@@ -23,7 +23,7 @@ from flask_bgjobs import BgJobsError, Job
 from flask_bgjobs.app_state import state_of
 from tests.acceptance.helpers import enqueue, lines
 from tests.conftest import DEADLINE_SECONDS, build_app, stored, wait_until
-from tests.servers import PostgresServer, Proxy, When, commits
+from tests.servers import MariaServer, PostgresServer, Proxy, Server, When, commits
 
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
@@ -33,37 +33,46 @@ LONG_LEASE: dict[str, Any] = {"BGJOBS_LEASE": 120, "BGJOBS_HEARTBEAT_INTERVAL": 
 CLAIMED = commits("SKIP LOCKED", "< UPDATE [1-9]")
 """The commit of a claim that took something."""
 SETTLED = commits("UPDATE bgjobs_job SET .*error_type", "< UPDATE 1")
-POOLS = pytest.mark.parametrize("pool", ["thread", "process"])
+SERVERS = {"postgresql": PostgresServer, "mariadb": MariaServer}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Break each server under each pool; the pools do not differ in what they do with MariaDB."""
+    if "pool" in metafunc.fixturenames:
+        pairs = [("postgresql", "thread"), ("postgresql", "process"), ("mariadb", "thread")]
+        metafunc.parametrize(("server", "pool"), pairs, indirect=["server"], scope="module")
+    elif "server" in metafunc.fixturenames:
+        metafunc.parametrize("server", SERVERS, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server that a test may stop, as long as it starts it again."""
-    with PostgresServer() as server:
+    with SERVERS[request.param]() as server:
         yield server
 
 
 @pytest.fixture
-def database(server: PostgresServer) -> str:
+def database(server: Server) -> str:
     """The name of a new database."""
     return server.create_database()
 
 
 @pytest.fixture
-def database_url(server: PostgresServer, database: str) -> str:
+def database_url(server: Server, database: str) -> str:
     """Straight to the server; what a test breaks for its workers is whole for itself."""
     return server.url(database)
 
 
 @pytest.fixture
-def link(server: PostgresServer) -> Iterator[Proxy]:
+def link(server: Server) -> Iterator[Proxy]:
     """A link to the server that can be broken."""
-    with Proxy(server.port) as proxy:
+    with Proxy(server) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def linked_url(server: PostgresServer, database: str, link: Proxy) -> str:
+def linked_url(server: Server, database: str, link: Proxy) -> str:
     """The database over that link."""
     return server.url(database, port=link.port)
 
@@ -145,7 +154,6 @@ def test_a_connection_that_dies_in_a_claim_loses_nothing(
     stop(worker)
 
 
-@POOLS
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_connection_that_dies_in_a_settle_leaves_one_outcome(
     app: Flask,
@@ -207,9 +215,8 @@ def _ids(app: Flask) -> list[int]:
         return list(connection.exec_driver_sql("SELECT id FROM bgjobs_job ORDER BY id").scalars())
 
 
-@POOLS
 def test_connections_that_die_all_the_time(
-    app: Flask, start_worker: Start, server: PostgresServer, database: str, journal: Path, pool: str
+    app: Flask, start_worker: Start, server: Server, database: str, journal: Path, pool: str
 ) -> None:
     """All connections of a worker are ended every 100 ms: nothing is lost or run twice."""
     worker = start_worker("-P", pool, "-c", "4", BGJOBS_APP="host", **LONG_LEASE)
@@ -217,12 +224,7 @@ def test_connections_that_die_all_the_time(
     end = time.monotonic() + 4
     ended = 0
     while time.monotonic() < end:
-        ended += len(
-            server.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                f"WHERE datname = '{database}'"
-            )
-        )
+        ended += server.end_connections(database)
         time.sleep(0.1)
     assert ended > 20
     assert_ran_once(journal, finish(app, jobs), worker)
@@ -233,7 +235,7 @@ def test_connections_that_die_all_the_time(
 
 
 def test_outcomes_wait_for_the_server(
-    app: Flask, start_worker: Start, server: PostgresServer, journal: Path, tmp_path: Path
+    app: Flask, start_worker: Start, server: Server, journal: Path, tmp_path: Path
 ) -> None:
     """Jobs that end while the server is down are recorded when it is back, as first attempts.
 
@@ -270,9 +272,8 @@ def _memory(pid: int) -> int:
     return int(found[1]) // 1024
 
 
-@POOLS
 def test_a_worker_can_be_stopped_while_the_server_is_down(
-    app: Flask, start_worker: Start, server: PostgresServer, journal: Path, pool: str
+    app: Flask, start_worker: Start, server: Server, journal: Path, pool: str
 ) -> None:
     """SIGTERM ends a worker also during an outage; the job it held is run again afterwards."""
     worker = start_worker("-P", pool, "--shutdown-timeout", "1", BGJOBS_APP="host", **LONG_LEASE)
@@ -290,7 +291,7 @@ def test_a_worker_can_be_stopped_while_the_server_is_down(
 
 
 def test_an_enqueue_fails_cleanly_and_works_at_once_afterwards(
-    app: Flask, start_worker: Start, server: PostgresServer
+    app: Flask, start_worker: Start, server: Server
 ) -> None:
     """While the server is down an enqueue raises soon; the first one after it is back works."""
     assert enqueue("echo", 1).id
@@ -311,7 +312,7 @@ def test_an_enqueue_fails_cleanly_and_works_at_once_afterwards(
 
 
 def test_a_server_that_restarts_again_and_again(
-    app: Flask, start_worker: Start, server: PostgresServer, journal: Path
+    app: Flask, start_worker: Start, server: Server, journal: Path
 ) -> None:
     """Five restarts under load, in order and as crashes: nothing is lost or run twice."""
     workers = [
@@ -331,7 +332,7 @@ def test_a_server_that_restarts_again_and_again(
 
 
 def test_a_worker_that_starts_without_a_server(
-    app: Flask, server: PostgresServer, start_worker: Start, tmp_path: Path
+    app: Flask, server: Server, start_worker: Start, tmp_path: Path
 ) -> None:
     """A worker that is started while the server is down says so in a sentence and exits with 1."""
     server.stop("fast")
@@ -347,7 +348,6 @@ def test_a_worker_that_starts_without_a_server(
 # A link that goes silent
 
 
-@POOLS
 def test_a_link_silent_for_longer_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
 ) -> None:
@@ -424,7 +424,6 @@ def test_a_stop_on_a_silent_link_is_soon_over(
     assert worker.wait(DEADLINE_SECONDS) == 0
 
 
-@POOLS
 def test_a_link_silent_for_less_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
 ) -> None:
@@ -473,7 +472,7 @@ def test_health_is_answered_in_time(
     app: Flask,
     make_app: Any,
     start_worker: Start,
-    server: PostgresServer,
+    server: Server,
     link: Proxy,
     linked_url: str,
     fault: str,
@@ -492,7 +491,7 @@ def test_health_is_answered_in_time(
 def test_the_health_command_ends_in_time(
     app: Flask,
     start_worker: Start,
-    server: PostgresServer,
+    server: Server,
     link: Proxy,
     linked_url: str,
     tmp_path: Path,
@@ -514,7 +513,7 @@ def test_the_health_command_ends_in_time(
 
 
 @contextlib.contextmanager
-def _broken(fault: str, server: PostgresServer, link: Proxy) -> Iterator[None]:
+def _broken(fault: str, server: Server, link: Proxy) -> Iterator[None]:
     if fault == "silent":
         link.go_silent()
     else:

@@ -66,10 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         "--database",
         default="sqlite",
         metavar="WHICH",
-        help="sqlite: a new file; postgresql: a new server with its own data, which is restarted "
-        "meanwhile; or the URL of a scratch database of yours: on PostgreSQL chaos makes a schema "
-        "of its own in it, cuts only its own connections, and drops the schema at the end; of "
-        "SQLite the URL names a file that does not exist yet (%(default)s)",
+        help="sqlite: a new file; postgresql or mysql: a new server with its own data, which is "
+        "restarted meanwhile; or the URL of a scratch database of yours: on PostgreSQL chaos makes "
+        "a schema of its own in it, and on MySQL and MariaDB a database of its own beside it, cuts "
+        "only its own connections, and drops what it made at the end; of SQLite the URL names a "
+        "file that does not exist yet (%(default)s)",
     )
     return parser
 

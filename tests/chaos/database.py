@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import random
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
-from tests.servers import PostgresServer
+from tests.servers import MariaServer, PostgresServer, Server
+
+S = TypeVar("S", bound=Server)
 
 _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 1.0, 5.0
 _LOCK_WAIT_SECONDS = 300.0
@@ -120,61 +129,129 @@ class Postgres(Database):
             connection.exec_driver_sql(statement)
 
 
+class Mysql(Database):
+    """A database of its own on somebody's server; its trouble is that connections are cut.
+
+    Only connections of this run are, and the server is not touched.
+    """
+
+    def __init__(self, url: sa.URL) -> None:
+        self._name = f"bgjobs_chaos_{uuid.uuid4().hex[:12]}"
+        self.url = url.set(database=self._name).render_as_string(hide_password=False)
+        self._engine = sa.create_engine(
+            url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True
+        )
+        self._run(f"CREATE DATABASE {self._name}")
+
+    @property
+    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {"connections cut": self._cut}
+
+    def close(self) -> None:
+        self._cut()
+        self._run(f"DROP DATABASE {self._name}")
+
+    def _cut(self, _rng: random.Random | None = None) -> None:
+        found = f"SELECT id FROM information_schema.processlist WHERE db = '{self._name}'"
+        with self._engine.connect() as connection:
+            for number in connection.exec_driver_sql(found).scalars().all():
+                # One that has ended by itself is unknown.
+                with contextlib.suppress(OperationalError):
+                    connection.exec_driver_sql(f"KILL {number}")
+
+    def _run(self, statement: str) -> None:
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+
+
+def _restarts(server: Server) -> Mapping[str, Callable[[random.Random], None]]:
+    """What may go wrong with a server of our own."""
+
+    def restart(mode: Literal["fast", "immediate"], rng: random.Random) -> None:
+        server.stop(mode)
+        time.sleep(rng.uniform(0, _LONGEST_OUTAGE_SECONDS))
+        server.start()
+
+    return {
+        "fast restart": lambda rng: restart("fast", rng),
+        "immediate restart": lambda rng: restart("immediate", rng),
+    }
+
+
 class OwnPostgres(Postgres):
     """A server of its own, which is stopped and started as well."""
 
     def __init__(self) -> None:
-        self._server = PostgresServer()
-        self._server.__enter__()
-        try:
+        with _kept_open(PostgresServer()) as self._server:
             super().__init__(sa.make_url(self._server.url(self._server.create_database())))
-        except BaseException:
-            self._server.close()
-            raise
 
     @property
     def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
-        return {
-            **super().troubles,
-            "fast restart": lambda rng: self._restart("fast", rng),
-            "immediate restart": lambda rng: self._restart("immediate", rng),
-        }
+        return {**super().troubles, **_restarts(self._server)}
 
     def close(self) -> None:
         self._server.close()
 
-    def _restart(self, mode: str, rng: random.Random) -> None:
-        self._server.stop("fast" if mode == "fast" else "immediate")
-        time.sleep(rng.uniform(0, _LONGEST_OUTAGE_SECONDS))
-        self._server.start()
+
+class OwnMysql(Mysql):
+    """The same with a MariaDB server."""
+
+    def __init__(self) -> None:
+        with _kept_open(MariaServer()) as self._server:
+            super().__init__(sa.make_url(self._server.url()))
+
+    @property
+    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {**super().troubles, **_restarts(self._server)}
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@contextlib.contextmanager
+def _kept_open(server: S) -> Iterator[S]:
+    """The server, started; it is closed only when the block fails."""
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(server)
+        stack.pop_all()
+
+
+_OWN: dict[str, Callable[[], Database]] = {
+    "sqlite": TemporarySqlite,
+    "postgresql": OwnPostgres,
+    "mysql": OwnMysql,
+}
+_ON_A_SERVER: dict[str, Callable[[sa.URL], Database]] = {
+    "postgresql": Postgres,
+    "mysql": Mysql,
+    "mariadb": Mysql,
+}
 
 
 def open_database(name: str) -> Database:
     """The database that a user asked for.
 
-    :param name: ``sqlite``, ``postgresql`` or a URL.
+    :param name: ``sqlite``, ``postgresql``, ``mysql`` or a URL.
     :raises CannotRun: when there is no such database, or it cannot be used.
     """
-    if name == "sqlite":
-        return TemporarySqlite()
-    if name == "postgresql":
-        return OwnPostgres()
+    if name in _OWN:
+        return _OWN[name]()
     try:
         url = sa.make_url(name)
         dialect = url.get_dialect().name
     except (ArgumentError, NoSuchModuleError) as error:
         raise CannotRun(
-            f"{name!r} is neither sqlite, nor postgresql, nor the URL of a database: {error}"
+            f"{name!r} is none of {', '.join(_OWN)}, nor the URL of a database: {error}"
         ) from None
     if dialect == "sqlite":
         if not url.database or url.database == ":memory:":
             raise CannotRun("workers cannot share a database in memory; name a file")
         return Sqlite(Path(url.database).absolute())
-    if dialect != "postgresql":
-        raise CannotRun(f"chaos does not run on {dialect}; it runs on sqlite and postgresql")
+    if dialect not in _ON_A_SERVER:
+        raise CannotRun(f"chaos does not run on {dialect}; it runs on {', '.join(_OWN)}")
     try:
-        return Postgres(url)
+        return _ON_A_SERVER[dialect](url)
     except (SQLAlchemyError, ModuleNotFoundError) as error:
         said = str(getattr(error, "orig", error)).strip().splitlines()[0]
         where = url.render_as_string(hide_password=True)
-        raise CannotRun(f"cannot make a schema in {where}: {said}") from None
+        raise CannotRun(f"cannot make a place of our own in {where}: {said}") from None

@@ -45,6 +45,19 @@ END $$;
 CREATE TRIGGER chaos_on_change AFTER INSERT OR UPDATE OF status, attempt ON {jobs}
 FOR EACH ROW EXECUTE FUNCTION {function}()
 """
+_MYSQL_INSERT = """
+INSERT INTO {history} ({columns})
+VALUES (NEW.id, {old_attempt}, NEW.attempt, {old_status}, NEW.status, NEW.retry_count,
+        NEW.worker_id, NEW.cancel_requested_at IS NOT NULL, UNIX_TIMESTAMP(SYSDATE(6)))
+"""
+_MYSQL = (
+    "CREATE TRIGGER chaos_on_insert AFTER INSERT ON {jobs} FOR EACH ROW "
+    + _MYSQL_INSERT.replace("{old_attempt}", "NULL").replace("{old_status}", "NULL"),
+    "CREATE TRIGGER chaos_on_update AFTER UPDATE ON {jobs} FOR EACH ROW "
+    "IF NEW.status <> OLD.status OR NEW.attempt <> OLD.attempt THEN"
+    + _MYSQL_INSERT.replace("{old_attempt}", "OLD.attempt").replace("{old_status}", "OLD.status")
+    + "; END IF",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +94,8 @@ def install(app: Flask) -> None:
     names = {"jobs": format_table(jobs), "history": format_table(history), "columns": _COLUMNS}
     if engine.dialect.name == "sqlite":
         statements = [_SQLITE.format(**names, **each, now=_SQLITE_NOW) for each in _SQLITE_TRIGGERS]
+    elif engine.dialect.name in ("mysql", "mariadb"):
+        statements = [each.format(**names) for each in _MYSQL]
     else:
         function = "chaos_note" if history.schema is None else f"{history.schema}.chaos_note"
         statements = [_POSTGRES.format(**names, function=function)]

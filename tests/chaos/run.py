@@ -41,7 +41,7 @@ def run(
 ) -> Report:
     """The report of one run.
 
-    :param name: of the database: ``sqlite``, ``postgresql`` or a URL.
+    :param name: of the database: ``sqlite``, ``postgresql``, ``mysql`` or a URL.
     :param seconds: of chaos; the drain and the verification come after.
     :param seed: of all that is drawn at random.
     :param say: told what is going on.

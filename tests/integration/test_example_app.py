@@ -229,6 +229,18 @@ class TestOrders:
         assert rows(shop, Product)[0].stock == 3
         assert "on its way" not in client.get("/orders").text
 
+    @pytest.mark.on("postgresql", "mysql")
+    def test_order_on_a_server_brings_a_receipt(
+        self, make_shop: MakeShop, database_url: str
+    ) -> None:
+        """On a database server an order and its receipt go the same way."""
+        shop = make_shop(SQLALCHEMY_DATABASE_URI=database_url)
+        product_id = add_product(shop, name="Blaue Eule 🦉")
+        signed_in(shop).post(f"/products/{product_id}/order", data={"quantity": 2})
+        assert statuses(shop) == [JobStatus.COMPLETED]
+        (mail,) = rows(shop, OutboxMail)
+        assert "Eule 🦉" in mail.body
+
     def test_receipt_job_may_run_twice(self, shop: Flask) -> None:
         """A receipt job that runs again sends no second mail."""
         product_id = add_product(shop)
@@ -952,10 +964,12 @@ class TestCommands:
 
 
 class TestMigrations:
-    def test_migrations_make_the_tables_of_the_models(self, make_shop: MakeShop) -> None:
+    def test_migrations_make_the_tables_of_the_models(
+        self, make_shop: MakeShop, database_url: str
+    ) -> None:
         """On an empty database, upgrade leaves nothing for check to find, and downgrade goes
         all the way back."""
-        shop = make_shop(tables=False)
+        shop = make_shop(tables=False, SQLALCHEMY_DATABASE_URI=database_url)
         with shop.app_context():
             flask_migrate.upgrade()
             flask_migrate.check()

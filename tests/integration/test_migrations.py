@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+
+from tests import databases
 
 PLAIN = """
 from flask_sqlalchemy import SQLAlchemy
@@ -31,14 +35,19 @@ db = SQLAlchemy(metadata=sa.MetaData(naming_convention={
     "pk": "pk_%(table_name)s",
 }))
 """
-FOREIGN_KEY = """
-import sqlalchemy as sa
-from flask_sqlalchemy import SQLAlchemy
-db = SQLAlchemy()
+EXPORTS = """
 class Export(db.Model):
     id = sa.Column(sa.Integer, primary_key=True)
     job_id = sa.Column(sa.ForeignKey("bgjobs_job.id"))
 """
+FOREIGN_KEY = (
+    """
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+db = SQLAlchemy()
+"""
+    + EXPORTS
+)
 SCHEMA = """
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
@@ -131,6 +140,31 @@ def test_a_schema_is_used_by_every_statement(tmp_path: Path) -> None:
     _host(tmp_path, SCHEMA)
     _flask(tmp_path, "bgjobs", "init-db")
     _assert_runs_a_job(tmp_path)
+
+
+@pytest.mark.on("postgresql", "mysql")
+def test_servers_are_migrated_without_drift(tmp_path: Path, database_url: str) -> None:
+    """A fresh host on a server migrates our tables, has no drift then, and runs a job."""
+    _host(tmp_path, NAMING_CONVENTION + EXPORTS, SQLALCHEMY_DATABASE_URI=database_url)
+    _flask(tmp_path, "db", "init")
+    _flask(tmp_path, "db", "migrate", "-m", "first")
+    _flask(tmp_path, "db", "upgrade")
+    assert "No new upgrade operations detected" in _flask(tmp_path, "db", "check")
+    _assert_runs_a_job(tmp_path)
+    _flask(tmp_path, "db", "downgrade")
+
+
+@pytest.mark.on("mysql")
+def test_tables_hold_every_letter_in_an_old_database(tmp_path: Path, database_url: str) -> None:
+    """Whatever character set a database has, our tables hold every letter, and show no drift."""
+    name = sa.make_url(database_url).database
+    databases.run("mysql", f"ALTER DATABASE {name} CHARACTER SET latin1")
+    _host(tmp_path, PLAIN, SQLALCHEMY_DATABASE_URI=database_url)
+    _flask(tmp_path, "bgjobs", "init-db")
+    assert "matches the models" in _flask(tmp_path, "bgjobs", "check")
+    _flask(tmp_path, "bgjobs", "enqueue", "host.work", "-p", '["🦉"]')
+    _flask(tmp_path, "bgjobs", "worker", "--burst")
+    assert json.loads(_flask(tmp_path, "bgjobs", "show", "1", "--json"))["result"] == "🦉🦉"
 
 
 def test_init_db_without_flask_migrate(tmp_path: Path) -> None:

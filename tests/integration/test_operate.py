@@ -22,7 +22,7 @@ from flask_bgjobs.options import JobOptions
 from flask_bgjobs.signals import job_cancelled
 from flask_bgjobs.testing import drain
 from flask_bgjobs.worker import register
-from tests.conftest import build_app, count_jobs, stored
+from tests.conftest import EXPORT, build_app, count_jobs, stored
 
 DAY = 86_400.0
 
@@ -225,7 +225,7 @@ def test_prune_leaves_what_a_host_holds(app: Flask, state: AppState, run: Any) -
     """Jobs that a host's foreign key holds are counted and stay; a thousand others go."""
     held = add(state, 3, status="completed", age=8 * DAY)
     add(state, 1_001, status="completed", age=8 * DAY)
-    change(state, sa.text("CREATE TABLE export (job_id INTEGER REFERENCES bgjobs_job(id))"))
+    change(state, sa.text(EXPORT))
     for job_id in held:
         change(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
     assert run("prune", "--yes") == "1,001 jobs deleted, 3 held by other tables\n"
@@ -362,7 +362,7 @@ def test_delete_many(app: Flask, state: AppState, run: Any) -> None:
     held = add(state, 2, status="failed")
     add(state, 1_100, status="failed")
     add(state, 2)
-    change(state, sa.text("CREATE TABLE export (job_id INTEGER REFERENCES bgjobs_job(id))"))
+    change(state, sa.text(EXPORT))
     for job_id in held:
         change(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
     output = run("delete", "--queue", "default", "--yes")

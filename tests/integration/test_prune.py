@@ -15,7 +15,7 @@ from flask_bgjobs.maintenance import Pruner
 from flask_bgjobs.models import Attempt, Job, JobLog, Worker
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.worker import register
-from tests.conftest import count_jobs
+from tests.conftest import EXPORT, count_jobs
 
 DAY = 86_400.0
 RETENTION = {JobStatus.COMPLETED: 7 * DAY, JobStatus.FAILED: 30 * DAY, JobStatus.CANCELLED: None}
@@ -42,7 +42,7 @@ def execute(state: AppState, statement: Any) -> None:
 
 def hold(state: AppState, ids: list[int]) -> None:
     """Let rows of a host's table refer to jobs."""
-    execute(state, sa.text("CREATE TABLE export (job_id INTEGER REFERENCES bgjobs_job(id))"))
+    execute(state, sa.text(EXPORT))
     for job_id in ids:
         execute(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
 

@@ -1,7 +1,8 @@
-"""Transactions of ours that PostgreSQL turns away are done again from their start."""
+"""Transactions of ours that a server turns away are done again from their start."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -18,14 +19,27 @@ from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.worker import register
 from tests.conftest import DEADLINE_SECONDS
 
-pytestmark = pytest.mark.on("postgresql")
+pytestmark = pytest.mark.on("postgresql", "mysql")
+
+PASSING = {"postgresql": ("40001", "40P01", "55P03"), "mysql": (1205, 1213)}
+"""Serialization failure, deadlock, and lock not available; lock wait timeout and deadlock."""
+LASTING = {"postgresql": "57014", "mysql": 1317}
+"""A statement that was cancelled."""
+RAISE = {
+    "postgresql": "DO $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{}'; END $$",
+    "mysql": "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'not now', MYSQL_ERRNO = {}",
+}
+"""Ends a statement with an error of that code."""
 
 
 @pytest.fixture
 def counter(app: Flask, state: AppState) -> sa.Table:
     """A table of two numbers."""
     table = sa.Table(
-        "counter", sa.MetaData(), sa.Column("id", sa.Integer), sa.Column("number", sa.Integer)
+        "counter",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("number", sa.Integer),
     )
     table.create(state.store.engine)
     with state.store.engine.begin() as connection:
@@ -44,22 +58,27 @@ def numbers(state: AppState, counter: sa.Table) -> list[int]:
         return list(connection.scalars(sa.select(counter.c.number).order_by(counter.c.id)))
 
 
-def test_a_deadlock_is_redone(state: AppState, counter: sa.Table) -> None:
-    """Two transactions lock two rows in opposite order: one is turned away, and both are done."""
+@pytest.mark.parametrize("in_savepoint", [False, True])
+def test_a_deadlock_is_redone(state: AppState, counter: sa.Table, in_savepoint: bool) -> None:
+    """Two transactions lock two rows in opposite order: one is turned away, and both are done.
+
+    The one that is turned away loses all that it did, with the savepoint that it was in.
+    """
     tries: Counter[int] = Counter()
     both_hold_one = threading.Barrier(2)
+
+    def add_one(connection: sa.Connection, row: int) -> None:
+        more = sa.update(counter).values(number=counter.c.number + 1)
+        connection.execute(more.where(counter.c.id == row))
 
     def add(first: int, second: int) -> None:
         def work(connection: sa.Connection) -> None:
             tries[first] += 1
-            for row in (first, second):
-                connection.execute(
-                    sa.update(counter)
-                    .where(counter.c.id == row)
-                    .values(number=counter.c.number + 1)
-                )
-                if row == first and tries[first] == 1:
-                    both_hold_one.wait(DEADLINE_SECONDS)
+            add_one(connection, first)
+            if tries[first] == 1:
+                both_hold_one.wait(DEADLINE_SECONDS)
+            with connection.begin_nested() if in_savepoint else contextlib.nullcontext():
+                add_one(connection, second)
 
         state.store.transaction(work)
 
@@ -68,43 +87,78 @@ def test_a_deadlock_is_redone(state: AppState, counter: sa.Table) -> None:
     assert numbers(state, counter) == [2, 2]
 
 
-@pytest.mark.parametrize("code", ["40001", "40P01", "55P03"])
 def test_what_the_server_asks_to_be_done_again_is(
-    state: AppState, counter: sa.Table, code: str
+    state: AppState, counter: sa.Table, database_kind: str
 ) -> None:
-    """A serialization failure, a deadlock and a lock that is not free are redone, by their code."""
-    tries = 0
+    """What passes by itself is redone, told by its code."""
+    for code in PASSING[database_kind]:
+        tries = Counter[None]()
 
-    def work(connection: sa.Connection) -> int:
-        nonlocal tries
-        tries += 1
-        connection.execute(sa.update(counter).values(number=counter.c.number + 1))
-        if tries <= 3:
-            connection.exec_driver_sql(
-                f"DO $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{code}'; END $$"
-            )
-        return tries
+        def work(
+            connection: sa.Connection, code: object = code, tries: Counter[None] = tries
+        ) -> int:
+            tries[None] += 1
+            connection.execute(sa.update(counter).values(number=counter.c.number + 1))
+            if tries[None] <= 3:
+                connection.exec_driver_sql(RAISE[database_kind].format(code))
+            return tries[None]
 
-    assert state.store.transaction(work) == 4
-    assert numbers(state, counter) == [1, 1]
+        before = numbers(state, counter)
+        assert state.store.transaction(work) == 4
+        assert numbers(state, counter) == [number + 1 for number in before]
 
 
-def test_what_would_fail_each_time_is_not_redone(state: AppState, counter: sa.Table) -> None:
+def test_what_would_fail_each_time_is_not_redone(
+    state: AppState, counter: sa.Table, database_kind: str
+) -> None:
     """Another error is raised at once."""
     tries = 0
 
     def work(connection: sa.Connection) -> None:
         nonlocal tries
         tries += 1
-        connection.exec_driver_sql(
-            "DO $$ BEGIN RAISE EXCEPTION 'never' USING ERRCODE = '57014'; END $$"
-        )
+        connection.exec_driver_sql(RAISE[database_kind].format(LASTING[database_kind]))
 
-    with pytest.raises(OperationalError, match="never"):
+    with pytest.raises(OperationalError, match="not now"):
         state.store.transaction(work)
     assert tries == 1
 
 
+@pytest.mark.on("mysql")
+def test_a_lock_that_is_held_for_long_is_waited_for_again(
+    state: AppState, counter: sa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for a lock that the server gives up is redone, with all that was done before it."""
+    monkeypatch.setattr("flask_bgjobs.store.mysql._LOCK_WAIT_SECONDS", 1)
+    state.store.dispose()
+    tried_again = threading.Event()
+    tries = 0
+
+    def hold() -> None:
+        with state.store.host_engine.begin() as connection:
+            connection.execute(sa.update(counter).where(counter.c.id == 2).values(number=10))
+            held.set()
+            assert tried_again.wait(DEADLINE_SECONDS)
+
+    def work(connection: sa.Connection) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 2:
+            tried_again.set()
+        for row in (1, 2):
+            more = sa.update(counter).values(number=counter.c.number + 1)
+            connection.execute(more.where(counter.c.id == row))
+
+    def wait() -> None:
+        assert held.wait(DEADLINE_SECONDS)
+        state.store.transaction(work)
+
+    held = threading.Event()
+    at_once(hold, wait)
+    assert numbers(state, counter) == [1, 11]
+
+
+@pytest.mark.on("postgresql")
 def test_claims_where_the_server_isolates_strictly(
     app: Flask, state: AppState, make_app: Callable[..., Flask]
 ) -> None:

@@ -36,11 +36,11 @@ class Shop:
         )
         self.db = SQLAlchemy()
 
-        class Order(self.db.Model):  # type: ignore[name-defined]  # made at run time
+        class Purchase(self.db.Model):  # type: ignore[name-defined]  # made at run time
             id = sa.Column(sa.Integer, primary_key=True)
             name = sa.Column(sa.String(50))
 
-        self.order = Order
+        self.purchase = Purchase
         self.db.init_app(self.app)
         BgJobs(self.app)
         self.announced: list[int] = []
@@ -57,6 +57,10 @@ class Shop:
     def enqueue(self, **options: Any) -> Any:
         return run_background_job("tests.jobs.echo", parameters=[1], **options)
 
+    def statement(self, kind: str) -> str:
+        """A statement as this database knows it."""
+        return _TEXTS[kind][self.db.engine.name == "mysql"]
+
     def exists(self, job: Any) -> bool:
         return state_of(self.app).store.get(job.id) is not None
 
@@ -72,20 +76,26 @@ def shop(database_url: str) -> Any:
         shop.db.engine.dispose()
 
 
+_WITH = "WITH x AS (SELECT name FROM purchase) "
+_TEXTS = {
+    "WITH": (
+        _WITH + "INSERT INTO purchase (name) SELECT name FROM x",
+        _WITH + "SELECT name FROM x",
+    ),
+    "unknown": ("ANALYZE", "DO 1"),
+}
+"""Statements for SQLite and PostgreSQL, and such as MySQL and MariaDB have."""
+
 WRITES: dict[str, Callable[[Shop], Any]] = {
-    "a pending object": lambda s: s.session.add(s.order(name="a")),
-    "a flushed row": lambda s: (s.session.add(s.order(name="a")), s.session.flush()),
-    "Core": lambda s: s.session.execute(sa.insert(s.order).values(name="a")),
-    "text": lambda s: s.session.execute(sa.text("INSERT INTO \"order\" (name) VALUES ('a')")),
+    "a pending object": lambda s: s.session.add(s.purchase(name="a")),
+    "a flushed row": lambda s: (s.session.add(s.purchase(name="a")), s.session.flush()),
+    "Core": lambda s: s.session.execute(sa.insert(s.purchase).values(name="a")),
+    "text": lambda s: s.session.execute(sa.text("INSERT INTO purchase (name) VALUES ('a')")),
     "lower-case text after a comment": lambda s: s.session.execute(
-        sa.text("/* note */ insert into \"order\" (name) values ('a')")
+        sa.text("/* note */ insert into purchase (name) values ('a')")
     ),
-    "WITH": lambda s: s.session.execute(
-        sa.text(
-            'WITH x AS (SELECT name FROM "order") INSERT INTO "order" (name) SELECT name FROM x'
-        )
-    ),
-    "unknown text": lambda s: s.session.execute(sa.text("ANALYZE")),
+    "WITH": lambda s: s.session.execute(sa.text(s.statement("WITH"))),
+    "unknown text": lambda s: s.session.execute(sa.text(s.statement("unknown"))),
     "a savepoint that is released": lambda s: _in_savepoint(s),
     "a savepoint that is rolled back": lambda s: _in_savepoint(s, roll_back=True),
 }
@@ -93,7 +103,7 @@ WRITES: dict[str, Callable[[Shop], Any]] = {
 
 def _in_savepoint(shop: Shop, roll_back: bool = False) -> None:
     nested = shop.session.begin_nested()
-    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     if roll_back:
         nested.rollback()
     else:
@@ -143,7 +153,7 @@ def test_a_clean_session_saves_at_once(shop: Shop) -> None:
 @pytest.mark.parametrize(
     "read",
     [
-        lambda s: s.session.scalars(sa.select(s.order)).all(),
+        lambda s: s.session.scalars(sa.select(s.purchase)).all(),
         lambda s: s.session.execute(sa.text("select 1")).all(),
         lambda s: s.session.begin_nested().commit(),
     ],
@@ -160,25 +170,25 @@ def test_a_read_only_session_saves_at_once(shop: Shop, read: Callable[[Shop], An
 
 def test_an_unmodified_object_is_no_write(shop: Shop) -> None:
     """An object set to the value that it has is not a change."""
-    shop.session.add(shop.order(name="a"))
+    shop.session.add(shop.purchase(name="a"))
     shop.session.commit()
-    order = shop.session.scalars(sa.select(shop.order)).one()
+    order = shop.session.scalars(sa.select(shop.purchase)).one()
     order.name = "a"
     assert shop.exists(shop.enqueue())
 
 
 def test_a_modified_object_is_a_write(shop: Shop) -> None:
     """An unflushed change of a loaded object counts."""
-    shop.session.add(shop.order(name="a"))
+    shop.session.add(shop.purchase(name="a"))
     shop.session.commit()
-    shop.session.scalars(sa.select(shop.order)).one().name = "b"
+    shop.session.scalars(sa.select(shop.purchase)).one().name = "b"
     job = shop.enqueue()
     assert not shop.exists(job)
 
 
 def test_session_none_never_joins(shop: Shop) -> None:
     """With ``session=None`` the job is saved although the session holds writes."""
-    shop.session.add(shop.order(name="a"))
+    shop.session.add(shop.purchase(name="a"))
     job = shop.enqueue(session=None)
     assert shop.exists(job)
     shop.session.rollback()
@@ -188,7 +198,7 @@ def test_session_none_never_joins(shop: Shop) -> None:
 @pytest.mark.on("sqlite")
 def test_session_none_does_not_wait_for_its_own_writes(shop: Shop) -> None:
     """On SQLite, saving beside one's own flushed write could only wait: it is refused at once."""
-    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     with pytest.raises(InvalidJob, match="first, or let the job join"):
         shop.enqueue(session=None)
     shop.session.commit()
@@ -239,7 +249,7 @@ def test_a_session_bound_to_a_connection_is_joined(shop: Shop) -> None:
 
 def test_a_rolled_back_savepoint_takes_its_job(shop: Shop) -> None:
     """A job enqueued in a savepoint goes with it; one enqueued before it stays."""
-    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     kept = shop.enqueue()
     nested = shop.session.begin_nested()
     lost = shop.enqueue()
@@ -253,7 +263,7 @@ def test_a_rolled_back_savepoint_takes_its_job(shop: Shop) -> None:
 def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> None:
     """``job_enqueued`` follows the outermost commit and not a savepoint's release."""
     with shop.session.begin_nested():
-        shop.session.execute(sa.insert(shop.order).values(name="a"))
+        shop.session.execute(sa.insert(shop.purchase).values(name="a"))
         job = shop.enqueue()
     assert shop.announced == []
     shop.session.commit()
@@ -263,7 +273,7 @@ def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> N
 def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """Closing a session without a commit loses the job, and says so at DEBUG."""
     caplog.set_level(logging.DEBUG, "flask_bgjobs")
-    shop.session.add(shop.order(name="a"))
+    shop.session.add(shop.purchase(name="a"))
     shop.enqueue()
     shop.session.remove()
     assert count_jobs(shop.app) == 0
@@ -272,7 +282,7 @@ def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFix
 
 def test_joining_flushes(shop: Shop) -> None:
     """Joining flushes first, so that the order has the id that the job is given next."""
-    order = shop.order(name="a")
+    order = shop.purchase(name="a")
     shop.session.add(order)
     shop.enqueue()
     assert order.id is not None
@@ -280,7 +290,7 @@ def test_joining_flushes(shop: Shop) -> None:
 
 def test_waiting_before_the_commit_raises(shop: Shop) -> None:
     """``wait`` and ``refresh`` of a joined job raise until its transaction committed."""
-    shop.session.add(shop.order(name="a"))
+    shop.session.add(shop.purchase(name="a"))
     job = shop.enqueue()
     with pytest.raises(JobNotCommitted, match="has not committed"):
         job.wait(timeout=1)
@@ -293,12 +303,12 @@ def test_waiting_before_the_commit_raises(shop: Shop) -> None:
 def test_unique_key_does_not_break_the_session(shop: Shop) -> None:
     """A taken ``unique_key`` leaves the joined transaction usable, and gives the holder back."""
     first = shop.enqueue(unique_key="k")
-    shop.session.add(shop.order(name="a"))
+    shop.session.add(shop.purchase(name="a"))
     second = shop.enqueue(unique_key="k")
     assert second.id == first.id
     assert second.deduplicated
     shop.session.commit()
-    assert shop.session.scalars(sa.select(shop.order.name)).all() == ["a"]
+    assert shop.session.scalars(sa.select(shop.purchase.name)).all() == ["a"]
     assert shop.announced == [first.id]
 
 
@@ -322,7 +332,7 @@ def test_writes_on_another_bind_do_not_count(tmp_path: Any) -> None:
         BGJOBS_BIND_KEY="jobs",
     )
     with shop.app.app_context():
-        shop.session.add(shop.order(name="a"))
+        shop.session.add(shop.purchase(name="a"))
         shop.session.flush()
         job = shop.enqueue()
         assert shop.exists(job)
@@ -330,7 +340,7 @@ def test_writes_on_another_bind_do_not_count(tmp_path: Any) -> None:
         assert shop.exists(job)
         with state_of(shop.app).store.read() as connection:
             tables = sa.inspect(connection).get_table_names()
-        assert "order" not in tables
+        assert "purchase" not in tables
         assert "bgjobs_job" in tables
 
 
@@ -356,11 +366,11 @@ def test_fifteen_threads_that_hold_sessions_never_wait_for_themselves(shop: Shop
     def request(number: int) -> None:
         try:
             with shop.app.app_context():
-                shop.session.scalars(sa.select(shop.order)).all()
+                shop.session.scalars(sa.select(shop.purchase)).all()
                 together.wait(timeout=30)
                 for _ in range(10):
                     if number % 3 == 0:
-                        shop.session.execute(sa.insert(shop.order).values(name="a"))
+                        shop.session.execute(sa.insert(shop.purchase).values(name="a"))
                     shop.enqueue()
                     if number % 3 == 0:
                         shop.session.commit()
@@ -400,7 +410,7 @@ def test_a_receiver_that_raises_changes_nothing(
         raise RuntimeError("receiver")
 
     with job_enqueued.connected_to(broken, shop.app):
-        shop.session.add(shop.order(name="a"))
+        shop.session.add(shop.purchase(name="a"))
         job = shop.enqueue()
         shop.session.commit()
     assert stored(shop.app, job).status == "pending"

@@ -59,6 +59,8 @@ WRITES = [
     "SELECT * FROM orders FOR\n  UPDATE SKIP LOCKED",
     "SELECT * FROM orders FOR NO KEY UPDATE",
     "SELECT * FROM orders FOR SHARE",
+    "SELECT * FROM orders LOCK IN SHARE MODE",
+    "/*! DELETE FROM orders */",
     "SELECT * FROM orders FOR KEY SHARE NOWAIT",
     "SELECT * INTO copy FROM orders",
     "select id\ninto\tcopy from orders",

@@ -1,0 +1,304 @@
+"""MySQL and MariaDB: rows are locked one by one, as on PostgreSQL, and nothing is returned."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import functools
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from ..errors import DatabaseNotSupported
+from ..models import Job, UtcTime
+from ..spec import JobSpec, Key
+from .base import Store
+from .claims import SPEC_COLUMNS, claimed_values
+from .database import ALONE, JOBS, QUEUES, READ_ONLY
+from .due import promotion
+from .inserts import NewJobs, column_values, inserted_job
+from .links import limited, refuse_dead, shut_down
+from .settles import COMPLETION_TYPES, Completion
+
+_DRIVER = "pymysql"
+_DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
+_NO_SUCH_NAME, _SHUTDOWN = 1305, 1053
+_CONNECT_SECONDS = 10.0
+_SERVER_STATUS_IN_TRANS = 1
+"""The flag of the protocol: the server is in a transaction."""
+_JSON_TYPES = {
+    "job_id": "BIGINT PATH '$.job_id'",
+    "fence_attempt": "INT PATH '$.fence_attempt'",
+    "started_after": "DOUBLE PATH '$.started_after'",
+    "finished_after": "DOUBLE PATH '$.finished_after'",
+    "new_result": "LONGTEXT PATH '$.new_result'",
+}
+"""How MySQL reads the fields of a completion."""
+_LOCK_WAIT_SECONDS = 5
+"""The server's own wait for a row; then the transaction is redone."""
+_NEEDED = {"MySQL": (8, 0, 1), "MariaDB": (10, 6, 0)}
+"""The first versions with SKIP LOCKED."""
+_BATCH_CHARACTERS = 200_000
+"""Of the text in one INSERT. Escaped and encoded it takes four times as many bytes at most, and
+PyMySQL splits what exceeds 1,024,000: then the ids of its other parts would not be known."""
+_ROW_CHARACTERS = 1_000
+"""More than all numbers and times of a row take in an INSERT."""
+
+
+class MysqlStore(Store):
+    """The statements on MySQL 8.0.1, MariaDB 10.6, or newer."""
+
+    now = sa.literal_column("UTC_TIMESTAMP(6)", UtcTime)
+    # Shared, as the conflict has locked it: a snapshot of the host's may be older than the holder.
+    _holders = Store._holders.with_for_update(read=True)
+
+    def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
+        if engine.driver != _DRIVER:
+            raise DatabaseNotSupported(
+                f"flask-bgjobs uses MySQL and MariaDB through PyMySQL, not {engine.driver}: write "
+                f"the URL as {engine.dialect.name}+{_DRIVER}://…"
+            )
+        super().__init__(engine, *args, **kwargs)
+
+    def plus(
+        self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
+    ) -> sa.ColumnElement[dt.datetime]:
+        microseconds = sa.cast(seconds * 1_000_000, sa.BigInteger)
+        unit = sa.literal_column("MICROSECOND", sa.String)
+        return sa.func.timestampadd(unit, microseconds, time, type_=UtcTime)
+
+    def seconds_parameter(self, name: str) -> sa.ColumnElement[float]:
+        # Not cast: MySQL could not before 8.0.17.
+        return sa.bindparam(name, type_=sa.Double)
+
+    def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
+        return candidates.with_for_update(of=JOBS, skip_locked=True)
+
+    def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        now, step = connection.execute(
+            sa.select(self.now, sa.literal_column("@@auto_increment_increment", sa.Integer))
+        ).one()
+        times = {"created_at": now, "run_at": _due(jobs, now)}
+        common = {**column_values(jobs), **times}
+        inserted: list[Job] = []
+        for batch in _batches(jobs):
+            result = connection.execute(
+                sa.insert(JOBS), [{**common, "parameters": text} for text in batch]
+            )
+            # One statement takes ids that follow each other, and tells the first.
+            ids = range(result.lastrowid, result.lastrowid + len(batch) * step, step)
+            made = zip(batch, ids, strict=True)
+            inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in made)
+        return inserted
+
+    def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
+        try:
+            (inserted,) = self.insert_all(connection, jobs)
+        except IntegrityError as error:
+            # The server has undone this statement alone, and the transaction goes on.
+            if _code(error) == _DUPLICATE and "unique_hash" in str(error.orig):
+                return None
+            raise
+        return inserted
+
+    def complete_within(
+        self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
+    ) -> Collection[Key]:
+        return self.execute_completion(
+            connection,
+            self._complete_all,
+            {"ended": json.dumps(ended), "fence_worker": worker_id},
+            ended,
+        )
+
+    @functools.cached_property
+    def _complete_all(self) -> sa.Update:
+        # In one statement: the driver would send one after the other.
+        columns = ", ".join(f"{name} {read}" for name, read in _JSON_TYPES.items())
+        rows = sa.text(f"SELECT * FROM JSON_TABLE(:ended, '$[*]' COLUMNS ({columns})) AS ended")
+        types = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
+        return self.completing(dict(rows.columns(*types).subquery("ended").c))
+
+    def register_queue(self, connection: sa.Connection, name: str) -> None:
+        row = mysql.insert(QUEUES).values(name=name, created_at=self.now)
+        connection.execute(row.on_duplicate_key_update(name=QUEUES.c.name))
+
+    def _claim_from(
+        self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
+    ) -> list[JobSpec]:
+        """Claim the first ``limit`` of the ordered ``candidates``, best first."""
+        claimed = {
+            "attempt": JOBS.c.attempt + 1,
+            "claimed_at": self.now,
+            "started_at": sa.null(),
+        }
+        columns = (claimed.get(column.name, column).label(column.name) for column in SPEC_COLUMNS)
+        chosen = candidates.with_only_columns(*columns, maintain_column_froms=True).limit(limit)
+        specs = [JobSpec._make(row) for row in connection.execute(self.locked(chosen))]
+        if specs:
+            connection.execute(
+                sa.update(JOBS)
+                .where(JOBS.c.id.in_([spec.id for spec in specs]))
+                .values(claimed_values(worker_id, specs[0].claimed_at))
+            )
+        return specs
+
+    def _promote_some(self, connection: sa.Connection) -> int:
+        ids = [
+            job_id
+            for candidates in self._due()
+            for job_id in connection.scalars(self.locked(candidates))
+        ]
+        return connection.execute(promotion(ids)).rowcount if ids else 0
+
+    def _held_by(
+        self, connection: sa.Connection, worker_id: int, *, lock: bool = False
+    ) -> list[JobSpec]:
+        """The jobs that run under a worker.
+
+        They are found first and locked then: a search that locks would lock what it passes, and
+        wait for what other workers settle.
+        """
+        if lock:
+            ids = [spec.id for spec in super()._held_by(connection, worker_id)]
+            self._still_running(connection, worker_id, ids)
+        return super()._held_by(connection, worker_id)
+
+    def make_engine(self) -> sa.Engine:
+        engine = sa.create_engine(
+            self.host_engine.url,
+            creator=self._connect,
+            isolation_level="READ COMMITTED",
+            max_overflow=-1,
+        )
+
+        def prepare(connection: Any, _record: object) -> None:
+            require_skip_locked(engine.dialect)
+            self._prepare_session(connection)
+
+        sa.event.listen(engine, "connect", prepare)
+        sa.event.listen(engine, "begin", _begin)
+        sa.event.listen(engine, "handle_error", _see_shutdown)
+        refuse_dead(engine, _descriptor)
+        return engine
+
+    def _connect(self) -> Any:
+        """A connection made in the host's own way, with its connect_args, within some seconds."""
+        # PyMySQL itself limits only the first step, and would wait for ever for a greeting.
+        seconds = max(1.0, min(_CONNECT_SECONDS, self.seconds_left()))
+        steps = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
+        with limited(self.host_engine, steps) as added:
+            connection = self.connect_as_host()
+        for name in added - {"connect_timeout"}:
+            # A statement may take longer.
+            setattr(connection, f"_{name}", None)
+        return connection
+
+    def _prepare_session(self, connection: Any) -> None:
+        # Whatever the host's connections can encode: an error's text may hold any letter.
+        connection.set_character_set("utf8mb4")
+        settings = {"innodb_lock_wait_timeout": _LOCK_WAIT_SECONDS}
+        if self.deadline is not None:
+            # So the server ends the transaction of a worker that has fallen silent within it. Its
+            # rows stay locked for as long, also for those that would rescue its jobs.
+            settings["wait_timeout"] = math.ceil(self.deadline)
+        assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET {assignments}")
+        # A statement alone needs no round trips to begin and end it, and transactions say so.
+        connection.autocommit(True)
+        for name in ("commit", "rollback"):
+            setattr(connection, name, _within_transaction(connection, getattr(connection, name)))
+
+    def sever(self, driver_connection: Any) -> None:
+        with contextlib.suppress(Exception):
+            shut_down(_descriptor(driver_connection))
+
+    def is_redoable(self, error: DBAPIError) -> bool:
+        code = _code(error)
+        # After a deadlock the server has undone everything, with the savepoint to go back to.
+        no_savepoint = code == _NO_SUCH_NAME and "SAVEPOINT" in str(error.orig)
+        return code in (_LOCK_TIMEOUT, _DEADLOCK) or no_savepoint
+
+
+def _begin(connection: sa.Connection) -> None:
+    if not {READ_ONLY, ALONE} & connection.get_execution_options().keys():
+        connection.exec_driver_sql("BEGIN")
+
+
+def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[], None]:
+    """``end``, which the driver would send to the server also where no transaction has begun."""
+
+    def end_transaction() -> None:
+        if connection.server_status & _SERVER_STATUS_IN_TRANS:
+            end()
+
+    return end_transaction
+
+
+def _descriptor(connection: Any) -> int:
+    """The file descriptor of a connection of PyMySQL, which tells nobody."""
+    return int(connection._sock.fileno())
+
+
+def require_skip_locked(dialect: Any) -> None:
+    """Refuse a server that cannot pass over locked rows.
+
+    :param dialect: SQLAlchemy's, after it has seen the server.
+    :raises DatabaseNotSupported: names the version found and the one that is needed.
+    """
+    name = "MariaDB" if dialect.is_mariadb else "MySQL"
+    found = tuple(part for part in dialect.server_version_info if isinstance(part, int))
+    needed = _NEEDED[name]
+    if found < needed:
+        raise DatabaseNotSupported(
+            f"flask-bgjobs needs SELECT … FOR UPDATE SKIP LOCKED, which {name} has since "
+            f"{_dotted(needed)}, and this server is {name} {_dotted(found)}"
+        )
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def _see_shutdown(context: sa.engine.ExceptionContext) -> None:
+    """Let a server that is shutting down count as a connection that has ended."""
+    if _code_of(context.original_exception) == _SHUTDOWN:
+        context.is_disconnect = True
+
+
+def _batches(jobs: NewJobs) -> Iterator[list[str]]:
+    """The parameters in groups that fit into one INSERT each."""
+    common = sum(len(value) for value in jobs.values.values() if isinstance(value, str))
+    batch: list[str] = []
+    room = _BATCH_CHARACTERS
+    for text in jobs.parameters:
+        needed = _ROW_CHARACTERS + common + len(text)
+        if batch and needed > room:
+            yield batch
+            batch, room = [], _BATCH_CHARACTERS
+        batch.append(text)
+        room -= needed
+    if batch:
+        yield batch
+
+
+def _due(jobs: NewJobs, now: dt.datetime) -> dt.datetime:
+    if jobs.run_at is not None:
+        return jobs.run_at
+    return now + dt.timedelta(seconds=jobs.delay_seconds or 0)
+
+
+def _code(error: DBAPIError) -> int:
+    return _code_of(error.orig)
+
+
+def _code_of(error: BaseException | None) -> int:
+    """The server's or the driver's number of an error; 0 where there is none."""
+    number = error.args[0] if error is not None and error.args else 0
+    return number if isinstance(number, int) else 0
