@@ -34,6 +34,8 @@ class JobSpec(NamedTuple):
     queue: str
     priority: int
     attempt: int
+    worker_id: int
+    """Who claimed it."""
     retry_count: int
     retries: int
     retry_delay: str

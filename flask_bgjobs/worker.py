@@ -244,8 +244,8 @@ class Worker:
             # No outcome of it will come.
             self._suspect_running = None
         self._suspects.clear()
-        self._held.clear()
-        self._untold.clear()
+        for forgotten in (self._held, self._marked, self._untold):
+            forgotten.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()

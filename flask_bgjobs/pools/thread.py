@@ -48,7 +48,7 @@ class ThreadPool:
         self.size = size
         self._state = state
         self._on_finished = on_finished
-        self._tasks: dict[Key, _Task] = {}
+        self._tasks: set[_Task] = set()
         """What was submitted and has not ended. What does not wait any more runs."""
         self._waiting: deque[_Task] = deque()
         self._turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -68,7 +68,7 @@ class ThreadPool:
         limit = self._state.config.max_payload
         for spec in specs:
             task = _Task(spec, CurrentJob(spec, max_payload=limit), claimed)
-            self._tasks[spec.key] = task
+            self._tasks.add(task)
             self._waiting.append(task)
             self._turns.put(True)
 
@@ -89,7 +89,7 @@ class ThreadPool:
         """The jobs that wait for a thread; they will not be run here."""
         taken = []
         while (task := self._pop()) is not None:
-            del self._tasks[task.spec.key]
+            self._tasks.remove(task)
             taken.append(task.spec)
         return taken
 
@@ -111,7 +111,7 @@ class ThreadPool:
 
         One that waits for a thread ends as cancelled without having run.
         """
-        task = self._tasks.get(spec.key)
+        task = next((task for task in self._tasks.copy() if task.spec is spec), None)
         if task is None:
             return
         try:
@@ -142,7 +142,7 @@ class ThreadPool:
     def _finish(self, task: _Task, outcome: Outcome) -> None:
         # First told, then forgotten: who looks meanwhile finds it in two places rather than none.
         self._on_finished(task.spec, outcome)
-        del self._tasks[task.spec.key]
+        self._tasks.remove(task)
 
     def _pop(self) -> _Task | None:
         try:
@@ -151,8 +151,9 @@ class ThreadPool:
             return None
 
     def _running_tasks(self) -> list[_Task]:
-        tasks, waiting = self._tasks.copy(), set(map(id, self._waiting.copy()))
-        return [task for task in tasks.values() if id(task) not in waiting]
+        # In this order, or a task that begins meanwhile would be missed.
+        tasks = self._tasks.copy()
+        return list(tasks.difference(self._waiting.copy()))
 
 
 class _Deadlines:

@@ -134,6 +134,7 @@ class MysqlStore(Store):
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
         claimed = {
             "attempt": JOBS.c.attempt + 1,
+            "worker_id": sa.literal(worker_id),
             "claimed_at": self.now,
             "started_at": sa.null(),
         }

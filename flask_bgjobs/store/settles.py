@@ -53,8 +53,11 @@ class Settles(Runs):
         """
         # In the order in which rows are locked everywhere.
         ordered = sorted(finished, key=_job_id)
-        ended = [_completion(spec, outcome) for spec, outcome in ordered]
-        ours = self.transaction(lambda c: self.complete_within(c, worker_id, ended))
+        # Another id's are lost, also in a database in which all else happens to be the same.
+        ended = [_completion(s, outcome) for s, outcome in ordered if s.worker_id == worker_id]
+        ours: Collection[Key] = ()
+        if ended:
+            ours = self.transaction(lambda c: self.complete_within(c, worker_id, ended))
         return [
             Settled(
                 spec, outcome, JobStatus.COMPLETED if spec.key in ours else None, spec.retry_count
@@ -155,7 +158,7 @@ class Settles(Runs):
         attempts: list[dict[str, Any]] = []
         for spec, outcome in finished:
             cancel_requested = ours.get(spec.key, recorded.get(spec.key))
-            if cancel_requested is None:
+            if cancel_requested is None or spec.worker_id != worker_id:
                 settled.append(Settled(spec, outcome, None))
                 continue
             decided = self._decide(spec, outcome, cancel_requested)

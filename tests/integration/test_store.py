@@ -397,6 +397,44 @@ class TestSettle:
         settle(store, worker, spec, OutcomeKind.FAILED)
         assert enqueue(unique_key="k") != first
 
+    @pytest.mark.parametrize("kind", [OutcomeKind.COMPLETED, OutcomeKind.FAILED])
+    def test_what_another_id_claimed_is_lost(
+        self, state: AppState, store: Store, worker: int, kind: OutcomeKind
+    ) -> None:
+        """A worker that has started over records nothing of what it claimed before, also where
+        the same attempt of a job with the same number runs under its new id."""
+        enqueue()
+        (spec,) = store.claim(worker, 1)
+        other = spec._replace(worker_id=worker + 1)
+        outcome = ended(other, kind)
+        acts = {
+            "settle": lambda: store.settle(worker, "one", [(other, outcome)]),
+            "complete": lambda: store.complete(worker, [(other, outcome)]),
+        }
+        for act in acts.values():
+            assert [each.status for each in act()] == [None]
+        assert [job.status for job in rows(store, Job)] == ["running"]
+
+    def test_complete_changes_what_is_ours(self, store: Store, worker: int) -> None:
+        """Of many that completed, only those that are still the worker's are recorded."""
+        ids = [enqueue() for _ in range(4)]
+        specs = store.claim(worker, 4)
+        store.settle(worker, "one", [(specs[1], ended(specs[1], OutcomeKind.FAILED_FINALLY))])
+        stale = specs[2]._replace(attempt=2)
+        batch = [specs[0], specs[1], stale, specs[3]]
+        settled = store.complete(worker, [(spec, ended(spec, result_json="7")) for spec in batch])
+        assert [(each.job_id, each.status) for each in settled] == [
+            (ids[0], "completed"),
+            (ids[1], None),
+            (ids[2], None),
+            (ids[3], "completed"),
+        ]
+        jobs = rows(store, Job)
+        assert [job.status for job in jobs] == ["completed", "failed", "running", "completed"]
+        assert [job.result for job in jobs] == ["7", None, None, "7"]
+        assert jobs[0].started_at - jobs[0].claimed_at == dt.timedelta(seconds=0.01)
+        assert jobs[0].finished_at - jobs[0].started_at == dt.timedelta(seconds=0.02)
+
     def test_ends_are_by_the_databases_clock(
         self, store: Store, worker: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:

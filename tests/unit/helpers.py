@@ -23,6 +23,7 @@ def make_spec(**changes: Any) -> JobSpec:
         "queue": "default",
         "priority": 0,
         "attempt": 1,
+        "worker_id": 7,
         "retry_count": 0,
         "retries": 3,
         "retry_delay": "[5.0]",

@@ -28,6 +28,7 @@ SPEC = JobSpec(
     queue="mail",
     priority=-3,
     attempt=2,
+    worker_id=7,
     retry_count=1,
     retries=3,
     retry_delay="[5.0]",
