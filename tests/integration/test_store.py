@@ -429,7 +429,7 @@ class TestSettle:
             (ids[2], None),
             (ids[3], "completed"),
         ]
-        jobs = rows(store, Job)
+        jobs = sorted(rows(store, Job), key=lambda job: job.id)
         assert [job.status for job in jobs] == ["completed", "failed", "running", "completed"]
         assert [job.result for job in jobs] == ["7", None, None, "7"]
         assert jobs[0].started_at - jobs[0].claimed_at == dt.timedelta(seconds=0.01)
