@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint docs build clean
+.PHONY: help demo test chaos bench lint docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,13 @@ chaos: $(STAMP) ## kills, stalls and outages; SECONDS=300 SEED=7 DATABASE=sqlite
 	@$(BIN)/python -m tests.chaos --seconds '$(SECONDS)' $(if $(SEED),--seed '$(SEED)') \
 		--database '$(DATABASE)'
 
+# The peers have an environment of their own, so that the tests need none of them.
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/installed
+OPTIONS = --write
+bench: $(BENCH_STAMP) ## beside other queues, into docs/; OPTIONS='--quick' or '--help' instead
+	@$(BENCH_VENV)/bin/python -m benchmarks $(OPTIONS)
+
 lint: $(STAMP) ## style, types and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,13 +43,15 @@ build: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build
 
 clean: ## remove what these targets made, the demo's data included
-	rm -rf $(VENV) build dist docs/_build instance *.egg-info .hypothesis .mypy_cache .pytest_cache \
+	rm -rf $(VENV) $(BENCH_VENV) build dist docs/_build instance *.egg-info .hypothesis .mypy_cache .pytest_cache \
 		.ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): EXTRAS := dev,example
+$(BENCH_STAMP): EXTRAS := bench
+$(STAMP) $(BENCH_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,example]'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

@@ -15,7 +15,7 @@ project_copyright = "The flask-bgjobs authors"
 version = release = __version__
 
 extensions = ["sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_performance"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -291,6 +291,12 @@ class Server(abc.ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the server's first process, while it runs."""
+        assert self._process is not None, "it does not run"
+        return self._process.pid
+
     def start(self, *, wait: bool = True) -> None:
         """Start it.
 

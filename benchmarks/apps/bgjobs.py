@@ -1,0 +1,39 @@
+"""A Flask app with flask-bgjobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_bgjobs import BgJobs
+
+from .. import journal, tracing
+from ..contender import URL_VARIABLE
+from . import LOG_LEVEL_VARIABLE
+
+tracing.install()
+db = SQLAlchemy()
+bgjobs = BgJobs()
+
+
+@bgjobs.job
+def record(number: int) -> None:
+    """Note that the job runs."""
+    journal.record(number)
+
+
+def create_app() -> Flask:
+    """The app on the database that the environment names."""
+    logging.getLogger("flask_bgjobs").setLevel(os.environ.get(LOG_LEVEL_VARIABLE, "WARNING"))
+    app = Flask("benchmark")
+    app.config.update(
+        SECRET_KEY="benchmark",
+        SQLALCHEMY_DATABASE_URI=os.environ[URL_VARIABLE],
+        BGJOBS_DASHBOARD=False,
+    )
+    db.init_app(app)
+    bgjobs.init_app(app)
+    return app

@@ -1,0 +1,37 @@
+"""Dramatiq on Redis with its defaults: a process for each processor, eight threads in each.
+
+Its guide (https://dramatiq.io/guide.html, "Workers") advises nothing else for small jobs. Here it
+is two processes wherever it runs, as for the others. It logs no line per job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..contender import RedisContender
+from ..processes import python
+
+
+class Dramatiq(RedisContender):
+    """All as it comes."""
+
+    name = "dramatiq"
+    title = "Dramatiq, 2 processes of 8 threads"
+    needs = ("dramatiq", "redis")
+
+    def enqueue_one_by_one(self, numbers: Iterable[int]) -> None:
+        from ..apps.dramatiq import record
+
+        for number in numbers:
+            record.send(number)
+
+    def worker_command(self) -> list[str]:
+        return python("-m", "dramatiq", "benchmarks.apps.dramatiq", "--processes", "2")
+
+    def unsettled_in(self, redis: Any) -> int:
+        # Messages stay here until they are acknowledged.
+        return int(redis.hlen("dramatiq:default.msgs"))
+
+
+CONTENDERS = (Dramatiq,)

@@ -1,0 +1,9 @@
+"""What is measured, a file each."""
+
+from __future__ import annotations
+
+from ..measure import Measure
+from . import backlog, enqueue, idle, latency, memory, throughput
+
+_MODULES = (enqueue, throughput, latency, idle, backlog, memory)
+ALL: dict[str, Measure] = {module.MEASURE.name: module.MEASURE for module in _MODULES}
