@@ -36,6 +36,7 @@ from .spec import JobSpec, Key, Outcome, Report, Settled
 from .states import JobStatus, OutcomeKind
 from .store import Store
 from .version import __version__
+from .wakeups import WakeUps
 
 _logger = logging.getLogger("flask_bgjobs")
 
@@ -195,6 +196,7 @@ class Worker:
         if self._options.scheduler:
             self._clock.every(_PRUNE_SECONDS, self._on_prune_time)
         self._clock.start()
+        self._wake_ups = WakeUps(self._store, self._on_news, self.state.config.poll_interval)
         self.state.enqueued.append(self._on_enqueued)
         self.state.emit(worker_started, worker=self.name)
 
@@ -221,6 +223,7 @@ class Worker:
     def _end(self) -> None:
         self.state.enqueued.remove(self._on_enqueued)
         self._clock.stop()
+        self._wake_ups.stop()
         self._pools.close()
         self._guard(lambda: self._store.stop_worker(self._id))
         self._heart.stop()
@@ -333,7 +336,7 @@ class Worker:
         """See what there is to do: make due jobs claimable, set the clock for those due soon."""
         now = time.monotonic()
         # The monotonic bound holds also when the clock's own time jumps or its thread hangs.
-        late = now - self._looked >= self.state.config.poll_interval
+        late = now - self._looked >= self._wake_ups.poll_seconds()
         if not (self._clock.drifted() or self._look_due or late):
             return
         # Before the look: what comes from now on needs another one.
@@ -389,6 +392,8 @@ class Worker:
         claimed = time.monotonic()
         self._claimed += len(specs)
         lane.expects_jobs = len(specs) == room
+        if specs:
+            self._wake_ups.note_work()
         self._suspects.extend(spec for spec in specs if spec.suspect)
         lane.submit([spec for spec in specs if not spec.suspect], claimed)
 
@@ -428,7 +433,9 @@ class Worker:
         if self._pools.unstarted() and self._outbox:
             time.sleep(_GATHER_SECONDS)
             return
-        seconds = _FOLLOW_SECONDS if busy or self._suspects else self.state.config.poll_interval
+        seconds = self._wake_ups.poll_seconds()
+        if busy or self._suspects:
+            seconds = min(seconds, _FOLLOW_SECONDS)
         self._wake.wait(min(seconds, _PRUNE_PAUSE_SECONDS) if self._prune_due else seconds)
 
     def _is_done(self) -> bool:

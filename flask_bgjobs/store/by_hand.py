@@ -98,6 +98,7 @@ class ByHand(Database):
                 started_at=None,
                 finished_at=None,
             )
+            self.notify(connection)
             return result
 
         return self._act(ids, work)

@@ -133,6 +133,24 @@ class Database(abc.ABC):
     def is_redoable(self, error: DBAPIError) -> bool:
         """Whether the same transaction may succeed when it is simply done again."""
 
+    can_listen = False
+    """Whether :meth:`listen` is there."""
+
+    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+        """Call ``on_news`` at once, and whenever somebody may have enqueued jobs, until stopped.
+
+        It also returns when it has to be called again, to go on with a new connection.
+
+        :raises DBAPIError: when the connection is lost.
+        """
+        raise NotImplementedError
+
+    def stop_listening(self) -> None:  # noqa: B027  # others return by themselves
+        """Let :meth:`listen` return at once, after its ``stopped`` was set."""
+
+    def notify(self, connection: sa.Connection) -> None:  # noqa: B027  # not all databases tell
+        """Tell those that listen of jobs, as soon as the transaction commits."""
+
     @property
     def always_joins(self) -> bool:
         """Whether there is only one connection, so that a commit of ours would be the host's."""

@@ -19,7 +19,6 @@ from .database import JOBS, Database
 _UNIQUE_TRIES = 10
 _AT_ONCE = 5_000
 """Jobs per statement."""
-_INSERTED = (JOBS.c.id, JOBS.c.created_at, JOBS.c.run_at)
 COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
 """By attribute name."""
 _NOTHING_YET = dict.fromkeys(COLUMNS)
@@ -59,18 +58,21 @@ class Inserts(Database):
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """The inserted jobs, in the order given."""
         if len(jobs.parameters) == 1:
-            row = connection.execute(self._insert_one, _parameters(jobs)).one()
-            return [inserted_job(jobs, jobs.parameters[0], *row)]
+            parameters = self.insert_parameters(connection, jobs)
+            row = connection.execute(self._insert_one, parameters).one()
+            return [inserted_job(jobs, jobs.parameters[0], *row[:3])]
         return [job for part in _parts(jobs) for job in self._insert_part(connection, part)]
 
     def _insert_part(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
-        common = {key: value for key, value in _parameters(jobs).items() if key != "parameters"}
-        texts = json.dumps(jobs.parameters)
-        inserted = connection.execute(self._insert_many, {**common, "texts": texts})
+        parameters = self.insert_parameters(connection, jobs)
+        del parameters["parameters"]
+        inserted = connection.execute(
+            self._insert_many, {**parameters, "texts": json.dumps(jobs.parameters)}
+        )
         # RETURNING promises no order, but the ids were drawn in that of the parameters.
         rows = sorted(inserted, key=lambda row: row.id)
         made = zip(jobs.parameters, rows, strict=True)
-        return (inserted_job(jobs, text, *row) for text, row in made)
+        return (inserted_job(jobs, text, *row[:3]) for text, row in made)
 
     def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         """Position and text of the strings in a JSON array, as columns to select."""
@@ -103,9 +105,19 @@ class Inserts(Database):
         An ``IntegrityError`` would end the host's transaction on some databases.
         """
         statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
-        found = connection.execute(statement.returning(*_INSERTED), _parameters(jobs))
-        row = found.one_or_none()
-        return None if row is None else inserted_job(jobs, jobs.parameters[0], *row)
+        parameters = self.insert_parameters(connection, jobs)
+        row = connection.execute(statement.returning(*self.returned), parameters).one_or_none()
+        return None if row is None else inserted_job(jobs, jobs.parameters[0], *row[:3])
+
+    @property
+    def returned(self) -> tuple[sa.ColumnElement[Any], ...]:
+        """What an insert returns: id, time of the enqueue, due time, and what does not matter."""
+        return (JOBS.c.id, JOBS.c.created_at, JOBS.c.run_at)
+
+    def insert_parameters(self, connection: sa.Connection, jobs: NewJobs) -> dict[str, Any]:
+        """The parameters of the statement that inserts the first of them."""
+        times = {"given_run_at": jobs.run_at, "delay_seconds": jobs.delay_seconds}
+        return {**column_values(jobs), **times}
 
     @functools.cached_property
     def _insert(self) -> Any:
@@ -113,7 +125,7 @@ class Inserts(Database):
 
     @functools.cached_property
     def _insert_one(self) -> Any:
-        return self._insert.returning(*_INSERTED)
+        return self._insert.returning(*self.returned)
 
     @functools.cached_property
     def _insert_many(self) -> Any:
@@ -125,7 +137,7 @@ class Inserts(Database):
         }
         values |= {"parameters": text, "created_at": self.now, "run_at": self._first_run}
         selected = sa.select(*values.values()).order_by(position)
-        return sa.insert(JOBS).from_select(list(values), selected).returning(*_INSERTED)
+        return sa.insert(JOBS).from_select(list(values), selected).returning(*self.returned)
 
     @property
     def _first_run(self) -> sa.ColumnElement[dt.datetime]:
@@ -157,11 +169,6 @@ def inserted_job(
     """One of the jobs, with what the database gave it, loaded and detached."""
     given = {"id": job_id, "created_at": created_at, "run_at": run_at}
     return detached_job({**_NOTHING_YET, **jobs.values, "parameters_json": parameters, **given})
-
-
-def _parameters(jobs: NewJobs) -> dict[str, Any]:
-    times = {"given_run_at": jobs.run_at, "delay_seconds": jobs.delay_seconds}
-    return {**column_values(jobs), **times}
 
 
 def loaded_job(row: sa.Row[Any]) -> Job:

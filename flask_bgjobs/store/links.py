@@ -53,7 +53,7 @@ def refuse_dead(engine: sa.Engine, descriptor: Callable[[Any], int]) -> None:
     """
 
     def check(connection: Any, record: Any, _proxy: object) -> None:
-        if record.info.pop(_IDLE, False) and _has_something_to_read(descriptor(connection)):
+        if record.info.pop(_IDLE, False) and is_readable(descriptor(connection), 0):
             raise sa.exc.DisconnectionError("the server has closed the connection")
 
     sa.event.listen(engine, "checkin", _note_idle)
@@ -64,10 +64,11 @@ def _note_idle(_connection: object, record: Any) -> None:
     record.info[_IDLE] = True
 
 
-def _has_something_to_read(descriptor: int) -> bool:
+def is_readable(descriptor: int, timeout: float) -> bool:
+    """Whether there is something to read, or comes within ``timeout`` seconds."""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        return bool(selector.select(0))
+        return bool(selector.select(timeout))
 
 
 def shut_down(descriptor: int) -> None:

@@ -7,7 +7,9 @@ import datetime as dt
 import functools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,11 +20,18 @@ from ..models import UtcTime
 from ..spec import Key
 from .base import Store
 from .database import ALONE, JOBS, READ_ONLY
-from .links import limited, refuse_dead, shut_down
+from .inserts import NewJobs
+from .links import is_readable, limited, refuse_dead, shut_down
 from .settles import COMPLETION_TYPES, Completion
 
 _CONNECT_SECONDS = 10.0
 _LIBPQ_DRIVERS = ("psycopg", "psycopg2")
+_LISTEN_SECONDS = 0.5
+"""Between two looks whether to stop listening."""
+_STILL_THERE_SECONDS = 30.0
+"""After so long without a notification it is asked whether the link still lives."""
+_GATHER_SECONDS = 0.005
+"""After a notification, for those that follow it closely."""
 _REDO = frozenset({"40001", "40P01", "55P03"})
 """Serialization failure, deadlock, lock not available."""
 
@@ -78,6 +87,68 @@ class PostgresStore(Store):
         is_libpq = self.host_engine.driver in _LIBPQ_DRIVERS
         with limited(self.host_engine, {"connect_timeout": seconds} if is_libpq else {}):
             return self.connect_as_host()
+
+    can_listen = True
+    _ears: Any = None
+    """The driver's connection that listens."""
+
+    def stop_listening(self) -> None:
+        if self._ears is not None:
+            self.sever(self._ears)
+
+    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+        """Wait for the notification of a commit that enqueued jobs, on a connection of its own."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            driver_connection: Any = connection.connection.driver_connection
+            # Nobody else shall get a connection that listens.
+            connection.detach()
+            if hasattr(driver_connection, "add_notify_handler"):
+                # Without one, psycopg 3 would keep them all.
+                driver_connection.add_notify_handler(lambda _: None)
+            self._ears = driver_connection
+            self._ask(connection, driver_connection, f"LISTEN {self._quoted_channel}")
+            on_news()
+            asked = time.monotonic()
+            while not stopped.is_set():
+                heard = is_readable(driver_connection.fileno(), _LISTEN_SECONDS)
+                if not heard and time.monotonic() - asked < _STILL_THERE_SECONDS:
+                    continue
+                if stopped.is_set():
+                    return
+                # Takes in what was heard, whatever the driver, or shows that the link is dead.
+                self._ask(connection, driver_connection, "SELECT 1")
+                asked = time.monotonic()
+                if heard:
+                    on_news()
+                    stopped.wait(_GATHER_SECONDS)
+
+    def _ask(self, connection: sa.Connection, driver_connection: Any, statement: str) -> None:
+        with self._watchdog.watching(driver_connection, self.deadline or _CONNECT_SECONDS):
+            connection.exec_driver_sql(statement)
+
+    def notify(self, connection: sa.Connection) -> None:
+        connection.execute(sa.select(sa.func.pg_notify(self._channel, "")))
+
+    @property
+    def _channel(self) -> str:
+        return "bgjobs" if self._schema is None else f"bgjobs_{self._schema}"
+
+    @property
+    def _quoted_channel(self) -> str:
+        return self.host_engine.dialect.identifier_preparer.quote_identifier(self._channel)
+
+    @functools.cached_property
+    def returned(self) -> tuple[sa.ColumnElement[Any], ...]:
+        # In a query of its own it is called once for all rows. No round trip is spent on it.
+        notice = sa.select(sa.func.pg_notify(self._channel, "")).where(
+            sa.bindparam("notify", type_=sa.Boolean)
+        )
+        return (*super().returned, notice.scalar_subquery())
+
+    def insert_parameters(self, connection: sa.Connection, jobs: NewJobs) -> dict[str, Any]:
+        # PostgreSQL prepares no transaction that notifies.
+        is_two_phase = isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
+        return {**super().insert_parameters(connection, jobs), "notify": not is_two_phase}
 
     def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         elements = sa.func.json_array_elements_text(array.cast(postgresql.JSON))

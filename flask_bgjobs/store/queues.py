@@ -28,7 +28,12 @@ class Queues(Database):
     def resume(self, name: str) -> bool:
         """Let workers claim jobs of the queue again. ``False``: it was not paused."""
         paused = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_not(None))
-        return bool(self.transaction(lambda c: c.execute(paused.values(paused_at=None)).rowcount))
+
+        def work(connection: sa.Connection) -> bool:
+            self.notify(connection)
+            return bool(connection.execute(paused.values(paused_at=None)).rowcount)
+
+        return self.transaction(work)
 
     def queue_names(self) -> set[str]:
         """Every queue that a worker has claimed from, that is paused, or that holds a job."""

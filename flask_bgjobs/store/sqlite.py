@@ -6,8 +6,9 @@ import contextlib
 import datetime as dt
 import logging
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import sqlalchemy as sa
@@ -24,6 +25,9 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
+_WATCH_SECONDS, _QUIET_WATCH_SECONDS = 0.005, 0.01
+"""How often it is looked whether somebody has committed: one look costs microseconds."""
+_QUIET_SECONDS = 30.0
 _CLOCK = "%Y-%m-%d %H:%M:%f000"
 """SQLite's clock has milliseconds; the zeros keep all times the same length, so that they
 compare as text."""
@@ -161,6 +165,26 @@ class SqliteStore(Store):
             _logger.info(notice)
         return False
 
+    can_listen = True
+
+    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+        """Watch the number that SQLite gives to the newest commit of other connections."""
+        if self._file is None:
+            return
+        with self.engine.connect().execution_options(**{ALONE: True}) as connection:
+            number = self._file.number
+            driver_connection: Any = connection.connection.driver_connection
+            seen, heard = None, time.monotonic()
+            # A connection to a file that was replaced must be closed.
+            while self._file.number == number:
+                newest = _data_version(driver_connection)
+                if newest is not None and newest != seen:
+                    seen, heard = newest, time.monotonic()
+                    on_news()
+                is_quiet = time.monotonic() - heard > _QUIET_SECONDS
+                if stopped.wait(_QUIET_WATCH_SECONDS if is_quiet else _WATCH_SECONDS):
+                    return
+
     def make_engine(self) -> sa.Engine:
         if self.always_joins:
             return self.host_engine
@@ -187,6 +211,15 @@ class SqliteStore(Store):
 
     def is_redoable(self, error: DBAPIError) -> bool:
         return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _data_version(connection: sqlite3.Connection) -> int | None:
+    """Which commit of others is the newest; ``None`` while somebody has the file for himself."""
+    try:
+        (version,) = connection.execute("PRAGMA data_version").fetchone()
+    except sqlite3.OperationalError:
+        return None
+    return int(version)
 
 
 def is_in_memory(engine: sa.Engine) -> bool:

@@ -39,7 +39,8 @@ class DatabaseFile:
     def __init__(self, path: str) -> None:
         self.path = path
         """Absolute."""
-        self._number = 0
+        self.number = 0
+        """Counts the files that were found under the path."""
         self._numbers_of_workers: dict[int, int] = {}
         self._wal_path = f"{path}-wal"
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
@@ -54,11 +55,11 @@ class DatabaseFile:
 
     def add_worker(self, worker_id: int) -> None:
         """Remember that a worker of this process registered in the file that is there now."""
-        self._numbers_of_workers[worker_id] = self._number
+        self._numbers_of_workers[worker_id] = self.number
 
     def has_worker(self, worker_id: int) -> bool:
         """Whether the file is still the one in which the worker registered."""
-        return self._numbers_of_workers.get(worker_id, self._number) == self._number
+        return self._numbers_of_workers.get(worker_id, self.number) == self.number
 
     def look(self) -> None:
         """Make sure that connections are to the file that is there now. Cheap when they are.
@@ -79,7 +80,7 @@ class DatabaseFile:
         if self._opened is not None and found != self._opened:
             self._leave()
         if found is None:
-            if self._number:
+            if self.number:
                 raise sqlite3.OperationalError(f"the database file {self.path} is gone")
             return
         if self._opened is None:
@@ -87,8 +88,8 @@ class DatabaseFile:
             self._wal_path = f"{os.path.realpath(self.path)}-wal"
             self._refuse_left_wal()
             self._opened = found
-            self._number += 1
-            if self._number > 1:
+            self.number += 1
+            if self.number > 1:
                 _logger.warning("Database file replaced | File: %s | It was opened anew", self.path)
 
     def _leave(self) -> None:

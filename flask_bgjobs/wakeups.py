@@ -1,0 +1,77 @@
+"""Wake-ups: how a worker hears at once of jobs that other processes enqueue.
+
+A thread listens where the database can tell. Where it cannot, the worker looks often as long as
+there is work, and rarely when there has been none for a while. None of this may be relied on: each
+look that a wake-up spares comes with the next poll.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .store import Store
+
+_logger = logging.getLogger("flask_bgjobs")
+
+_QUICK_POLL_SECONDS = 0.02
+_SILENCE_SECONDS = 30.0
+"""Without work for so long, a database that cannot tell is no longer asked so often."""
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 30.0
+"""Before the next try to listen, when the last one failed."""
+
+
+class WakeUps:
+    """Calls ``on_news`` when there may be work, until it is stopped.
+
+    :param on_news: called in a thread of its own; must be quick.
+    :param poll_interval: seconds between two looks of a worker that hears nothing.
+    """
+
+    def __init__(self, store: Store, on_news: Callable[[], object], poll_interval: float) -> None:
+        self._store = store
+        self._on_news = on_news
+        self._poll_interval = poll_interval
+        self._worked = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if store.can_listen:
+            self._thread = threading.Thread(target=self._listen, name="bgjobs-ears", daemon=True)
+            self._thread.start()
+
+    def note_work(self) -> None:
+        """Note that there was work to do."""
+        self._worked = time.monotonic()
+
+    def poll_seconds(self) -> float:
+        """After how long the worker must look by itself."""
+        if self._thread is not None or time.monotonic() - self._worked > _SILENCE_SECONDS:
+            return self._poll_interval
+        return min(_QUICK_POLL_SECONDS, self._poll_interval)
+
+    def stop(self) -> None:
+        """Listen no longer."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._store.stop_listening()
+            self._thread.join()
+
+    def _listen(self) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            try:
+                self._store.listen(self._stopped, self._on_news)
+            except SQLAlchemyError as error:
+                # The worker itself says that the database is away, and polls meanwhile.
+                _logger.debug("Not listening for new jobs: %s", getattr(error, "orig", error))
+            except Exception:
+                _logger.exception("Not listening for new jobs")
+            if time.monotonic() - began > _LAST_PAUSE_SECONDS:
+                pause = _FIRST_PAUSE_SECONDS
+            self._stopped.wait(pause)
+            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
