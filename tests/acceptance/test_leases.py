@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import Job, maintenance
 from flask_bgjobs.app_state import AppState
@@ -134,6 +135,57 @@ def test_neighbours_of_poison_are_never_blamed(
 
 def _have_failed(app: Flask, jobs: list[Job]) -> bool:
     return all(stored(app, job).status == "failed" for job in jobs)
+
+
+def test_an_outage_is_nobodys_silence(
+    app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time in which the database could not be asked is held against nobody, not even in part;
+    silence before and after it counts."""
+    now = 0.0
+    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: now))
+    other = register(state, "other")
+    job = enqueue("echo", 1)
+    state.store.claim(other, 1)
+    sweeper = Sweeper(state.store, lease=10)
+    assert sweeper.sweep(0) == []
+    now += 4
+    assert sweeper.sweep(0) == []
+    with monkeypatch.context() as outage:
+        outage.setattr(type(state.store), "living_workers", _not_usable)
+        for _ in range(10):
+            now += 3
+            with pytest.raises(OperationalError):
+                sweeper.sweep(0)
+    for seconds in (1, 4):
+        now += seconds
+        assert sweeper.sweep(0) == []
+    now += 2
+    assert [settled.spec.id for settled in sweeper.sweep(0)] == [job.id]
+
+
+def _not_usable(_store: object) -> None:
+    raise OperationalError("look", {}, Exception("database is gone"))
+
+
+def test_silence_is_measured_by_a_monotonic_clock(
+    app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wall clock that jumps makes no worker's silence longer, and none shorter."""
+    clocks = SimpleNamespace(now=0.0, wall=1e9)
+    times = SimpleNamespace(monotonic=lambda: clocks.now, time=lambda: clocks.wall)
+    monkeypatch.setattr(maintenance, "time", times)
+    other = register(state, "other")
+    job = enqueue("echo", 1)
+    state.store.claim(other, 1)
+    sweeper = Sweeper(state.store, lease=10)
+    sweeper.sweep(0)
+    for jump in (0, 3_600, -7_200):
+        clocks.now += 3
+        clocks.wall += 3 + jump
+        assert sweeper.sweep(0) == []
+    clocks.now += 3
+    assert [settled.spec.id for settled in sweeper.sweep(0)] == [job.id]
 
 
 def test_silence_that_the_sweeper_slept_through(

@@ -16,8 +16,11 @@ from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.models import Job
+from flask_bgjobs.spec import Outcome
+from flask_bgjobs.states import OutcomeKind
 from flask_bgjobs.worker import register
-from tests.conftest import DEADLINE_SECONDS
+from tests.conftest import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.on("postgresql", "mysql")
 
@@ -156,6 +159,67 @@ def test_a_lock_that_is_held_for_long_is_waited_for_again(
     held = threading.Event()
     at_once(hold, wait)
     assert numbers(state, counter) == [1, 11]
+
+
+@pytest.mark.on("postgresql")
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_a_transaction_that_was_cut_off_is_redone_once(
+    state: AppState, counter: sa.Table, cuts: int
+) -> None:
+    """Where the connection dies before the commit, the transaction is done again, once: what
+    fails twice in that way is an outage, and for the caller to wait out."""
+    tries = 0
+
+    def work(connection: sa.Connection) -> int:
+        nonlocal tries
+        tries += 1
+        connection.execute(sa.update(counter).values(number=counter.c.number + 1))
+        if tries <= cuts:
+            connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
+        return tries
+
+    if cuts == 1:
+        assert state.store.transaction(work) == 2
+    else:
+        with pytest.raises(OperationalError):
+            state.store.transaction(work)
+    assert tries == 2
+    assert numbers(state, counter) == [2 - cuts] * 2
+
+
+@pytest.mark.on("postgresql")
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_settle_locks_rows_in_the_order_of_their_ids(
+    app: Flask, state: AppState, quick: bool
+) -> None:
+    """A settle that waits for a job holds no later one, so that two settles, in whatever order
+    their outcomes came, never wait for each other."""
+    worker = register(state, "one")
+    first, second = (run_background_job("tests.jobs.echo").id for _ in range(2))
+    specs = {spec.id: spec for spec in state.store.claim(worker, 2)}
+    # In the table it now comes behind the second.
+    state.store.mark_started(worker, [specs[first]])
+    both = [(s, Outcome(s.id, s.attempt, OutcomeKind.COMPLETED)) for s in specs.values()]
+    row = sa.select(Job.id).where(Job.id == sa.bindparam("id"))
+    with ThreadPoolExecutor(1) as threads:
+        with state.store.engine.connect() as holder, holder.begin():
+            holder.execute(row.with_for_update(), {"id": first})
+            if quick:
+                settled = threads.submit(state.store.complete, worker, both[::-1])
+            else:
+                settled = threads.submit(state.store.settle, worker, "one", both[::-1])
+            wait_until(lambda: _waits_for_a_lock(state), "the settle")
+            with state.store.engine.connect() as other, other.begin():
+                other.execute(row.with_for_update(nowait=True), {"id": second})
+        assert len(settled.result(DEADLINE_SECONDS)) == 2
+
+
+def _waits_for_a_lock(state: AppState) -> bool:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with state.store.read() as connection:
+        return bool(
+            connection.exec_driver_sql(f"{waiting} AND datname = current_database()").scalar()
+        )
 
 
 @pytest.mark.on("postgresql")

@@ -74,6 +74,14 @@ class TestClaim:
         assert store.promote() == 1
         assert [spec.id for spec in store.claim(worker, 10)] == [earlier, later]
 
+    def test_due_first_also_where_not_all_are_taken(self, store: Store, worker: int) -> None:
+        """Of a backlog the claim takes what was due first, not what was enqueued first."""
+        later = enqueue()
+        earlier = enqueue(run_at=dt.datetime.now(dt.UTC) - dt.timedelta(hours=1))
+        store.promote()
+        taken = [spec.id for _ in range(2) for spec in store.claim(worker, 1)]
+        assert taken == [earlier, later]
+
     def test_limit_and_no_job_twice(self, store: Store, worker: int) -> None:
         """A claim takes no more than asked, and nothing that is claimed already."""
         ids = [enqueue() for _ in range(5)]
@@ -359,6 +367,16 @@ class TestSettle:
         for column in Job.__mapper__.column_attrs:
             assert getattr(after, column.key) == getattr(before, column.key)
 
+    def test_the_fence_of_a_start(self, app: Flask, store: Store, worker: int) -> None:
+        """The start of an older attempt is not the start of the newest one."""
+        job_id = enqueue()
+        (older,) = store.claim(worker, 1)
+        settle(store, worker, older, OutcomeKind.GIVEN_BACK)
+        (newer,) = store.claim(worker, 1)
+        assert store.mark_started(worker, [older]) == set()
+        assert stored(app, job_id).started_at is None
+        assert store.mark_started(worker, [newer]) == {job_id}
+
     def test_a_deleted_job_is_lost_and_the_others_are_settled(
         self, app: Flask, store: Store, worker: int
     ) -> None:
@@ -597,6 +615,19 @@ class TestRescue:
             store.rescue(worker_id, 0)
         assert (stored(app, job_id).status, stored(app, job_id).crash_count) == ("pending", 0)
 
+    def test_the_start_of_an_earlier_attempt_proves_no_crash(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
+        """A job that had started once, and since then only died unstarted, is not blamed."""
+        job_id = enqueue()
+        for number in range(5):
+            worker_id = register(state, f"w{number}", concurrency=1)
+            (spec,) = store.claim(worker_id, 1)
+            if number == 0:
+                store.mark_started(worker_id, [spec])
+            store.rescue(worker_id, 0)
+        assert (stored(app, job_id).status, stored(app, job_id).crash_count) == ("pending", 0)
+
     def test_a_cancelled_job_of_a_dead_worker_is_cancelled(
         self, app: Flask, store: Store, worker: int
     ) -> None:
@@ -665,13 +696,20 @@ class TestDue:
 
 
 @pytest.mark.on("sqlite")
-def test_our_transactions_are_redone_when_busy(app: Flask, state: AppState) -> None:
-    """A host that holds the write lock for a while makes nobody fail."""
-    host = state.db.engine.connect()
-    host.exec_driver_sql("BEGIN IMMEDIATE")
-    threading.Timer(1.0, host.close).start()
-    job = run_background_job("tests.jobs.echo", session=None)
-    assert stored(app, job).status == "pending"
+@pytest.mark.parametrize("waits_ms", [50, 5_000], ids=["redone", "waited for"])
+def test_a_lock_of_the_host_makes_nobody_fail(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, waits_ms: int
+) -> None:
+    """While a host holds the write lock, our transactions wait for it, and are redone where
+    SQLite itself has waited for long enough."""
+    monkeypatch.setattr("flask_bgjobs.store.sqlite._BUSY_TIMEOUT_MS", waits_ms)
+    app = make_app()
+    with app.app_context():
+        host = state_of(app).db.engine.connect()
+        host.exec_driver_sql("BEGIN IMMEDIATE")
+        threading.Timer(1.0, host.close).start()
+        job = run_background_job("tests.jobs.echo", session=None)
+        assert stored(app, job).status == "pending"
 
 
 def test_the_default_store_is_found(app: Flask) -> None:

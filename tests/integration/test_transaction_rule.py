@@ -270,6 +270,33 @@ def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> N
     assert shop.announced == [job.id]
 
 
+def test_a_released_savepoint_is_no_commit(shop: Shop) -> None:
+    """``wait`` and ``refresh`` of a job that joined in a savepoint raise after its release as
+    well, until the outermost commit."""
+    with shop.session.begin_nested():
+        shop.session.execute(sa.insert(shop.order).values(name="a"))
+        job = shop.enqueue()
+    with pytest.raises(JobNotCommitted):
+        job.wait(timeout=1)
+    with pytest.raises(JobNotCommitted):
+        job.refresh()
+    shop.session.commit()
+    assert job.refresh().status == "pending"
+
+
+@pytest.mark.parametrize("end", ["rollback", "remove"])
+def test_a_released_savepoint_is_lost_with_its_transaction(shop: Shop, end: str) -> None:
+    """A job that joined in a savepoint is gone, and was never announced, when the transaction
+    around it is rolled back or closed after the release."""
+    # Before the savepoint: Python's driver of SQLite would take its release for a commit.
+    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    with shop.session.begin_nested():
+        job = shop.enqueue()
+    getattr(shop.session, end)()
+    assert (count_jobs(shop.app), shop.announced) == (0, [])
+    assert not job.committed
+
+
 def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """Closing a session without a commit loses the job, and says so at DEBUG."""
     caplog.set_level(logging.DEBUG, "flask_bgjobs")

@@ -20,6 +20,7 @@ from flask_bgjobs import (
     BgJobsError,
     ConfigError,
     Job,
+    current_job,
     job_cancelled,
     job_completed,
     job_failed,
@@ -124,18 +125,14 @@ class TestOutcomes:
         [
             ("fail_for_good", [], "failed", "Fail: it will never work"),
             ("system_exit", [], "failed", "SystemExit: 3"),
-            (
-                "fail",
-                ["\x00 \ud800".encode("utf-16", "surrogatepass").hex()],
-                "failed",
-                "ValueError",
-            ),
+            ("throw", ["NUL and surrogates"], "failed", "ValueError: a\ufffdb\ufffdc"),
         ],
     )
     def test_failures(
         self, app: Flask, name: str, parameters: list[Any], status: str, error: str
     ) -> None:
-        """Whatever a job raises, it fails with type and message, and the worker lives."""
+        """Whatever a job raises, it fails with type and message, made storable, and the worker
+        lives."""
         job = enqueue(name, *parameters, retries=0)
         with working(app):
             job.wait(30)
@@ -601,6 +598,61 @@ class TestLease:
             gate.touch()
             assert job.wait(30).result == 6
 
+    def test_a_suspect_has_the_next_free_place(
+        self, app: Flask, state: AppState, tmp_path: Path
+    ) -> None:
+        """While a suspect waits for a thread nothing is claimed ahead, which would begin before
+        it."""
+        gate = tmp_path / "gate"
+        with working(app, concurrency=1) as worker:
+            for number in range(5):
+                # Quick ones, so that more is claimed than there are threads.
+                enqueue("echo", number).wait(30)
+            blocking = enqueue("wait_for_file", str(gate))
+            wait_until(lambda: stored(app, blocking).started_at, "the start")
+            suspect = _suspect(state, "echo", 6)
+            wait_until(lambda: stored(app, suspect).status == "running", "the claim")
+            others = [enqueue("echo", number) for number in range(3)]
+            beats = _beats(state, worker._id)
+            wait_until(lambda: _beats(state, worker._id) > beats + 2, "time for a claim")
+            assert [stored(app, job).status for job in others] == ["pending"] * 3
+            gate.touch()
+            assert [job.wait(30).result for job in (suspect, *others)] == [6, 0, 1, 2]
+
+    def test_a_suspects_start_is_committed_before_its_code(
+        self, app: Flask, state: AppState
+    ) -> None:
+        """The code of a suspect finds its own start in the database."""
+
+        def look() -> bool:
+            with state.store.read() as connection:
+                started = sa.select(Job.started_at).where(Job.id == current_job.id)
+                return connection.scalar(started) is not None
+
+        state.registry._decorated["look"] = _decorated(look)  # type: ignore[index]
+        with working(app):
+            for _ in range(10):
+                assert _suspect(state, "look").wait(30).result is True
+
+    def test_the_heart_lives_through_any_error(
+        self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A heartbeat that fails in a way of the host's own is tried again at the next one."""
+        beat = type(state.store).beat
+        failures = iter([RuntimeError("no token"), RuntimeError("no token")])
+
+        def fail_twice(*arguments: Any) -> bool:
+            for error in failures:
+                raise error
+            return beat(*arguments)
+
+        monkeypatch.setattr(type(state.store), "beat", fail_twice)
+        with working(app) as worker:
+            wait_until(lambda: next(iter(rows(state, WorkerRow)), None), "the worker")
+            wait_until(lambda: _beats(state, worker._id) > 2, "the beats")
+            assert enqueue("echo", 1).wait(30).result == 1
+        assert next(failures, None) is None
+
     def test_another_workers_jobs_are_rescued(self, app: Flask, state: AppState) -> None:
         """A worker finds the jobs of a dead one by itself, and signals it."""
         from flask_bgjobs.worker import register
@@ -623,7 +675,8 @@ class TestLease:
 
 def _suspect(state: AppState, name: str, *parameters: Any) -> Job:
     """A pending job that was taken from a dead worker."""
-    job = enqueue(name, *parameters, delay=600)
+    target = name if name in state.registry._decorated else f"tests.jobs.{name}"
+    job = run_background_job(target, parameters=parameters, delay=600)
     suspect = sa.update(Job).where(Job.id == job.id).values(suspect=True, status="pending")
     state.store.transaction(lambda connection: connection.execute(suspect))
     return job
