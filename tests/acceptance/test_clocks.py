@@ -200,6 +200,35 @@ def test_clocks_an_hour_off_cost_no_lease(
     assert list(workers(state).values()) == ["dead", "alive"]
 
 
+def test_a_jump_back_delays_no_rescue(
+    app: Flask,
+    state: AppState,
+    clock: WallClock,
+    start_worker: Start,
+    start_with: Start,
+    journal: Path,
+) -> None:
+    """While a worker is silent, the wall clock of the one that watches it jumps back by an hour:
+    the silence is measured on, and the job is rescued when the lease is over."""
+    silent = start_worker("-n", "silent", "-c", "1", **LEASE)
+    held = enqueue("hold_at_first", str(journal))
+    wait_until(lambda: lines(journal), "the start")
+    start_with(clock, "-n", "watching", "-c", "1", **LEASE)
+    _wait_for_beats(state, "watching", 3)
+    stop_between_transactions(silent, state)
+    _wait_for_beats(state, "watching", 3)
+    clock.jump_to(-HOUR)
+    assert held.wait(DEADLINE_SECONDS).result == 2
+    assert next(iter(workers(state).values())) == "dead"
+
+
+def _wait_for_beats(state: AppState, name: str, more: int) -> None:
+    """Time in which a worker has swept: it does so as often as it shows that it lives."""
+    wait_until(lambda: name in beats(state), "the first beat")
+    before = beats(state)[name]
+    wait_until(lambda: beats(state)[name] >= before + more, "more beats")
+
+
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("part", ["executor", "main"])
 def test_a_scheduler_that_hangs_stops_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -80,6 +81,10 @@ from tests.databases import number_of
 
 numbers = itertools.count()
 
+def backend(app):
+    with state_of(app).store.read() as connection:
+        return number_of(connection)
+
 def create_app():
     app = build_app({url!r})
     db = app.extensions["sqlalchemy"]
@@ -91,18 +96,18 @@ def create_app():
         db.session.execute(sa.text("SELECT count(*) FROM bgjobs_job"))
         db.session.remove()
         record(f"{{os.getpid()}} factory")
+        factory = {{"pid": os.getpid(), "backend": backend(app)}}
     BgJobs().start_worker(app)
 
     @app.get("/")
     def serve():
         for number in range(10):
             record(f"{{os.getpid()}} {{next(numbers)}}")
-        with state_of(app).store.read() as connection:
-            backend = number_of(connection)
         names = [thread.name for thread in threading.enumerate()]
         return {{
             "pid": os.getpid(),
-            "backend": backend,
+            "backend": backend(app),
+            "factory": factory,
             "schedulers": names.count("APScheduler"),
             "hearts": names.count("bgjobs-heart"),
         }}
@@ -189,13 +194,14 @@ class Site:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self._folder = folder
+        self._log = folder / "site.log"
         self.source = folder / "forked_site.py"
         self.source.write_text(SITE.format(url=url, journal=str(journal)))
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, *command: str) -> int:
         """Serve with this command of Python's; its process id."""
-        with (self._folder / "site.log").open("wb") as log:
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 cwd=self._folder,
@@ -217,6 +223,11 @@ class Site:
 
         told: dict[str, Any] = wait_until(answer, "an answer")
         return told
+
+    def errors(self) -> list[str]:
+        """The lines of its log that tell of something wrong."""
+        log = self._log.read_text().splitlines()
+        return [line for line in log if re.search("error|exception|traceback|warning", line, re.I)]
 
     def end(self) -> None:
         if self._process is not None:
@@ -253,8 +264,8 @@ def test_four_processes_of_a_preloaded_app(
     app: Flask, state: AppState, site: Site, journal: Path
 ) -> None:
     """With ``gunicorn --preload`` and an app that has used its database before the fork, each of
-    four processes enqueues over a connection of its own and has one worker, the master none; no
-    job is lost or doubled."""
+    four processes enqueues over a connection of its own, none over one of the master, and has one
+    worker, the master none; no job is lost or doubled, and nothing is wrong in the log."""
     master = site.run(
         "gunicorn", "--preload", "--workers", "4", "--bind", f"127.0.0.1:{site.port}",
         "forked_site:create_app()",
@@ -279,11 +290,13 @@ def test_four_processes_of_a_preloaded_app(
     assert master not in serving
     assert {(r["schedulers"], r["hearts"]) for r in last.values()} == {(1, 1)}
     if not state.store.has_one_writer:
-        backends = {(reply["pid"], reply["backend"]) for reply in replies}
+        told = [*replies, *(reply["factory"] for reply in replies)]
+        backends = {(each["pid"], each["backend"]) for each in told}
         assert len({backend for _, backend in backends}) == len(backends), "a shared connection"
     wait_until(lambda: _is_over(state), "the end of all jobs")
     assert len(lines(journal)) == len(set(lines(journal))) == _count(state)
     assert {int(line.split()[0]) for line in lines(journal)} == {master, *serving}
+    assert site.errors() == []
 
 
 def test_the_reloaders_child_has_one_scheduler(app: Flask, state: AppState, site: Site) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from flask import Flask
 
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState
-from tests.acceptance.helpers import enqueue, lines
+from tests.acceptance.helpers import enqueue, lines, stop_between_transactions
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
@@ -116,7 +115,7 @@ def test_a_stalled_worker_changes_nothing_when_it_comes_back(
     stalled = start_worker("-n", "stalled")
     job = enqueue("wait_for_file", str(gate))
     wait_until(lambda: stored(app, job).started_at is not None, "the start")
-    _stop_between_transactions(stalled, state)
+    stop_between_transactions(stalled, state)
     start_worker("-n", "second")
     wait_until(lambda: stored(app, job).attempt == 2, "the rescue")
     gate.touch()
@@ -131,24 +130,6 @@ def test_a_stalled_worker_changes_nothing_when_it_comes_back(
         settled.worker_id,
         settled.finished_at,
     )
-
-
-def _stop_between_transactions(worker: Any, state: AppState) -> None:
-    """Stop a process, but not while it holds SQLite's only write lock: all would wait for it."""
-
-    def stop() -> bool:
-        worker.send_signal(signal.SIGSTOP)
-        probe = sqlite3.connect(state.store.host_engine.url.database or "", timeout=0)
-        try:
-            probe.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            worker.send_signal(signal.SIGCONT)
-            return False
-        finally:
-            probe.close()
-        return True
-
-    wait_until(stop, "a moment between two transactions")
 
 
 def test_unstarted_work_of_a_killed_worker_is_not_blamed(

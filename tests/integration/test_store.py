@@ -622,9 +622,9 @@ class TestRescue:
         job_id = enqueue()
         for number in range(5):
             worker_id = register(state, f"w{number}", concurrency=1)
-            (spec,) = store.claim(worker_id, 1)
+            specs = store.claim(worker_id, 1)
             if number == 0:
-                store.mark_started(worker_id, [spec])
+                store.mark_started(worker_id, specs)
             store.rescue(worker_id, 0)
         assert (stored(app, job_id).status, stored(app, job_id).crash_count) == ("pending", 0)
 
