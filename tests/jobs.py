@@ -148,6 +148,14 @@ def crash_worker(path: str) -> None:
     os.kill(os.getpid(), 9)
 
 
+def tell_pid_and_hold_at_first(path: str) -> int:
+    """Run for ever at the first attempt, and tell where; end at once at a later one."""
+    if current_job.attempt == 1:
+        record(path, f"{os.getpid()}")
+        time.sleep(600)
+    return os.getpid()
+
+
 def crash_once(path: str) -> int:
     """Kill its own process at the first attempt."""
     record(path, f"{current_job.id} {current_job.attempt}")
@@ -396,6 +404,7 @@ NAMES = [
             system_exit,
             crash_worker,
             crash_once,
+            tell_pid_and_hold_at_first,
             exit_quietly,
             ignore_term,
             stuck_in_c,
