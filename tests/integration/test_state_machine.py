@@ -359,7 +359,7 @@ class LifeOfJobs(RuleBasedStateMachine):
     ) -> None:
         """As a worker's: settle some of what it runs, claim, and start what was claimed.
 
-        Code that could not be stopped may end when the same worker runs its job again.
+        Code that could not be stopped may go on, and end, when the same worker runs its job again.
         """
         worker = self.workers[which]
         running = [
@@ -377,6 +377,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         if start and specs:
             self._mark_started(worker.id, specs)
         for spec in [s for s in running if self._runs_again(worker.id, s, worker.id)]:
+            self._mark_started(worker.id, [spec])
             self._settle_late(worker.id, spec, kinds[0])
 
     def _settle(
