@@ -49,7 +49,7 @@ _MAX_CRASHES = 3
 
 _REACHED_PER_EXAMPLE = {
     "claims that took jobs": 1.0,
-    "outcomes recorded": 0.5,
+    "outcomes recorded": 0.3,
     "late outcomes refused": 0.5,
     "late outcomes refused while the same worker ran the job again": 0.02,
     "late outcomes in doubt refused": 0.02,
@@ -183,6 +183,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         before=st.lists(_turns, min_size=2, max_size=3),
         after=st.lists(_turns, min_size=1, max_size=3),
         ends=st.tuples(_ends, _ends),
+        pause=st.sampled_from([None, None, "a"]),
     )
     def begin(
         self,
@@ -190,14 +191,17 @@ class LifeOfJobs(RuleBasedStateMachine):
         before: list[dict[str, Any]],
         after: list[dict[str, Any]],
         ends: tuple[str, str],
+        pause: str | None,
     ) -> None:
-        """With work under way, and workers that died over it."""
+        """With work under way, workers that died over it, and perhaps a paused queue."""
         for job in jobs:
             self._enqueue(**job)
         for turns, end in zip((before, after), ends, strict=True):
             for turn in turns:
                 self._turn(**turn)
             self._die(turns[0]["which"], end)
+            if pause is not None:
+                self._pause_or_resume(pause, pause not in self.paused)
 
     # Who enqueues
 
