@@ -10,11 +10,14 @@ import contextlib
 import datetime as dt
 import logging
 import math
+import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from apscheduler.executors.debug import DebugExecutor
+from apscheduler.executors.base import BaseExecutor, run_job
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
@@ -45,9 +48,7 @@ class Clock:
         self._scheduler = BackgroundScheduler(
             daemon=True,
             timezone=dt.UTC,
-            # In the scheduler's own thread: what is called is quick, and the end of the
-            # interpreter turns thread pools away before this is stopped.
-            executors={"default": DebugExecutor()},
+            executors={"default": _OneThread()},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
 
@@ -126,6 +127,41 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
 
     def get_next_fire_time(self, _previous: dt.datetime | None, now: dt.datetime) -> dt.datetime:
         return now + self._pause
+
+
+class _OneThread(BaseExecutor):  # type: ignore[misc]  # APScheduler ships no types
+    """Calls in one daemon thread.
+
+    The end of the interpreter turns APScheduler's own thread pool away before this is stopped, and
+    waits for its threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="bgjobs-clock", daemon=True)
+
+    def start(self, scheduler: Any, alias: str) -> None:
+        super().start(scheduler, alias)
+        self._thread.start()
+
+    def shutdown(self, wait: bool = True) -> None:
+        self._calls.put(None)
+        if wait:
+            self._thread.join()
+
+    def _do_submit_job(self, job: Any, run_times: Any) -> None:
+        self._calls.put((job, run_times))
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            job, run_times = call
+            try:
+                events = run_job(job, job._jobstore_alias, run_times, self._logger.name)
+            except BaseException:
+                self._run_job_error(job.id, *sys.exc_info()[1:])
+            else:
+                self._run_job_success(job.id, events)
 
 
 def _wall_minus_monotonic() -> float:

@@ -164,6 +164,30 @@ def test_an_outage_is_nobodys_silence(
     assert [settled.spec.id for settled in sweeper.sweep(0)] == [job.id]
 
 
+def test_who_cannot_beat_judges_nobody(
+    app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a lock keeps all from writing, and so from showing that they live, nobody's silence
+    counts; what counts is the silence of one among others that beat."""
+    now = 0.0
+    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: now))
+    own, other = (register(state, name) for name in ("own", "other"))
+    job = enqueue("echo", 1)
+    state.store.claim(other, 1)
+    sweeper = Sweeper(state.store, lease=10)
+    assert sweeper.sweep(own) == []
+    for _ in range(10):
+        now += 3
+        assert sweeper.sweep(own) == []
+    for _ in range(2):
+        state.store.beat(own)
+        now += 2
+        assert sweeper.sweep(own) == []
+    state.store.beat(own)
+    now += 4
+    assert [settled.spec.id for settled in sweeper.sweep(own)] == [job.id]
+
+
 def _not_usable(_store: object) -> None:
     raise OperationalError("look", {}, Exception("database is gone"))
 

@@ -32,7 +32,7 @@ LONG_LEASE: dict[str, Any] = {"BGJOBS_LEASE": 120, "BGJOBS_HEARTBEAT_INTERVAL": 
 """Longer than any test: what comes back did not come back by a lease that ran out."""
 CLAIMED = commits("SKIP LOCKED", "< UPDATE [1-9]")
 """The commit of a claim that took something."""
-SETTLED = commits("UPDATE bgjobs_job SET .*error_type", "< UPDATE [1-9]")
+SETTLED = commits("UPDATE bgjobs_job.* SET .*error_type", "< UPDATE [1-9]")
 SERVERS = {"postgresql": PostgresServer, "mariadb": MariaServer}
 
 
