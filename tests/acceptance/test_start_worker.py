@@ -211,7 +211,8 @@ def test_the_worker_command_starts_one(app: Flask, state: AppState, site: Site) 
 def test_the_end_of_the_server_stops_it(
     app: Flask, state: AppState, site: Site, tmp_path: Path
 ) -> None:
-    """When the server ends, running jobs have their grace, and the worker's row says stopped."""
+    """When the server ends, running jobs have their grace, and the worker's row says stopped;
+    nothing that still wants to run then is turned away by an interpreter that ends."""
     site.run(*flask("run", "--port", str(site.port)))
     journal = tmp_path / "journal"
     job = run_background_job("tests.jobs.hold", parameters=[str(journal), 1.0])
@@ -220,3 +221,4 @@ def test_the_end_of_the_server_stops_it(
     assert job.refresh().status == "completed"
     with state.store.read() as connection:
         assert connection.execute(sa.select(Worker.status)).scalars().all() == ["stopped"]
+    assert "Error submitting" not in site.log.read_text()

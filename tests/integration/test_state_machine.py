@@ -7,7 +7,7 @@ those of "The life of a job" in the documentation, written anew.
 A walk that never comes to the interesting places proves nothing: what it has reached is counted,
 and a store without its fence must be found out.
 
-``BGJOBS_STATE_EXAMPLES=2000`` tries more orders than the 60 of a usual run.
+``BGJOBS_STATE_EXAMPLES=2000`` tries more orders than the 100 of a usual run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from flask_bgjobs.spec import JobSpec, Key, Outcome
 from flask_bgjobs.states import JobStatus, OutcomeKind
 from flask_bgjobs.worker import register
 
-_EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "60"))
+_EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "100"))
 _STEPS = 50
 _CANARY_EXAMPLES = 300
 """A usual run finds the missing fence within the first few."""
