@@ -30,8 +30,10 @@ from flask_bgjobs import (
     run_background_job,
 )
 from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt, JobLog
 from flask_bgjobs.models import Worker as WorkerRow
+from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.worker import Worker, WorkerOptions
 from tests.conftest import stored, wait_until
 
@@ -247,6 +249,20 @@ class TestTime:
             with working(app):
                 job.wait(30)
             assert job.status == "completed"
+
+    def test_an_urgent_job_overtakes_a_flood(self, app: Flask, journal: Path) -> None:
+        """Only a little is claimed ahead: a job of a higher priority that comes while thousands
+        wait runs before nearly all of them."""
+        enqueue_sets(
+            state_of(app), "tests.jobs.brief", None, [[str(journal), "flood"]] * 3_000, NO_OPTIONS
+        )
+        with working(app, concurrency=2):
+            wait_until(lambda: len(lines(journal)) > 300, "the flood", 60)
+            before = len(lines(journal))
+            enqueue("brief", str(journal), "urgent", priority="high")
+            wait_until(lambda: "urgent" in lines(journal), "the urgent job", 60)
+        # At 2 ms for a job in two threads, 100 ms of work are 100 jobs.
+        assert lines(journal).index("urgent") - before < 1_000
 
     def test_a_timeout_stops_the_code_and_uses_a_retry(
         self, app: Flask, state: AppState, journal: Path
