@@ -8,6 +8,7 @@ look that a wake-up spares comes with the next poll.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,27 @@ _SILENCE_SECONDS = 30.0
 """Without work for so long, a database that cannot tell is no longer asked so often."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 30.0
 """Before the next try to listen, when the last one failed."""
+
+
+class Wake:
+    """An event that a signal handler may set: ``threading.Event`` could deadlock there."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        # What is set already need not be set again, ten thousand times a second.
+        if self._queue.empty():
+            self._queue.put(None)
+
+    def wait(self, timeout: float) -> None:
+        """Return when it is set, or after ``timeout`` seconds; it is unset then."""
+        try:
+            self._queue.get(timeout=max(timeout, 0.0))
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            pass
 
 
 class WakeUps:

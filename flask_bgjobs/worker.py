@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import queue
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from .spec import JobSpec, Key, Outcome, Report, Settled
 from .states import JobStatus, OutcomeKind
 from .store import Store
 from .version import __version__
-from .wakeups import WakeUps
+from .wakeups import Wake, WakeUps
 
 _logger = logging.getLogger("flask_bgjobs")
 
@@ -113,7 +112,7 @@ class Worker:
         )
         self._id = 0
         self._stops = 0
-        self._wake = _Wake()
+        self._wake = Wake()
         self._outbox = Outbox(self._store)
         self._claimed = 0
         self._suspects: collections.deque[JobSpec] = collections.deque()
@@ -603,24 +602,3 @@ def _check_tables(state: AppState) -> None:
             f"the database has no table {missing[0]}: run `flask db migrate` and `flask db "
             "upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
         )
-
-
-class _Wake:
-    """An event that a signal handler may set: ``threading.Event`` could deadlock there."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def set(self) -> None:
-        # What is set already need not be set again, ten thousand times a second.
-        if self._queue.empty():
-            self._queue.put(None)
-
-    def wait(self, timeout: float) -> None:
-        """Return when it is set, or after ``timeout`` seconds; it is unset then."""
-        try:
-            self._queue.get(timeout=max(timeout, 0.0))
-            while True:
-                self._queue.get_nowait()
-        except queue.Empty:
-            pass
