@@ -106,9 +106,16 @@ def _quarantined(evidence: Evidence) -> Found:
 def _blamed_unproved(evidence: Evidence) -> Found:
     for job_id, failures in evidence.failures.items():
         outcomes = {attempt: outcome for attempt, outcome, _ in failures}
+        given_back = {
+            change.attempt
+            for change in evidence.history[job_id]
+            if (change.old_status, change.status) == ("running", "pending")
+        } - outcomes.keys()
         for attempt, outcome, error in failures:
             with_its_worker = outcome == CRASHED and "alone" in error
-            if with_its_worker and outcomes.get(attempt - 1) not in (LOST, CRASHED):
+            # A suspect that is given back stays one.
+            before = next(n for n in range(attempt - 1, -1, -1) if n not in given_back)
+            if with_its_worker and outcomes.get(before) not in (LOST, CRASHED):
                 yield job_id, f"it was no suspect in attempt {attempt}, and was blamed: {error}"
 
 

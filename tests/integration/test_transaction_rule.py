@@ -274,7 +274,7 @@ def test_a_released_savepoint_is_no_commit(shop: Shop) -> None:
     """``wait`` and ``refresh`` of a job that joined in a savepoint raise after its release as
     well, until the outermost commit."""
     with shop.session.begin_nested():
-        shop.session.execute(sa.insert(shop.order).values(name="a"))
+        shop.session.execute(sa.insert(shop.purchase).values(name="a"))
         job = shop.enqueue()
     with pytest.raises(JobNotCommitted):
         job.wait(timeout=1)
@@ -289,7 +289,7 @@ def test_a_released_savepoint_is_lost_with_its_transaction(shop: Shop, end: str)
     """A job that joined in a savepoint is gone, and was never announced, when the transaction
     around it is rolled back or closed after the release."""
     # Before the savepoint: Python's driver of SQLite would take its release for a commit.
-    shop.session.execute(sa.insert(shop.order).values(name="a"))
+    shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     with shop.session.begin_nested():
         job = shop.enqueue()
     getattr(shop.session, end)()

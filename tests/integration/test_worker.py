@@ -699,7 +699,8 @@ def _suspect(state: AppState, name: str, *parameters: Any) -> Job:
 
 
 def _beats(state: AppState, worker_id: int) -> int:
-    return next(row.beats for row in rows(state, WorkerRow) if row.id == worker_id)
+    """Its heartbeats so far; none before it has registered."""
+    return next((row.beats for row in rows(state, WorkerRow) if row.id == worker_id), 0)
 
 
 class TestSignalsAndLogs:
