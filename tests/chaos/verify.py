@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
 
 from flask_bgjobs import Job
 from flask_bgjobs.states import FINAL, JobStatus
 
 from .evidence import CRASHED, LOST, Evidence
-from .history import Change
 from .journal import END, Run
 
 _FINAL = frozenset(status.value for status in FINAL)
@@ -206,26 +206,23 @@ def _ran_twice(evidence: Evidence) -> Found:
 
 
 def _too_early(evidence: Evidence) -> Found:
-    """Nothing starts before it is due. (``delay`` counts from the insert.)"""
-    for job_id, changes in evidence.history.items():
-        job, inserted = evidence.jobs.get(job_id), _inserted(changes)
-        starts = evidence.starts.get(job_id)
-        if job is None or inserted is None or not starts:
+    """Nothing starts before it is due: ``delay`` counts from the time of its enqueue, which MySQL
+    is asked for just before the insert."""
+    for job in evidence.jobs.values():
+        starts = evidence.starts.get(job.id)
+        if not starts:
             continue
         delay = evidence.planned_of(job).options.get("delay", 0.0)
-        early = inserted.at + delay - (starts[0].at + evidence.clock_offset)
+        due = job.created_at.replace(tzinfo=dt.UTC).timestamp() + delay
+        early = due - (starts[0].at + evidence.clock_offset)
         if early > evidence.clock_slack:
-            yield job_id, f"it was started {early:.3f} s before it was due"
+            yield job.id, f"it was started {early:.3f} s before it was due"
 
 
 def _keeps_its_key(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         if job.status in _FINAL and job.unique_hash is not None:
             yield job.id, f"it is {job.status}, and still holds its unique_key"
-
-
-def _inserted(changes: Sequence[Change]) -> Change | None:
-    return next((change for change in changes if change.old_status is None), None)
 
 
 def _all_runs(evidence: Evidence) -> Iterator[Run]:
