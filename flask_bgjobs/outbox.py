@@ -37,7 +37,9 @@ class Outbox:
     def put(self, spec: JobSpec, outcome: Outcome) -> None:
         """Keep the outcome of an attempt until it is recorded."""
         is_smooth = outcome.kind is OutcomeKind.COMPLETED and outcome.report is None
-        (self._smooth if is_smooth else self._others).append((spec, outcome))
+        # Only the other way can tell what a commit without an answer has recorded.
+        in_bulk = is_smooth and spec.key not in self._in_doubt
+        (self._smooth if in_bulk else self._others).append((spec, outcome))
 
     def take_in(self, reports: MutableMapping[Key, Report]) -> None:
         """Add to the outcomes what their attempts told before, taken out of ``reports``."""

@@ -125,6 +125,20 @@ def test_what_is_in_doubt_is_looked_at_again(claimed: Claimed) -> None:
     assert claimed.record() == [(spec.id, "completed")]
 
 
+def test_what_is_in_doubt_stays_in_doubt(claimed: Claimed) -> None:
+    """Also where outcomes are taken out and put in again before the next try."""
+    (spec,) = claimed.jobs(1)
+    claimed.put(spec)
+    claimed.state.store.complete(
+        claimed.worker, [(spec, Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED))]
+    )
+    claimed.answers["complete"].append(IN_DOUBT)
+    with pytest.raises(CommitInDoubt):
+        claimed.record()
+    claimed.outbox.take_in({})
+    assert claimed.record() == [(spec.id, "completed")]
+
+
 def test_what_was_told_before_stays_with_its_attempt(claimed: Claimed) -> None:
     """Lines that could not be written while a job ran are written with its outcome."""
     (spec,) = claimed.jobs(1)
