@@ -42,6 +42,9 @@ class PostgresStore(Store):
     # In a query of its own it is read once, so that comparing with it can use an index.
     now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
     insert_into = staticmethod(postgresql.insert)
+    can_listen = True
+    _ears: Any = None
+    """The driver's connection that listens."""
 
     def plus(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
@@ -88,17 +91,14 @@ class PostgresStore(Store):
         with limited(self.host_engine, {"connect_timeout": seconds} if is_libpq else {}):
             return self.connect_as_host()
 
-    can_listen = True
-    _ears: Any = None
-    """The driver's connection that listens."""
-
     def stop_listening(self) -> None:
         if self._ears is not None:
             self.sever(self._ears)
 
     def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
         """Wait for the notification of a commit that enqueued jobs, on a connection of its own."""
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        options = self.dialect_options({ALONE: True})
+        with self.engine.connect().execution_options(**options) as connection:
             driver_connection: Any = connection.connection.driver_connection
             # Nobody else shall get a connection that listens.
             connection.detach()

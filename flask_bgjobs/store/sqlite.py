@@ -52,6 +52,7 @@ class SqliteStore(Store):
 
     now = sa.func.strftime(_CLOCK, "now", type_=UtcTime)
     has_one_writer = True
+    can_listen = True
     insert_into = staticmethod(sqlite.insert)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -165,12 +166,9 @@ class SqliteStore(Store):
             _logger.info(notice)
         return False
 
-    can_listen = True
-
     def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
         """Watch the number that SQLite gives to the newest commit of other connections."""
-        if self._file is None:
-            return
+        assert self._file is not None, "no worker shares a database in memory"
         with self.engine.connect().execution_options(**{ALONE: True}) as connection:
             number = self._file.number
             driver_connection: Any = connection.connection.driver_connection
