@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
@@ -30,24 +31,37 @@ class Outbox:
         """Of attempts that completed and told nothing more, to be recorded in bulk."""
         self._others: _Entries = collections.deque()
         self._in_doubt: set[Key] = set()
+        self._told: dict[Key, Report] = {}
+        """What attempts told while they ran, and could not be written then."""
 
     def __len__(self) -> int:
         return len(self._smooth) + len(self._others)
 
     def put(self, spec: JobSpec, outcome: Outcome) -> None:
         """Keep the outcome of an attempt until it is recorded."""
+        earlier = self._told.pop(spec.key, None)
+        if earlier is not None:
+            outcome = outcome._replace(report=earlier.followed_by(outcome.report))
         is_smooth = outcome.kind is OutcomeKind.COMPLETED and outcome.report is None
         # Only the other way can tell what a commit without an answer has recorded.
         in_bulk = is_smooth and spec.key not in self._in_doubt
         (self._smooth if in_bulk else self._others).append((spec, outcome))
 
-    def take_in(self, reports: MutableMapping[Key, Report]) -> None:
-        """Add to the outcomes what their attempts told before, taken out of ``reports``."""
+    def keep_told(self, reports: Mapping[Key, Report]) -> None:
+        """Keep what attempts told, and could not be written, for their outcomes."""
+        self._told.update(reports)
         for spec, outcome in self.take_all():
-            earlier = reports.pop(spec.key, None)
-            if earlier is not None:
-                outcome = outcome._replace(report=earlier.followed_by(outcome.report))
             self.put(spec, outcome)
+
+    def take_told(self) -> dict[Key, Report]:
+        """What running attempts told before; it is not kept any longer."""
+        told = {}
+        # One by one, as each may be taken by an outcome that comes meanwhile, also the last.
+        with contextlib.suppress(KeyError):
+            while self._told:
+                key, report = self._told.popitem()
+                told[key] = report
+        return told
 
     def take_all(self) -> list[tuple[JobSpec, Outcome]]:
         """What waits; it is not kept any longer."""

@@ -31,9 +31,9 @@ from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
 from .scheduler import STEP_SECONDS, Clock
 from .signals import emit_settled, worker_started, worker_stopped
-from .spec import JobSpec, Key, Outcome, Report, Settled
+from .spec import JobSpec, Key, Outcome, Settled
 from .states import JobStatus, OutcomeKind
-from .store import Store
+from .store import LeaseView, Store
 from .version import __version__
 from .wakeups import Wake, WakeUps
 
@@ -48,7 +48,7 @@ _PRUNE_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Between two steps of pruning, for others that want to write."""
 _LAST_SETTLE_TRIES = 3
-_END_SECONDS = 10.0
+_END_SECONDS = 8.0
 """After the grace of its jobs, for a worker to stop those that are left and to record the rest."""
 _DEADLINES_PER_LEASE = 4
 _LEAST_DEADLINE_SECONDS = 2.0
@@ -120,8 +120,6 @@ class Worker:
         self._held: set[Key] = set()
         """What it claimed, until the outcome is recorded."""
         self._claim_in_doubt = False
-        self._untold: dict[Key, Report] = {}
-        """What running jobs told, until it is written."""
         self._marked: set[Key] = set()
         self._followed = 0.0
         self._look_due = False
@@ -246,8 +244,9 @@ class Worker:
             # No outcome of it will come.
             self._suspect_running = None
         self._suspects.clear()
-        for forgotten in (self._held, self._marked, self._untold):
-            forgotten.clear()
+        self._outbox.take_told()
+        self._held.clear()
+        self._marked.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()
@@ -268,8 +267,6 @@ class Worker:
         self._prune()
 
     def _settle(self) -> None:
-        if self._untold:
-            self._outbox.take_in(self._untold)
         for settled in self._outbox.record(self._id, self.name):
             self._after_settle(settled)
 
@@ -277,7 +274,6 @@ class Worker:
         spec = settled.spec
         self._held.discard(spec.key)
         self._marked.discard(spec.key)
-        self._untold.pop(spec.key, None)
         if self._suspect_running is spec:
             self._suspect_running = None
         if settled.status is None:
@@ -312,16 +308,23 @@ class Worker:
             return
         self._followed = now
         self._show_started()
-        for key, report in self._pools.reports().items():
-            earlier = self._untold.get(key)
-            self._untold[key] = report if earlier is None else earlier.followed_by(report)
-        view = self._store.observe(self._id, self._untold)
-        self._untold.clear()
+        view = self._write_told()
         for spec in [*self._pools.running_specs(), *self._pools.unstarted_specs()]:
             lost = view.attempts.get(spec.id) != spec.attempt
             if not lost and spec.id not in view.cancelling:
                 continue
             self._pools.cancel(spec)
+
+    def _write_told(self) -> LeaseView:
+        """Write what running jobs told; where that fails, it waits for the next time."""
+        told = self._outbox.take_told()
+        for key, report in self._pools.reports().items():
+            told[key] = told[key].followed_by(report) if key in told else report
+        try:
+            return self._store.observe(self._id, told)
+        except BaseException:
+            self._outbox.keep_told(told)
+            raise
 
     def _show_started(self) -> None:
         """Show jobs as started that run for longer than a moment."""

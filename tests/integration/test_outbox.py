@@ -135,14 +135,19 @@ def test_what_is_in_doubt_stays_in_doubt(claimed: Claimed) -> None:
     claimed.answers["complete"].append(IN_DOUBT)
     with pytest.raises(CommitInDoubt):
         claimed.record()
-    claimed.outbox.take_in({})
+    claimed.outbox.keep_told({})
     assert claimed.record() == [(spec.id, "completed")]
 
 
-def test_what_was_told_before_stays_with_its_attempt(claimed: Claimed) -> None:
-    """Lines that could not be written while a job ran are written with its outcome."""
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_what_was_told_before_stays_with_its_attempt(claimed: Claimed, comes: str) -> None:
+    """Lines that could not be written while a job ran are written with its outcome, whether that
+    came before or comes after."""
     (spec,) = claimed.jobs(1)
-    claimed.put(spec)
-    claimed.outbox.take_in({spec.key: Report(lines=("one", "two"))})
+    if comes == "before":
+        claimed.put(spec)
+    claimed.outbox.keep_told({spec.key: Report(lines=("one", "two"))})
+    if comes == "after":
+        claimed.put(spec)
     assert claimed.record() == [(spec.id, "completed")]
     assert [row.message for row in rows(claimed.state, JobLog)] == ["one", "two"]
