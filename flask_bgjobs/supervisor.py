@@ -27,8 +27,8 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _TRIES = 3
 """Starts of each child, until a service of which none ever took jobs is given up."""
-_END_SECONDS = 10.0
-"""For a child to record what it did, beyond the grace of its jobs."""
+_END_SECONDS = 13.0
+"""For a child to end, beyond the grace of its jobs: longer than it takes by itself."""
 _SOME_BYTES = 4096
 
 
