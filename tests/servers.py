@@ -474,12 +474,15 @@ class MariaServer(Server):
         return [
             self._install,
             *("--no-defaults", f"--datadir={self.folder / 'data'}", "--skip-test-db"),
+            # Of its own: servers that are made at once take each other's temporary tables away.
+            f"--tmpdir={self.folder}",
             "--auth-root-authentication-method=normal",
         ]
 
     def _command(self) -> Sequence[str]:
         settings = _MARIADB_SETTINGS | {
             "datadir": self.folder / "data",
+            "tmpdir": self.folder,
             "port": self.port,
             "socket": self.folder / "socket",
             "pid-file": self.folder / "pid",
