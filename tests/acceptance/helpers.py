@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sqlite3
 from pathlib import Path
@@ -47,6 +48,7 @@ def stop_between_transactions(worker: Any, state: AppState) -> None:
 
     def stop() -> bool:
         worker.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, worker.pid, os.WSTOPPED)  # each of its threads, on any processor
         if _is_quiet(state):
             return True
         worker.send_signal(signal.SIGCONT)
