@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import functools
-import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,14 +14,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..errors import DatabaseNotSupported
 from ..models import Job, UtcTime
-from ..spec import JobSpec, Key
+from ..spec import JobSpec
 from .base import Store
 from .claims import SPEC_COLUMNS, claimed_values
 from .database import ALONE, JOBS, QUEUES, READ_ONLY
 from .due import promotion
 from .inserts import NewJobs, column_values, inserted_job
 from .links import limited, refuse_dead, shut_down
-from .settles import COMPLETION_TYPES, Completion
+from .settles import COMPLETION_TYPES
 
 _DRIVER = "pymysql"
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
@@ -106,23 +104,11 @@ class MysqlStore(Store):
             raise
         return inserted
 
-    def complete_within(
-        self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
-    ) -> Collection[Key]:
-        return self.execute_completion(
-            connection,
-            self._complete_all,
-            {"ended": json.dumps(ended), "fence_worker": worker_id},
-            ended,
-        )
-
-    @functools.cached_property
-    def _complete_all(self) -> sa.Update:
-        # In one statement: the driver would send one after the other.
+    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
         columns = ", ".join(f"{name} {read}" for name, read in _JSON_TYPES.items())
-        rows = sa.text(f"SELECT * FROM JSON_TABLE(:ended, '$[*]' COLUMNS ({columns})) AS ended")
+        table = f"JSON_TABLE(:{array.key}, '$[*]' COLUMNS ({columns})) AS ended"
         types = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
-        return self.completing(dict(rows.columns(*types).subquery("ended").c))
+        return sa.text(f"SELECT * FROM {table}").columns(*types).subquery("ended")
 
     def register_queue(self, connection: sa.Connection, name: str) -> None:
         row = mysql.insert(QUEUES).values(name=name, created_at=self.now)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import functools
-import json
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,12 +16,11 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from ..models import UtcTime
-from ..spec import Key
 from .base import Store
 from .database import ALONE, JOBS, READ_ONLY
 from .inserts import NewJobs
 from .links import is_readable, limited, refuse_dead, shut_down
-from .settles import COMPLETION_TYPES, Completion
+from .settles import COMPLETION_TYPES
 
 _CONNECT_SECONDS = 10.0
 _LIBPQ_DRIVERS = ("psycopg", "psycopg2")
@@ -51,20 +49,10 @@ class PostgresStore(Store):
     ) -> sa.ColumnElement[dt.datetime]:
         return time + seconds * sa.literal_column("interval '1 second'", sa.Interval)
 
-    def complete_within(
-        self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
-    ) -> Collection[Key]:
-        # In one statement: PostgreSQL takes ten times as long for one each.
-        parameters = {"ended": json.dumps(ended), "fence_worker": worker_id}
-        rows = connection.execute(self._complete_all, parameters)
-        return {(row.id, row.attempt) for row in rows}
-
-    @functools.cached_property
-    def _complete_all(self) -> Any:
+    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
         columns = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
-        rows = sa.func.json_to_recordset(sa.bindparam("ended", type_=sa.Text).cast(postgresql.JSON))
-        ended = rows.table_valued(*columns).render_derived(with_types=True)
-        return self.completing(dict(ended.c)).returning(JOBS.c.id, JOBS.c.attempt)
+        rows = sa.func.json_to_recordset(array.cast(postgresql.JSON))
+        return rows.table_valued(*columns).render_derived(name="ended", with_types=True)
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
@@ -79,8 +67,7 @@ class PostgresStore(Store):
             max_overflow=-1,
         )
         refuse_dead(engine, lambda connection: int(connection.fileno()))
-        if self.deadline is not None:
-            sa.event.listen(engine, "begin", self._limit_idle)
+        sa.event.listen(engine, "begin", self._on_begin)
         return engine
 
     def _connect(self) -> Any:
@@ -161,14 +148,19 @@ class PostgresStore(Store):
     def dialect_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**options, "isolation_level": "AUTOCOMMIT"} if ALONE in options else options
 
-    def _limit_idle(self, connection: sa.Connection) -> None:
-        """Let the server end the transaction of a worker that has fallen silent within it.
-
-        Its rows stay locked for as long, also for those that would rescue its jobs.
-        """
-        if not {READ_ONLY, ALONE} & connection.get_execution_options().keys():
-            limit = f"{self.deadline:.3f}s"
-            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{limit}'")
+    def _on_begin(self, connection: sa.Connection) -> None:
+        """Set what holds for this transaction alone, all in one round trip."""
+        if {READ_ONLY, ALONE} & connection.get_execution_options().keys():
+            return
+        # No statement needs the whole table of jobs, or is worth being compiled, whatever the
+        # planner believes of how many rows there are.
+        settings = {"enable_seqscan": "off", "jit": "off"}
+        if self.deadline is not None:
+            # The server ends it when the worker has fallen silent within it: the rows stay locked
+            # for as long, also for those that would rescue its jobs.
+            settings["idle_in_transaction_session_timeout"] = f"{self.deadline:.3f}s"
+        calls = (f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+        connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
 
     def sever(self, driver_connection: Any) -> None:
         with contextlib.suppress(Exception):

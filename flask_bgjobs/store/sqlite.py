@@ -19,6 +19,7 @@ from ..models import UtcTime
 from ..mounts import network_file_system
 from .base import Store
 from .database import ALONE, READ_ONLY, WORKERS
+from .settles import COMPLETION_TYPES
 from .sqlite_file import file_of
 
 _logger = logging.getLogger("flask_bgjobs")
@@ -72,6 +73,14 @@ class SqliteStore(Store):
     def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         each = sa.func.json_each(array).table_valued("key", "value")
         return each.c.key, each.c.value
+
+    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
+        completion = sa.func.json_each(array).table_valued("value").c.value
+        fields = (
+            sa.func.json_extract(completion, f"$.{name}", type_=kind).label(name)
+            for name, kind in COMPLETION_TYPES.items()
+        )
+        return sa.select(*fields).subquery("ended")
 
     @property
     def always_joins(self) -> bool:

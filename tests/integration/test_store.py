@@ -215,6 +215,22 @@ class TestPlans:
         assert "ix_bgjobs_job_due" in plan
         assert not _scans(plan)
 
+    @pytest.mark.parametrize("counted", [True, False], ids=["analyzed", "uncounted"])
+    def test_what_completed_is_found_by_its_id(
+        self, crowded: Store, worker: int, counted: bool
+    ) -> None:
+        """Completing in bulk looks for each job by its id, whatever is known of the table."""
+        batch = crowded.claim(worker, 300)
+        if not counted and crowded.engine.name == "sqlite":
+            execute(crowded, sa.text("DELETE FROM sqlite_stat1"))
+            crowded.engine.dispose()
+        ended_batch = [(spec, ended(spec)) for spec in batch]
+        plan = _plans(crowded, lambda: crowded.complete(worker, ended_batch))
+        # As SQLite, PostgreSQL, and MySQL put it.
+        keys = ("USING INTEGER PRIMARY KEY", "bgjobs_job_pkey", "bgjobs_job PRIMARY")
+        assert any(key in plan for key in keys)
+        assert not _scans(plan)
+
     @pytest.mark.on("mysql")
     def test_a_settle_locks_by_ids_alone(self, crowded: Store, worker: int) -> None:
         """What a settle locks is found by its ids: here any other index locks what it passes."""
