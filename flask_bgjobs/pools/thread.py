@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from ..app_state import AppState
 from ..context import CurrentJob
@@ -18,6 +17,7 @@ from ..execute import execute
 from ..spec import JobSpec, Key, Outcome, Report
 from ..states import OutcomeKind
 from ..window import Window
+from .hands import Hands
 
 _COMPACT_FROM = 1_000
 """Deadlines kept before those of finished jobs are looked for."""
@@ -32,7 +32,7 @@ class _Task:
 
 
 class ThreadPool:
-    """A fixed set of daemon threads. Jobs are submitted and taken back by one other thread only.
+    """Jobs in threads of this process. Jobs are submitted and taken back by one other thread only.
 
     :param state: the app whose jobs run.
     :param size: how many.
@@ -51,16 +51,10 @@ class ThreadPool:
         self._tasks: set[_Task] = set()
         """What was submitted and has not ended. What does not wait any more runs."""
         self._waiting: deque[_Task] = deque()
-        self._turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        """An entry for each task that was ever put into the queue; ``False`` ends a thread. It is
-        all that threads wait for: a lock around the tasks would be held by a thread that has lost
-        the GIL, with all others waiting for it."""
         self._deadlines = _Deadlines()
-        for number in range(size):
-            # Daemons: a job that ignores every request must not keep the process alive.
-            threading.Thread(target=self._work, name=f"bgjobs-{number + 1}", daemon=True).start()
+        self._hands = Hands(size, self._run_next, lambda: bool(self._waiting))
 
-    def submit(self, specs: Iterable[JobSpec], claimed: float) -> None:
+    def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
         """Run jobs, in this order, as threads become free.
 
         :param claimed: when they were claimed, by ``time.monotonic()``.
@@ -70,7 +64,7 @@ class ThreadPool:
             task = _Task(spec, CurrentJob(spec, max_payload=limit), claimed)
             self._tasks.add(task)
             self._waiting.append(task)
-            self._turns.put(True)
+        self._hands.call(len(specs))
 
     def unstarted(self) -> int:
         """How many submitted jobs wait for a thread."""
@@ -124,20 +118,18 @@ class ThreadPool:
 
     def close(self) -> None:
         """Let threads end when they are idle; nothing more can be submitted."""
-        for _ in range(self.size):
-            self._turns.put(False)
+        self._hands.close()
         self._deadlines.close()
 
-    def _work(self) -> None:
-        while self._turns.get():
-            # Nothing is there where somebody took the task back.
-            if (task := self._pop()) is not None:
-                self._run(task)
-
-    def _run(self, task: _Task) -> None:
+    def _run_next(self) -> bool:
+        """Run the task that has waited longest; ``False``: none waits."""
+        task = self._pop()
+        if task is None:
+            return False
         if task.spec.timeout is not None:
             self._deadlines.add(time.monotonic() + task.spec.timeout, task.window)
         self._finish(task, execute(self._state, task.spec, task.job, task.window, task.claimed))
+        return True
 
     def _finish(self, task: _Task, outcome: Outcome) -> None:
         # First told, then forgotten: who looks meanwhile finds it in two places rather than none.
