@@ -89,7 +89,7 @@ class Claims(Queues):
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
         rows = connection.execute(
             sa.update(JOBS)
-            .where(JOBS.c.id.in_(self.locked(candidates.limit(limit))))
+            .where(JOBS.c.id.in_(self.locked(self.first(candidates, limit))))
             .values(claimed_values(worker_id, self.now))
             .returning(*SPEC_COLUMNS)
         )
@@ -123,13 +123,10 @@ class Claims(Queues):
         return _PENDING.where(JOBS.c.queue == queue)
 
     def _merged(self, queues: Sequence[str], limit: int) -> sa.Select[Any]:
-        best_of_each = (
-            self._pending_in(name)
-            .add_columns(JOBS.c.claim_rank, JOBS.c.run_at)
-            .limit(limit)
-            .subquery()
-            for name in queues
+        pending = (
+            self._pending_in(name).add_columns(JOBS.c.claim_rank, JOBS.c.run_at) for name in queues
         )
+        best_of_each = (self.first(each, limit).subquery() for each in pending)
         best = sa.union_all(*(sa.select(each) for each in best_of_each)).subquery()
         # Joined again with the table, whose rows can be locked.
         return (

@@ -117,12 +117,8 @@ class Due(Database):
     def _due(self) -> Iterator[sa.Select[Any]]:
         """The ids of jobs that are due, one statement for each status."""
         for status in _WITH_A_TIME:
-            yield (
-                sa.select(JOBS.c.id)
-                .where(JOBS.c.status == status, JOBS.c.run_at <= self.now)
-                .order_by(JOBS.c.run_at, JOBS.c.id)
-                .limit(_PROMOTE_AT_ONCE)
-            )
+            due = sa.select(JOBS.c.id).where(JOBS.c.status == status, JOBS.c.run_at <= self.now)
+            yield self.first(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
 
 
 def promotion(ids: Any) -> sa.Update:

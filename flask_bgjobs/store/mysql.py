@@ -125,8 +125,9 @@ class MysqlStore(Store):
             "started_at": sa.null(),
         }
         columns = (claimed.get(column.name, column).label(column.name) for column in SPEC_COLUMNS)
-        chosen = candidates.with_only_columns(*columns, maintain_column_froms=True).limit(limit)
-        specs = [JobSpec._make(row) for row in connection.execute(self.locked(chosen))]
+        chosen = candidates.with_only_columns(*columns, maintain_column_froms=True)
+        rows = connection.execute(self.locked(self.first(chosen, limit)))
+        specs = [JobSpec._make(row) for row in rows]
         if specs:
             connection.execute(
                 sa.update(JOBS)

@@ -87,7 +87,7 @@ class Prunes(Database):
     ) -> Pruned:
         found: list[PruneCursor] = []
         for statement in self._old_jobs(retention, after):
-            rows = connection.execute(statement.limit(limit - len(found)).with_for_update())
+            rows = connection.execute(self.first(statement, limit - len(found)).with_for_update())
             found += (PruneCursor(JobStatus(row.status), row.finished_at, row.id) for row in rows)
             if len(found) >= limit:
                 break

@@ -63,14 +63,9 @@ class Selections(Database):
     def _next_ids(
         self, selection: Selection, status: JobStatus, after: int, limit: int
     ) -> list[int]:
-        statement = (
-            sa.select(JOBS.c.id)
-            .where(*_wanted(selection, status), JOBS.c.id > after)
-            .order_by(JOBS.c.id)
-            .limit(limit)
-        )
+        wanted = sa.select(JOBS.c.id).where(*_wanted(selection, status), JOBS.c.id > after)
         with self.read() as connection:
-            return list(connection.scalars(statement))
+            return list(connection.scalars(self.first(wanted.order_by(JOBS.c.id), limit)))
 
 
 def _wanted(selection: Selection, status: JobStatus) -> list[sa.ColumnElement[bool]]:

@@ -166,22 +166,8 @@ class TestPlans:
     @pytest.fixture
     def crowded(self, store: Store) -> Store:
         """50,000 rows beside the few that are wanted: parked, finished and of low priority."""
-        made = run_background_job("tests.jobs.echo")
-        columns = [c.name for c in Job.__table__.c if c.name not in ("id", "status", "claim_rank")]
-        names = ", ".join(columns)
-        # Squared, as MySQL recurses a thousand times at most.
-        numbers = (
-            "WITH RECURSIVE d(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM d WHERE i < 99), "
-            "n(i) AS (SELECT a.i * 100 + b.i FROM d AS a, d AS b)"
-        )
         for status in ("scheduled", "retrying", "completed", "failed", "pending"):
-            execute(
-                store,
-                sa.text(
-                    f"INSERT INTO bgjobs_job (status, claim_rank, {names}) {numbers} "
-                    f"SELECT '{status}', 1000 + i, {names} FROM bgjobs_job, n WHERE id = {made.id}"
-                ),
-            )
+            _copy_job(store, status, 10_000)
         analyze(store)
         return store
 
@@ -214,6 +200,15 @@ class TestPlans:
         plan = _plans(crowded, lambda: (crowded.promote(), crowded.upcoming(60, 0.05)))
         assert "ix_bgjobs_job_due" in plan
         assert not _scans(plan)
+
+    @pytest.mark.on("postgresql")
+    def test_the_claim_reads_in_order_without_statistics(self, store: Store, worker: int) -> None:
+        """A load that nobody has counted yet is not read and sorted as a whole."""
+        execute(store, sa.text("ALTER TABLE bgjobs_job SET (autovacuum_enabled = false)"))
+        _copy_job(store, "pending", 50_000)
+        plan = _plans(store, lambda: store.claim(worker, 1_000))
+        assert "ix_bgjobs_job_claim" in plan
+        assert not _sorts(plan)
 
     @pytest.mark.parametrize("counted", [True, False], ids=["analyzed", "uncounted"])
     def test_what_completed_is_found_by_its_id(
@@ -272,6 +267,25 @@ class TestPlans:
         plan = _plans(crowded, lambda: stats_now(state))
         assert not _scans(plan)
         assert "ix_bgjobs_job_finished" in plan
+
+
+def _copy_job(store: Store, status: str, copies: int) -> None:
+    """Add rows of a status and of low priority."""
+    made = run_background_job("tests.jobs.echo")
+    columns = [c.name for c in Job.__table__.c if c.name not in ("id", "status", "claim_rank")]
+    names = ", ".join(columns)
+    # Multiplied, as MySQL recurses a thousand times at most.
+    numbers = (
+        "WITH RECURSIVE d(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM d WHERE i < 99), "
+        "n(i) AS (SELECT a.i * 500 + b.i * 5 + c.i FROM d AS a, d AS b, d AS c WHERE c.i < 5)"
+    )
+    execute(
+        store,
+        sa.text(
+            f"INSERT INTO bgjobs_job (status, claim_rank, {names}) {numbers} SELECT '{status}', "
+            f"1000 + i, {names} FROM bgjobs_job, n WHERE id = {made.id} AND i < {copies}"
+        ),
+    )
 
 
 def _plans(store: Store, work: Callable[[], object]) -> str:
