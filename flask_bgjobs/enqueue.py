@@ -149,7 +149,7 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
 
 def _save(state: AppState, jobs: NewJobs) -> list[Job]:
     try:
-        return state.store.transaction(lambda connection: state.store.insert(connection, jobs))
+        return state.store.save(jobs)
     except DBAPIError as error:
         what_to_do = advice(error)
         if what_to_do is None:

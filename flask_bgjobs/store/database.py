@@ -173,7 +173,9 @@ class Database(abc.ABC):
         with self._own_engine_lock:
             if self._own_engine is None or self._own_engine_pid != os.getpid():
                 engine = self.make_engine()
-                self._own_engine = engine.execution_options(**self.execution_options)
+                # An engine with options, also with none, costs each connect 50 µs.
+                options = self.execution_options
+                self._own_engine = engine.execution_options(**options) if options else engine
                 self._own_engine_pid = os.getpid()
             return self._own_engine
 
@@ -280,6 +282,25 @@ class Database(abc.ABC):
 
         return self.redo(attempt)
 
+    def in_one_statement(self, work: Callable[[sa.Connection], T]) -> T:
+        """What ``work`` returns, of which one statement alone changes something.
+
+        That is a transaction by itself. It is redone where the database turned it away.
+
+        :raises CommitInDoubt: when the connection dies.
+        """
+
+        def attempt() -> T:
+            with self._connected(**{ALONE: True}) as connection:
+                try:
+                    return work(connection)
+                except DBAPIError as error:
+                    if not error.connection_invalidated:
+                        raise
+                    raise _in_doubt(error) from error
+
+        return self.redo(attempt)
+
     @contextlib.contextmanager
     def _connected(self, *, within: float | None = None, **options: Any) -> Iterator[sa.Connection]:
         deadline = self.deadline or within
@@ -287,7 +308,8 @@ class Database(abc.ABC):
             raise OperationalError("connect", None, TimeoutError("the time for it is over"))
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(self.engine.connect())
-            connection = connection.execution_options(**self.dialect_options(options))
+            if options:
+                connection = connection.execution_options(**self.dialect_options(options))
             if deadline is not None:
                 driver_connection = connection.connection.driver_connection
                 stack.enter_context(self._watchdog.watching(driver_connection, deadline))
@@ -310,6 +332,10 @@ def _commit(transaction: sa.RootTransaction) -> None:
     except DBAPIError as error:
         if not error.connection_invalidated:
             raise
-        raise CommitInDoubt(
-            error.statement, error.params, error.orig or error, connection_invalidated=True
-        ) from error
+        raise _in_doubt(error) from error
+
+
+def _in_doubt(error: DBAPIError) -> CommitInDoubt:
+    return CommitInDoubt(
+        error.statement, error.params, error.orig or error, connection_invalidated=True
+    )

@@ -50,16 +50,28 @@ class Inserts(Database):
 
         :param connection: of our own transaction or of the one that the jobs join.
         """
-        connection = connection.execution_options(**self.execution_options)
+        if self.execution_options:
+            connection = connection.execution_options(**self.execution_options)
         if jobs.values["unique_hash"] is not None:
             return [self._insert_unique(connection, jobs)]
         return self.insert_all(connection, jobs)
+
+    def save(self, jobs: NewJobs) -> list[Job]:
+        """The same as :meth:`insert`, in a transaction of its own.
+
+        :raises CommitInDoubt: when the connection dies, and nobody can tell whether they are saved.
+        """
+        is_one_statement = len(jobs.parameters) == 1 and jobs.values["unique_hash"] is None
+        commit = self.in_one_statement if is_one_statement else self.transaction
+        return commit(lambda connection: self.insert(connection, jobs))
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """The inserted jobs, in the order given."""
         if len(jobs.parameters) == 1:
             parameters = self.insert_parameters(connection, jobs)
-            row = connection.execute(self._insert_one, parameters).one()
+            # Half of the columns are empty, and each would cost a parameter.
+            given = {k: v for k, v in parameters.items() if v is not None or k not in JOBS.c}
+            row = connection.execute(self._insert_one, given).one()
             return [inserted_job(jobs, jobs.parameters[0], *row[:3])]
         return [job for part in _parts(jobs) for job in self._insert_part(connection, part)]
 

@@ -52,6 +52,7 @@ class MysqlStore(Store):
     """The statements on MySQL 8.0.1, MariaDB 10.6, or newer."""
 
     now = sa.literal_column("UTC_TIMESTAMP(6)", UtcTime)
+    insert_into = staticmethod(mysql.insert)
     # Shared, as the conflict has locked it: a snapshot of the host's may be older than the holder.
     _holders = Store._holders.with_for_update(read=True)
 
@@ -78,6 +79,9 @@ class MysqlStore(Store):
         return candidates.with_for_update(of=JOBS, skip_locked=True)
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        if len(jobs.parameters) == 1 and connection.dialect.insert_returning:
+            # MariaDB can tell what it inserted.
+            return super().insert_all(connection, jobs)
         now, step = connection.execute(
             sa.select(self.now, sa.literal_column("@@auto_increment_increment", sa.Integer))
         ).one()

@@ -72,7 +72,8 @@ class PostgresStore(Store):
             max_overflow=-1,
         )
         refuse_dead(engine, lambda connection: int(connection.fileno()))
-        sa.event.listen(engine, "begin", self._on_begin)
+        if self.deadline is not None:
+            sa.event.listen(engine, "begin", self._on_begin)
         return engine
 
     def _connect(self) -> Any:
@@ -154,16 +155,18 @@ class PostgresStore(Store):
         return {**options, "isolation_level": "AUTOCOMMIT"} if ALONE in options else options
 
     def _on_begin(self, connection: sa.Connection) -> None:
-        """Set what holds for this transaction alone, all in one round trip."""
+        """Set what holds for this transaction of a worker alone, in one round trip."""
         if {READ_ONLY, ALONE} & connection.get_execution_options().keys():
             return
-        # No statement needs the whole table of jobs, or is worth being compiled, whatever the
-        # planner believes of how many rows there are.
-        settings = {"enable_seqscan": "off", "jit": "off"}
-        if self.deadline is not None:
+        settings = {
             # The server ends it when the worker has fallen silent within it: the rows stay locked
             # for as long, also for those that would rescue its jobs.
-            settings["idle_in_transaction_session_timeout"] = f"{self.deadline:.3f}s"
+            "idle_in_transaction_session_timeout": f"{self.deadline:.3f}s",
+            # No statement needs the whole table of jobs, or is worth being compiled, whatever the
+            # planner believes of how many rows there are.
+            "enable_seqscan": "off",
+            "jit": "off",
+        }
         calls = (f"set_config('{name}', '{value}', true)" for name, value in settings.items())
         connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
 

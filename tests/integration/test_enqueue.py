@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import (
@@ -42,6 +43,20 @@ def test_the_call_of_the_model(app: Flask) -> None:
     found = stored(app, job)
     for column in Job.__mapper__.column_attrs:
         assert getattr(found, column.key) == getattr(job, column.key), column.key
+
+
+def test_an_enqueue_is_one_statement(app: Flask, state: AppState) -> None:
+    """A job of its own is one statement, which is its transaction: no round trip beside it."""
+    run_background_job("tests.jobs.echo")
+    statements = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        statements.append(statement)
+
+    sa.event.listen(state.store.engine, "before_cursor_execute", note)
+    run_background_job("tests.jobs.echo")
+    sa.event.remove(state.store.engine, "before_cursor_execute", note)
+    assert [statement.split()[0] for statement in statements] == ["INSERT"]
 
 
 def test_every_option_is_stored(app: Flask) -> None:

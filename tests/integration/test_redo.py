@@ -19,6 +19,7 @@ from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.models import Job
 from flask_bgjobs.spec import Outcome
 from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.store import CommitInDoubt
 from flask_bgjobs.worker import register
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
