@@ -246,3 +246,39 @@ def test_claims_where_the_server_isolates_strictly(
 
     taken = at_once(*(lambda s=store: claim_all(s) for store in stores))
     assert sorted(job_id for each in taken for job_id in each) == ids
+
+
+@pytest.mark.on("postgresql")
+def test_a_lone_statement_that_was_cut_off_is_in_doubt(state: AppState, counter: sa.Table) -> None:
+    """It may have been done, so it is not redone."""
+    tries = 0
+
+    def work(connection: sa.Connection) -> None:
+        nonlocal tries
+        tries += 1
+        connection.execute(sa.update(counter).values(number=counter.c.number + 1))
+        connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    with pytest.raises(CommitInDoubt):
+        state.store.in_one_statement(work)
+    assert tries == 1
+    assert numbers(state, counter) == [1, 1]
+
+
+def test_a_lone_statement_that_the_server_turned_away_is_redone(
+    state: AppState, counter: sa.Table, database_kind: str
+) -> None:
+    """What passes by itself is redone, as it was not done."""
+    tries = 0
+
+    def work(connection: sa.Connection) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            code = PASSING[database_kind][0]
+            connection.exec_driver_sql(RAISE[database_kind].format(code))
+        connection.execute(sa.update(counter).values(number=counter.c.number + 1))
+
+    state.store.in_one_statement(work)
+    assert tries == 2
+    assert numbers(state, counter) == [1, 1]
