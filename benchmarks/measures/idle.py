@@ -12,8 +12,8 @@ from ..stores import Stores
 from ..trial import Trial
 
 _SECONDS = 60.0
-_SETTLE_SECONDS = 2.0
-"""After its first job, until it is idle."""
+_SETTLE_SECONDS = 32.0
+"""After its first job, until it is idle: a worker that polls may look more often for a while."""
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
