@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,12 @@ _PENDING = (
     sa.select(JOBS.c.id)
     .where(JOBS.c.status == JobStatus.PENDING.value)
     .order_by(JOBS.c.claim_rank, JOBS.c.run_at, JOBS.c.id)
+)
+_STATUS_OF_CLAIMER = (
+    sa.select(WORKERS.c.status)
+    .where(WORKERS.c.id == sa.bindparam("claimer"))
+    # Shared, so that a rescue waits: what is claimed now must not be missing in it.
+    .with_for_update(read=True)
 )
 _PAUSED_QUEUES = sa.select(Queue.name).where(Queue.paused_at.is_not(None))
 _NEXT_PENDING_QUEUE = (
@@ -87,19 +94,27 @@ class Claims(Queues):
         self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
     ) -> list[JobSpec]:
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
-        rows = connection.execute(
-            sa.update(JOBS)
-            .where(JOBS.c.id.in_(self.locked(self.first(candidates, limit))))
-            .values(claimed_values(worker_id, self.now))
-            .returning(*SPEC_COLUMNS)
-        )
+        update = self._claim_of_pending if candidates is _PENDING else self._claim_of(candidates)
+        rows = connection.execute(update, {"claimer": worker_id, "at_most": limit})
         # RETURNING promises no order.
         return sorted(map(JobSpec._make, rows), key=_best_first)
 
+    @functools.cached_property
+    def _claim_of_pending(self) -> sa.Update:
+        # To build it takes longer than to run it.
+        return self._claim_of(_PENDING)
+
+    def _claim_of(self, candidates: sa.Select[Any]) -> sa.Update:
+        first = self.first(candidates, sa.bindparam("at_most", type_=sa.Integer))
+        return (
+            sa.update(JOBS)
+            .where(JOBS.c.id.in_(self.locked(first)))
+            .values(claimed_values(sa.bindparam("claimer"), self.now))
+            .returning(*SPEC_COLUMNS)
+        )
+
     def _is_alive(self, connection: sa.Connection, worker_id: int) -> bool:
-        # Shared, so that a rescue waits: what is claimed now must not be missing in it.
-        statement = sa.select(WORKERS.c.status).where(WORKERS.c.id == worker_id)
-        return connection.scalar(statement.with_for_update(read=True)) == "alive"
+        return connection.scalar(_STATUS_OF_CLAIMER, {"claimer": worker_id}) == "alive"
 
     def _candidates(
         self,
@@ -148,7 +163,7 @@ class Claims(Queues):
             self.register_queue(connection, name)
 
 
-def claimed_values(worker_id: int, claimed_at: Any) -> dict[str, Any]:
+def claimed_values(worker_id: Any, claimed_at: Any) -> dict[str, Any]:
     """What a claim writes into a job."""
     return {
         "status": JobStatus.RUNNING.value,

@@ -96,7 +96,7 @@ class Database(abc.ABC):
     insert_into: Callable[[sa.Table], Any]
     """The dialect's own ``insert()``, which can ignore conflicts."""
 
-    def first(self, ordered: sa.Select[Any], limit: int) -> sa.Select[Any]:
+    def first(self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]) -> sa.Select[Any]:
         """The first ``limit`` rows of a query whose order is that of an index."""
         return ordered.limit(limit)
 

@@ -41,9 +41,18 @@ class Work:
 class Due(Database):
     """The statements about time."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._looks: dict[tuple[str, ...] | None, sa.Select[Any]] = {}
+        """By the queues looked into."""
+
     def look(self, queues: Sequence[str] | None) -> Work:
         """What there is to do in ``queues``, or in all: one small statement."""
-        row = self.alone(lambda c: c.execute(self._look_in(queues)).one())
+        key = None if queues is None else tuple(queues)
+        if key not in self._looks:
+            # To build it takes longer than to run it, and a worker may look fifty times a second.
+            self._looks[key] = self._look_in(key)
+        row = self.alone(lambda c: c.execute(self._looks[key]).one())
         dues = [due for due in (row.scheduled, row.retrying) if due is not None]
         due_in = (min(dues) - row.now).total_seconds() if dues else None
         return Work(bool(row.pending), due_in)

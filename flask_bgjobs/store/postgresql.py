@@ -54,10 +54,10 @@ class PostgresStore(Store):
         rows = sa.func.json_to_recordset(array.cast(postgresql.JSON))
         return rows.table_valued(*columns).render_derived(name="ended", with_types=True)
 
-    def first(self, ordered: sa.Select[Any], limit: int) -> sa.Select[Any]:
+    def first(self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]) -> sa.Select[Any]:
         # By a query, whose value the planner does not know: it then reads in order. One that is
         # larger than the rows it believes in would let it read and sort them all.
-        return ordered.limit(sa.select(sa.literal(limit)).scalar_subquery())
+        return ordered.limit(sa.select(sa.type_coerce(limit, sa.Integer)).scalar_subquery())
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
