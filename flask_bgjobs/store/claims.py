@@ -95,7 +95,7 @@ class Claims(Queues):
     ) -> list[JobSpec]:
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
         update = self._claim_of_pending if candidates is _PENDING else self._claim_of(candidates)
-        rows = connection.execute(update, {"claimer": worker_id, "at_most": limit})
+        rows = connection.execute(update, {"claimer": worker_id, "at_most": limit}).all()
         # RETURNING promises no order.
         return sorted(map(JobSpec._make, rows), key=_best_first)
 

@@ -7,6 +7,7 @@ import datetime as dt
 import functools
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,9 +81,9 @@ class Inserts(Database):
         del parameters["parameters"]
         inserted = connection.execute(
             self._insert_many, {**parameters, "texts": json.dumps(jobs.parameters)}
-        )
+        ).all()
         # RETURNING promises no order, but the ids were drawn in that of the parameters.
-        rows = sorted(inserted, key=lambda row: row.id)
+        rows = sorted(inserted, key=operator.itemgetter(0))
         made = zip(jobs.parameters, rows, strict=True)
         return (inserted_job(jobs, text, *row[:3]) for text, row in made)
 
