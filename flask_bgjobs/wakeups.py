@@ -21,7 +21,7 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _QUICK_POLL_SECONDS = 0.02
 _SILENCE_SECONDS = 30.0
-"""Without work for so long, a database that cannot tell is no longer asked so often."""
+"""Without work for so long, the database is no longer asked so often."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 30.0
 """Before the next try to listen, when the last one failed."""
 
@@ -71,7 +71,7 @@ class WakeUps:
 
     def poll_seconds(self) -> float:
         """After how long the worker must look by itself."""
-        if self._thread is not None or time.monotonic() - self._worked > _SILENCE_SECONDS:
+        if self._thread is not None or self._is_quiet():
             return self._poll_interval
         return min(_QUICK_POLL_SECONDS, self._poll_interval)
 
@@ -82,12 +82,15 @@ class WakeUps:
             self._store.stop_listening()
             self._thread.join()
 
+    def _is_quiet(self) -> bool:
+        return time.monotonic() - self._worked > _SILENCE_SECONDS
+
     def _listen(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while not self._stopped.is_set():
             began = time.monotonic()
             try:
-                self._store.listen(self._stopped, self._on_news)
+                self._store.listen(self._stopped, self._on_news, self._is_quiet)
             except SQLAlchemyError as error:
                 # The worker itself says that the database is away, and polls meanwhile.
                 _logger.debug("Not listening for new jobs: %s", getattr(error, "orig", error))

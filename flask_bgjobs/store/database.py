@@ -140,8 +140,15 @@ class Database(abc.ABC):
     can_listen = False
     """Whether :meth:`listen` is there."""
 
-    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+    def listen(
+        self,
+        stopped: threading.Event,
+        on_news: Callable[[], object],
+        is_quiet: Callable[[], bool],
+    ) -> None:
         """Call ``on_news`` at once, and whenever somebody may have enqueued jobs, until stopped.
+
+        :param is_quiet: whether there has been nothing to do for a while.
 
         It also returns when it has to be called again, to go on with a new connection.
 

@@ -88,7 +88,12 @@ class PostgresStore(Store):
         if self._ears is not None:
             self.sever(self._ears)
 
-    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+    def listen(
+        self,
+        stopped: threading.Event,
+        on_news: Callable[[], object],
+        is_quiet: Callable[[], bool],
+    ) -> None:
         """Wait for the notification of a commit that enqueued jobs, on a connection of its own."""
         options = self.dialect_options({ALONE: True})
         with self.engine.connect().execution_options(**options) as connection:

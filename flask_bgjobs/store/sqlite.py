@@ -26,9 +26,8 @@ _logger = logging.getLogger("flask_bgjobs")
 
 _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
-_WATCH_SECONDS, _QUIET_WATCH_SECONDS = 0.005, 0.01
+_WATCH_SECONDS, _QUIET_WATCH_SECONDS = 0.005, 0.015
 """How often it is looked whether somebody has committed: one look costs microseconds."""
-_QUIET_SECONDS = 30.0
 _CLOCK = "%Y-%m-%d %H:%M:%f000"
 """SQLite's clock has milliseconds; the zeros keep all times the same length, so that they
 compare as text."""
@@ -175,21 +174,25 @@ class SqliteStore(Store):
             _logger.info(notice)
         return False
 
-    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+    def listen(
+        self,
+        stopped: threading.Event,
+        on_news: Callable[[], object],
+        is_quiet: Callable[[], bool],
+    ) -> None:
         """Watch the number that SQLite gives to the newest commit of other connections."""
         assert self._file is not None, "no worker shares a database in memory"
         with self.engine.connect().execution_options(**{ALONE: True}) as connection:
             number = self._file.number
             driver_connection: Any = connection.connection.driver_connection
-            seen, heard = None, time.monotonic()
+            seen = None
             # A connection to a file that was replaced must be closed.
             while self._file.number == number:
                 newest = _data_version(driver_connection)
                 if newest is not None and newest != seen:
-                    seen, heard = newest, time.monotonic()
+                    seen = newest
                     on_news()
-                is_quiet = time.monotonic() - heard > _QUIET_SECONDS
-                if stopped.wait(_QUIET_WATCH_SECONDS if is_quiet else _WATCH_SECONDS):
+                if stopped.wait(_QUIET_WATCH_SECONDS if is_quiet() else _WATCH_SECONDS):
                     return
 
     def make_engine(self) -> sa.Engine:

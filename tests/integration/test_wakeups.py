@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.enqueue import enqueue
 from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.wakeups import WakeUps
@@ -144,7 +144,9 @@ class Silent:
 
     can_listen = True
 
-    def listen(self, stopped: threading.Event, on_news: Callable[[], object]) -> None:
+    def listen(
+        self, stopped: threading.Event, on_news: Callable[[], object], _is_quiet: object
+    ) -> None:
         stopped.wait()
 
     def stop_listening(self) -> None:
@@ -174,3 +176,21 @@ def test_who_listens_polls_rarely(app: Flask) -> None:
     wake_ups.note_work()
     assert wake_ups.poll_seconds() == 1.0
     wake_ups.stop()
+
+
+@pytest.mark.on("sqlite")
+def test_a_quiet_file_is_looked_at_less_often(state: AppState) -> None:
+    """Looks cost a little, so there are fewer where there is nothing to do, also while workers
+    write that they live."""
+    waits: list[float] = []
+
+    class Stopped(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append(timeout)
+            return len(waits) == 4
+
+    news: list[int] = []
+    state.store.listen(Stopped(), lambda: news.append(len(waits)), lambda: len(waits) >= 2)
+    assert waits == [0.005, 0.005, 0.015, 0.015]
+    assert news == [0]
