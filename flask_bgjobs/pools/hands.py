@@ -41,6 +41,8 @@ class Hands:
         for it."""
         self._baton = threading.Lock()
         """Held by the one that works; another lock takes its place when that one is held up."""
+        self._resting: set[int] = set()
+        """Threads that wait for a turn."""
         self._begun = 0
         self._share_of_long = 0.0
         self._all_until = 0.0
@@ -70,13 +72,20 @@ class Hands:
         return time.monotonic() < self._all_until
 
     def _serve(self) -> None:
-        while self._turns.get():
+        while self._next_turn():
             has_left = self._work_with_all() if self._all_work else self._work_alone()
             # What came, or was left, while it stopped.
             if has_left and self._is_waiting():
                 self.call(self._size)
         while self._work():
             pass
+
+    def _next_turn(self) -> bool:
+        me = threading.get_ident()
+        self._resting.add(me)
+        turn = self._turns.get()
+        self._resting.discard(me)
+        return turn
 
     def _work_with_all(self) -> bool:
         while self._all_work and self._work():
@@ -109,7 +118,8 @@ class Hands:
     def _watch(self) -> None:
         while self._watched.get():
             begun = -1
-            while self._is_waiting() and not self._all_work:
+            # Who is at work and becomes free looks by itself for what waits.
+            while self._is_waiting() and self._resting and not self._all_work:
                 if begun == self._begun:
                     self._baton = threading.Lock()
                     self._turns.put(True)

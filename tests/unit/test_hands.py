@@ -93,6 +93,17 @@ def test_what_takes_a_little_longer_is_shared_at_once(work: Work) -> None:
     assert len(set(work.by)) == SIZE
 
 
+def test_nobody_watches_threads_that_are_all_at_work(work: Work) -> None:
+    """Where no thread could take over, none is called, however long the work takes."""
+    go_on = threading.Event()
+    work.give(*[lambda: go_on.wait(DEADLINE_SECONDS)] * SIZE * 2)
+    wait_until(lambda: len(work.waiting) == SIZE, "all threads at work")
+    time.sleep(0.5)
+    assert work.hands._turns.qsize() <= 2 * SIZE
+    go_on.set()
+    wait_until(lambda: work.is_done(2 * SIZE), "the work")
+
+
 def test_nothing_is_left_lying(work: Work) -> None:
     """Work that comes while threads stop, or go from one way to the other, is done."""
     given = 0
