@@ -83,6 +83,9 @@ class Hands:
     def _next_turn(self) -> bool:
         me = threading.get_ident()
         self._resting.add(me)
+        if self._is_waiting():
+            # Somebody else is to do it, who may be held up.
+            self._watched.put(True)
         turn = self._turns.get()
         self._resting.discard(me)
         return turn

@@ -93,6 +93,20 @@ def test_what_takes_a_little_longer_is_shared_at_once(work: Work) -> None:
     assert len(set(work.by)) == SIZE
 
 
+def test_who_becomes_free_beside_a_long_one_works_on(work: Work) -> None:
+    """As long as one piece takes, a thread that ends another one does what waits behind."""
+    go_on = threading.Event()
+    for _ in range(200):
+        count = len(work.by)
+        # All but one thread are held; what that one does is long enough to be relieved of it.
+        work.give(*[lambda: go_on.wait(DEADLINE_SECONDS)] * (SIZE - 1))
+        work.give(*[lambda: time.sleep(0.003)] * 2, *[nothing] * 3)
+        wait_until(lambda count=count: work.is_done(count + 5), "those that are not held")  # type: ignore[misc]
+        go_on.set()
+        wait_until(lambda count=count: work.is_done(count + SIZE + 4), "all")  # type: ignore[misc]
+        go_on.clear()
+
+
 def test_nobody_watches_threads_that_are_all_at_work(work: Work) -> None:
     """Where no thread could take over, none is called, however long the work takes."""
     go_on = threading.Event()
