@@ -191,7 +191,7 @@ class _PostgresProtocol(_Protocol):
 
 
 class _MysqlProtocol(_Protocol):
-    _QUERY, _OK = 3, 0
+    _QUERY, _OK, _ERROR = 3, 0, 0xFF
 
     def __init__(self) -> None:
         self._verb: str | None = None
@@ -212,9 +212,12 @@ class _MysqlProtocol(_Protocol):
 
     def answer(self, message: bytes) -> str | None:
         verb, self._verb = self._verb, None
-        if verb is None or message[4] != self._OK:
+        if verb is None or message[4] == self._ERROR:
             return None
-        return f"{verb} {_short_number(message[5:])}"
+        if message[4] == self._OK:
+            return f"{verb} {_short_number(message[5:])}"
+        # Of an INSERT … RETURNING; its rows follow.
+        return verb if verb == "INSERT" else None
 
     def begins(self, statement: str, transcript: Transcript) -> bool:
         """There is no BEGIN: what follows the end of one transaction is of the next."""
