@@ -73,9 +73,13 @@ class Hands:
 
     def _serve(self) -> None:
         while self._next_turn():
-            has_left = self._work_with_all() if self._all_work else self._work_alone()
+            if self._all_work:
+                while self._all_work and self._work():
+                    pass
+            elif not self._work_alone():
+                continue
             # What came, or was left, while it stopped.
-            if has_left and self._is_waiting():
+            if self._is_waiting():
                 self.call(self._size)
         while self._work():
             pass
@@ -89,11 +93,6 @@ class Hands:
         turn = self._turns.get()
         self._resting.discard(me)
         return turn
-
-    def _work_with_all(self) -> bool:
-        while self._all_work and self._work():
-            pass
-        return True
 
     def _work_alone(self) -> bool:
         """Work as long as it has the baton; whether it had."""
