@@ -88,6 +88,8 @@ def run_background_job(
     :raises JobNotAllowed: when the allow-list does not hold target or method.
     :raises InvalidJob: when a parameter or option is not acceptable.
     :raises DatabaseUnusable: when a SQLite file is locked for more than 30 s, full or read-only.
+    :raises sqlalchemy.exc.OperationalError: when the database is away. Where the link breaks in the
+        call, nobody can tell whether the job was stored.
     """
     options = JobOptions(
         retries=retries,
