@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..models import Job, Queue
+from ..models import Job, Queue, has_status
 from ..spec import JobSpec
 from ..states import JobStatus
 from .database import JOBS, WORKERS
@@ -20,7 +20,7 @@ SPEC_COLUMNS = [
 
 _PENDING = (
     sa.select(JOBS.c.id)
-    .where(JOBS.c.status == JobStatus.PENDING.value)
+    .where(has_status(JobStatus.PENDING))
     .order_by(JOBS.c.claim_rank, JOBS.c.run_at, JOBS.c.id)
 )
 _STATUS_OF_CLAIMER = (
@@ -32,7 +32,7 @@ _STATUS_OF_CLAIMER = (
 _PAUSED_QUEUES = sa.select(Queue.name).where(Queue.paused_at.is_not(None))
 _NEXT_PENDING_QUEUE = (
     sa.select(JOBS.c.queue)
-    .where(JOBS.c.status == JobStatus.PENDING.value, JOBS.c.queue > sa.bindparam("after"))
+    .where(has_status(JobStatus.PENDING), JOBS.c.queue > sa.bindparam("after"))
     .order_by(JOBS.c.queue)
     .limit(1)
 )
@@ -147,7 +147,7 @@ class Claims(Queues):
         return (
             sa.select(JOBS.c.id)
             .join_from(best, JOBS, JOBS.c.id == best.c.id)
-            .where(JOBS.c.status == JobStatus.PENDING.value)
+            .where(has_status(JobStatus.PENDING))
             .order_by(best.c.claim_rank, best.c.run_at, best.c.id)
         )
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from ..models import has_status
 from ..states import JobStatus
 from .database import JOBS, Database
 
 _PROMOTE_AT_ONCE = 1_000
 """Rows of a status per transaction: enqueues must not wait behind a long write."""
-_WITH_A_TIME = (JobStatus.SCHEDULED.value, JobStatus.RETRYING.value)
+_WITH_A_TIME = (JobStatus.SCHEDULED, JobStatus.RETRYING)
 _NEXT_DUE = (
     sa.select(JOBS.c.run_at)
     .where(
-        JOBS.c.status == sa.bindparam("status"),
         JOBS.c.run_at > sa.bindparam("after", type_=JOBS.c.run_at.type),
         JOBS.c.run_at <= sa.bindparam("until", type_=JOBS.c.run_at.type),
     )
@@ -80,13 +80,14 @@ class Due(Database):
         return sorted(dues)
 
     def _upcoming(
-        self, connection: sa.Connection, status: str, horizon: float, step: float
+        self, connection: sa.Connection, status: JobStatus, horizon: float, step: float
     ) -> Iterator[float]:
         now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
         end = now + dt.timedelta(seconds=horizon)
         last = now - dt.timedelta(days=1)
+        next_due = _NEXT_DUE.where(has_status(status))
         while True:
-            due = connection.scalar(_NEXT_DUE, {"status": status, "after": last, "until": end})
+            due = connection.scalar(next_due, {"after": last, "until": end})
             if due is None:
                 return
             yield (due - now).total_seconds()
@@ -94,29 +95,23 @@ class Due(Database):
 
     def unfinished(self, queues: Sequence[str] | None) -> bool:
         """Whether any job is pending or running in ``queues``, or in all."""
-        statement = sa.select(JOBS.c.id).where(
-            JOBS.c.status.in_([JobStatus.PENDING.value, JobStatus.RUNNING.value])
-        )
-        if queues is not None:
-            statement = statement.where(JOBS.c.queue.in_(queues))
+        pending, running = (_any(s, queues) for s in (JobStatus.PENDING, JobStatus.RUNNING))
         with self.read() as connection:
-            return connection.execute(statement.limit(1)).first() is not None
+            return bool(connection.scalar(sa.select(sa.or_(pending, running))))
 
     def _promote_some(self, connection: sa.Connection) -> int:
         return connection.execute(self._promotion).rowcount
 
     def _look_in(self, queues: Sequence[str] | None) -> sa.Select[Any]:
-        pending = sa.exists().where(JOBS.c.status == JobStatus.PENDING.value)
-        if queues is not None:
-            pending = pending.where(JOBS.c.queue.in_(queues))
         first_due = (
             sa.select(sa.func.min(JOBS.c.run_at))
-            .where(JOBS.c.status == status)
+            .where(has_status(status))
             .scalar_subquery()
-            .label(status)
+            .label(status.value)
             for status in _WITH_A_TIME
         )
-        return sa.select(self.now.label("now"), pending.label("pending"), *first_due)
+        pending = _any(JobStatus.PENDING, queues).label("pending")
+        return sa.select(self.now.label("now"), pending, *first_due)
 
     @functools.cached_property
     def _promotion(self) -> sa.Update:
@@ -126,8 +121,14 @@ class Due(Database):
     def _due(self) -> Iterator[sa.Select[Any]]:
         """The ids of jobs that are due, one statement for each status."""
         for status in _WITH_A_TIME:
-            due = sa.select(JOBS.c.id).where(JOBS.c.status == status, JOBS.c.run_at <= self.now)
+            due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
             yield self.first(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
+
+
+def _any(status: JobStatus, queues: Sequence[str] | None) -> sa.Exists:
+    """Whether there is a job with this status in ``queues``, or in all."""
+    found = sa.exists().where(has_status(status))
+    return found if queues is None else found.where(JOBS.c.queue.in_(queues))
 
 
 def promotion(ids: Any) -> sa.Update:

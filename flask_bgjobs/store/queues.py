@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from ..models import Queue
-from ..states import JobStatus
+from ..models import Queue, has_status
+from ..states import WAITING, JobStatus
 from .database import JOBS, QUEUES, Database
 
 _NEXT_QUEUE = (
     sa.select(JOBS.c.queue)
-    .where(JOBS.c.status == sa.bindparam("status"), JOBS.c.queue > sa.bindparam("after"))
+    .where(JOBS.c.queue > sa.bindparam("after"))
     .order_by(JOBS.c.queue)
     .limit(1)
 )
@@ -36,10 +36,10 @@ class Queues(Database):
         return self.transaction(work)
 
     def queue_names(self) -> set[str]:
-        """Every queue that a worker has claimed from, that is paused, or that holds a job."""
+        """Every queue that a worker has claimed from, that is paused, or that has waiting jobs."""
         with self.read() as connection:
             claimed = connection.scalars(sa.select(Queue.name)).all()
-            holding = (name for s in JobStatus for name in self._queues_holding(connection, s))
+            holding = (name for s in WAITING for name in self._queues_holding(connection, s))
             return {*claimed, *holding}
 
     def register_queue(self, connection: sa.Connection, name: str) -> None:
@@ -54,7 +54,7 @@ class Queues(Database):
 
     def _queues_holding(self, connection: sa.Connection, status: JobStatus) -> Iterator[str]:
         """The queues that hold jobs with this status, one index seek each."""
-        parameters = {"status": status.value, "after": ""}
-        while (name := connection.scalar(_NEXT_QUEUE, parameters)) is not None:
+        next_queue = _NEXT_QUEUE.where(has_status(status))
+        name: str | None = ""
+        while (name := connection.scalar(next_queue, {"after": name})) is not None:
             yield name
-            parameters["after"] = name

@@ -166,18 +166,34 @@ def upgrade():
         "bgjobs_job",
         ["status", "claim_rank", "run_at", "id"],
         unique=False,
+        sqlite_where=sa.text("status = 'pending'"),
+        postgresql_where=sa.text("status = 'pending'"),
     )
     op.create_index(
         op.f("ix_bgjobs_job_claim_queue"),
         "bgjobs_job",
         ["status", "queue", "claim_rank", "run_at", "id"],
         unique=False,
+        sqlite_where=sa.text("status = 'pending' OR status = 'scheduled' OR status = 'retrying'"),
+        postgresql_where=sa.text(
+            "status = 'pending' OR status = 'scheduled' OR status = 'retrying'"
+        ),
     )
     op.create_index(
-        op.f("ix_bgjobs_job_due"), "bgjobs_job", ["status", "run_at", "id"], unique=False
+        op.f("ix_bgjobs_job_due"),
+        "bgjobs_job",
+        ["status", "run_at", "id"],
+        unique=False,
+        sqlite_where=sa.text("status = 'scheduled' OR status = 'retrying'"),
+        postgresql_where=sa.text("status = 'scheduled' OR status = 'retrying'"),
     )
     op.create_index(
-        op.f("ix_bgjobs_job_finished"), "bgjobs_job", ["status", "finished_at", "id"], unique=False
+        op.f("ix_bgjobs_job_finished"),
+        "bgjobs_job",
+        ["status", "finished_at", "id"],
+        unique=False,
+        sqlite_where=sa.text("finished_at IS NOT NULL"),
+        postgresql_where=sa.text("finished_at IS NOT NULL"),
     )
     op.create_index(op.f("ix_bgjobs_job_list"), "bgjobs_job", ["status", "id"], unique=False)
     op.create_index(op.f("uq_bgjobs_job_unique_hash"), "bgjobs_job", ["unique_hash"], unique=True)

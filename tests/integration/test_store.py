@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime as dt
+import re
 import select
 import threading
 from collections.abc import Callable
@@ -192,6 +193,27 @@ class TestPlans:
         assert [spec.id for spec in taken] == [open_job]
         assert "ix_bgjobs_job_claim_queue" in plan
         assert not _scans(plan)
+
+    @pytest.mark.on("sqlite", "postgresql")
+    def test_a_job_stands_in_few_indexes(self, store: Store) -> None:
+        """Only jobs that wait are in the indexes of the claim, and only finished ones in theirs."""
+        with store.read() as connection:
+            found = sa.inspect(connection).get_indexes("bgjobs_job")
+        where = {
+            str(index["name"]).removeprefix("ix_bgjobs_job_"): str(condition)
+            for index in found
+            for option, condition in index.get("dialect_options", {}).items()
+            if option.endswith("_where")
+        }
+        words = {
+            name: set(re.findall("pending|scheduled|retrying|NULL", where[name])) for name in where
+        }
+        assert words == {
+            "claim": {"pending"},
+            "claim_queue": {"pending", "scheduled", "retrying"},
+            "due": {"scheduled", "retrying"},
+            "finished": {"NULL"},
+        }
 
     def test_promotion_reads_an_index(self, crowded: Store) -> None:
         """Finding what is due reads the index of due times."""

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Attempt, Job, JobLog, Worker
+from ...models import Attempt, Job, JobLog, Worker, has_status
 from ...states import WAITING, JobStatus
 from .rows import JobRow, job_row
 from .service import Service, service_now
@@ -156,7 +156,7 @@ def _count_ahead(job: Job) -> sa.ScalarSelect[int]:
     ahead = (
         sa.select(_job.c.id)
         .where(
-            _job.c.status == JobStatus.PENDING.value,
+            has_status(JobStatus.PENDING),
             _job.c.queue == job.queue,
             sa.or_(
                 _job.c.claim_rank < job.claim_rank,

@@ -118,7 +118,7 @@ def recent_failures(
     """The jobs that failed last, newest failure first."""
     statement = (
         sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS)
-        .where(_job.c.status == JobStatus.FAILED.value)
+        .where(_job.c.status == JobStatus.FAILED.value, _job.c.finished_at.is_not(None))
         .order_by(_job.c.finished_at.desc(), _job.c.id.desc())
     )
     # Some may be hidden from the visitor; a few more make up for them.

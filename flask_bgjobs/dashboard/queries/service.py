@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Job, Queue, Worker
+from ...models import Job, Queue, Worker, has_status
 from ...states import JobStatus
 
 HEALTH_SECONDS = 5.0
@@ -103,7 +103,7 @@ def _worker_row(row: sa.Row[Any], now: dt.datetime, lease: float) -> WorkerRow:
 
 def _pending_queues() -> sa.Select[Any]:
     """The queues that hold pending jobs: one index seek each, where DISTINCT reads them all."""
-    pending = _job.c.status == JobStatus.PENDING.value
+    pending = has_status(JobStatus.PENDING)
     walk = (
         sa.select(sa.func.min(_job.c.queue).label("name"))
         .where(pending)
