@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -19,7 +20,7 @@ from .errors import BgJobsError, DatabaseUnusable, InvalidJob
 from .models import Job
 from .options import JobOptions, column_values, first_run
 from .registry import Target
-from .signals import job_enqueued, job_refused
+from .signals import emit_each, job_enqueued, job_refused
 from .states import JobStatus
 from .store import NewJobs, advice, unique_hash
 
@@ -135,15 +136,14 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
     joined = _session_to_join(state, session)
     if joined is None:
         saved = _save(state, jobs)
-        for job in _new_among(saved):
-            _announce(state, job)
+        _announce(state, _new_among(saved))
         return saved
     commits = state.commits_clean_sessions and not joining.holds_writes(
         joined, state.store.host_engine
     )
     joined.flush()
     saved = state.store.insert(_connection_of(state, joined), jobs)
-    joining.follow(joined, _new_among(saved), lambda job: _announce(state, job))
+    joining.follow(joined, _new_among(saved), lambda job: _announce(state, [job]))
     if commits:
         joined.commit()
     return saved
@@ -253,9 +253,9 @@ def _new_among(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not job.deduplicated]
 
 
-def _announce(state: AppState, job: Job) -> None:
-    state.emit(job_enqueued, job=job)
-    for notify in list(state.enqueued):
+def _announce(state: AppState, jobs: Sequence[Job]) -> None:
+    emit_each(job_enqueued, state.app, ({"job": job} for job in jobs))
+    for job, notify in itertools.product(jobs, list(state.enqueued)):
         try:
             notify(job)
         except Exception:

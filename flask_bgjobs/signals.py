@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable, Mapping
 
 from blinker import NamedSignal, Namespace
 from flask import Flask
@@ -46,15 +47,27 @@ _logger = logging.getLogger("flask_bgjobs")
 
 def emit(signal: NamedSignal, app: Flask, **values: object) -> None:
     """Send a signal; a receiver that raises is logged and keeps nobody else from hearing."""
+    emit_each(signal, app, [values])
+
+
+def emit_each(signal: NamedSignal, app: Flask, each: Iterable[Mapping[str, object]]) -> None:
+    """Send a signal once for each of several ``values``.
+
+    Its receivers are looked up once: for a bulk of jobs that takes longer than to call them.
+    """
     if not signal.receivers:
         return
-    for receiver in signal.receivers_for(app):
-        try:
-            receiver(app, **values)
-        except Exception:
-            # Also when the broken receiver is the log itself.
-            with contextlib.suppress(Exception):
-                _logger.exception("A receiver of %s raised; the job is not affected", signal.name)
+    receivers = list(signal.receivers_for(app))
+    for values in each:
+        for receiver in receivers:
+            try:
+                receiver(app, **values)
+            except Exception:
+                # Also when the broken receiver is the log itself.
+                with contextlib.suppress(Exception):
+                    _logger.exception(
+                        "A receiver of %s raised; the job is not affected", signal.name
+                    )
 
 
 def emit_settled(app: Flask, settled: Settled) -> None:
