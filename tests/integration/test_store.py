@@ -897,6 +897,25 @@ class TestConcurrency:
         connection.close()
         stalled.dispose()
 
+    @pytest.mark.on("postgresql")
+    def test_only_a_worker_changes_how_its_statements_are_planned(
+        self, app: Flask, store: Store
+    ) -> None:
+        """A worker's transactions never scan the table; nobody else's settings change."""
+        shows = "SELECT current_setting('enable_seqscan'), current_setting('jit')"
+
+        def settings(connection: sa.Connection) -> tuple[str, ...]:
+            return tuple(connection.exec_driver_sql(shows).one())
+
+        with app.extensions["sqlalchemy"].engine.connect() as connection:
+            usual = settings(connection)
+        of_a_worker = store.with_deadline(5.0)
+        assert of_a_worker.transaction(settings) == ("off", "off")
+        # Also on the same connection, once the transaction has ended.
+        assert of_a_worker.alone(settings) == usual
+        assert store.transaction(settings) == usual
+        of_a_worker.dispose()
+
 
 _END = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
 _WAITING = {
