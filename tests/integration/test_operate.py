@@ -169,12 +169,19 @@ def test_pausing_again_keeps_the_time(state: AppState) -> None:
     assert (state.store.clock() - paused_at).total_seconds() > DAY / 2
 
 
-@pytest.mark.parametrize("status", ["pending", "completed", "scheduled"])
-def test_queues_of_any_job_are_known(state: AppState, status: str) -> None:
-    """A queue can be paused while any job has its name, or the configuration names it."""
+@pytest.mark.parametrize("status", ["pending", "scheduled", "retrying"])
+def test_queues_of_waiting_jobs_are_known(state: AppState, status: str) -> None:
+    """A queue can be paused while a job waits in it, or the configuration names it."""
     add(state, 1, queue="mail", status=status)
     assert actions.pause(state, "mail")
     assert actions.pause(state, "default")
+
+
+def test_queues_that_had_work_are_known(state: AppState, run: Any) -> None:
+    """A queue of which a worker has taken a job can be paused for ever after."""
+    run_background_job("tests.jobs.echo", queue="mail")
+    run("worker", "--burst")
+    assert actions.pause(state, "mail")
 
 
 def test_configured_queues_are_known(make_app: Callable[..., Flask]) -> None:
