@@ -42,24 +42,34 @@ only where they are the same."""
 _NUMBERED_TABLE = {"sqlite_autoincrement": True, **_TABLE}
 """No id is used again, also not on SQLite."""
 
+IS_OF_ANY_QUEUE = "attempt >= 0"
+"""True of every job. A claim has to say so to use the index of all queues on PostgreSQL: one that
+serves some queues alone does not, or the planner might let it step over the jobs of all others."""
 _IS_PENDING = "status = 'pending'"
 # Not as a list: SQLite sees that a job is in it only where the statement has the same list.
 _IS_DELAYED = "status = 'scheduled' OR status = 'retrying'"
 _HAS_ENDED = "finished_at IS NOT NULL"
-_WHERE = ("sqlite_where", "postgresql_where")
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
 
 
-def _index(name: str, *columns: str, unique: bool = False, where: str | None = None) -> sa.Index:
+def _index(
+    name: str,
+    *columns: str,
+    unique: bool = False,
+    where: str | None = None,
+    postgresql_where: str | None = None,
+) -> sa.Index:
     """An index.
 
     :param where: which rows stand in it; all of them on MySQL, which has no such indexes. A job
         costs the less, the fewer indexes it stands in.
+    :param postgresql_where: the same on PostgreSQL, where it is not as elsewhere.
     """
-    conditions: Any = {} if where is None else dict.fromkeys(_WHERE, sa.text(where))
+    conditions = {"sqlite_where": where, "postgresql_where": postgresql_where or where}
+    options: Any = {key: sa.text(text) for key, text in conditions.items() if text is not None}
     # conv() keeps a host's naming convention from renaming what the statements rely on.
-    return sa.Index(conv(name), *columns, unique=unique, **conditions)
+    return sa.Index(conv(name), *columns, unique=unique, **options)
 
 
 class Base(DeclarativeBase):
@@ -78,7 +88,12 @@ class Job(Base):
 
     __tablename__ = "bgjobs_job"
     __table_args__ = (
-        _index("ix_bgjobs_job_claim", "status", "claim_rank", "run_at", "id", where=_IS_PENDING),
+        _index(
+            "ix_bgjobs_job_claim",
+            *("status", "claim_rank", "run_at", "id"),
+            where=_IS_PENDING,
+            postgresql_where=f"{_IS_PENDING} AND {IS_OF_ANY_QUEUE}",
+        ),
         _index(
             "ix_bgjobs_job_claim_queue",
             *("status", "queue", "claim_rank", "run_at", "id"),

@@ -167,7 +167,7 @@ def upgrade():
         ["status", "claim_rank", "run_at", "id"],
         unique=False,
         sqlite_where=sa.text("status = 'pending'"),
-        postgresql_where=sa.text("status = 'pending'"),
+        postgresql_where=sa.text("status = 'pending' AND attempt >= 0"),
     )
     op.create_index(
         op.f("ix_bgjobs_job_claim_queue"),

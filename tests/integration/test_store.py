@@ -194,6 +194,18 @@ class TestPlans:
         assert "ix_bgjobs_job_claim_queue" in plan
         assert not _scans(plan)
 
+    def test_a_claim_of_some_queues_steps_over_no_others(self, store: Store, worker: int) -> None:
+        """A backlog of other queues that nobody has counted is not read for a worker of one."""
+        if store.engine.name == "postgresql":
+            execute(store, sa.text("ALTER TABLE bgjobs_job SET (autovacuum_enabled = false)"))
+        _copy_job(store, "pending", 1_000)
+        execute(store, sa.update(Job).values(queue="mail", claim_rank=100_000))
+        analyze(store)
+        _copy_job(store, "pending", 50_000)
+        plan = _plans(store, lambda: store.claim(worker, 100, ["mail"]))
+        assert "ix_bgjobs_job_claim_queue" in plan
+        assert not _sorts(plan)
+
     @pytest.mark.on("sqlite", "postgresql")
     def test_a_job_stands_in_few_indexes(self, store: Store) -> None:
         """Only jobs that wait are in the indexes of the claim, and only finished ones in theirs."""
