@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,14 @@ class TestReplacedFile:
     ) -> None:
         """A new file beside which the old one's ``-wal`` lies is not opened, until that is gone:
         SQLite would write what it holds into the new file."""
+        # Page for page as the old one was: what the log holds then makes a whole of it.
+        new = shutil.copy(file, file.with_name("new.db"))
         store.prepare(wal=True)
         for number in range(50):
             enqueue(number)
         wal = Path(f"{file}-wal")
         assert wal.stat().st_size > 0
-        os.replace(empty_database(file.with_name("new.db")), file)
+        os.replace(new, file)
         for _ in range(2):
             with pytest.raises(OperationalError, match=r"delete .*test\.db-wal and .*test\.db-shm"):
                 store.living_workers()
