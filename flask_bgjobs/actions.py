@@ -1,6 +1,6 @@
 """What people do by hand: cancel, retry and delete jobs, pause and resume queues.
 
-The CLI and the dashboard call these.
+The CLI and the dashboard call these. ``by`` is who makes the change, for the audit trail.
 """
 
 from __future__ import annotations
@@ -10,66 +10,68 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .app_state import AppState
 from .errors import QueueNotFound
-from .store import ActionResult, Selection
+from .store import ActionResult, Actor, Selection
 
 _AT_ONCE = 500
 """Jobs per transaction when many are chosen: others wait for the write lock meanwhile."""
 
-Act = Callable[[AppState, Sequence[int]], ActionResult]
+Act = Callable[[AppState, Sequence[int], Actor | None], ActionResult]
 
 
-def cancel(state: AppState, ids: Sequence[int]) -> ActionResult:
+def cancel(state: AppState, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
     """Cancel jobs: at once where they wait, by asking where they run.
 
     :returns: ``done`` are cancelled, ``requested`` run and are asked to stop, ``skipped`` were
         finished or do not exist.
     """
-    return state.cancel(ids)
+    return state.cancel(ids, by)
 
 
-def retry(state: AppState, ids: Sequence[int]) -> ActionResult:
+def retry(state: AppState, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
     """Run failed, cancelled or retrying jobs again, now, with all their retries.
 
     :returns: ``done`` are pending; ``skipped`` says why not, such as a taken ``unique_key``.
     """
-    return state.store.retry(ids)
+    return state.store.retry(ids, by)
 
 
-def delete(state: AppState, ids: Sequence[int]) -> ActionResult:
+def delete(state: AppState, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
     """Delete jobs that do not run, with their attempts and log lines.
 
     :returns: ``done`` are gone; ``skipped`` run, or another table's row refers to them.
     """
-    return state.store.delete(ids)
+    return state.store.delete(ids, by)
 
 
-def act_on_selected(state: AppState, act: Act, selection: Selection) -> Iterator[ActionResult]:
+def act_on_selected(
+    state: AppState, act: Act, selection: Selection, by: Actor | None = None
+) -> Iterator[ActionResult]:
     """What ``act`` did to the jobs that are selected, batch by batch.
 
     :param act: :func:`cancel`, :func:`retry` or :func:`delete`.
     """
     for ids in state.store.selected_ids(selection, _AT_ONCE):
-        yield act(state, ids)
+        yield act(state, ids, by)
 
 
-def pause(state: AppState, queue: str) -> bool:
+def pause(state: AppState, queue: str, by: Actor | None = None) -> bool:
     """Let no worker claim jobs of ``queue``; running ones go on.
 
     :returns: ``False`` when it was paused already.
     :raises QueueNotFound: when there is no such queue.
     """
     _check_exists(state, queue)
-    return state.store.pause(queue)
+    return state.store.pause(queue, by)
 
 
-def resume(state: AppState, queue: str) -> bool:
+def resume(state: AppState, queue: str, by: Actor | None = None) -> bool:
     """Let workers claim jobs of ``queue`` again.
 
     :returns: ``False`` when it was not paused.
     :raises QueueNotFound: when there is no such queue.
     """
     _check_exists(state, queue)
-    return state.store.resume(queue)
+    return state.store.resume(queue, by)
 
 
 def _check_exists(state: AppState, queue: str) -> None:

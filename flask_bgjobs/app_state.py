@@ -17,7 +17,7 @@ from .models import Job
 from .redact import Redactor
 from .registry import Registry
 from .signals import emit, job_cancelled
-from .store import ActionResult, Store
+from .store import ActionResult, Actor, Store
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -68,9 +68,12 @@ class AppState:
                 "flask_bgjobs.testing in tests"
             )
 
-    def cancel(self, ids: Sequence[int]) -> ActionResult:
-        """Cancel jobs, and tell of those that waited; running ones are asked to stop."""
-        result = self.store.cancel(ids)
+    def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
+        """Cancel jobs, and tell of those that waited; running ones are asked to stop.
+
+        :param by: who does it, for the audit trail; ``None``: the app's own code.
+        """
+        result = self.store.cancel(ids, by)
         for job in self.store.get_many(result.done) if result.done else ():
             self.emit(job_cancelled, job=job)
         return result

@@ -94,7 +94,8 @@ class Sweeper:
 class Pruner:
     """Deletes finished jobs that are older than their retention, a short step at a time.
 
-    A pass looks at each such job once. It ends with the rows of workers that are long gone.
+    A pass looks at each such job once. It ends with the rows of workers that are long gone, and
+    with numbers and audit entries that nobody needs any more.
     """
 
     def __init__(self, store: Store, retention: Retention) -> None:
@@ -116,4 +117,6 @@ class Pruner:
         self._cursor = pruned.cursor
         if pruned.cursor is None:
             self._store.prune_workers(_PRUNED_AT_ONCE)
+            self._store.prune_rollup()
+            self._store.prune_audits(_PRUNED_AT_ONCE)
         return pruned.cursor is not None

@@ -333,6 +333,8 @@ class Worker(Base):
     """Heartbeats so far: a sweeper watches it change by a clock of its own."""
     heartbeat_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     started_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    drain_requested_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """Set when somebody asked it to finish what it runs and to end."""
     stopped_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
 
 
@@ -345,6 +347,51 @@ class Queue(Base):
     name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     paused_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+
+
+class AuditEntry(Base):
+    """A change that a person made, and who it was; see :mod:`flask_bgjobs.store.audits`."""
+
+    __tablename__ = "bgjobs_audit"
+    __table_args__ = _NUMBERED_TABLE
+
+    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    actor: Mapped[str] = mapped_column(sa.String(255))
+    source: Mapped[str] = mapped_column(sa.String(16))
+    """``dashboard``, ``api`` or ``command line``."""
+    action: Mapped[str] = mapped_column(sa.String(16))
+    """``dispatch``, ``cancel``, ``retry``, ``delete``, ``pause``, ``resume`` or ``drain``."""
+    subject: Mapped[str | None] = mapped_column(sa.String(255))
+    """The queue, the worker, or the function of a job."""
+    reason: Mapped[str | None] = mapped_column(sa.Text)
+    """By what many jobs were chosen."""
+    result: Mapped[str | None] = mapped_column(sa.String(255))
+
+
+class AuditedJob(Base):
+    """A job that a person changed."""
+
+    __tablename__ = "bgjobs_audit_job"
+    __table_args__ = (_index("ix_bgjobs_audit_job_entry", "entry_id"), _TABLE)
+
+    job_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    entry_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+
+
+class Rollup(Base):
+    """How many attempts ended in a minute or an hour; see :mod:`flask_bgjobs.rollup`."""
+
+    __tablename__ = "bgjobs_rollup"
+    __table_args__ = _TABLE
+
+    seconds: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    begins_at: Mapped[dt.datetime] = mapped_column(UtcTime, primary_key=True)
+    queue: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    outcome: Mapped[str] = mapped_column(sa.String(16), primary_key=True)
+    measure: Mapped[str] = mapped_column(sa.String(8), primary_key=True)
+    bucket: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    jobs: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 def has_status(status: JobStatus) -> sa.ColumnElement[bool]:

@@ -29,6 +29,7 @@ from .outbox import Outbox
 from .pools.child import Limits
 from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
+from .rollup import Tally
 from .scheduler import STEP_SECONDS, Clock
 from .signals import emit_settled, worker_started, worker_stopped
 from .spec import JobSpec, Key, Outcome, Settled
@@ -47,6 +48,7 @@ _HORIZON_SECONDS = 60.0
 _PRUNE_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Between two steps of pruning, for others that want to write."""
+_ROLL_UP_SECONDS = 5.0
 _LAST_SETTLE_TRIES = 3
 _END_SECONDS = 8.0
 """After the grace of its jobs, for a worker to stop those that are left and to record the rest."""
@@ -114,6 +116,8 @@ class Worker:
         self._stops = 0
         self._wake = Wake()
         self._outbox = Outbox(self._store)
+        self._tally = Tally()
+        self._rolled_up = -float("inf")
         self._claimed = 0
         self._suspects: collections.deque[JobSpec] = collections.deque()
         self._suspect_running: JobSpec | None = None
@@ -222,6 +226,7 @@ class Worker:
         self._clock.stop()
         self._wake_ups.stop()
         self._pools.close()
+        self._guard(lambda: self._roll_up(at_once=True))
         self._guard(lambda: self._store.stop_worker(self._id))
         self._heart.stop()
         self._store.dispose()
@@ -264,6 +269,7 @@ class Worker:
         self._sweep()
         self._start_suspect()
         self._claim()
+        self._roll_up()
         self._prune()
 
     def _settle(self) -> None:
@@ -285,6 +291,7 @@ class Worker:
             )
             return
         self.counts[settled.status] += 1
+        self._tally.note(settled)
         self._look_due |= settled.status is JobStatus.PENDING
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
             self._clock.wake_in([settled.delay_seconds])
@@ -343,7 +350,10 @@ class Worker:
             return
         # Before the look: what comes from now on needs another one.
         self._look_due = False
-        work = self._store.look(self.queues)
+        work = self._store.look(self.queues, self._id)
+        if work.drain and not self._stops:
+            _logger.info("Worker draining | Worker: %s | Somebody asked it to end", self.name)
+            self.stop()
         promoted = 0
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
             promoted = self._store.promote()
@@ -359,7 +369,16 @@ class Worker:
         self._swept = now
         for settled in self._sweeper.sweep(self._id):
             self._look_due = True
+            self._tally.note(settled)
             emit_settled(self.state.app, settled)
+
+    def _roll_up(self, *, at_once: bool = False) -> None:
+        """Add what was settled to the numbers that charts are drawn from."""
+        now = time.monotonic()
+        if self._tally and (at_once or now - self._rolled_up >= _ROLL_UP_SECONDS):
+            self._rolled_up = now
+            self._store.add_to_rollup(self._tally.cells())
+            self._tally.clear()
 
     def _prune(self) -> None:
         """Delete a few of the jobs that have outlived their retention."""

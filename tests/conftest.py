@@ -14,6 +14,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, Job
 from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.store import Store
 from tests import databases, jobs
 
 EXPORT = "CREATE TABLE export (job_id BIGINT, FOREIGN KEY (job_id) REFERENCES bgjobs_job(id))"
@@ -119,6 +120,12 @@ def app(make_app: Callable[..., Flask]) -> Flask:
 def state(app: Flask) -> AppState:
     """What flask-bgjobs holds for the app."""
     return state_of(app)
+
+
+@pytest.fixture
+def store(state: AppState) -> Store:
+    """The statements on the app's tables."""
+    return state.store
 
 
 @pytest.fixture

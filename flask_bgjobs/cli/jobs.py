@@ -18,6 +18,7 @@ from ..text import one_line
 from .group import MAX_ID, bgjobs_commands, json_option, one_sentence
 from .output import plain, print_json, print_table, read_json
 from .selection import Verb, act_on_chosen, chosen_jobs
+from .user import this_user
 
 if TYPE_CHECKING:
     from ..dashboard.queries import JobRow
@@ -74,6 +75,7 @@ def enqueue_command(
         session=None,
         **options,
     )
+    current_state().store.record(this_user(), "dispatch", subject=job.name, jobs=[job.id])
     if as_json:
         print_json({"id": job.id, "status": job.status, "deduplicated": job.deduplicated})
     else:

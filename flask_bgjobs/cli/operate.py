@@ -23,6 +23,7 @@ from .group import (
     yes_option,
 )
 from .output import counted, plain, print_json, print_table, progress_bar, time_text
+from .user import this_user
 
 if TYPE_CHECKING:
     from ..dashboard.queries import QueueStats, Stats, WorkerDetail
@@ -114,7 +115,7 @@ def queues_command(as_json: bool) -> None:
 def pause_command(names: Sequence[str]) -> None:
     """Let no worker take jobs of these queues; running jobs go on."""
     for name in names:
-        changed = actions.pause(current_state(), name)
+        changed = actions.pause(current_state(), name, this_user())
         click.echo(f"Queue {name} {'paused' if changed else 'is already paused'}")
 
 
@@ -124,7 +125,7 @@ def pause_command(names: Sequence[str]) -> None:
 def resume_command(names: Sequence[str]) -> None:
     """Let workers take jobs of these queues again."""
     for name in names:
-        changed = actions.resume(current_state(), name)
+        changed = actions.resume(current_state(), name, this_user())
         click.echo(f"Queue {name} {'resumed' if changed else 'is not paused'}")
 
 

@@ -17,6 +17,7 @@ from ..states import JobStatus
 from ..store import ActionResult, Selection
 from .group import MAX_ID, Moment, yes_option
 from .output import counted, progress_bar
+from .user import this_user
 
 _NEITHER_OR_BOTH = (
     "name jobs by their ids, or select them with --status, --queue, --target, --since and "
@@ -98,7 +99,7 @@ def _selection(
 def _act_on_ids(verb: Verb, ids: Sequence[int], yes: bool) -> None:
     if verb.asks_for_ids and not yes:
         click.confirm(verb.question.format(counted(len(ids), "job")), abort=True)
-    result = verb.act(current_state(), ids)
+    result = verb.act(current_state(), ids, this_user())
     for job_id in result.done:
         click.echo(f"Job {job_id} {verb.done}")
     for job_id in result.requested:
@@ -119,7 +120,9 @@ def _act_on_selection(state: AppState, verb: Verb, selection: Selection, yes: bo
     done = requested = 0
     skipped: collections.Counter[str] = collections.Counter()
     with progress_bar(count, "Jobs") as advance:
-        for result in actions.act_on_selected(state, verb.act, selection):
+        for result in actions.act_on_selected(
+            state, verb.act, selection, this_user(selection.in_words())
+        ):
             done += len(result.done)
             requested += len(result.requested)
             skipped.update(result.skipped.values())

@@ -8,8 +8,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import scoped_session
 
 from ..errors import DatabaseNotSupported
+from .audits import Actor
 from .base import Store
-from .by_hand import ActionResult
+from .by_hand import DONE, ActionResult
 from .database import CommitInDoubt
 from .inserts import NewJobs, unique_hash
 from .mysql import MysqlStore
@@ -20,7 +21,9 @@ from .selections import Selection
 from .sqlite import SqliteStore, advice
 
 __all__ = [
+    "DONE",
     "ActionResult",
+    "Actor",
     "CommitInDoubt",
     "LeaseView",
     "NewJobs",

@@ -11,13 +11,15 @@ from .due import Due
 from .inserts import Inserts
 from .leases import Leases
 from .prunes import Prunes
+from .rollups import Rollups
 from .selections import Selections
 
 
-class Store(Inserts, Claims, Leases, Due, Prunes, Selections, ByHand):
+class Store(Inserts, Claims, Leases, Due, Prunes, Rollups, Selections, ByHand):
     """The statements of one app's tables on one database, in the order of a job's life:
 
     insert (1), claim (2), mark_started and observe (3), settle (4); beat and rescue; promote;
-    prune; and by hand pause and resume, cancel, retry, delete. Transactions of its own are redone
-    when the database asks for it (deadlock, serialization failure, busy).
+    prune; add to the roll-up; and by hand pause and resume, cancel, retry, delete, each written
+    down in the audit trail. Transactions of its own are redone when the database asks for it
+    (deadlock, serialization failure, busy).
     """

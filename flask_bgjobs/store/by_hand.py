@@ -11,9 +11,13 @@ from sqlalchemy.exc import IntegrityError
 
 from ..models import Job
 from ..states import WAITING, JobStatus
-from .database import JOBS, Database, by_id
+from .audits import Actor, Audits
+from .database import JOBS, by_id
 from .inserts import loaded_job, unique_hash
 from .prunes import delete_unheld
+
+DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
+"""What becomes of a job, by action."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -26,9 +30,21 @@ class ActionResult:
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     """Why the others were left alone."""
 
+    def in_words(self, done: str) -> str:
+        """What was done, as in ``3 cancelled, 2 skipped``.
 
-class ByHand(Database):
-    """The statements behind commands and buttons, each guarded by status."""
+        :param done: what became of those that are done.
+        """
+        numbers = {done: self.done, "asked to stop": self.requested, "skipped": self.skipped}
+        said = (f"{len(jobs):,} {what}" for what, jobs in numbers.items() if jobs)
+        return ", ".join(said) or "nothing to do"
+
+
+class ByHand(Audits):
+    """The statements behind commands and buttons, each guarded by status.
+
+    Those that change something write down who did it, where ``by`` is given.
+    """
 
     def get(self, job_id: int) -> Job | None:
         """The job, loaded and detached; ``None`` where there is none."""
@@ -42,7 +58,7 @@ class ByHand(Database):
         with self.read() as connection:
             return [loaded_job(row) for row in connection.execute(statement)]
 
-    def cancel(self, ids: Sequence[int]) -> ActionResult:
+    def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
         """Cancel jobs that wait, and ask running ones to stop."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
@@ -68,9 +84,9 @@ class ByHand(Database):
             )
             return result
 
-        return self._act(ids, work)
+        return self._act(ids, work, "cancel", by)
 
-    def retry(self, ids: Sequence[int]) -> ActionResult:
+    def retry(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
         """Make failed, cancelled or retrying jobs pending again, with all their retries."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
@@ -101,9 +117,9 @@ class ByHand(Database):
             self.notify(connection)
             return result
 
-        return self._act(ids, work)
+        return self._act(ids, work, "retry", by)
 
-    def delete(self, ids: Sequence[int]) -> ActionResult:
+    def delete(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
         """Delete jobs that do not run, with their attempts and log lines."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
@@ -119,12 +135,14 @@ class ByHand(Database):
                     result.done.append(job_id)
             return result
 
-        return self._act(ids, work)
+        return self._act(ids, work, "delete", by)
 
     def _act(
         self,
         ids: Sequence[int],
         work: Callable[[sa.Connection, Mapping[int, str]], ActionResult],
+        action: str,
+        by: Actor | None,
     ) -> ActionResult:
         def locked(connection: sa.Connection) -> ActionResult:
             rows = connection.execute(
@@ -136,6 +154,10 @@ class ByHand(Database):
             found = {row.id: row.status for row in rows}
             result = work(connection, found)
             result.skipped.update({i: "it does not exist" for i in ids if i not in found})
+            changed = [*result.done, *result.requested]
+            if changed:
+                said = result.in_words(DONE[action])
+                self.audit(connection, by, action, jobs=changed, result=said)
             return result
 
         return self.transaction(locked)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
 from .. import forks
-from ..models import Attempt, Job, Queue, Worker
+from ..models import Attempt, Job, Queue, Rollup, Worker
 from .watchdog import Watchdog
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ JOBS = cast(sa.Table, Job.__table__)
 WORKERS = cast(sa.Table, Worker.__table__)
 ATTEMPTS = cast(sa.Table, Attempt.__table__)
 QUEUES = cast(sa.Table, Queue.__table__)
+ROLLUPS = cast(sa.Table, Rollup.__table__)
 
 READ_ONLY = "bgjobs_read_only"
 """The execution option of connections that only read."""

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from ..models import has_status
 from ..states import JobStatus
-from .database import JOBS, Database
+from .database import JOBS, WORKERS, Database
 
 _PROMOTE_AT_ONCE = 1_000
 """Rows of a status per transaction: enqueues must not wait behind a long write."""
@@ -36,6 +36,8 @@ class Work:
     """Whether a job waits to be claimed."""
     due_in: float | None
     """Seconds until the next job with a time of its own is due; ``None``: there is none."""
+    drain: bool
+    """Whether the worker was asked to finish what it runs and to end."""
 
 
 class Due(Database):
@@ -46,16 +48,17 @@ class Due(Database):
         self._looks: dict[tuple[str, ...] | None, sa.Select[Any]] = {}
         """By the queues looked into."""
 
-    def look(self, queues: Sequence[str] | None) -> Work:
-        """What there is to do in ``queues``, or in all: one small statement."""
+    def look(self, queues: Sequence[str] | None, worker_id: int) -> Work:
+        """What there is to do for a worker, in ``queues`` or in all: one small statement."""
         key = None if queues is None else tuple(queues)
         if key not in self._looks:
             # To build it takes longer than to run it, and a worker may look fifty times a second.
             self._looks[key] = self._look_in(key)
-        row = self.alone(lambda c: c.execute(self._looks[key]).one())
+        parameters = {"looking": worker_id}
+        row = self.alone(lambda c: c.execute(self._looks[key], parameters).one())
         dues = [due for due in (row.scheduled, row.retrying) if due is not None]
         due_in = (min(dues) - row.now).total_seconds() if dues else None
-        return Work(bool(row.pending), due_in)
+        return Work(bool(row.pending), due_in, row.drain_requested_at is not None)
 
     def promote(self) -> int:
         """Move jobs that are due to ``pending``; how many were moved."""
@@ -111,7 +114,13 @@ class Due(Database):
             for status in _WITH_A_TIME
         )
         pending = _any(JobStatus.PENDING, queues).label("pending")
-        return sa.select(self.now.label("now"), pending, *first_due)
+        drain = (
+            sa.select(WORKERS.c.drain_requested_at)
+            .where(WORKERS.c.id == sa.bindparam("looking"))
+            .scalar_subquery()
+            .label("drain_requested_at")
+        )
+        return sa.select(self.now.label("now"), pending, *first_due, drain)
 
     @functools.cached_property
     def _promotion(self) -> sa.Update:

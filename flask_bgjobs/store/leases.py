@@ -11,12 +11,13 @@ import sqlalchemy as sa
 from ..models import Worker
 from ..spec import JobSpec, Outcome, Settled
 from ..states import JobStatus, OutcomeKind
+from .audits import Actor, Audits
 from .claims import SPEC_COLUMNS
 from .database import JOBS, WORKERS
 from .settles import Settles
 
 
-class Leases(Settles):
+class Leases(Settles, Audits):
     """The statements of a worker's life."""
 
     def register_worker(self, values: Mapping[str, Any]) -> int:
@@ -58,6 +59,29 @@ class Leases(Settles):
                 .values(status="stopped", stopped_at=self.now)
             )
         )
+
+    def drain_worker(self, worker_id: int, by: Actor | None = None) -> bool:
+        """Ask a worker to finish what it runs and to end. ``False``: it has, or was asked before.
+
+        It learns of it with its next look, within the poll interval.
+        """
+
+        def work(connection: sa.Connection) -> bool:
+            asked = connection.execute(
+                sa.update(Worker)
+                .where(
+                    Worker.id == worker_id,
+                    Worker.status == "alive",
+                    Worker.drain_requested_at.is_(None),
+                )
+                .values(drain_requested_at=self.now)
+            )
+            if asked.rowcount:
+                name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
+                self.audit(connection, by, "drain", subject=name)
+            return bool(asked.rowcount)
+
+        return self.transaction(work)
 
     def living_workers(self) -> list[sa.Row[Any]]:
         """Id, name, host, process and beats of the workers that hold a lease."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ..models import Job, UtcTime
 from ..spec import JobSpec
 from .base import Store
 from .claims import SPEC_COLUMNS, claimed_values
-from .database import ALONE, JOBS, QUEUES, READ_ONLY
+from .database import ALONE, JOBS, QUEUES, READ_ONLY, ROLLUPS
 from .due import promotion
 from .inserts import NewJobs, column_values, inserted_job
 from .links import limited, refuse_dead, shut_down
@@ -117,6 +118,11 @@ class MysqlStore(Store):
     def register_queue(self, connection: sa.Connection, name: str) -> None:
         row = mysql.insert(QUEUES).values(name=name, created_at=self.now)
         connection.execute(row.on_duplicate_key_update(name=QUEUES.c.name))
+
+    @functools.cached_property
+    def _addition(self) -> Any:
+        insert = mysql.insert(ROLLUPS)
+        return insert.on_duplicate_key_update(jobs=ROLLUPS.c.jobs + insert.inserted.jobs)
 
     def _claim_from(
         self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int

@@ -8,7 +8,8 @@ import sqlalchemy as sa
 
 from ..models import Queue, has_status
 from ..states import WAITING, JobStatus
-from .database import JOBS, QUEUES, Database
+from .audits import Actor, Audits
+from .database import JOBS, QUEUES
 
 _NEXT_QUEUE = (
     sa.select(JOBS.c.queue)
@@ -18,20 +19,23 @@ _NEXT_QUEUE = (
 )
 
 
-class Queues(Database):
+class Queues(Audits):
     """The statements about queues."""
 
-    def pause(self, name: str) -> bool:
+    def pause(self, name: str, by: Actor | None = None) -> bool:
         """Let no worker claim jobs of the queue. ``False``: it was paused already."""
-        return self.transaction(lambda c: self._pause(c, name))
+        return self.transaction(lambda c: self._pause(c, name, by))
 
-    def resume(self, name: str) -> bool:
+    def resume(self, name: str, by: Actor | None = None) -> bool:
         """Let workers claim jobs of the queue again. ``False``: it was not paused."""
         paused = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_not(None))
 
         def work(connection: sa.Connection) -> bool:
             self.notify(connection)
-            return bool(connection.execute(paused.values(paused_at=None)).rowcount)
+            is_done = bool(connection.execute(paused.values(paused_at=None)).rowcount)
+            if is_done:
+                self.audit(connection, by, "resume", subject=name)
+            return is_done
 
         return self.transaction(work)
 
@@ -47,10 +51,13 @@ class Queues(Database):
         row = self.insert_into(QUEUES).values(name=name, created_at=self.now)
         connection.execute(row.on_conflict_do_nothing())
 
-    def _pause(self, connection: sa.Connection, name: str) -> bool:
+    def _pause(self, connection: sa.Connection, name: str, by: Actor | None) -> bool:
         self.register_queue(connection, name)
         running = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_(None))
-        return bool(connection.execute(running.values(paused_at=self.now)).rowcount)
+        is_done = bool(connection.execute(running.values(paused_at=self.now)).rowcount)
+        if is_done:
+            self.audit(connection, by, "pause", subject=name)
+        return is_done
 
     def _queues_holding(self, connection: sa.Connection, status: JobStatus) -> Iterator[str]:
         """The queues that hold jobs with this status, one index seek each."""

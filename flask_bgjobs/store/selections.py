@@ -29,6 +29,18 @@ class Selection:
     target: str | None = None
     """Dotted name of a class or function, or of a class with its method."""
 
+    def in_words(self) -> str:
+        """What selects, as options of the command line."""
+        chosen = [
+            *(f"--status {status.value}" for status in self.statuses),
+            *(f"--queue {queue}" for queue in self.queues),
+        ]
+        if self.target is not None:
+            chosen.append(f"--target {self.target}")
+        if self.since is not None:
+            chosen.append(f"--since {self.since:%Y-%m-%dT%H:%M:%S}")
+        return " ".join([*chosen, f"--until {self.until:%Y-%m-%dT%H:%M:%S}"])
+
 
 class Selections(Database):
     """The statements that find the jobs of a selection. They change nothing."""

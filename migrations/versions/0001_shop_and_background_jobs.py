@@ -62,6 +62,46 @@ def upgrade():
         op.f("ix_bgjobs_attempt_job"), "bgjobs_attempt", ["job_id", "attempt"], unique=False
     )
     op.create_table(
+        "bgjobs_audit",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime()
+            .with_variant(mysql.DATETIME(fsp=6), "mariadb")
+            .with_variant(mysql.DATETIME(fsp=6), "mysql"),
+            nullable=False,
+        ),
+        sa.Column("actor", sa.String(length=255), nullable=False),
+        sa.Column("source", sa.String(length=16), nullable=False),
+        sa.Column("action", sa.String(length=16), nullable=False),
+        sa.Column("subject", sa.String(length=255), nullable=True),
+        sa.Column("reason", sa.Text(), nullable=True),
+        sa.Column("result", sa.String(length=255), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_bgjobs_audit")),
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mysql_engine="InnoDB",
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "bgjobs_audit_job",
+        sa.Column("job_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("entry_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.PrimaryKeyConstraint("job_id", "entry_id", name=op.f("pk_bgjobs_audit_job")),
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mysql_engine="InnoDB",
+    )
+    op.create_index(
+        op.f("ix_bgjobs_audit_job_entry"), "bgjobs_audit_job", ["entry_id"], unique=False
+    )
+    op.create_table(
         "bgjobs_job",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("target", sa.String(length=255), nullable=False),
@@ -246,6 +286,37 @@ def upgrade():
         mariadb_collate="utf8mb4_bin",
     )
     op.create_table(
+        "bgjobs_rollup",
+        sa.Column("seconds", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column(
+            "begins_at",
+            sa.DateTime()
+            .with_variant(mysql.DATETIME(fsp=6), "mariadb")
+            .with_variant(mysql.DATETIME(fsp=6), "mysql"),
+            nullable=False,
+        ),
+        sa.Column("queue", sa.String(length=64), nullable=False),
+        sa.Column("outcome", sa.String(length=16), nullable=False),
+        sa.Column("measure", sa.String(length=8), nullable=False),
+        sa.Column("bucket", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("jobs", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint(
+            "seconds",
+            "begins_at",
+            "queue",
+            "outcome",
+            "measure",
+            "bucket",
+            name=op.f("pk_bgjobs_rollup"),
+        ),
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mysql_engine="InnoDB",
+    )
+    op.create_table(
         "bgjobs_worker",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("name", sa.String(length=255), nullable=False),
@@ -277,6 +348,13 @@ def upgrade():
             .with_variant(mysql.DATETIME(fsp=6), "mariadb")
             .with_variant(mysql.DATETIME(fsp=6), "mysql"),
             nullable=False,
+        ),
+        sa.Column(
+            "drain_requested_at",
+            sa.DateTime()
+            .with_variant(mysql.DATETIME(fsp=6), "mariadb")
+            .with_variant(mysql.DATETIME(fsp=6), "mysql"),
+            nullable=True,
         ),
         sa.Column(
             "stopped_at",
@@ -400,7 +478,10 @@ def downgrade():
     op.drop_table("product_upload")
     op.drop_table("product")
     op.drop_table("bgjobs_worker")
+    op.drop_table("bgjobs_rollup")
     op.drop_table("bgjobs_queue")
     op.drop_table("bgjobs_log")
     op.drop_table("bgjobs_job")
+    op.drop_table("bgjobs_audit_job")
+    op.drop_table("bgjobs_audit")
     op.drop_table("bgjobs_attempt")

@@ -28,11 +28,6 @@ pytestmark = pytest.mark.on("sqlite")
 
 
 @pytest.fixture
-def store(state: AppState) -> Store:
-    return state.store
-
-
-@pytest.fixture
 def file(tmp_path: Path) -> Path:
     """The database's file."""
     return tmp_path / "test.db"

@@ -30,11 +30,6 @@ from tests.databases import number_of
 
 
 @pytest.fixture
-def store(state: AppState) -> Store:
-    return state.store
-
-
-@pytest.fixture
 def worker(state: AppState) -> int:
     return register(state, "one", concurrency=2)
 

@@ -5,6 +5,7 @@ the authorizer only. So a template cannot show a secret by mistake. All statemen
 store's own connection: the host's session is never touched.
 """
 
+from .charts import PERIODS, Chart, Period, chart, finished_by_queue
 from .cursors import InvalidCursor
 from .detail import JobDetail, is_possible_id, job_detail
 from .listing import MAX_PER_PAGE, JobFilters, Page, list_jobs, recent_failures
@@ -18,19 +19,24 @@ from .workers import WorkerDetail, count_live_workers, list_workers
 __all__ = [
     "HEALTH_SECONDS",
     "MAX_PER_PAGE",
+    "PERIODS",
+    "Chart",
     "Count",
     "InvalidCursor",
     "JobDetail",
     "JobFilters",
     "JobRow",
     "Page",
+    "Period",
     "QueueStats",
     "Service",
     "Stats",
     "WorkerDetail",
     "WorkerRow",
+    "chart",
     "count_by_status",
     "count_live_workers",
+    "finished_by_queue",
     "is_possible_id",
     "is_readable",
     "job_detail",

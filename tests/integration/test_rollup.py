@@ -1,0 +1,98 @@
+"""The roll-up in the database: workers add to it, charts are drawn from it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from flask_bgjobs import run_background_job
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.dashboard.queries import PERIODS, chart, finished_by_queue
+from flask_bgjobs.models import Rollup
+from flask_bgjobs.rollup import HOUR, MINUTE, RUN, WAIT, Cell
+from flask_bgjobs.store import Store
+
+
+def _cell(begins_at: dt.datetime, bucket: int = 0, seconds: int = MINUTE) -> Cell:
+    return Cell(seconds, begins_at, "default", "completed", RUN, bucket)
+
+
+def _counts(store: Store) -> list[tuple[int, int]]:
+    with store.read() as connection:
+        rows = connection.execute(
+            sa.select(Rollup.bucket, Rollup.jobs).order_by(Rollup.begins_at, Rollup.bucket)
+        )
+        return [tuple(row) for row in rows]
+
+
+def test_counts_are_added_up(app: Flask, store: Store) -> None:
+    """What several workers count of one period adds up."""
+    noon = dt.datetime(2026, 1, 1, 12)
+    store.add_to_rollup({_cell(noon): 2, _cell(noon, 1): 1})
+    store.add_to_rollup({_cell(noon): 3, _cell(noon, 2): 4})
+    assert _counts(store) == [(0, 5), (1, 1), (2, 4)]
+
+
+def test_what_no_chart_shows_is_pruned(app: Flask, store: Store) -> None:
+    """Minutes are kept for two hours, hours for eight days."""
+    now = store.clock()
+    kept = {
+        _cell(now - dt.timedelta(minutes=100), 1): 1,
+        _cell(now - dt.timedelta(days=7), 2, HOUR): 1,
+    }
+    gone = {
+        _cell(now - dt.timedelta(minutes=130), 3): 1,
+        _cell(now - dt.timedelta(days=9), 4, HOUR): 1,
+    }
+    store.add_to_rollup({**kept, **gone})
+    store.prune_rollup()
+    assert sorted(_counts(store)) == [(1, 1), (2, 1)]
+
+
+def test_a_worker_writes_what_it_settled(state: AppState, run: Any) -> None:
+    """The charts show what a worker did, as soon as it has ended."""
+    for _ in range(3):
+        run_background_job("tests.jobs.echo", parameters=["x"], queue="mail")
+    run_background_job("tests.jobs.fail", parameters=["no"], retries=0)
+    run_background_job("tests.jobs.fail", parameters=["no"], retries=1, retry_delay=60)
+    run("worker", "--burst")
+    for name, period in PERIODS.items():
+        drawn = chart(state, period)
+        assert drawn, name
+        assert drawn.totals == {"completed": 3, "retrying": 1, "failed": 1, "cancelled": 0}
+        assert len(drawn.bars) == period.steps
+        assert drawn.highest in (3, 4, 5)
+        assert drawn.run_p50 is not None
+        assert drawn.wait_p95 is not None
+    lines = finished_by_queue(state)
+    assert {queue: sum(line) for queue, line in lines.items()} == {"mail": 3, "default": 2}
+
+
+def test_a_chart_of_nothing(app: Flask, state: AppState) -> None:
+    """Before anything has run, a chart has empty bars and no times."""
+    drawn = chart(state)
+    assert not drawn
+    assert drawn.highest == 0
+    assert drawn.wait_p50 is None
+
+
+def test_an_old_step_is_not_in_the_chart(app: Flask, state: AppState, store: Store) -> None:
+    """A chart shows its own period, also where older numbers are still there."""
+    now = store.clock()
+    store.add_to_rollup({_cell(now - dt.timedelta(minutes=90)): 7, _cell(now): 2})
+    assert chart(state).totals["completed"] == 2
+    assert chart(state).bars[-1].total + chart(state).bars[-2].total == 2
+
+
+def test_waits_and_runs_are_told_apart(app: Flask, state: AppState, store: Store) -> None:
+    """The percentiles of waiting are not those of running."""
+    now = store.clock()
+    store.add_to_rollup({_cell(now, 0): 10, _cell(now, 40)._replace(measure=WAIT): 10})
+    drawn = chart(state)
+    assert drawn.run_p50 == pytest.approx(0.001, rel=0.2)
+    assert drawn.wait_p50 == pytest.approx(1.1, rel=0.1)
+    assert drawn.totals["completed"] == 10
