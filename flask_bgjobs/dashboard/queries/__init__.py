@@ -8,21 +8,26 @@ store's own connection: the host's session is never touched.
 from .charts import PERIODS, Chart, Period, chart, finished_by_queue
 from .cursors import InvalidCursor
 from .detail import JobDetail, is_possible_id, job_detail
-from .listing import MAX_PER_PAGE, JobFilters, Page, list_jobs, recent_failures
+from .filters import DEFAULT_ORDER, ORDERS, JobFilters
+from .listing import MAX_PER_PAGE, Page, list_jobs, recent_failures
 from .queues import QueueStats, queue_stats
 from .rows import JobRow
+from .search import InvalidSearch
 from .service import HEALTH_SECONDS, Service, WorkerRow, service_now
 from .shown import is_readable
 from .stats import Count, Stats, count_by_status, stats_now
 from .workers import WorkerDetail, count_live_workers, list_workers
 
 __all__ = [
+    "DEFAULT_ORDER",
     "HEALTH_SECONDS",
     "MAX_PER_PAGE",
+    "ORDERS",
     "PERIODS",
     "Chart",
     "Count",
     "InvalidCursor",
+    "InvalidSearch",
     "JobDetail",
     "JobFilters",
     "JobRow",

@@ -26,6 +26,7 @@ _TERM = re.compile(
     """,
     re.VERBOSE,
 )
+_FIELD_ALONE = re.compile(r'[A-Za-z_]+(?:\.[^\s:",]+)*:')
 _VALUE = re.compile(r'"([^"]*)"|([^\s",]+)')
 _LARGEST_ID = 2**63 - 1
 
@@ -73,6 +74,8 @@ def parse(text: str) -> tuple[Term, ...]:
 
 
 def _term(found: re.Match[str]) -> Term:
+    if found["field"] is None and _FIELD_ALONE.fullmatch(found["values"]):
+        raise InvalidSearch(_what_is_wrong(found["values"]))
     field, path = found["field"], tuple(filter(None, (found["path"] or "").split(".")))
     if field is not None and field not in FIELDS:
         # A word with a colon, such as an address, is text like any other when it is quoted.

@@ -1,0 +1,105 @@
+"""What a list of jobs is asked for: filters, words and order."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import sqlalchemy as sa
+
+from ...models import Job
+from ...states import FINAL, JobStatus
+from . import search
+
+_job = cast(sa.Table, Job.__table__)
+
+
+class Order(NamedTuple):
+    """How a list is sorted: by a column that an index of each status has, then by id."""
+
+    column: sa.Column[Any]
+    descending: bool
+    statuses: frozenset[JobStatus]
+    """The jobs that have a value in the column, in an index."""
+    words: str
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it sorts by a time rather than in the order of the enqueue, by id."""
+        return self.column is not _job.c.id
+
+
+_DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
+ORDERS: Mapping[str, Order] = {
+    "-created": Order(_job.c.id, True, frozenset(JobStatus), "Newest first"),
+    "created": Order(_job.c.id, False, frozenset(JobStatus), "Oldest first"),
+    "-finished": Order(_job.c.finished_at, True, FINAL, "Last finished first"),
+    "finished": Order(_job.c.finished_at, False, FINAL, "First finished first"),
+    "due": Order(_job.c.run_at, False, _DELAYED, "Next due first"),
+    "-due": Order(_job.c.run_at, True, _DELAYED, "Last due first"),
+}
+DEFAULT_ORDER = "-created"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobFilters:
+    """Which jobs to list; what is empty does not filter.
+
+    :raises ValueError: when a status or an order does not exist.
+    :raises InvalidSearch: when ``q`` cannot be read.
+    """
+
+    statuses: tuple[str, ...] = ()
+    queues: tuple[str, ...] = ()
+    job: str = ""
+    """The dotted name of a class or function, or of a class with its method."""
+    tag: str = ""
+    owner: str = ""
+    since: dt.datetime | None = None
+    """Of the time that the list is sorted by, UTC without ``tzinfo``, as is the next."""
+    until: dt.datetime | None = None
+    q: str = ""
+    """See :mod:`.search`."""
+    sort: str = DEFAULT_ORDER
+
+    def __post_init__(self) -> None:
+        known = [status.value for status in JobStatus]
+        for status in self.statuses:
+            if status not in known:
+                raise ValueError(f"there is no status {status!r}; there are {', '.join(known)}")
+        if self.sort not in ORDERS:
+            raise ValueError(f"there is no order {self.sort!r}; there are {', '.join(ORDERS)}")
+        _ = self.terms
+
+    def __bool__(self) -> bool:
+        return self != JobFilters(sort=self.sort)
+
+    @property
+    def order(self) -> Order:
+        """How the list is sorted."""
+        return ORDERS[self.sort]
+
+    @property
+    def terms(self) -> tuple[search.Term, ...]:
+        """What ``q`` asks for."""
+        return _parsed(self.q)
+
+    @property
+    def ranges(self) -> tuple[JobStatus, ...] | None:
+        """The statuses that are read one by one; ``None``: all jobs, in the order of ids."""
+        chosen = [JobStatus(status) for status in self.statuses] or list(JobStatus)
+        if not self.statuses and not self.order.is_timed:
+            return None
+        return tuple(status for status in chosen if status in self.order.statuses)
+
+    @property
+    def needs_reading(self) -> bool:
+        """Whether rows must be looked at one by one, as no index knows what is asked for."""
+        return bool(self.queues or self.job or self.tag or self.owner or self.terms)
+
+
+# Pages ask for the terms of one text several times.
+_parsed = functools.lru_cache(256)(search.parse)

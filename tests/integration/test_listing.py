@@ -1,0 +1,262 @@
+"""Lists of jobs: every filter and order beside a plain reading of all rows, on each database."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import random
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from flask_bgjobs import Job, run_background_job
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.dashboard.queries import (
+    ORDERS,
+    InvalidCursor,
+    InvalidSearch,
+    JobFilters,
+    list_jobs,
+    listing,
+)
+from flask_bgjobs.states import FINAL, JobStatus
+from flask_bgjobs.store import Store
+
+START = dt.datetime(2026, 1, 1, 12)
+_ENDED = {status.value for status in FINAL}
+
+
+def _add(store: Store, number: int, seed: int = 3) -> None:
+    """Jobs of every status and of several queues, a second apart, with some at one moment."""
+    made = run_background_job("tests.jobs.echo", parameters=["x"])
+    chance = random.Random(seed)
+    columns = {c.name: c for c in Job.__table__.c if c.name != "id"}
+    with store.read() as connection:
+        row = connection.execute(sa.select(*columns.values()).where(Job.id == made.id)).one()
+    store.delete([made.id])
+    rows = []
+    for index in range(number):
+        status = chance.choice(list(JobStatus)).value
+        moment = START + dt.timedelta(seconds=index)
+        changes = {
+            "status": status,
+            "queue": chance.choice(["default", "mail", "reports"]),
+            "created_at": moment,
+            "run_at": START + dt.timedelta(minutes=chance.randrange(5)),
+            "finished_at": START + dt.timedelta(hours=chance.randrange(5))
+            if status in _ENDED
+            else None,
+            "owner": chance.choice([None, "anna", "bert"]),
+            "tags": chance.choice([None, '["a"]', '["a","b"]']),
+        }
+        rows.append({**row._mapping, **changes})
+    store.transaction(lambda connection: connection.execute(sa.insert(Job.__table__), rows))
+
+
+def _all(store: Store) -> list[Any]:
+    with store.read() as connection:
+        return list(connection.execute(sa.select(Job.__table__)))
+
+
+def _pages(state: AppState, filters: JobFilters, per: int) -> list[int]:
+    """The ids of all pages, walked to the end; and back, which must give the same."""
+    down: list[list[int]] = []
+    after = None
+    while True:
+        page = list_jobs(state, filters, per=per, after=after)
+        down.append([row.id for row in page.jobs])
+        if page.older is None:
+            break
+        after = page.older
+    up = [down[-1]]
+    while page.newer is not None:
+        page = list_jobs(state, filters, per=per, before=page.newer)
+        up.append([row.id for row in page.jobs])
+    assert [each for each in up[::-1] if each] == [each for each in down if each]
+    return [job_id for each in down for job_id in each]
+
+
+def _expected(rows: list[Any], filters: JobFilters) -> list[int]:
+    key = {"created": "id", "finished": "finished_at", "due": "run_at"}[filters.sort.lstrip("-")]
+    timed = "created_at" if key == "id" else key
+    wanted = [
+        row
+        for row in rows
+        if (not filters.statuses or row.status in filters.statuses)
+        and JobStatus(row.status) in filters.order.statuses
+        and (not filters.queues or row.queue in filters.queues)
+        and (not filters.owner or row.owner == filters.owner)
+        and (not filters.tag or filters.tag in json.loads(row.tags or "[]"))
+        and (filters.since is None or getattr(row, timed) >= filters.since)
+        and (filters.until is None or getattr(row, timed) <= filters.until)
+    ]
+    wanted.sort(key=lambda row: (getattr(row, key), row.id), reverse=filters.sort.startswith("-"))
+    return [row.id for row in wanted]
+
+
+@pytest.mark.parametrize("sort", ORDERS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"statuses": ("failed",)},
+        {"statuses": ("failed", "completed", "scheduled")},
+        {"queues": ("mail",)},
+        {"statuses": ("retrying", "scheduled"), "queues": ("mail", "default")},
+        {"owner": "anna", "tag": "b"},
+        {"since": START + dt.timedelta(seconds=40), "until": START + dt.timedelta(hours=3)},
+        {"until": START + dt.timedelta(seconds=130)},
+    ],
+    ids=["all", "one status", "statuses", "queue", "both", "owner and tag", "since", "until"],
+)
+def test_every_filter_in_every_order(
+    app: Flask, state: AppState, store: Store, sort: str, changes: dict[str, Any]
+) -> None:
+    """All pages together are what a plain reading finds, in its order, there and back."""
+    _add(store, 150)
+    filters = JobFilters(sort=sort, **changes)
+    expected = _expected(_all(store), filters)
+    assert _pages(state, filters, 7) == expected
+    assert _pages(state, filters, 200) == expected
+
+
+def test_a_page_of_one_moment(app: Flask, state: AppState, store: Store) -> None:
+    """Jobs that ended in one microsecond are on pages of their own, none twice, none lost."""
+    _add(store, 40)
+    moment = START.replace(microsecond=123_456)
+    change = sa.update(Job).values(status="completed", finished_at=moment)
+    store.transaction(lambda connection: connection.execute(change))
+    for sort in ("finished", "-finished"):
+        filters = JobFilters(sort=sort)
+        assert _pages(state, filters, 3) == _expected(_all(store), filters)
+
+
+@pytest.mark.parametrize("sort", ["-created", "created", "-finished"])
+def test_a_search_reads_its_share_and_goes_on(
+    app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch, sort: str
+) -> None:
+    """What no index knows is looked for in a part of the rows; the next page searches on."""
+    monkeypatch.setattr(listing, "SEARCHED_ROWS", 10)
+    _add(store, 120)
+    filters = JobFilters(sort=sort, queues=("mail",), statuses=("completed", "failed"))
+    first = list_jobs(state, filters, per=50)
+    expected = _expected(_all(store), filters)
+    assert first.searches_on
+    assert [row.id for row in first.jobs] == expected[: len(first.jobs)]
+    assert len(first.jobs) < len(expected)
+    found = [row.id for row in first.jobs]
+    page = first
+    while page.older is not None:
+        page = list_jobs(state, filters, per=50, after=page.older)
+        found += [row.id for row in page.jobs]
+    assert found == expected
+
+
+class TestWords:
+    @pytest.fixture
+    def ids(self, app: Flask, state: AppState) -> dict[str, int]:
+        """A few jobs with something to find, by a name for each."""
+        made = {
+            "order": run_background_job(
+                "tests.jobs.echo", parameters={"value": {"order": {"id": 7, "ok": True}}}
+            ),
+            "secret": run_background_job("tests.jobs.login", parameters=["x", "hunter2"]),
+            "mail": run_background_job(
+                "tests.jobs.echo", parameters=["Grüße"], queue="mail", tags=["vip", "a b"]
+            ),
+            "owned": run_background_job(
+                "tests.jobs.echo", parameters=["x"], owner="anna", unique_key="100%_x"
+            ),
+        }
+        failed = run_background_job("tests.jobs.echo", parameters=["y"])
+        change = (
+            sa.update(Job)
+            .where(Job.id == failed.id)
+            .values(status="failed", error="Timeout: it timed out", worker_id=12)
+        )
+        state.store.transaction(lambda connection: connection.execute(change))
+        return {**{name: job.id for name, job in made.items()}, "failed": failed.id}
+
+    @pytest.mark.parametrize(
+        ("q", "names"),
+        [
+            ("parameters.value.order.id:7", {"order"}),
+            ("parameters.value.order.ok:true", {"order"}),
+            ("parameters.value.order.id:8", set()),
+            ("parameters.value.order:7", set()),
+            ("parameters.0:Grüße", {"mail"}),
+            ("parameters.0:Grüße,y", {"mail", "failed"}),
+            ("parameters.1:hunter2", set()),
+            ("parameters.1:***", set()),
+            ("hunter2", set()),
+            ("grüße", {"mail"}),
+            ("queue:mail", {"mail"}),
+            ("queue:MAIL", {"mail"}),
+            ("queue:mail,nope", {"mail"}),
+            ('tag:vip tag:"a b"', {"mail"}),
+            ("tag:vi", set()),
+            ("owner:anna", {"owned"}),
+            ("owner:ann", set()),
+            ("100%_x", {"owned"}),
+            ('error:"timed OUT"', {"failed"}),
+            ("error:timed job:echo", {"failed"}),
+            ("error:timed job:login", set()),
+            ("worker:12", {"failed"}),
+            ("worker:nobody", set()),
+            ("job:tests.jobs.echo", {"order", "mail", "owned", "failed"}),
+            ("job:login", {"secret"}),
+        ],
+    )
+    def test_words_find(
+        self, state: AppState, ids: dict[str, int], q: str, names: set[str]
+    ) -> None:
+        """Each field finds what it names, and nothing finds what is masked."""
+        found = {row.id for row in list_jobs(state, JobFilters(q=q)).jobs}
+        assert found == {ids[name] for name in names}
+
+    def test_ids_find(self, state: AppState, ids: dict[str, int]) -> None:
+        """A job is found by its id, with or without a word before it."""
+        order, secret = ids["order"], ids["secret"]
+        for q in (f"id:{order}", f"#{order}", f"id:#{order},{order}"):
+            assert order in {row.id for row in list_jobs(state, JobFilters(q=q)).jobs}
+        both = list_jobs(state, JobFilters(q=f"id:{order}..{secret}")).jobs
+        assert {row.id for row in both} == {order, secret}
+        assert list_jobs(state, JobFilters(q="id:9223372036854775807")).jobs == []
+
+    def test_exact_names(self, state: AppState, ids: dict[str, int]) -> None:
+        """The filter by a name takes the whole name."""
+        assert len(list_jobs(state, JobFilters(job="tests.jobs.echo")).jobs) == 4
+        assert list_jobs(state, JobFilters(job="tests.jobs")).jobs == []
+
+
+@pytest.mark.parametrize("sort", ["-created", "-finished"])
+@pytest.mark.parametrize("cursor", ["", "x", "eDox", "é", "a" * 500, "OTk5" * 7])
+def test_a_cursor_that_is_none(app: Flask, state: AppState, cursor: str, sort: str) -> None:
+    """A cursor that nobody made is refused."""
+    with pytest.raises(InvalidCursor):
+        list_jobs(state, JobFilters(sort=sort), after=cursor)
+
+
+def test_a_cursor_of_another_list(app: Flask, state: AppState, store: Store) -> None:
+    """A cursor of a list in another order is refused."""
+    _add(store, 40)
+    for mine, other in (("-created", "finished"), ("-finished", "created")):
+        older = list_jobs(state, JobFilters(sort=mine), per=3).older
+        with pytest.raises(InvalidCursor):
+            list_jobs(state, JobFilters(sort=other), after=older)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"statuses": ("nope",)}, ValueError),
+        ({"sort": "name"}, ValueError),
+        ({"q": "colour:red"}, InvalidSearch),
+    ],
+)
+def test_filters_that_are_none(changes: dict[str, Any], error: type[Exception]) -> None:
+    """What cannot be asked for is refused at once."""
+    with pytest.raises(error):
+        JobFilters(**changes)

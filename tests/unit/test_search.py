@@ -1,0 +1,93 @@
+"""The search box: what its words mean, and what is said of those that mean nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_bgjobs.dashboard.queries.search import InvalidSearch, Term, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("", []),
+        ("  ", []),
+        ("receipt", [(None, (), ("receipt",))]),
+        ("two words", [(None, (), ("two",)), (None, (), ("words",))]),
+        ('"two words"', [(None, (), ("two words",))]),
+        ("a,b", [(None, (), ("a", "b"))]),
+        ("queue:mail", [("queue", (), ("mail",))]),
+        ('queue:mail,"big reports"', [("queue", (), ("mail", "big reports"))]),
+        ("job:shop.jobs.SampleJob", [("job", (), ("shop.jobs.SampleJob",))]),
+        ('error:"timed out" tag:x', [("error", (), ("timed out",)), ("tag", (), ("x",))]),
+        ("parameters.order.id:7", [("parameters", ("order", "id"), ("7",))]),
+        ("parameters.0:Hello", [("parameters", ("0",), ("Hello",))]),
+        ("#12", [(None, (), ("#12",))]),
+        ('"http://x:80/?a=b"', [(None, (), ("http://x:80/?a=b",))]),
+        ("100%", [(None, (), ("100%",))]),
+        ("größe", [(None, (), ("größe",))]),
+    ],
+)
+def test_terms(text: str, terms: list[tuple[object, ...]]) -> None:
+    """Words, fields, paths, quotes and commas are read as documented."""
+    assert parse(text) == tuple(Term(*term) for term in terms)  # type: ignore[arg-type]  # plain
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("id:7", [range(7, 8)]),
+        ("id:#7,9", [range(7, 8), range(9, 10)]),
+        ("id:100..200", [range(100, 201)]),
+        ("id:9999999999999999999", [range(2**63 - 1, 2**63 - 1)]),
+    ],
+)
+def test_ids(text: str, ids: list[range]) -> None:
+    """Ids are numbers or ranges, as far as a database can hold them."""
+    (term,) = parse(text)
+    assert term.ids == ids
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour:red", 'there is no field "colour"; there are job, queue'),
+        ("http://x", "Put text that holds a colon into quotes"),
+        ("parameters:7", "parameters needs a path"),
+        ("queue.name:x", 'queue takes no path: write "queue:value"'),
+        ('job:"open', "a quote is not closed"),
+        ("queue:", "queue: has no value"),
+        ("queue: mail", "queue: has no value"),
+        ("a,", '"a,": a comma stands between two values'),
+        (",a", "a comma stands between two values"),
+        ('""', "nothing to look for"),
+        ("id:x", "id:x is neither a number nor a range"),
+        ("id:1..", "neither a number nor a range"),
+        (" ".join("abcdefghijklmnopqrstu"), "20 terms at most, and this one 21"),
+    ],
+)
+def test_what_cannot_be_read(text: str, message: str) -> None:
+    """A search that cannot be read says why, and what to write instead."""
+    with pytest.raises(InvalidSearch, match=re.escape(message)):
+        parse(text)
+
+
+@given(st.text(max_size=60))
+def test_every_text_is_read_or_refused(text: str) -> None:
+    """Nonsense is refused with a sentence, and never raises anything else."""
+    terms: tuple[Term, ...] = ()
+    with contextlib.suppress(InvalidSearch):
+        terms = parse(text)
+    assert all(value for term in terms for value in term.values)
+
+
+@given(st.lists(st.text(st.characters(exclude_characters='"'), min_size=1), max_size=5))
+def test_quoted_text_is_taken_as_it_is(words: list[str]) -> None:
+    """Within quotes every character stands for itself."""
+    terms = parse(" ".join(f'"{word}"' for word in words))
+    assert [term.values for term in terms] == [(word,) for word in words]
