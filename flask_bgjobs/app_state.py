@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
 
 Authorizer = Callable[[str, Job | None], bool]
+Identifier = Callable[[], str]
 
 
 @dataclasses.dataclass(slots=True)
@@ -39,6 +40,8 @@ class AppState:
     """The host's copy of the job table, by which its session finds the bind."""
     find_authorizer: Callable[[], Authorizer | None]
     """Who may do what on the dashboard; ``None`` until the host registered it."""
+    find_identifier: Callable[[], Identifier | None]
+    """Who the visitor is, for the audit trail; ``None``: Flask-Login knows, or nobody."""
     enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
     """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
     commits_clean_sessions: bool = False

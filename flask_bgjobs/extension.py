@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 from flask import Flask
 
 from . import joining, logs
-from .app_state import AppState, Authorizer, state_of
+from .app_state import AppState, Authorizer, Identifier, state_of
 from .config import Config
 from .embedded import EmbeddedOptions, EmbeddedWorker
 from .enqueue import Parameters
@@ -38,6 +38,7 @@ class BgJobs:
         self._db = db
         self._decorated: dict[str, Decorated] = {}
         self._authorizer: Authorizer | None = None
+        self._identifier: Identifier | None = None
         if app is not None:
             self.init_app(app)
 
@@ -138,11 +139,20 @@ class BgJobs:
         """Decorator for the function that says who may do what on the dashboard.
 
         It is called with the action (``"view"``, ``"dispatch"``, ``"cancel"``, ``"retry"``,
-        ``"delete"``) and the job, or ``None`` where there is none, and returns whether the
-        current user may.
+        ``"delete"``, ``"pause"``, ``"resume"``, ``"drain"``, ``"audit"``) and the job, or ``None``
+        where there is none, and returns whether the current user may.
         """
         self._authorizer = authorizer
         return authorizer
+
+    def identify_visitor(self, identifier: Identifier) -> Identifier:
+        """Decorator for the function that names the dashboard's visitor in the audit trail.
+
+        It is called without arguments and returns the name. Without one, it is what Flask-Login's
+        ``current_user.get_id()`` gives, or the visitor's address where nobody is logged in.
+        """
+        self._identifier = identifier
+        return identifier
 
     def _make_state(self, app: Flask, db: SQLAlchemy, config: Config) -> AppState:
         engine = _find_engine(app, db, config)
@@ -161,6 +171,7 @@ class BgJobs:
             redactor=Redactor(config.redact),
             table=metadata.tables[job_table],
             find_authorizer=lambda: self._authorizer,
+            find_identifier=lambda: self._identifier,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,10 @@ def wait_until(
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find out once per run which databases there are; the workers of xdist are told."""
+    # A shell starts what it runs in the background with SIGINT ignored, and the programs that tests
+    # stop with it would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         config.missing_servers = config.workerinput["missing_servers"]  # type: ignore[attr-defined]
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ..errors import JobNotFound
 from ..states import JobStatus
 from ..text import one_line
 from .group import MAX_ID, bgjobs_commands, json_option, one_sentence
-from .output import plain, print_json, print_table, read_json
+from .output import print_json, print_table
 from .selection import Verb, act_on_chosen, chosen_jobs
 from .user import this_user
 
@@ -108,13 +107,13 @@ def list_command(
     status: Sequence[str], queue: Sequence[str], search: str, limit: int, as_json: bool
 ) -> None:
     """List jobs, newest first."""
-    from ..dashboard.queries import JobFilters, list_jobs
+    from ..dashboard.queries import JobFilters, job_data, list_jobs
 
     import_jobs(current_state())
     filters = JobFilters(statuses=tuple(status), queues=tuple(queue), q=search)
     rows = list_jobs(current_state(), filters, per=limit).jobs
     if as_json:
-        print_json([_job_data(row) for row in rows])
+        print_json([job_data(row) for row in rows])
     else:
         _print_rows(rows)
 
@@ -125,7 +124,7 @@ def list_command(
 @one_sentence
 def show_command(job_id: int, as_json: bool) -> None:
     """Show one job: its fields, its log, and the attempts that did not complete."""
-    from ..dashboard.queries import job_detail
+    from ..dashboard.queries import detail_data, job_detail
 
     state = current_state()
     import_jobs(state)
@@ -133,15 +132,7 @@ def show_command(job_id: int, as_json: bool) -> None:
     if job is None:
         raise JobNotFound(f"job {job_id} does not exist")
     detail = job_detail(state, job)
-    data = _job_data(detail.row) | {
-        "parameters": read_json(detail.parameters),
-        "result": read_json(detail.result),
-        "meta": read_json(detail.meta),
-        "worker": detail.worker_name,
-        "why_not_running": detail.reasons,
-        "attempts": [plain(dataclasses.asdict(attempt)) for attempt in detail.attempts],
-        "log": [plain(dataclasses.asdict(line)) for line in detail.lines],
-    }
+    data = detail_data(detail)
     if as_json:
         print_json(data)
     else:
@@ -170,13 +161,6 @@ def cancel_command(**chosen: Any) -> None:
 def delete_command(**chosen: Any) -> None:
     """Delete jobs that do not run, for ever."""
     act_on_chosen(_DELETE, **chosen)
-
-
-def _job_data(row: JobRow) -> dict[str, Any]:
-    """A job as ``--json`` prints it; its secrets are masked already."""
-    fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-    del fields["job"]
-    return plain(fields) | {"parameters": read_json(row.parameters)}
 
 
 def _print_job(data: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from .group import (
     one_sentence,
     yes_option,
 )
-from .output import counted, plain, print_json, print_table, progress_bar, time_text
+from .output import counted, print_json, print_table, progress_bar
 from .user import this_user
 
 if TYPE_CHECKING:
@@ -36,18 +36,17 @@ _FINISHED = [status for status in JobStatus if status in FINAL]
 @one_sentence
 def stats_command(as_json: bool) -> None:
     """Show how many jobs and workers there are."""
-    from ..dashboard.queries import stats_now
+    from ..dashboard.queries import stats_now, time_text
 
     stats = stats_now(current_state())
     if as_json:
-        print_json(_stats_data(stats))
+        print_json({"now": time_text(stats.now), **_stats_data(stats)})
     else:
         _print_stats(stats)
 
 
 def _stats_data(stats: Stats) -> dict[str, Any]:
     return {
-        "now": time_text(stats.now),
         "jobs": stats.jobs,
         "queues": [
             {
@@ -90,11 +89,11 @@ def _oldest(queue: QueueStats) -> str:
 @one_sentence
 def queues_command(as_json: bool) -> None:
     """Show what each queue holds, and who serves it."""
-    from ..dashboard.queries import queue_stats
+    from ..dashboard.queries import plain, queue_stats, time_text
 
     queues = queue_stats(current_state())
     if as_json:
-        print_json([plain(dataclasses.asdict(queue)) for queue in queues])
+        print_json([plain(queue) for queue in queues])
     elif queues:
         print_table(
             ["QUEUE", "PENDING", "SCHEDULED", "RETRYING", "RUNNING", "OLDEST PENDING", "WORKERS",
@@ -135,11 +134,11 @@ def resume_command(names: Sequence[str]) -> None:
 @one_sentence
 def workers_command(ended: bool, as_json: bool) -> None:
     """Show the workers, and how they are."""
-    from ..dashboard.queries import list_workers
+    from ..dashboard.queries import list_workers, plain
 
     workers = list_workers(current_state(), ended=ended)
     if as_json:
-        print_json([plain(dataclasses.asdict(worker)) for worker in workers])
+        print_json([plain(worker) for worker in workers])
     elif workers:
         print_table(
             ["ID", "NAME", "HOST", "PID", "POOL", "SIZE", "QUEUES", "STATUS", "HEARTBEAT",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -44,21 +43,3 @@ def progress_bar(length: int, label: str) -> Iterator[Callable[[int], None]]:
 def counted(number: int, noun: str) -> str:
     """``1 job``, ``1,200 jobs``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``fields`` with times as JSON can hold them."""
-    return {name: time_text(v) if isinstance(v, dt.datetime) else v for name, v in fields.items()}
-
-
-def time_text(value: dt.datetime) -> str:
-    """A UTC time in ISO 8601, to the millisecond."""
-    return f"{value.isoformat(timespec='milliseconds')}Z"
-
-
-def read_json(text: str | None) -> Any:
-    """What a JSON text says; the text itself when it is none."""
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError:
-        return text

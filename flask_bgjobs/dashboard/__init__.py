@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint
 
 from ..config import Config
-from . import access, views
+from . import access, api, changes, views
 
 
 def create_blueprint(config: Config) -> Blueprint:
@@ -24,4 +24,6 @@ def create_blueprint(config: Config) -> Blueprint:
     )
     access.protect(blueprint)
     views.register(blueprint)
+    changes.register(blueprint)
+    api.register(blueprint)
     return blueprint

@@ -8,6 +8,8 @@ forgotten.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from flask import Blueprint, Response, abort, current_app, g, request
@@ -17,19 +19,39 @@ from wtforms import ValidationError
 
 from ..app_state import current_state
 from ..models import Job
+from ..store import Actor
 from . import queries
 
 _logger = logging.getLogger("flask_bgjobs")
 
-VIEW, DISPATCH = "view", "dispatch"
+VIEW, AUDIT, DISPATCH = "view", "audit", "dispatch"
 _ACTIONS = {
     "overview": VIEW,
     "list_jobs": VIEW,
     "show_job": VIEW,
+    "list_errors": VIEW,
+    "list_queues": VIEW,
+    "list_workers": VIEW,
+    "list_audit": AUDIT,
     "dispatch": DISPATCH,
     "act": "",
+    "bulk": "",
+    "act_on_queue": "",
+    "act_on_worker": "",
+    "api_description": VIEW,
+    "api_stats": VIEW,
+    "api_jobs": VIEW,
+    "api_job": VIEW,
+    "api_errors": VIEW,
+    "api_queues": VIEW,
+    "api_workers": VIEW,
+    "api_audit": AUDIT,
+    "api_dispatch": DISPATCH,
+    "api_act": "",
+    "api_act_on_queue": "",
+    "api_act_on_worker": "",
 }
-"""What the authorizer is asked for each view; the empty one is named by the address."""
+"""What the authorizer is asked for each view; the empty ones are named by the address."""
 _OPEN = frozenset({"static", "healthz"})
 """Views for everybody: a load balancer has no login. They tell nothing of any job."""
 
@@ -58,7 +80,7 @@ def is_allowed(action: str, job: Job | None = None) -> bool:
     if action == VIEW:
         if state.config.dashboard_public:
             return True
-    elif state.config.read_only:
+    elif action != AUDIT and state.config.read_only:
         return False
     authorizer = state.find_authorizer()
     if authorizer is None:
@@ -73,6 +95,41 @@ def is_allowed(action: str, job: Job | None = None) -> bool:
 def visible(job: Job) -> bool:
     """Whether the visitor may see ``job``."""
     return is_allowed(VIEW, job)
+
+
+def visible_filter() -> Callable[[Job], bool] | None:
+    """The same, to be asked for each job of a list; ``None`` where everybody sees all."""
+    return None if current_state().config.dashboard_public else visible
+
+
+def visitor(reason: str | None = None) -> Actor:
+    """Who makes a change, for the audit trail.
+
+    :param reason: by what many jobs were chosen.
+    """
+    return Actor(_visitor_name(), "api" if is_api() else "dashboard", reason)
+
+
+def is_api() -> bool:
+    """Whether the request is for the JSON API."""
+    return _view().startswith("api_")
+
+
+def _view() -> str:
+    return (request.endpoint or "").rpartition(".")[2]
+
+
+def _visitor_name() -> str:
+    """As the host's own function says, or the id that Flask-Login knows, or the address."""
+    identify = current_state().find_identifier()
+    if identify is not None:
+        return str(identify())
+    if hasattr(current_app, "login_manager"):
+        from flask_login import current_user
+
+        if current_user.is_authenticated:
+            return str(current_user.get_id())
+    return f"anonymous ({request.remote_addr or 'unknown address'})"
 
 
 def requested_job() -> Job:
@@ -105,7 +162,7 @@ def wants_fragment() -> bool:
 
 
 def _guard() -> ResponseReturnValue | None:
-    view = (request.endpoint or "").rpartition(".")[2]
+    view = _view()
     if view in _OPEN:
         return None
     values: dict[str, Any] = request.view_args or {}
@@ -137,11 +194,13 @@ def _refuse(action: str, job: Job | None = None) -> ResponseReturnValue | None:
     if is_allowed(action, job):
         return None
     if current_state().find_authorizer() is not None and _is_anonymous():
+        if is_api():
+            abort(401, "Log in first.")
         if wants_fragment() or _prefers_json():
             return Response("Log in first.", 401, mimetype="text/plain")
         answer: ResponseReturnValue = current_app.login_manager.unauthorized()  # type: ignore[attr-defined]  # set by Flask-Login
         return answer
-    if current_state().config.read_only and action != VIEW:
+    if current_state().config.read_only and action not in (VIEW, AUDIT):
         abort(403, "BGJOBS_READ_ONLY is set: nothing can be changed here.")
     abort(403, "You are not allowed to do this.")
 
@@ -183,6 +242,8 @@ def _add_headers(response: Response) -> Response:
     headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
     headers.setdefault("X-Content-Type-Options", "nosniff")
     headers.setdefault("Referrer-Policy", "same-origin")
-    if (request.endpoint or "").rpartition(".")[2] != "static":
+    if _view() != "static":
         headers.setdefault("Cache-Control", "no-store")
+    if is_api() and response.status_code == HTTPStatus.OK and (token := csrf_token()):
+        headers["X-CSRFToken"] = token
     return response

@@ -15,7 +15,7 @@ from .. import durations
 from ..app_state import AppState
 from ..models import Job
 from ..states import JobStatus
-from . import access
+from . import access, asked, queries
 from .queries import JobRow
 
 _STATIC = pathlib.Path(__file__).parent / "static"
@@ -72,12 +72,45 @@ class Helpers:
 
     def list_url(self, filters: Any, **changes: Any) -> str:
         """The address of the list with ``filters``, and ``changes`` to its query."""
-        query = {
-            "status": list(filters.statuses),
-            "queue": list(filters.queues),
-            "q": filters.q or None,
-        }
-        return url_for(".list_jobs", **{**query, **changes})
+        return url_for(".list_jobs", **{**asked.query_of(filters), **changes})
+
+    @staticmethod
+    def query_of(filters: Any) -> list[tuple[str, list[str]]]:
+        """The names and values that a form sends for ``filters``."""
+        query = asked.query_of(filters)
+        return [
+            (name, value if isinstance(value, list) else [value])
+            for name, value in query.items()
+            if value
+        ]
+
+    @staticmethod
+    def filter_words(filters: Any) -> str:
+        """The filters as people may read them."""
+        query = Helpers.query_of(filters)
+        return " ".join(f"{name}:{','.join(values)}" for name, values in query if name != "sort")
+
+    @property
+    def orders(self) -> list[tuple[str, str]]:
+        """How a list can be sorted: names and words."""
+        return [(name, order.words) for name, order in queries.ORDERS.items()]
+
+    @property
+    def job_names(self) -> list[str]:
+        """What the allow-list holds, to choose from."""
+        return self._state.registry.names()
+
+    @property
+    def period_names(self) -> list[tuple[str, str]]:
+        """The periods of charts: names and words."""
+        return [(name, period.words) for name, period in queries.PERIODS.items()]
+
+    @property
+    def verbs(self) -> list[str]:
+        """What the visitor may do to many jobs."""
+        if self.csrf_token is None:
+            return []
+        return [verb for verb in ("retry", "cancel", "delete") if self.may(verb)]
 
     @staticmethod
     def iso(when: dt.datetime) -> str:

@@ -1,11 +1,10 @@
-"""The pages. Each reads through :mod:`.queries`, or acts through :mod:`flask_bgjobs.actions`."""
+"""The pages. Each reads through :mod:`.queries`."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import re
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -23,23 +22,15 @@ from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException
 
-from .. import actions
-from ..app_state import AppState, current_state
+from ..app_state import current_state
 from ..models import Job
-from ..store import ActionResult
-from ..text import one_line, storable
-from . import access, queries
+from ..text import one_line
+from . import access, api, asked, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
 from .page import Helpers
 
 _logger = logging.getLogger("flask_bgjobs")
 
-_PER_PAGE = 50
-_MAX_QUERY = 200
-_MAX_CHOSEN = 50
-_ACTS = {"cancel": actions.cancel, "retry": actions.retry, "delete": actions.delete}
-_DONE = {"cancel": "cancelled", "retry": "is pending again", "delete": "deleted"}
-_LOCAL_PATH = re.compile(r"(?:[a-z0-9]+(?:/[a-z0-9]+)*)?")
 _TIME_TEXT = re.compile(r"(<time[^>]*>)[^<]*")
 
 
@@ -48,61 +39,114 @@ def register(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/", view_func=overview)
     blueprint.add_url_rule("/list", view_func=list_jobs)
     blueprint.add_url_rule("/job/<int:job_id>", view_func=show_job)
+    blueprint.add_url_rule("/errors", view_func=list_errors)
+    blueprint.add_url_rule("/queues", view_func=list_queues)
+    blueprint.add_url_rule("/workers", view_func=list_workers)
+    blueprint.add_url_rule("/audit", view_func=list_audit)
     blueprint.add_url_rule("/dispatch", view_func=dispatch, methods=["GET", "POST"])
-    blueprint.add_url_rule(
-        "/job/<int:job_id>/<any(cancel, retry, delete):verb>", view_func=act, methods=["POST"]
-    )
     blueprint.add_url_rule("/healthz", view_func=healthz, provide_automatic_options=False)
     blueprint.context_processor(_template_values)
-    for code in (400, 403, 404, 413):
+    for code in (400, 401, 403, 404, 413):
         blueprint.register_error_handler(code, _show_error)
 
 
 def overview() -> ResponseReturnValue:
-    """Counts, warnings, recent failures and the newest jobs."""
+    """What is broken, and how it goes: counts, warnings, queues, charts and recent failures."""
     state = current_state()
+    service = queries.service_now(state)
     return _live_page(
         "overview",
         counts=queries.count_by_status(state),
-        service=queries.service_now(state),
-        failures=queries.recent_failures(state, visible=_visible(state)),
-        newest=queries.list_jobs(state, per=10, visible=_visible(state)).jobs,
-        is_live=True,
+        service=service,
+        queues=queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES),
+        chart=queries.chart(state, service.now, asked.period()),
+        failures=queries.recent_failures(state, visible=access.visible_filter()),
+        most=queries.COUNTED_IN_QUEUES,
     )
 
 
 def list_jobs() -> ResponseReturnValue:
     """A page of the jobs that the address filters."""
     state = current_state()
+    is_first = not ({"after", "before"} & request.args.keys())
+    filters, page, wrong = queries.JobFilters(), None, None
     try:
-        filters = _filters()
+        filters = asked.filters()
         page = queries.list_jobs(
             state,
             filters,
             after=request.args.get("after"),
             before=request.args.get("before"),
-            per=_per_page(),
-            visible=_visible(state),
+            per=asked.per_page(),
+            visible=access.visible_filter(),
         )
+    except queries.InvalidSearch as error:
+        # Told beside the box, where it can be mended.
+        wrong = _sentence(error)
     except ValueError as error:
-        raise BadRequest(f"{str(error)[0].upper()}{str(error)[1:]}.") from None
-    is_first = not ({"after", "before"} & request.args.keys())
-    return _live_page(
+        raise BadRequest(_sentence(error)) from None
+    response = _live_page(
         "list",
         counts=queries.count_by_status(state),
         service=queries.service_now(state),
         filters=filters,
         page=page,
-        per=None if _per_page() == _PER_PAGE else _per_page(),
+        wrong=wrong,
+        q=asked.text("q"),
+        per=None if asked.per_page() == asked.PER_PAGE else asked.per_page(),
         is_first=is_first,
-        is_live=is_first,
+        is_live=is_first and wrong is None,
     )
+    if wrong is not None:
+        response.status_code = HTTPStatus.BAD_REQUEST
+    return response
 
 
 def show_job(job_id: int) -> ResponseReturnValue:
     """One job, with all that is known of it."""
     detail = queries.job_detail(current_state(), access.requested_job())
-    return _live_page("job", detail=detail, is_live=True)
+    return _live_page("job", detail=detail)
+
+
+def list_errors() -> ResponseReturnValue:
+    """What fails, by job and exception."""
+    return _live_page(
+        "errors", errors=queries.errors_in(current_state(), asked.period(), access.visible_filter())
+    )
+
+
+def list_queues() -> ResponseReturnValue:
+    """What each queue holds and does."""
+    state = current_state()
+    service = queries.service_now(state)
+    return _live_page(
+        "queues",
+        service=service,
+        queues=queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES),
+        lines=queries.finished_by_queue(state, service.now),
+        most=queries.COUNTED_IN_QUEUES,
+    )
+
+
+def list_workers() -> ResponseReturnValue:
+    """Who works, and on what."""
+    state = current_state()
+    with_ended = "ended" in request.args
+    return _live_page(
+        "workers",
+        service=queries.service_now(state),
+        workers=queries.list_workers(state, ended=with_ended),
+        with_ended=with_ended,
+    )
+
+
+def list_audit() -> ResponseReturnValue:
+    """Who changed what."""
+    try:
+        page = queries.list_audit(current_state(), after=request.args.get("after"))
+    except ValueError as error:
+        raise BadRequest(_sentence(error)) from None
+    return _live_page("audit", page=page, is_live="after" not in request.args)
 
 
 def dispatch() -> ResponseReturnValue:
@@ -113,23 +157,13 @@ def dispatch() -> ResponseReturnValue:
     if request.method == "POST":
         job = dispatch_job(state, form, again)
         if job is not None:
+            state.store.record(access.visitor(), "dispatch", subject=job.name, jobs=[job.id])
             flash(f"Job {job.id} enqueued.", "success")
             return redirect(url_for(".show_job", job_id=job.id), HTTPStatus.SEE_OTHER)
     page = render_template(
         "bgjobs/dispatch.html", form=form, again=again, jobs=job_choices(state.registry)
     )
     return page, HTTPStatus.BAD_REQUEST if request.method == "POST" else HTTPStatus.OK
-
-
-def act(job_id: int, verb: str) -> ResponseReturnValue:
-    """Cancel, retry or delete a job, then go back to where the visitor came from."""
-    result = _ACTS[verb](current_state(), [job_id])
-    for message, category in _told(verb, result):
-        flash(message, category)
-    following = _next_page()
-    if verb == "delete" and result.done and following == url_for(".show_job", job_id=job_id):
-        following = url_for(".list_jobs")
-    return redirect(following, HTTPStatus.SEE_OTHER)
 
 
 def healthz() -> Response:
@@ -165,31 +199,6 @@ def _live_page(name: str, **values: Any) -> Response:
     return response
 
 
-def _filters() -> queries.JobFilters:
-    return queries.JobFilters(
-        statuses=_chosen("status"),
-        queues=_chosen("queue"),
-        q=storable(request.args.get("q", "").strip()[:_MAX_QUERY]),
-    )
-
-
-def _chosen(name: str) -> tuple[str, ...]:
-    """The values of a filter that may be given several times."""
-    values = (storable(value.strip()[:_MAX_QUERY]) for value in request.args.getlist(name))
-    return tuple(dict.fromkeys(value for value in values if value))[:_MAX_CHOSEN]
-
-
-def _per_page() -> int:
-    text = request.args.get("per", "")
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        return _PER_PAGE
-    return min(max(int(text), 1), queries.MAX_PER_PAGE)
-
-
-def _visible(state: AppState) -> Callable[[Job], bool] | None:
-    return None if state.config.dashboard_public else access.visible
-
-
 def _dispatched_again() -> Job | None:
     """The job that the form repeats, when there is one and the visitor may see it."""
     text = request.values.get("again", "")
@@ -199,31 +208,14 @@ def _dispatched_again() -> Job | None:
     return job if job is not None and queries.is_readable(job) else None
 
 
-def _told(verb: str, result: ActionResult) -> list[tuple[str, str]]:
-    return [
-        *((f"Job {job_id} {_DONE[verb]}.", "success") for job_id in result.done),
-        *((f"Job {job_id} was asked to stop.", "success") for job_id in result.requested),
-        *(
-            (f"Job {job_id} skipped: {reason}.", "warning")
-            for job_id, reason in result.skipped.items()
-        ),
-    ]
-
-
-def _next_page() -> str:
-    """Where the form wants to go next, when that is a page of this dashboard."""
-    root = url_for(".overview")
-    wanted = request.form.get("next", "")
-    below = wanted.partition("?")[0].removeprefix(root)
-    is_ours = (
-        wanted.startswith(root)
-        and _LOCAL_PATH.fullmatch(below) is not None
-        and wanted.isprintable()
-    )
-    return wanted if is_ours else url_for(".list_jobs")
+def _sentence(error: ValueError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _show_error(error: HTTPException) -> ResponseReturnValue:
+    if access.is_api():
+        return api.answer_error(error)
     is_closed = error.code == HTTPStatus.FORBIDDEN and current_state().find_authorizer() is None
     if access.wants_fragment():
         return Response(str(error.description), error.code, mimetype="text/plain")

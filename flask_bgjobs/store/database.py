@@ -55,6 +55,10 @@ class Database(abc.ABC):
     now: sa.ColumnElement[dt.datetime]
     """The database's clock, read when the statement runs."""
 
+    seeks_ranges = True
+    """Whether rows behind a value are sought by an index where only the running statement knows
+    the value."""
+
     has_one_writer = False
     """Whether an open transaction that wrote keeps all others from writing."""
 

@@ -53,6 +53,7 @@ class MysqlStore(Store):
     """The statements on MySQL 8.0.1, MariaDB 10.6, or newer."""
 
     now = sa.literal_column("UTC_TIMESTAMP(6)", UtcTime)
+    seeks_ranges = False
     insert_into = staticmethod(mysql.insert)
     # Shared, as the conflict has locked it: a snapshot of the host's may be older than the holder.
     _holders = Store._holders.with_for_update(read=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import flask
@@ -17,6 +18,7 @@ from tests.integration.test_dashboard_support import (
     Host,
     MakeHost,
     listed_ids,
+    now,
 )
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
@@ -31,7 +33,8 @@ def addresses(host: Host, job_id: int) -> list[tuple[str, str]]:
         for rule in host.app.url_map.iter_rules():
             if not rule.endpoint.startswith("bgjobs.") or rule.endpoint in OPEN:
                 continue
-            for verb in ("cancel", "retry", "delete") if "verb" in rule.arguments else ("",):
+            verbs = re.search(r"<any\((.*?)\):verb>", rule.rule)
+            for verb in verbs[1].split(", ") if verbs else ("",):
                 values = {"job_id": job_id, "verb": verb}
                 path = flask.url_for(rule.endpoint, **{key: values[key] for key in rule.arguments})
                 methods = (rule.methods or set()) - {"HEAD", "OPTIONS"}
@@ -55,11 +58,36 @@ def test_the_sweep_sees_every_page(make_host: MakeHost) -> None:
         ("GET", "/jobs/"),
         ("GET", "/jobs/list"),
         ("GET", "/jobs/job/7"),
+        ("GET", "/jobs/errors"),
+        ("GET", "/jobs/queues"),
+        ("GET", "/jobs/workers"),
+        ("GET", "/jobs/audit"),
         ("GET", "/jobs/dispatch"),
         ("POST", "/jobs/dispatch"),
         ("POST", "/jobs/job/7/cancel"),
         ("POST", "/jobs/job/7/retry"),
         ("POST", "/jobs/job/7/delete"),
+        ("POST", "/jobs/bulk/cancel"),
+        ("POST", "/jobs/bulk/retry"),
+        ("POST", "/jobs/bulk/delete"),
+        ("POST", "/jobs/queues/pause"),
+        ("POST", "/jobs/queues/resume"),
+        ("POST", "/jobs/workers/drain"),
+        ("GET", "/jobs/api/v1/openapi.json"),
+        ("GET", "/jobs/api/v1/stats"),
+        ("GET", "/jobs/api/v1/jobs"),
+        ("POST", "/jobs/api/v1/jobs"),
+        ("GET", "/jobs/api/v1/jobs/7"),
+        ("POST", "/jobs/api/v1/jobs/7/cancel"),
+        ("POST", "/jobs/api/v1/jobs/7/retry"),
+        ("POST", "/jobs/api/v1/jobs/7/delete"),
+        ("GET", "/jobs/api/v1/errors"),
+        ("GET", "/jobs/api/v1/queues"),
+        ("POST", "/jobs/api/v1/queues/pause"),
+        ("POST", "/jobs/api/v1/queues/resume"),
+        ("GET", "/jobs/api/v1/workers"),
+        ("POST", "/jobs/api/v1/workers/drain"),
+        ("GET", "/jobs/api/v1/audit"),
     }
 
 
@@ -99,7 +127,7 @@ def test_a_viewer_sees_but_changes_nothing(make_host: MakeHost) -> None:
     job_id = host.add()
     answers = sweep(host, job_id, csrf_token=host.token())
     for (method, path), status in answers.items():
-        may = method == "GET" and not path.endswith("/dispatch")
+        may = method == "GET" and not path.endswith(("/dispatch", "/audit"))
         assert status == (200 if may else 403), path
     for page in (host.get("/list"), host.get(f"/job/{job_id}")):
         assert "formaction" not in page
@@ -130,7 +158,17 @@ def test_a_public_dashboard_opens_the_views_only(make_host: MakeHost) -> None:
     assert {path for (method, path), status in answers.items() if status == 200} == {
         "/jobs/",
         "/jobs/list",
+        "/jobs/errors",
+        "/jobs/queues",
+        "/jobs/workers",
         f"/jobs/job/{job_id}",
+        "/jobs/api/v1/openapi.json",
+        "/jobs/api/v1/stats",
+        "/jobs/api/v1/jobs",
+        f"/jobs/api/v1/jobs/{job_id}",
+        "/jobs/api/v1/errors",
+        "/jobs/api/v1/queues",
+        "/jobs/api/v1/workers",
     }
     assert {status for (method, _), status in answers.items() if method == "POST"} == {403}
 
@@ -153,6 +191,8 @@ def test_a_hidden_job_looks_like_one_that_does_not_exist(make_host: MakeHost) ->
     """Who may not view a job cannot tell it from a missing one, in pages, POSTs and lists."""
     host = make_host(authorizer=lambda action, job: job is None or job.owner == "me")
     hidden, mine = host.add(id=4710, owner="you"), host.add(owner="me")
+    for owner in ("you", "me"):
+        host.add(status="failed", finished_at=now(), owner=owner, error=f"E: of {owner}")
     missing = 4712
     token = host.token()
     assert host.get(f"/job/{hidden}", 404) == host.get(f"/job/{missing}", 404)
@@ -162,8 +202,9 @@ def test_a_hidden_job_looks_like_one_that_does_not_exist(make_host: MakeHost) ->
         for each in (hidden, missing):
             data = {"csrf_token": token}
             assert host.client.post(f"{PREFIX}/job/{each}/{verb}", data=data).status_code == 404
-    assert listed_ids(host.get("/list")) == [mine]
-    assert listed_ids(host.get("/")) == [mine]
+    assert listed_ids(host.get("/list?status=pending")) == [mine]
+    assert "E: of me" in host.get("/")
+    assert "E: of you" not in host.get("/")
     assert host.job(hidden).status == "pending"
 
 
@@ -196,12 +237,17 @@ def only_users(action: str, job: object) -> bool:
 
 
 def test_an_anonymous_visitor_is_sent_to_the_login_view(make_host: MakeHost) -> None:
-    """With Flask-Login and an authorizer, anonymous visitors are sent to log in."""
+    """With Flask-Login and an authorizer, anonymous visitors are sent to log in; programs that ask
+    the API are told so."""
     host = make_host(authorizer=only_users)
     with_login(host)
     job_id = host.add()
     for method, path in addresses(host, job_id):
         answer = host.client.open(path, method=method)
+        if "/api/" in path:
+            assert answer.status_code == 401
+            assert answer.json["error"]["message"] == "Log in first."
+            continue
         assert answer.status_code == 302
         assert answer.headers["Location"].startswith("/login?next=")
     log_in(host)

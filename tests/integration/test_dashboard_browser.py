@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from werkzeug.serving import make_server
 
+from flask_bgjobs.rollup import MINUTE, OUTCOMES, RUN, Cell
+from flask_bgjobs.store import Actor
 from tests.integration.test_dashboard_support import (
     RECEIPT,
     SAMPLE,
@@ -35,7 +37,10 @@ LISTEN = """
 document.addEventListener("securitypolicyviolation", (event) =>
   window.violated(`violation of ${event.violatedDirective}: ${event.blockedURI}`));
 """
-SHORT_INTERVAL = ("const INTERVAL = 5000", "const INTERVAL = 200")
+QUICKEN = """
+try { localStorage.setItem("bgjobs-seconds", localStorage.getItem("bgjobs-seconds") ?? "0.2"); }
+catch { /* a page without an address */ }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ class Browsing:
 
     def __init__(self, browser: Any, address: str) -> None:
         self._browser = browser
-        self._address = address
+        self.address = address
         self._contexts: list[Any] = []
         self.troubles: list[str] = []
         """Violations of the policy, console messages, and requests to other hosts."""
@@ -81,18 +86,23 @@ class Browsing:
         self._contexts.append(context)
         context.expose_binding("violated", lambda _, text: self.troubles.append(text))
         context.add_init_script(LISTEN)
-        context.route("**/bgjobs.js*", _quicken)
+        context.add_init_script(QUICKEN)
         page = context.new_page()
         page.set_default_timeout(DEADLINE_MS)
         page.on("console", lambda message: self.troubles.append(message.text))
         page.on("pageerror", lambda error: self.troubles.append(str(error)))
         page.on("request", self._note_foreign)
-        page.goto(self._address + path)
+        page.goto(self.address + path)
         return page
 
     def _note_foreign(self, request: Any) -> None:
-        if not request.url.startswith(self._address):
+        if not request.url.startswith(self.address):
             self.troubles.append(request.url)
+
+    def forget_answers(self, *codes: int) -> None:
+        """Forget that the browser wrote down answers with these codes."""
+        written = tuple(f"status of {code} " for code in codes)
+        self.troubles[:] = [each for each in self.troubles if not any(w in each for w in written)]
 
     def close(self) -> None:
         for context in self._contexts:
@@ -108,19 +118,22 @@ def open_page(browser: Any, address: str) -> Iterator[Browsing]:
     assert browsing.troubles == []
 
 
-def _quicken(route: Any) -> None:
-    response = route.fetch()
-    assert SHORT_INTERVAL[0] in response.text()
-    route.fulfill(response=response, body=response.text().replace(*SHORT_INTERVAL))
-
-
 def test_pages_run_clean_under_the_policy(host: Host, open_page: Browsing) -> None:
     """No page breaks the policy, logs an error or asks another host for anything."""
     job_id = host.add(status="failed", error="ValueError: x", progress=0.3)
     host.add_attempt(job_id, error="ValueError: x", traceback="Traceback …")
-    for path in ("/", "/list?status=failed", f"/job/{job_id}", f"/dispatch?again={job_id}"):
+    host.add_worker()
+    host.state.store.record(Actor("anna", "dashboard"), "cancel", jobs=[job_id])
+    host.state.store.add_to_rollup({_cell(host, outcome): 7 for outcome in OUTCOMES})
+    paths = ("/", "/list?status=failed", f"/job/{job_id}", f"/dispatch?again={job_id}")
+    for path in (*paths, "/errors", "/queues", "/workers", "/audit"):
         page = open_page(path)
         page.wait_for_function("document.documentElement.dataset.bsTheme")
+
+
+def _cell(host: Host, outcome: str) -> Cell:
+    return Cell(MINUTE, host.state.store.clock().replace(second=0, microsecond=0), "default",
+                outcome, RUN, 12)  # fmt: skip
 
 
 def test_the_watch_for_violations_works(open_page: Browsing) -> None:
@@ -216,6 +229,92 @@ def test_everything_works_without_script(host: Host, open_page: Browsing) -> Non
     assert host.count() == 1
 
 
+def test_many_jobs_are_changed_after_a_question(host: Host, open_page: Browsing) -> None:
+    """Choosing rows stops the refresh; the question is a dialog, and Escape leaves it."""
+    host.add(3)
+    page = open_page("/list")
+    page.check('[aria-label="Choose job 2"]')
+    page.check('[aria-label="Choose job 3"]')
+    host.add()
+    page.wait_for_timeout(1000)
+    assert page.locator("#job-4").count() == 0
+    assert page.is_checked('[aria-label="Choose job 2"]')
+    page.click('#bgjobs-bulk button:has-text("Delete")')
+    page.wait_for_selector("dialog[open] >> text=Delete 2 jobs?")
+    assert page.evaluate("document.querySelector('dialog').contains(document.activeElement)")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    assert host.count() == 4
+    page.click('#bgjobs-bulk button:has-text("Delete")')
+    page.fill("dialog [name=typed]", "2")
+    page.click('dialog button:has-text("Delete 2 jobs")')
+    page.wait_for_selector("text=2 deleted.")
+    assert host.count() == 2
+
+
+def test_this_page_is_chosen_at_once(host: Host, open_page: Browsing) -> None:
+    """One box chooses all rows of the page, and frees them again."""
+    host.add(4)
+    page = open_page("/list")
+    page.check("[data-bgjobs-all]")
+    assert page.locator('[name="id"]:checked').count() == 4
+    page.uncheck("[data-bgjobs-all]")
+    assert page.locator('[name="id"]:checked').count() == 0
+
+
+def test_many_jobs_are_changed_without_script(host: Host, open_page: Browsing) -> None:
+    """Without JavaScript the question is a page of its own."""
+    host.add(2)
+    page = open_page("/list", java_script_enabled=False)
+    page.check('[aria-label="Choose job 1"]')
+    page.click('#bgjobs-bulk button:has-text("Cancel")')
+    page.wait_for_selector("h1:has-text('Cancel 1 job?')")
+    page.click('button:has-text("Cancel 1 job")')
+    page.wait_for_selector("text=1 cancelled.")
+    assert [host.job(each).status for each in (1, 2)] == ["cancelled", "pending"]
+
+
+def test_the_keyboard_is_enough(host: Host, open_page: Browsing) -> None:
+    """Keys go to the search box and through the rows, choose, and tell what they do."""
+    host.add(3)
+    page = open_page("/list")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.name") == "q"
+    page.keyboard.type("j")
+    assert page.input_value('[name="q"]') == "j"
+    page.evaluate("document.activeElement.blur()")
+    for key, row in (("j", 3), ("j", 2), ("j", 1), ("j", 1), ("k", 2)):
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.closest('tr')?.id") == f"job-{row}"
+    page.keyboard.press("x")
+    assert page.is_checked('[aria-label="Choose job 2"]')
+    page.keyboard.press("?")
+    page.wait_for_selector("dialog[open] >> text=go to the search box")
+
+
+def test_how_often_is_the_visitors_choice(host: Host, open_page: Browsing) -> None:
+    """The interval is chosen on the page, kept for the next one, and may be never."""
+    page = open_page("/list")
+    page.select_option("[data-bgjobs-interval]", "0")
+    page.wait_for_timeout(500)
+    host.add()
+    page.wait_for_timeout(800)
+    assert page.locator("#job-1").count() == 0
+    page.reload()
+    page.wait_for_selector("#job-1")
+    assert page.input_value("[data-bgjobs-interval]") == "0"
+
+
+def test_who_is_logged_out_is_told(host: Host, open_page: Browsing) -> None:
+    """A page that is open when the right to see it ends shows that by itself."""
+    host.add()
+    page = open_page("/list")
+    host.bgjobs.authorize_dashboard(lambda action, job: False)
+    page.wait_for_selector("text=You are not allowed to do this.")
+    # The browser itself writes down the answers with 403.
+    open_page.troubles.clear()
+
+
 @pytest.mark.parametrize("width", [320, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, scheme: Any) -> None:
@@ -232,7 +331,11 @@ def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, schem
     )
     host.add_attempt(job_id, error=word, traceback=word * 5, worker_name=word)
     host.add(target=RECEIPT, method=None, parameters_json="[7]")
-    for path in ("/", "/list", f"/job/{job_id}", "/dispatch"):
+    host.add_worker(word, host=word)
+    host.pause("q" * 64)
+    host.state.store.record(Actor(word, "dashboard", word), "cancel", subject=word, jobs=[job_id])
+    others = ("/errors", "/queues", "/workers", "/audit")
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch", *others):
         page = open_page(path, viewport={"width": width, "height": 700}, color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.evaluate("document.documentElement.dataset.bsTheme") == scheme

@@ -171,6 +171,6 @@ def test_init_db_without_flask_migrate(tmp_path: Path) -> None:
     """``init-db`` makes the tables and turns WAL on; again, it changes nothing."""
     _host(tmp_path, PLAIN)
     first = _flask(tmp_path, "bgjobs", "init-db")
-    assert "Created bgjobs_attempt, bgjobs_job" in first
+    assert "Created bgjobs_attempt, bgjobs_audit" in first
     assert "WAL mode is now on" in first
     assert "already there" in _flask(tmp_path, "bgjobs", "init-db")

@@ -350,8 +350,8 @@ def test_a_retried_job_that_fails_at_once_is_not_met_again(
 
     retry = state.store.retry
 
-    def retry_and_fail(ids: list[int]) -> Any:
-        result = retry(ids)
+    def retry_and_fail(ids: list[int], by: object) -> Any:
+        result = retry(ids, by)
         times.extend(ids)
         failed = {"status": "failed", "finished_at": state.store.after(sa.literal(1.0))}
         change(state, sa.update(Job).where(Job.id.in_(ids)).values(**failed))

@@ -5,12 +5,16 @@ the authorizer only. So a template cannot show a secret by mistake. All statemen
 store's own connection: the host's session is never touched.
 """
 
-from .charts import PERIODS, Chart, Period, chart, finished_by_queue
+from .audit import AuditPage, AuditRow, list_audit
+from .charts import DEFAULT_PERIOD, PERIODS, Chart, Period, chart, finished_by_queue
 from .cursors import InvalidCursor
+from .data import detail_data, job_data, plain, time_text
 from .detail import JobDetail, is_possible_id, job_detail
+from .errors import ErrorGroup, Errors, errors_in
 from .filters import DEFAULT_ORDER, ORDERS, JobFilters
 from .listing import MAX_PER_PAGE, Page, list_jobs, recent_failures
-from .queues import QueueStats, queue_stats
+from .matching import count_matching, highest_id, matching_ids
+from .queues import COUNTED_IN_QUEUES, QueueStats, queue_stats, queues_of
 from .rows import JobRow
 from .search import InvalidSearch
 from .service import HEALTH_SECONDS, Service, WorkerRow, service_now
@@ -19,13 +23,19 @@ from .stats import Count, Stats, count_by_status, stats_now
 from .workers import WorkerDetail, count_live_workers, list_workers
 
 __all__ = [
+    "COUNTED_IN_QUEUES",
     "DEFAULT_ORDER",
+    "DEFAULT_PERIOD",
     "HEALTH_SECONDS",
     "MAX_PER_PAGE",
     "ORDERS",
     "PERIODS",
+    "AuditPage",
+    "AuditRow",
     "Chart",
     "Count",
+    "ErrorGroup",
+    "Errors",
     "InvalidCursor",
     "InvalidSearch",
     "JobDetail",
@@ -41,14 +51,24 @@ __all__ = [
     "chart",
     "count_by_status",
     "count_live_workers",
+    "count_matching",
+    "detail_data",
+    "errors_in",
     "finished_by_queue",
+    "highest_id",
     "is_possible_id",
     "is_readable",
+    "job_data",
     "job_detail",
+    "list_audit",
     "list_jobs",
     "list_workers",
+    "matching_ids",
+    "plain",
     "queue_stats",
+    "queues_of",
     "recent_failures",
     "service_now",
     "stats_now",
+    "time_text",
 ]

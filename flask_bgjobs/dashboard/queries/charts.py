@@ -84,11 +84,13 @@ class Chart:
         return any(self.totals.values())
 
 
-def chart(state: AppState, period: Period = DEFAULT_PERIOD) -> Chart:
-    """What ended in ``period``, of all queues."""
+def chart(state: AppState, now: dt.datetime, period: Period = DEFAULT_PERIOD) -> Chart:
+    """What ended in ``period``, of all queues.
+
+    :param now: the database's clock.
+    """
+    begin = _first_step(now, period)
     with state.store.read() as connection:
-        now = connection.execute(sa.select(state.store.now)).scalar_one()
-        begin = _first_step(now, period)
         wanted = (_rollup.c.seconds == period.cell_seconds, _rollup.c.begins_at >= begin)
         counted = connection.execute(
             sa.select(_rollup.c.begins_at, _rollup.c.outcome, sa.func.sum(_rollup.c.jobs))
@@ -115,12 +117,14 @@ def chart(state: AppState, period: Period = DEFAULT_PERIOD) -> Chart:
     )
 
 
-def finished_by_queue(state: AppState) -> dict[str, list[int]]:
-    """How many attempts ended in each minute of the last hour, oldest first, by queue."""
+def finished_by_queue(state: AppState, now: dt.datetime) -> dict[str, list[int]]:
+    """How many attempts ended in each minute of the last hour, oldest first, by queue.
+
+    :param now: the database's clock.
+    """
     period = DEFAULT_PERIOD
+    begin = _first_step(now, period)
     with state.store.read() as connection:
-        now = connection.execute(sa.select(state.store.now)).scalar_one()
-        begin = _first_step(now, period)
         counted = connection.execute(
             sa.select(_rollup.c.queue, _rollup.c.begins_at, sa.func.sum(_rollup.c.jobs))
             .where(

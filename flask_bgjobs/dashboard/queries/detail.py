@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from ...app_state import AppState
 from ...models import Attempt, Job, JobLog, Worker, has_status
 from ...states import WAITING, JobStatus
+from .audit import AuditRow, audit_of
 from .rows import JobRow, job_row
 from .service import Service, service_now
 from .shown import Shown
@@ -66,6 +67,8 @@ class JobDetail:
     """Newest first."""
     lines: list[LogLine]
     """Oldest first; the newest 500."""
+    changes: list[AuditRow]
+    """What people did to it, newest first; the newest 20."""
     worker_name: str | None
     """Of the newest attempt."""
     reasons: list[str]
@@ -93,6 +96,7 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
             .order_by(JobLog.id.desc())
             .limit(_MAX_LINES)
         ).all()
+        changes = audit_of(connection, job.id)
         worker_name, ahead = connection.execute(
             sa.select(
                 sa.select(_worker.c.name).where(_worker.c.id == job.worker_id).scalar_subquery(),
@@ -110,6 +114,7 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
             LogLine(row.attempt, row.created_at, shown.text(row.message) or "")
             for row in reversed(lines)
         ],
+        changes=changes,
         worker_name=worker_name,
         reasons=_reasons(job, service, worker_name, ahead),
         now=service.now,

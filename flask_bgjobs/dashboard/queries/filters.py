@@ -96,9 +96,16 @@ class JobFilters:
         return tuple(status for status in chosen if status in self.order.statuses)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the database alone decides which jobs are meant: words and tags are looked at
+        as they are shown."""
+        return not (self.q or self.tag)
+
+    @property
     def needs_reading(self) -> bool:
         """Whether rows must be looked at one by one, as no index knows what is asked for."""
-        return bool(self.queues or self.job or self.tag or self.owner or self.terms)
+        words = [term for term in self.terms if term.field != "id"]
+        return bool(self.queues or self.job or self.tag or self.owner or words)
 
 
 # Pages ask for the terms of one text several times.

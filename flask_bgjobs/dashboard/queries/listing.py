@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from ...app_state import AppState
 from ...models import Job, detached_job, has_status
 from ...states import JobStatus
-from .conditions import is_shown_to_match, sql_conditions
+from .conditions import as_id, is_shown_to_match, sql_conditions
 from .cursors import Cursor, decode_cursor
 from .filters import JobFilters
 from .rows import JobRow, job_row
@@ -137,7 +137,8 @@ class _Walk:
     ) -> list[JobRow]:
         """The next ``limit`` jobs that match and are visible."""
         wanted = [*sql_conditions(self._filters), *self._times()]
-        end = self._end(cursor) if self._filters.needs_reading else None
+        end = self._end(cursor) if self._needs_reading else None
+        named = [] if end is None or cursor is not None else self._named(wanted, end, visible)
         if end is not None:
             wanted.append(self._up_to(end))
         rows: list[JobRow] = []
@@ -148,8 +149,7 @@ class _Walk:
             values_read = found.mappings().all()
             for values in values_read:
                 row = _listed_row(self._state, values)
-                is_visible = visible is None or visible(row.job)
-                if is_visible and is_shown_to_match(row, self._filters):
+                if self._is_wanted(row, visible):
                     rows.append(row)
                 if len(rows) >= limit:
                     return rows
@@ -159,9 +159,29 @@ class _Walk:
                     return rows
             if len(values_read) < chunk:
                 self.stopped_at = end
-                return rows
+                return [*rows, *named][:limit]
             cursor = self.cursor_of(row)
             chunk = min(chunk * 4, _MAX_CHUNK)
+
+    def _named(
+        self,
+        wanted: Sequence[sa.ColumnElement[bool]],
+        end: Cursor,
+        visible: Callable[[Job], bool] | None,
+    ) -> list[JobRow]:
+        """Jobs beyond the end of the search whose ids are words of it: these are found at once."""
+        words = (v for term in self._filters.terms if term.field is None for v in term.values)
+        ids = [number for word in words if (number := as_id(word)) is not None]
+        if not ids:
+            return []
+        beyond = [*wanted, self._behind(end), _job.c.id.in_(ids)]
+        found = self._connection.execute(self._statement(beyond, None, len(ids)))
+        rows = [_listed_row(self._state, values) for values in found.mappings()]
+        return [row for row in rows if self._is_wanted(row, visible)]
+
+    def _is_wanted(self, row: JobRow, visible: Callable[[Job], bool] | None) -> bool:
+        is_visible = visible is None or visible(row.job)
+        return is_visible and is_shown_to_match(row, self._filters)
 
     def _statement(
         self, wanted: Sequence[sa.ColumnElement[bool]], cursor: Cursor | None, limit: int
@@ -233,9 +253,16 @@ class _Walk:
         column = self._column if self._is_timed else _job.c.created_at
         wanted = [column >= since] if since is not None else []
         wanted += [column <= until] if until is not None else []
-        if wanted and not self._is_timed:
+        if wanted and not self._is_timed and self._state.store.seeks_ranges:
             wanted += self._ids_between(since, until)
         return wanted
+
+    @property
+    def _needs_reading(self) -> bool:
+        """Whether rows must be looked at one by one, as no index knows what is asked for."""
+        times = self._filters.since, self._filters.until
+        by_time = any(times) and not self._is_timed and not self._state.store.seeks_ranges
+        return by_time or self._filters.needs_reading
 
     def _ids_between(
         self, since: dt.datetime | None, until: dt.datetime | None

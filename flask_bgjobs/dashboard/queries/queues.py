@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Job, Queue, has_status
-from ...states import FINAL, JobStatus
+from ...models import Job, has_status
+from ...states import JobStatus
 from .service import Service, service_now
 
-_job = Job.__table__
-_NONE = (0, None)
+_job = cast(sa.Table, Job.__table__)
+_WAITING = (JobStatus.PENDING, JobStatus.SCHEDULED, JobStatus.RETRYING)
+COUNTED_IN_QUEUES = 10_000
+"""How far the pages count what waits in a queue."""
+_AT_ONCE = 50
+"""Queues per statement."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,50 +44,73 @@ class QueueStats:
         return self.pending + self.scheduled + self.retrying
 
 
-def queue_stats(state: AppState) -> list[QueueStats]:
-    """What each known queue holds, by name."""
-    return queues_of(state, service_now(state))
+def queue_stats(state: AppState, *, most: int | None = None) -> list[QueueStats]:
+    """What each known queue holds, by name.
+
+    :param most: how far the waiting jobs of one status are counted; a number above it means that
+        there are more.
+    """
+    return queues_of(state, service_now(state), most=most)
 
 
-def queues_of(state: AppState, service: Service) -> list[QueueStats]:
+def queues_of(state: AppState, service: Service, *, most: int | None = None) -> list[QueueStats]:
     """The same as :func:`queue_stats`, for workers and queues that are read already."""
-    # One by one, as each has an index of its own.
-    statement = sa.union_all(*(_by_queue(status) for status in JobStatus if status not in FINAL))
+    names = service.queues
+    live: dict[tuple[str, str], tuple[int, dt.datetime | None]] = {}
     with state.store.read() as connection:
-        found = connection.execute(statement).all()
-        queues = connection.execute(sa.select(Queue.name, Queue.paused_at)).all()
-    live = {(queue, status): (number, oldest) for queue, status, number, oldest in found}
-    paused = {row.name: row.paused_at for row in queues}
-    names = {*service.queues, *paused, *(queue for queue, _ in live)}
-    return [_one_queue(name, service, live, paused.get(name)) for name in sorted(names)]
+        for begin in range(0, max(1, len(names)), _AT_ONCE):
+            some = names[begin : begin + _AT_ONCE]
+            counts = [_count(name, status, most) for name in some for status in _WAITING]
+            if begin == 0:
+                counts.append(_running_by_queue())
+            for name, status, number, oldest in connection.execute(sa.union_all(*counts)):
+                live[name, status] = (number, oldest)
+    known = sorted({*names, *(name for name, _ in live)})
+    return [_one_queue(name, service, live) for name in known]
 
 
-def _by_queue(status: JobStatus) -> sa.Select[Any]:
-    name = sa.literal_column(f"'{status.value}'", sa.String)
-    return (
-        sa.select(_job.c.queue, name, sa.func.count(), sa.func.min(_job.c.run_at))
-        .where(has_status(status))
-        .group_by(_job.c.queue)
+def _count(name: str, status: JobStatus, most: int | None) -> sa.Select[*tuple[Any, ...]]:
+    """How many jobs of a queue have a status, and when the first of them was due."""
+    some = (
+        sa.select(_job.c.run_at)
+        .where(has_status(status), _job.c.queue == name)
+        # The order of the index: what is claimed next is counted first.
+        .order_by(_job.c.claim_rank, _job.c.run_at)
+        .limit(None if most is None else most + 1)
+        .subquery()
     )
+    return sa.select(
+        sa.literal(name, sa.String),
+        sa.literal(status.value, sa.String),
+        sa.func.count(),
+        sa.func.min(some.c.run_at),
+    ).select_from(some)
+
+
+def _running_by_queue() -> sa.Select[Any]:
+    word = sa.literal(JobStatus.RUNNING.value, sa.String)
+    never = sa.cast(sa.null(), _job.c.run_at.type)
+    running = sa.select(_job.c.queue, word, sa.func.count(), never)
+    return running.where(has_status(JobStatus.RUNNING)).group_by(_job.c.queue)
 
 
 def _one_queue(
     name: str,
     service: Service,
     live: Mapping[tuple[str, str], tuple[int, dt.datetime | None]],
-    paused_at: dt.datetime | None,
 ) -> QueueStats:
-    pending, oldest = live.get((name, JobStatus.PENDING.value), _NONE)
+    counts = {status: live.get((name, status.value), (0, None)) for status in JobStatus}
+    oldest = counts[JobStatus.PENDING][1]
     return QueueStats(
         name=name,
-        pending=pending,
-        scheduled=live.get((name, JobStatus.SCHEDULED.value), _NONE)[0],
-        retrying=live.get((name, JobStatus.RETRYING.value), _NONE)[0],
-        running=live.get((name, JobStatus.RUNNING.value), _NONE)[0],
+        pending=counts[JobStatus.PENDING][0],
+        scheduled=counts[JobStatus.SCHEDULED][0],
+        retrying=counts[JobStatus.RETRYING][0],
+        running=counts[JobStatus.RUNNING][0],
         oldest_pending_at=oldest,
         oldest_pending_seconds=None
         if oldest is None
         else max(0.0, (service.now - oldest).total_seconds()),
-        paused_at=paused_at,
+        paused_at=service.paused.get(name),
         workers=sum(worker.serves(name) for worker in service.workers),
     )

@@ -46,6 +46,13 @@ class JobRow:
         return self.target if self.method is None else f"{self.target}.{self.method}"
 
     @property
+    def run_seconds(self) -> float | None:
+        """How long the code of the last attempt took; ``None`` as long as it has not ended."""
+        if self.started_at is None or self.finished_at is None:
+            return None
+        return max(0.0, (self.finished_at - self.started_at).total_seconds())
+
+    @property
     def state(self) -> str:
         """The status, or ``cancelling``."""
         return "cancelling" if self.is_cancelling else self.status

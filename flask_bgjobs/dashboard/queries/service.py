@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
 from ...app_state import AppState
 from ...models import Job, Queue, Worker, has_status
-from ...states import JobStatus
+from ...states import WAITING, JobStatus
 
 HEALTH_SECONDS = 5.0
 """Within which the database must answer a health check."""
@@ -45,8 +46,9 @@ class Service:
     """The database's clock."""
     workers: list[WorkerRow]
     queues: list[str]
-    """Every queue known: of the configuration, of claimed jobs and of pending ones."""
-    paused: frozenset[str]
+    """Every queue known: of the configuration, of claimed jobs and of those that wait."""
+    paused: Mapping[str, dt.datetime]
+    """Since when, by queue."""
     unserved: list[str]
     """Queues that hold pending jobs, are not paused, and have no live worker."""
 
@@ -66,22 +68,27 @@ def service_now(state: AppState, *, within: float | None = None) -> Service:
 
     :param within: seconds that the database has to answer.
     """
+    living = _worker.c.status == "alive"
+    nothing = sa.select(sa.literal(1)).subquery()
+    # Joined, so that the clock is told also where no worker is alive.
+    workers_and_clock = (
+        sa.select(state.store.now.label("now"), _worker)
+        .join_from(nothing, _worker, living, isouter=True)
+        .order_by(_worker.c.id)
+    )
     with state.store.read(within=within) as connection:
-        now: dt.datetime = connection.execute(sa.select(state.store.now)).scalar_one()
-        workers = [
-            _worker_row(row, now, state.config.lease)
-            for row in connection.execute(
-                sa.select(_worker).where(_worker.c.status == "alive").order_by(_worker.c.id)
-            )
-        ]
-        queues = connection.execute(sa.select(Queue.name, Queue.paused_at)).all()
-        pending = list(connection.execute(_pending_queues()).scalars())
-    paused = frozenset(row.name for row in queues if row.paused_at is not None)
-    known = {row.name for row in queues} | set(pending) | set(state.config.queues or ())
+        rows = connection.execute(workers_and_clock).all()
+        queues = connection.execute(_queues()).all()
+    now: dt.datetime = rows[0].now
+    lease = state.config.lease
+    workers = [_worker_row(row, now, lease) for row in rows if row.id is not None]
+    paused = {row.name: row.paused_at for row in queues if row.paused_at is not None}
+    pending = [row.name for row in queues if row.source == JobStatus.PENDING]
+    configured = {*(state.config.queues or ()), *state.config.queue_pools}
     return Service(
         now=now,
         workers=workers,
-        queues=sorted(known),
+        queues=sorted({*configured, *(row.name for row in queues)}),
         paused=paused,
         unserved=[
             name
@@ -101,19 +108,27 @@ def _worker_row(row: sa.Row[Any], now: dt.datetime, lease: float) -> WorkerRow:
     )
 
 
-def _pending_queues() -> sa.Select[Any]:
-    """The queues that hold pending jobs: one index seek each, where DISTINCT reads them all."""
-    pending = has_status(JobStatus.PENDING)
+def _queues() -> sa.CompoundSelect[*tuple[Any, ...]]:
+    """The queues that have a row, and those that hold jobs of a status in which they wait."""
+    known = sa.select(sa.literal("known", sa.String).label("source"), Queue.name, Queue.paused_at)
+    return sa.union_all(known, *map(_queues_holding, sorted(WAITING))).order_by("name")
+
+
+def _queues_holding(status: JobStatus) -> sa.Select[Any]:
+    """The queues that hold such jobs: one index seek each, where DISTINCT reads them all."""
+    has_it = has_status(status)
     walk = (
         sa.select(sa.func.min(_job.c.queue).label("name"))
-        .where(pending)
-        .cte("pending_queue", recursive=True)
+        .where(has_it)
+        .cte(f"{status.value}_queue", recursive=True)
     )
     following = (
         sa.select(sa.func.min(_job.c.queue))
-        .where(pending, _job.c.queue > walk.c.name)
+        .where(has_it, _job.c.queue > walk.c.name)
         .correlate(walk)
         .scalar_subquery()
     )
     walk = walk.union_all(sa.select(following).where(walk.c.name.is_not(None)))
-    return sa.select(walk.c.name).where(walk.c.name.is_not(None)).order_by(walk.c.name)
+    word = sa.literal(status.value, sa.String)
+    never = sa.cast(sa.null(), Queue.__table__.c.paused_at.type)
+    return sa.select(word, walk.c.name, never).where(walk.c.name.is_not(None))

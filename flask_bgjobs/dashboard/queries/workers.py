@@ -36,6 +36,8 @@ class WorkerDetail:
     running: int
     """Jobs that it holds, started or not."""
     version: str
+    is_draining: bool
+    """Somebody asked it to finish what it runs, and to end."""
     started_at: dt.datetime
     stopped_at: dt.datetime | None
 
@@ -84,6 +86,7 @@ def _detail(row: sa.Row[tuple[object, ...]], running: int, lease: float) -> Work
         heartbeat_age_seconds=max(0.0, age),
         running=running,
         version=row.version,
+        is_draining=row.status == "alive" and row.drain_requested_at is not None,
         started_at=row.started_at,
         stopped_at=row.stopped_at,
     )

@@ -3,12 +3,19 @@
 (() => {
   "use strict";
   const root = document.documentElement;
-  const INTERVAL = 5000, LONGEST = 60000;
+  const LONGEST_SECONDS = 60, USUAL_SECONDS = 5;
+
+  // What this browser remembers; a private window may not.
+  function recall(key) {
+    try { return localStorage.getItem(key); } catch { return null; }
+  }
+  function keep(key, value) {
+    try { localStorage.setItem(key, value); } catch { /* It holds for this page. */ }
+  }
 
   // Theme: in our own layout only, a host's page decides for itself. Set before the first paint.
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const stored = () => { try { return localStorage.getItem("bgjobs-theme"); } catch { return null; } };
-  const theme = () => stored() || (dark.matches ? "dark" : "light");
+  const theme = () => recall("bgjobs-theme") || (dark.matches ? "dark" : "light");
   function paint() {
     root.dataset.bsTheme = theme();
     const button = document.querySelector("[data-bgjobs-theme]");
@@ -19,7 +26,7 @@
     }
   }
   function toggle() {
-    try { localStorage.setItem("bgjobs-theme", theme() === "dark" ? "light" : "dark"); } catch { return; }
+    keep("bgjobs-theme", theme() === "dark" ? "light" : "dark");
     paint();
   }
   if ("bgjobs" in root.dataset) {
@@ -84,10 +91,10 @@
   }
 
   // Refresh: asks for the changing part of this page, and learns with 304 that nothing changed.
-  let etag = null, wait = INTERVAL;
+  let etag = null, failures = 0, timer = null;
   function isBusy(live) {
     const selection = getSelection();
-    return document.hidden || document.querySelector("dialog[open]") ||
+    return document.hidden || document.querySelector("dialog[open]") || chosen().length ||
       (!selection.isCollapsed && live.contains(selection.anchorNode));
   }
   async function refresh(live) {
@@ -114,20 +121,114 @@
     if (!isBusy(live)) {
       try {
         await refresh(live);
-        wait = INTERVAL;
+        failures = 0;
       } catch {
-        wait = Math.min(wait * 2, LONGEST);
+        failures += 1;
       }
     }
     age(live);
-    setTimeout(turn, wait, live);
+    schedule(live);
+  }
+  const seconds = () => Number(recall("bgjobs-seconds") ?? USUAL_SECONDS);
+  function schedule(live) {
+    clearTimeout(timer);
+    if (!seconds()) return;
+    // After an error ever more seldom: the server has enough to do.
+    const wait = Math.max(seconds(), Math.min(seconds() * 2 ** failures, LONGEST_SECONDS));
+    timer = setTimeout(turn, wait * 1000, live);
+  }
+  function offerInterval(live) {
+    const select = document.querySelector("[data-bgjobs-interval]");
+    if (!select) return;
+    select.value = String(seconds());
+    select.hidden = false;
+    select.addEventListener("change", () => {
+      keep("bgjobs-seconds", select.value);
+      schedule(live);
+    });
   }
 
+  // Choosing rows, and asking before many jobs are changed. The question is the server's own page.
+  const chosen = () => [...document.querySelectorAll('[name="id"][form="bgjobs-bulk"]:checked')];
+  const boxes = () => [...document.querySelectorAll('[name="id"][form="bgjobs-bulk"]')];
+  function choosePage(all) {
+    for (const box of boxes()) box.checked = all.checked;
+  }
+  async function ask(form, button) {
+    const body = new FormData(form, button);
+    const response = await fetch(button.formAction, {
+      method: "POST", body, headers: { "X-Bgjobs-Fragment": "1" }, redirect: "manual",
+    });
+    // Nothing was chosen, or the login has run out: the whole page says so.
+    if (response.type === "opaqueredirect" || !response.ok) return location.reload();
+    show(new DOMParser().parseFromString(await response.text(), "text/html").body.childNodes);
+  }
+  function show(nodes) {
+    const dialog = document.createElement("dialog");
+    dialog.className = "bgj-dialog";
+    dialog.append(...nodes);
+    dialog.setAttribute("aria-labelledby", dialog.querySelector("h1, h2").id);
+    document.querySelector(".bgj").append(dialog);
+    dialog.addEventListener("close", () => dialog.remove());
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog || event.target.closest("[data-bgjobs-close]")) {
+        event.preventDefault();
+        dialog.close();
+      }
+    });
+    dialog.showModal();
+  }
+  document.addEventListener("submit", (event) => {
+    if (!event.target.matches("[data-bgjobs-confirm]") || !event.submitter) return;
+    event.preventDefault();
+    ask(event.target, event.submitter).catch(() => event.target.submit());
+  });
+  document.addEventListener("change", (event) => {
+    if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
+  });
+
+  // Keys: / searches, j and k go down and up the rows, x chooses one, r refreshes, ? tells.
+  const KEYS = [["/", "go to the search box"], ["j", "next row"], ["k", "row before"],
+    ["x", "choose the row"], ["r", "refresh"], ["?", "these keys"]];
+  function go(step) {
+    const links = [...document.querySelectorAll(".bgj-table tbody tr")].map((row) => row.querySelector("a"));
+    const at = links.findIndex((link) => link?.closest("tr").contains(document.activeElement));
+    links[Math.min(Math.max(at + step, 0), links.length - 1)]?.focus();
+  }
+  function tellKeys() {
+    const template = document.createElement("template");
+    template.innerHTML = '<h2 id="bgjobs-keys">Keys</h2><dl class="bgj-facts"></dl>';
+    for (const [key, words] of KEYS) {
+      const [item, term, text] = ["div", "dt", "dd"].map((name) => document.createElement(name));
+      term.append(Object.assign(document.createElement("kbd"), { textContent: key }));
+      text.textContent = words;
+      item.append(term, text);
+      template.content.querySelector("dl").append(item);
+    }
+    show(template.content.childNodes);
+  }
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+    if (!("bgjobs" in root.dataset)) return; // In a host's layout the keys are the host's.
+    const box = document.activeElement.closest("tr")?.querySelector('[name="id"]');
+    const acts = {
+      "/": () => document.getElementById("bgjobs-q")?.focus(), j: () => go(1), k: () => go(-1),
+      x: () => box?.click(), r: () => location.reload(), "?": tellKeys,
+    };
+    if (!(event.key in acts)) return;
+    event.preventDefault();
+    acts[event.key]();
+  });
+
   document.addEventListener("DOMContentLoaded", () => {
+    for (const label of document.querySelectorAll(".bgj-all[hidden]")) label.hidden = false;
     if ("bgjobs" in root.dataset) paint();
     document.querySelector("[data-bgjobs-theme]")?.addEventListener("click", toggle);
     const live = document.querySelector("[data-bgjobs-live]");
-    if (live) setTimeout(turn, INTERVAL, live);
+    if (!live) return;
+    offerInterval(live);
+    schedule(live);
   });
   document.addEventListener("click", (event) => {
     for (const menu of document.querySelectorAll(".bgj-choice[open]")) {

@@ -1,0 +1,212 @@
+"""The JSON API below ``api/v1``: what the pages show and do, with the same rights and masks.
+
+It is described by ``openapi.json``, which it serves. A change needs the token that each answer
+carries in the header ``X-CSRFToken``, together with the session's cookie.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from http import HTTPStatus
+from typing import Any
+
+from flask import Blueprint, Response, jsonify, request
+from flask.typing import ResponseReturnValue
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound
+
+from .. import actions, serialize
+from ..app_state import current_state
+from ..enqueue import run_background_job
+from ..errors import BgJobsError, JobNotAllowed, QueueNotFound
+from . import access, asked, queries
+from .changes import ACTS
+
+PREFIX = "/api/v1"
+_OPENAPI = pathlib.Path(__file__).with_name("openapi.json")
+_OPTIONS = frozenset(
+    {
+        "retries", "priority", "delay", "retry_delay", "run_at", "backoff", "max_retry_delay",
+        "jitter", "queue", "timeout", "unique_key", "tags", "owner",
+    }
+)  # fmt: skip
+"""The fields of a dispatch besides ``target``, ``method`` and ``parameters``."""
+
+
+def register(blueprint: Blueprint) -> None:
+    """Add the API to ``blueprint``."""
+    for path, view, method in (
+        ("/openapi.json", api_description, "GET"),
+        ("/stats", api_stats, "GET"),
+        ("/jobs", api_jobs, "GET"),
+        ("/jobs", api_dispatch, "POST"),
+        ("/jobs/<int:job_id>", api_job, "GET"),
+        ("/jobs/<int:job_id>/<any(cancel, retry, delete):verb>", api_act, "POST"),
+        ("/errors", api_errors, "GET"),
+        ("/queues", api_queues, "GET"),
+        ("/queues/<any(pause, resume):verb>", api_act_on_queue, "POST"),
+        ("/workers", api_workers, "GET"),
+        ("/workers/<any(drain):verb>", api_act_on_worker, "POST"),
+        ("/audit", api_audit, "GET"),
+    ):
+        blueprint.add_url_rule(PREFIX + path, view_func=view, methods=[method])
+
+
+def answer_error(error: HTTPException) -> Response:
+    """An error as the API tells it."""
+    code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    response = jsonify(error={"status": code, "message": str(error.description)})
+    response.status_code = code
+    return response
+
+
+def api_description() -> ResponseReturnValue:
+    """The API's description, as OpenAPI 3.1."""
+    return Response(_OPENAPI.read_bytes(), mimetype="application/json")
+
+
+def api_stats() -> ResponseReturnValue:
+    """Counts by status, who works, and what ended in a period."""
+    state = current_state()
+    service = queries.service_now(state)
+    chart = queries.chart(state, service.now, asked.period())
+    counts = queries.count_by_status(state)
+    return jsonify(
+        now=queries.time_text(service.now),
+        jobs={status: min(count.number, count.limit) for status, count in counts.items()},
+        capped=[status for status, count in counts.items() if count.number > count.limit],
+        workers={"alive": service.alive, "silent": service.silent},
+        unserved_queues=service.unserved,
+        period=chart.period.name,
+        ended=dict(chart.totals),
+        wait_seconds={"p50": chart.wait_p50, "p95": chart.wait_p95},
+        run_seconds={"p50": chart.run_p50, "p95": chart.run_p95},
+    )
+
+
+def api_jobs() -> ResponseReturnValue:
+    """A page of the jobs that the query filters."""
+    state = current_state()
+    try:
+        page = queries.list_jobs(
+            state,
+            asked.filters(),
+            after=request.args.get("after"),
+            before=request.args.get("before"),
+            per=asked.per_page(),
+            visible=access.visible_filter(),
+        )
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    return jsonify(
+        jobs=[queries.job_data(row) for row in page.jobs], newer=page.newer, older=page.older
+    )
+
+
+def api_job(job_id: int) -> ResponseReturnValue:
+    """One job, with all that is known of it."""
+    detail = queries.job_detail(current_state(), access.requested_job())
+    return jsonify(queries.detail_data(detail))
+
+
+def api_dispatch() -> ResponseReturnValue:
+    """Enqueue a job."""
+    state = current_state()
+    body = _body()
+    target, method = body.pop("target", None), body.pop("method", None)
+    parameters = body.pop("parameters", [])
+    if not isinstance(target, str) or not (method is None or isinstance(method, str)):
+        raise BadRequest("target must be the name of a class or function, and method a name")
+    if unknown := body.keys() - _OPTIONS:
+        raise BadRequest(
+            f"there is no field {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
+        )
+    try:
+        parameters = serialize.loads(serialize.dumps(parameters))
+        body["run_at"] = asked.moment("run_at", body.get("run_at"))
+        job = run_background_job(target, method, parameters, **body, session=None)
+    except (BgJobsError, ValueError, TypeError) as error:
+        code = HTTPStatus.FORBIDDEN if isinstance(error, JobNotAllowed) else HTTPStatus.BAD_REQUEST
+        return _refused(code, str(error))
+    if not job.committed:
+        # An in-memory database has one connection only, so the job joined the host's session.
+        state.db.session.commit()
+    state.store.record(access.visitor(), "dispatch", subject=job.name, jobs=[job.id])
+    response = jsonify(id=job.id, status=job.status, deduplicated=job.deduplicated)
+    response.status_code = HTTPStatus.CREATED
+    return response
+
+
+def api_act(job_id: int, verb: str) -> ResponseReturnValue:
+    """Cancel, retry or delete a job."""
+    result = ACTS[verb](current_state(), [job_id], access.visitor())
+    if job_id in result.skipped:
+        return _refused(HTTPStatus.CONFLICT, f"job {job_id}: {result.skipped[job_id]}")
+    return jsonify(id=job_id, requested=job_id in result.requested)
+
+
+def api_errors() -> ResponseReturnValue:
+    """What fails, by job and exception."""
+    errors = queries.errors_in(current_state(), asked.period(), access.visible_filter())
+    return jsonify(
+        period=errors.period.name,
+        errors=[queries.plain(group) for group in errors.groups],
+        is_complete=errors.is_complete,
+    )
+
+
+def api_queues() -> ResponseReturnValue:
+    """What each queue holds, and who serves it."""
+    stats = queries.queue_stats(current_state(), most=queries.COUNTED_IN_QUEUES)
+    return jsonify(queues=[queries.plain(queue) for queue in stats])
+
+
+def api_act_on_queue(verb: str) -> ResponseReturnValue:
+    """Pause or resume a queue."""
+    name = _body().get("queue")
+    if not isinstance(name, str):
+        raise BadRequest("queue must be the name of a queue")
+    change = {"pause": actions.pause, "resume": actions.resume}[verb]
+    try:
+        changed = change(current_state(), name, access.visitor())
+    except QueueNotFound as error:
+        raise NotFound(str(error)) from None
+    return jsonify(queue=name, changed=changed)
+
+
+def api_workers() -> ResponseReturnValue:
+    """Who works, and on what; with ``ended=1`` also who worked."""
+    workers = queries.list_workers(current_state(), ended="ended" in request.args)
+    return jsonify(workers=[queries.plain(worker) for worker in workers])
+
+
+def api_act_on_worker(verb: str) -> ResponseReturnValue:
+    """Ask a worker to finish what it runs, and to end."""
+    worker_id = _body().get("worker")
+    if type(worker_id) is not int or not queries.is_possible_id(worker_id):
+        raise BadRequest("worker must be the id of a worker")
+    changed = current_state().store.drain_worker(worker_id, access.visitor())
+    return jsonify(worker=worker_id, changed=changed)
+
+
+def api_audit() -> ResponseReturnValue:
+    """Who changed what."""
+    try:
+        page = queries.list_audit(
+            current_state(), after=request.args.get("after"), per=asked.per_page()
+        )
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    return jsonify(entries=[queries.plain(row) for row in page.rows], older=page.older)
+
+
+def _body() -> dict[str, Any]:
+    body = request.get_json(silent=True)
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object, sent as application/json")
+    return body
+
+
+def _refused(code: HTTPStatus, message: str) -> Response:
+    response = jsonify(error={"status": code, "message": message})
+    response.status_code = code
+    return response

@@ -1,0 +1,139 @@
+"""Whether everybody can use the dashboard: axe's rules, and what a screen reader is told."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import axe_playwright_python
+import pytest
+
+from flask_bgjobs.rollup import MINUTE, OUTCOMES, RUN, WAIT, Cell
+from flask_bgjobs.store import Actor
+from tests.integration.test_dashboard_browser import Browsing, pytestmark
+from tests.integration.test_dashboard_browser import address as address
+from tests.integration.test_dashboard_browser import browser as browser
+from tests.integration.test_dashboard_browser import host as host
+from tests.integration.test_dashboard_browser import open_page as open_page
+from tests.integration.test_dashboard_support import RECEIPT, Host, now
+from tests.integration.test_dashboard_support import host_maker as host_maker
+
+pytestmark = [*pytestmark, pytest.mark.filterwarnings("default")]
+_AXE = pathlib.Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text()
+_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+_SNAPSHOTS = pathlib.Path(__file__).with_name("snapshots")
+_UPDATES = "BGJOBS_UPDATE_SNAPSHOTS" in os.environ
+"""Write what is found instead of comparing with it."""
+
+PAGES = {
+    "overview": "/",
+    "list": "/list",
+    "filtered": "/list?status=failed&status=retrying",
+    "nothing": "/list?q=nothing",
+    "wrong": "/list?q=colour:red",
+    "failed": "/job/2",
+    "running": "/job/3",
+    "waiting": "/job/1",
+    "errors": "/errors",
+    "queues": "/queues",
+    "workers": "/workers?ended=1",
+    "audit": "/audit",
+    "dispatch": "/dispatch?again=2",
+    "missing": "/job/4711",
+}
+
+
+@pytest.fixture
+def full(host: Host) -> Host:
+    """A job in each state that looks different, and something on every page."""
+    host.add(queue="mail")
+    failed = host.add(
+        target=RECEIPT,
+        method=None,
+        parameters_json="[7]",
+        status="failed",
+        error="ValueError: no price",
+        error_type="ValueError",
+        retry_count=3,
+        attempt=4,
+        started_at=now(-9),
+        finished_at=now(-4),
+        tags_json='["vip"]',
+        owner="42",
+    )
+    host.add_attempt(failed, error="ValueError: no price", error_type="ValueError",
+                     traceback="Traceback …", worker_name="worker-1")  # fmt: skip
+    running = host.add(status="running", progress=0.4, progress_note="4 of 10", attempt=1,
+                       started_at=now(-3), worker_id=1)  # fmt: skip
+    host.add_line(running, "page 4 imported")
+    for status in ("scheduled", "retrying", "completed", "cancelled"):
+        host.add(status=status, run_at=now(600))
+    host.add_worker()
+    host.add_worker("worker-2", status="dead", heartbeat_at=now(-900), stopped_at=now(-800))
+    host.pause("reports")
+    store = host.state.store
+    store.record(Actor("anna", "dashboard"), "cancel", jobs=[failed])
+    minute = store.clock().replace(second=0, microsecond=0)
+    store.add_to_rollup(
+        {
+            Cell(MINUTE, minute, "mail", outcome, measure, 12): 7
+            for outcome in OUTCOMES
+            for measure in (RUN, WAIT)
+        }
+    )
+    return host
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(full: Host, open_page: Browsing, width: int, scheme: Any) -> None:
+    """No page breaks a rule of WCAG 2.2 AA that a program can check."""
+    found = []
+    page = open_page("/", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    for name, path in PAGES.items():
+        page.goto(open_page.address + path)
+        page.evaluate(_AXE)
+        results = page.evaluate(
+            "(tags) => axe.run(document, { runOnly: { type: 'tag', values: tags } })", _RULES
+        )
+        found += [
+            f"{name}: {violation['id']}: {node['html'][:200]}"
+            for violation in results["violations"]
+            for node in violation["nodes"]
+        ]
+    open_page.forget_answers(400, 404)
+    assert found == []
+
+
+def test_axe_would_find_something(full: Host, open_page: Browsing) -> None:
+    """A page with a button that has no name is found."""
+    page = open_page("/")
+    page.evaluate("document.querySelector('main').append(document.createElement('button'))")
+    page.evaluate(_AXE)
+    violations = page.evaluate("axe.run()")["violations"]
+    assert "button-name" in {violation["id"] for violation in violations}
+
+
+@pytest.mark.parametrize(("name", "path"), PAGES.items(), ids=PAGES)
+def test_a_screen_reader_is_told(full: Host, open_page: Browsing, name: str, path: str) -> None:
+    """The tree of roles and names of each page is the one that was last looked at.
+
+    ``BGJOBS_UPDATE_SNAPSHOTS=1`` writes the trees anew: read the difference before you commit it.
+    """
+    page = open_page(path)
+    tree = _without_times(page.locator("body").aria_snapshot())
+    open_page.forget_answers(400, 404)
+    file = _SNAPSHOTS / f"{name}.yml"
+    if _UPDATES:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(tree)
+    assert file.read_text() == tree
+
+
+def _without_times(tree: str) -> str:
+    """The tree without what the clock writes."""
+    tree = re.sub(r"\b(now|(in )?\d+ (ms|s|min|h|d)( ago)?)(?=[\s\"]|$)", "…", tree)
+    tree = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "…", tree)
+    return tree.rstrip() + "\n"

@@ -1,0 +1,293 @@
+"""The JSON API: that it keeps to its description, its rights and its masks."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.integration.test_dashboard_support import (
+    PREFIX,
+    RECEIPT,
+    SAMPLE,
+    Host,
+    MakeHost,
+    now,
+)
+from tests.integration.test_dashboard_support import host_maker as host_maker
+
+API = f"{PREFIX}/api/v1"
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+SECRET = "hunter2-s3cret"
+
+
+@pytest.fixture
+def host(make_host: MakeHost) -> Host:
+    return make_host()
+
+
+def get(host: Host, path: str, code: int = 200) -> Any:
+    answer = host.client.get(API + path)
+    assert answer.status_code == code, answer.text
+    assert answer.content_type == "application/json"
+    return answer.json
+
+
+def post(host: Host, path: str, body: Any = None, code: int = 200) -> Any:
+    token = host.client.get(f"{API}/stats").headers.get("X-CSRFToken", "")
+    answer = host.client.post(API + path, json=body, headers={"X-CSRFToken": token})
+    assert answer.status_code == code, answer.text
+    assert answer.content_type == "application/json"
+    return answer.json
+
+
+def filled(host: Host) -> Host:
+    """Something of everything that the API can tell of."""
+    for status in ("pending", "scheduled", "retrying", "running", "completed", "cancelled"):
+        host.add(status=status)
+    failed = host.add(
+        status="failed", error="E: x", error_type="E", finished_at=now(), tags_json='["a"]'
+    )
+    host.add_attempt(failed, error="E: x", error_type="E")
+    host.add_line(failed, "a line")
+    host.add_worker()
+    return host
+
+
+DESCRIPTION = json.loads(
+    importlib.resources.files("flask_bgjobs.dashboard").joinpath("openapi.json").read_text()
+)
+OPERATIONS = [(path, method) for path, each in DESCRIPTION["paths"].items() for method in each]
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_it_keeps_to_its_description(make_host: MakeHost, path: str, method: str) -> None:
+    """Whatever is asked of it, the API answers with a code and a body that it describes."""
+    host = filled(make_host())
+    schema = schemathesis.openapi.from_wsgi(f"{API}/openapi.json", host.app)
+    schema.config.update(base_url=f"http://localhost{API}")
+    token = host.client.get(f"{API}/stats").headers["X-CSRFToken"]
+    session = host.client.get_cookie("session")
+    assert session is not None
+
+    @hypothesis.settings(
+        max_examples=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(case=schema[path][method.upper()].as_strategy())
+    def check(case: schemathesis.Case) -> None:
+        case.headers["X-CSRFToken"] = token
+        case.cookies["session"] = session.value
+        case.validate_response(case.call(), checks=CHECKS)
+
+    check()
+
+
+def test_the_description_is_served(host: Host) -> None:
+    """The description that the package holds can be read where the API is, at any prefix."""
+    description = get(host, "/openapi.json")
+    assert description["openapi"].startswith("3.1")
+    assert description["servers"] == [{"url": "."}]
+    described = {
+        (method.upper(), path)
+        for path, operations in description["paths"].items()
+        for method in operations
+    }
+    rules = {
+        (method, rule.rule.removeprefix(API))
+        for rule in host.app.url_map.iter_rules()
+        if rule.rule.startswith(API)
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    plain = {
+        (method, path.replace("<int:job_id>", "{job_id}").partition("<any")[0].rstrip("/"))
+        for method, path in rules
+        if path != "/openapi.json"
+    }
+    assert plain == {(method, path.removesuffix("/{verb}")) for method, path in described}
+
+
+def test_jobs_are_listed_as_filtered(host: Host) -> None:
+    """The API takes the filters of the list, and gives its cursors."""
+    ids = [host.add(queue="mail") for _ in range(5)]
+    host.add(queue="other")
+    page = get(host, "/jobs?queue=mail&per=2")
+    assert [job["id"] for job in page["jobs"]] == ids[:-3:-1]
+    following = get(host, f"/jobs?queue=mail&per=2&after={page['older']}")
+    assert [job["id"] for job in following["jobs"]] == ids[2:0:-1]
+    assert following["newer"]
+
+
+@pytest.mark.parametrize(
+    "query", ["status=nope", "sort=name", "q=colour:red", "after=x", "since=tomorrow"]
+)
+def test_what_makes_no_sense_is_400(host: Host, query: str) -> None:
+    """A filter that makes no sense is refused with the reason, as JSON."""
+    error = get(host, f"/jobs?{query}", 400)["error"]
+    assert error["status"] == 400
+    assert error["message"]
+
+
+def test_a_job_with_all_that_is_known(host: Host) -> None:
+    """One job has its attempts, lines and reasons, and is not there where it is missing."""
+    job_id = host.add(queue="mail")
+    host.add_attempt(job_id, error="E: x", error_type="E")
+    host.add_line(job_id, "a line")
+    job = get(host, f"/jobs/{job_id}")
+    assert job["parameters"] == ["Hello"]
+    assert job["attempts"][0]["error"] == "E: x"
+    assert job["log"][0]["message"] == "a line"
+    assert "No live worker" in job["why_not_running"][0]
+    assert get(host, "/jobs/4711", 404)["error"]["status"] == 404
+
+
+def test_secrets_are_masked(host: Host) -> None:
+    """What is masked on the pages is masked here."""
+    job_id = host.add(
+        target=RECEIPT,
+        method=None,
+        parameters_json=json.dumps([7, SECRET]),
+        status="failed",
+        finished_at=now(),
+        error=f"E: {SECRET}",
+        error_type="E",
+        owner=SECRET,
+    )
+    host.add_attempt(job_id, error=f"E: {SECRET}", error_type="E", traceback=SECRET)
+    for path in ("/jobs", f"/jobs/{job_id}", "/errors", f"/jobs?q={SECRET}"):
+        assert SECRET not in json.dumps(get(host, path)), path
+    assert get(host, f"/jobs?q={SECRET}")["jobs"] == []
+
+
+def test_jobs_are_changed(host: Host) -> None:
+    """Verbs do what buttons do; what cannot be done is a conflict."""
+    job_id = host.add()
+    assert post(host, f"/jobs/{job_id}/cancel") == {"id": job_id, "requested": False}
+    assert host.job(job_id).status == "cancelled"
+    assert (
+        "already cancelled" in post(host, f"/jobs/{job_id}/cancel", None, 409)["error"]["message"]
+    )
+    running = host.add(status="running")
+    assert post(host, f"/jobs/{running}/cancel")["requested"] is True
+    assert post(host, "/jobs/4711/cancel", None, 404)
+    assert get(host, "/audit")["entries"][0]["source"] == "api"
+
+
+def test_a_job_is_dispatched(host: Host) -> None:
+    """A job is enqueued as run_background_job would, and the trail says by whom."""
+    body = {
+        "target": SAMPLE,
+        "method": "execute",
+        "parameters": {"message": "Hi", "times": 2},
+        "priority": "high",
+        "queue": "mail",
+        "run_at": "2030-01-01T00:00:00+02:00",
+        "tags": ["a"],
+    }
+    made = post(host, "/jobs", body, 201)
+    job = host.job(made["id"])
+    assert (job.parameters, job.priority, job.queue) == ({"message": "Hi", "times": 2}, 3, "mail")
+    assert job.run_at.isoformat() == "2029-12-31T22:00:00"
+    assert job.tags == ["a"]
+    entry = get(host, "/audit")["entries"][0]
+    assert (entry["action"], entry["jobs"], entry["source"]) == ("dispatch", [job.id], "api")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (None, 400),
+        ([], 400),
+        ({}, 400),
+        ({"target": 7}, 400),
+        ({"target": "os.system", "parameters": ["true"]}, 403),
+        ({"target": SAMPLE, "method": "nope"}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": "x"}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": []}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": ["x"], "colour": 1}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": ["x"], "queue": 1}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": ["x"], "delay": "x"}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": ["x"], "run_at": 5}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": ["x"], "tags": "a"}, 400),
+        ({"target": SAMPLE, "method": "execute", "parameters": ["\ud800"]}, 400),
+    ],
+)
+def test_what_cannot_be_dispatched(host: Host, body: Any, code: int) -> None:
+    """What may not run, or makes no sense, leaves no job."""
+    assert post(host, "/jobs", body, code)["error"]["message"]
+    assert host.count() == 0
+
+
+def test_queues_and_workers_are_changed(host: Host) -> None:
+    """Queues are paused, workers drained; what does not exist is said."""
+    host.add(queue="mail")
+    host.add_worker()
+    assert post(host, "/queues/pause", {"queue": "mail"}) == {"queue": "mail", "changed": True}
+    assert get(host, "/queues")["queues"][0]["paused_at"]
+    assert post(host, "/queues/pause", {"queue": "mail"})["changed"] is False
+    post(host, "/queues/pause", {"queue": "nope"}, 404)
+    post(host, "/queues/pause", {"queue": 7}, 400)
+    assert post(host, "/workers/drain", {"worker": 1})["changed"] is True
+    assert get(host, "/workers")["workers"][0]["is_draining"] is True
+    for nonsense in (0, "1", 1.5, True, 2**70):
+        post(host, "/workers/drain", {"worker": nonsense}, 400)
+
+
+class TestRights:
+    def test_it_is_closed_until_somebody_may(self, make_host: MakeHost) -> None:
+        """Without an authorizer everything is 403, as JSON."""
+        host = make_host(authorizer=None)
+        for path in ("/stats", "/jobs", "/openapi.json", "/audit"):
+            assert get(host, path, 403)["error"]["status"] == 403
+
+    def test_a_change_needs_the_token(self, host: Host) -> None:
+        """Without the token, or with that of another session, nothing is changed."""
+        job_id = host.add()
+        for headers in ({}, {"X-CSRFToken": "x"}):
+            answer = host.client.post(f"{API}/jobs/{job_id}/cancel", headers=headers)
+            assert answer.status_code == 400
+            assert answer.content_type == "application/json"
+        other = host.app.test_client()
+        token = other.get(f"{API}/stats").headers["X-CSRFToken"]
+        answer = host.client.post(f"{API}/jobs/{job_id}/cancel", headers={"X-CSRFToken": token})
+        assert answer.status_code == 400
+        assert host.job(job_id).status == "pending"
+
+    def test_each_change_is_asked_for(self, make_host: MakeHost) -> None:
+        """Who may only view changes nothing here either."""
+        host = make_host(authorizer=lambda action, job: action == "view")
+        job_id = host.add()
+        host.add_worker()
+        post(host, f"/jobs/{job_id}/cancel", None, 403)
+        post(host, "/jobs", {"target": SAMPLE}, 403)
+        post(host, "/queues/pause", {"queue": "default"}, 403)
+        post(host, "/workers/drain", {"worker": 1}, 403)
+        get(host, "/audit", 403)
+        assert host.job(job_id).status == "pending"
+
+    def test_hidden_jobs_are_missing(self, make_host: MakeHost) -> None:
+        """Who may not see a job finds it in no list, and no error tells of it."""
+        host = make_host(authorizer=lambda action, job: job is None or job.owner == "me")
+        hidden = host.add(owner="you", status="failed", error="E: yours", error_type="E")
+        host.add_attempt(hidden, error="E: yours", error_type="E")
+        assert get(host, "/jobs")["jobs"] == []
+        get(host, f"/jobs/{hidden}", 404)
+        (group,) = get(host, "/errors")["errors"]
+        assert (group["last_job_id"], group["last_error"]) == (None, None)

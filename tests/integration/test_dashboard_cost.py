@@ -1,0 +1,129 @@
+"""What a page costs the database: few statements, and none that reads every job."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flask
+import pytest
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_bgjobs import BgJobs, Job, run_background_job
+from flask_bgjobs.app_state import state_of
+from flask_bgjobs.dashboard.queries import listing
+from flask_bgjobs.models import Attempt
+from flask_bgjobs.store import Actor
+from tests.integration.test_store import _copy_job, _line, _scans, analyze
+
+MOST_STATEMENTS = 8
+MOST_BYTES = 60_000
+PAGES = {
+    "overview": "/",
+    "newest": "/list",
+    "one status": "/list?status=failed",
+    "statuses": "/list?status=failed&status=completed",
+    "words": "/list?q=nothing+like+it",
+    "queue": "/list?queue=mail",
+    "name": "/list?job=tests.jobs.nope&status=failed",
+    "times": "/list?since=2026-01-01&until=2026-02-01",
+    "finished": "/list?sort=-finished",
+    "due": "/list?sort=due&status=scheduled",
+    "job": "/job/1",
+    "errors": "/errors?period=24h",
+    "queues": "/queues",
+    "workers": "/workers",
+    "audit": "/audit",
+    "api": "/api/v1/stats",
+}
+
+
+_FIRST_BY_ID = re.compile(r"FROM bgjobs_job ORDER BY bgjobs_job.id( DESC)?\s+LIMIT")
+
+
+@pytest.fixture
+def crowded(database_url: str) -> Iterator[flask.Flask]:
+    """A host with 50,000 jobs, and a few failed attempts and changes by hand."""
+    app = flask.Flask(__name__)
+    app.config.update(
+        SECRET_KEY="x",
+        SQLALCHEMY_DATABASE_URI=database_url,
+        BGJOBS_ALLOWED_JOBS=["tests.jobs.echo"],
+    )
+    db = SQLAlchemy(app)
+    BgJobs(app, db).authorize_dashboard(lambda action, job: True)
+    with app.app_context():
+        db.create_all()
+        store = state_of(app).store
+        first = run_background_job("tests.jobs.echo", parameters=["x"])
+        for status in ("scheduled", "retrying", "completed", "failed", "pending"):
+            _copy_job(store, status, 10_000)
+        ended = sa.update(Job).where(Job.status.in_(["completed", "failed"]))
+        store.transaction(lambda c: c.execute(ended.values(finished_at=store.now)))
+        failure = {"attempt": 1, "outcome": "failed", "error_type": "E", "error": "E: x"}
+        attempt = sa.insert(Attempt).values(job_id=first.id, finished_at=store.now, **failure)
+        store.transaction(lambda c: [c.execute(attempt) for _ in range(50)])
+        store.record(Actor("anna", "dashboard"), "cancel", jobs=[first.id])
+        analyze(store)
+        yield app
+        store.dispose()
+        db.session.remove()
+        db.engine.dispose()
+
+
+def test_pages_cost_little(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in the tables, no page asks the database more than eight times or reads every
+    job, and none is larger than 60 KB, packed as servers send it."""
+    # Less than there are, as 100,000 are with a million.
+    monkeypatch.setattr(listing, "SEARCHED_ROWS", 500)
+    problems = []
+    for name, path in PAGES.items():
+        page: list[bytes] = []
+        seen = _statements(crowded, lambda path=path, page=page: page.append(_get(crowded, path)))
+        if len(seen) > MOST_STATEMENTS:
+            problems.append(f"{name}: {len(seen)} statements")
+        if len(gzip.compress(page[0], 6)) > MOST_BYTES:
+            problems.append(f"{name}: too large")
+        problems += [f"{name}: {plan}" for plan in _plans_that_scan(crowded, seen)]
+    assert problems == []
+
+
+def _plans_that_scan(app: flask.Flask, statements: list[tuple[str, Any]]) -> Iterator[str]:
+    store = state_of(app).store
+    explain = "EXPLAIN QUERY PLAN" if store.engine.name == "sqlite" else "EXPLAIN"
+    for statement, parameters in statements:
+        # The newest few by their ids: the database stops after as many.
+        if Job.__tablename__ not in statement or _FIRST_BY_ID.search(statement):
+            continue
+        with store.read() as connection:
+            plan = connection.exec_driver_sql(f"{explain} {statement}", parameters)
+            lines = "\n".join(_line(row) for row in plan)
+        if _scans(lines):
+            yield f"{statement}\n{lines}"
+
+
+def _get(app: flask.Flask, path: str) -> bytes:
+    response = app.test_client().get(f"/jobs{path}")
+    assert response.status_code == 200, response.text
+    return response.data
+
+
+def _statements(app: flask.Flask, work: Callable[[], object]) -> list[tuple[str, Any]]:
+    """Every statement that our own engine ran."""
+    engine = state_of(app).store.engine
+    seen: list[tuple[str, Any]] = []
+
+    def note(conn: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> None:
+        if not statement.startswith(("BEGIN", "COMMIT", "ROLLBACK")):
+            seen.append((statement, parameters))
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    try:
+        work()
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", note)
+    assert seen
+    return seen
