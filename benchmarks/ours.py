@@ -1,14 +1,17 @@
 """What only flask-bgjobs is measured by, in a process of its own.
 
 ``python -m benchmarks.ours template KIND`` enqueues the job that a backlog is copied from;
-``python -m benchmarks.ours claims`` prints milliseconds per claim.
+``python -m benchmarks.ours claims`` prints milliseconds per claim, and ``… pages`` those that
+each page of the dashboard takes.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
+from http import HTTPStatus
 from typing import Any
 
 from flask_bgjobs.app_state import state_of
@@ -25,6 +28,24 @@ BACKLOGS: dict[str, dict[str, Any]] = {
 """The options of a job in each kind of backlog; all others are of priority 0 and due at once."""
 TEMPLATE_NUMBER = -1
 _CLAIMS, _AT_ONCE = 20, 100
+PAGES = {
+    "overview": "/",
+    "jobs": "/list",
+    "failed jobs": "/list?status=failed",
+    "two statuses": "/list?status=failed&status=retrying",
+    "a queue": "/list?queue=mail",
+    "words": "/list?q=benchmark",
+    "words that nothing has": "/list?q=nothing",
+    "finished last": "/list?sort=-finished",
+    "of a time": "/list?since=2026-01-01&until=2026-01-02",
+    "a deep page": "/list?after=NTAwMDAw",
+    "one job": "/job/1000",
+    "errors": "/errors?period=7d",
+    "queues": "/queues",
+    "workers": "/workers?ended=1",
+}
+"""What the dashboard is asked for."""
+_REQUESTS = 7
 CLAIMED_JOBS = _CLAIMS * _AT_ONCE
 """How many must be there to be claimed."""
 
@@ -37,6 +58,8 @@ def main() -> None:
                 record.using(**BACKLOGS[kind]).enqueue(TEMPLATE_NUMBER)
         case ["claims"]:
             print(_claim_ms())
+        case ["pages"]:
+            print(json.dumps({name: _page_ms(path) for name, path in PAGES.items()}))
 
 
 def _claim_ms() -> float:
@@ -50,6 +73,18 @@ def _claim_ms() -> float:
         claimed = state.store.claim(worker_id, _AT_ONCE)
         took.append(time.perf_counter() - began)
         assert len(claimed) == _AT_ONCE, f"only {len(claimed)} jobs were there to claim"
+    return statistics.median(took) * 1_000
+
+
+def _page_ms(path: str) -> float:
+    """Milliseconds to answer a request for a page, the median of several."""
+    client = create_app().test_client()
+    took = []
+    for _ in range(_REQUESTS):
+        began = time.perf_counter()
+        answer = client.get(f"/jobs{path}")
+        took.append(time.perf_counter() - began)
+        assert answer.status_code == HTTPStatus.OK, f"{path} was answered with {answer.status}"
     return statistics.median(took) * 1_000
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .contenders import ALL
-from .ours import BACKLOGS
+from .ours import BACKLOGS, PAGES
 from .results import Entry, Results
 from .stores import title_of
 from .tables import Table, figure
@@ -43,6 +43,8 @@ def tables(results: Results) -> Iterator[tuple[str, Table]]:
     for measure, entries in results.entries.items():
         if measure == "backlog":
             yield measure, _backlog_table(entries)
+        elif measure == "dashboard":
+            yield measure, _dashboard_table(entries)
         else:
             yield measure, _table(entries, _COLUMNS[measure])
     yield "machine", _machine_table(results)
@@ -89,6 +91,14 @@ def _backlog_table(entries: dict[str, Entry]) -> Table:
         for figures in found.values():
             row += [figure(figures.get(backlog)), figure(figures.get(f"{backlog}_claim_ms"))]
         rows.append(row)
+    return Table(header, rows)
+
+
+def _dashboard_table(entries: dict[str, Entry]) -> Table:
+    """A row for each page, with the milliseconds on each database."""
+    found = {name: entry.medians() for name, entry in entries.items()}
+    header = ["page", *(f"{title_of(ALL[name].store)}, ms" for name in found)]
+    rows = [[page, *(figure(figures.get(page)) for figures in found.values())] for page in PAGES]
     return Table(header, rows)
 
 

@@ -114,6 +114,8 @@ class Worker:
         )
         self._id = 0
         self._stops = 0
+        self._is_draining = False
+        """It claims nothing more, and ends when what it runs has ended, however long that takes."""
         self._wake = Wake()
         self._outbox = Outbox(self._store)
         self._tally = Tally()
@@ -351,9 +353,10 @@ class Worker:
         # Before the look: what comes from now on needs another one.
         self._look_due = False
         work = self._store.look(self.queues, self._id)
-        if work.drain and not self._stops:
+        if work.drain and not self._is_draining:
             _logger.info("Worker draining | Worker: %s | Somebody asked it to end", self.name)
-            self.stop()
+            self._is_draining = True
+            self._give_back_unstarted()
         promoted = 0
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
             promoted = self._store.promote()
@@ -399,6 +402,8 @@ class Worker:
             )
 
     def _claim(self) -> None:
+        if self._is_draining:
+            return
         for lane in self._pools:
             if lane.expects_jobs and (room := self._room(lane)) > 0:
                 self._claim_for(lane, room)
@@ -448,7 +453,7 @@ class Worker:
 
     def _wait(self) -> None:
         may_claim = any(lane.expects_jobs and self._room(lane) > 0 for lane in self._pools)
-        if may_claim and not self._stops:
+        if may_claim and not (self._stops or self._is_draining):
             return
         busy = self._pools.running() or self._pools.unstarted()
         if self._pools.unstarted() and self._outbox:
@@ -466,6 +471,8 @@ class Worker:
             return True
         idle = not (self._pools.running() or self._pools.unstarted() or self._outbox)
         idle = idle and not self._suspects
+        if self._is_draining:
+            return idle
         max_jobs = self._own_limits.max_jobs
         if max_jobs is not None and self._claimed >= max_jobs:
             return idle
@@ -489,9 +496,7 @@ class Worker:
 
     def _drain(self) -> None:
         """Give back what has not started, let the rest finish, then give that back as well."""
-        for spec in [*self._pools.take_unstarted(), *self._suspects]:
-            self._outbox.put(spec, _given_back(spec))
-        self._suspects.clear()
+        self._give_back_unstarted()
         grace_ends = time.monotonic() + self._grace
         if running := self._pools.running():
             _logger.info(
@@ -508,6 +513,11 @@ class Worker:
             self._guard(self._settle)
             if not self._outbox:
                 break
+
+    def _give_back_unstarted(self) -> None:
+        for spec in [*self._pools.take_unstarted(), *self._suspects]:
+            self._outbox.put(spec, _given_back(spec))
+        self._suspects.clear()
 
     def _drain_turn(self) -> None:
         self._settle()

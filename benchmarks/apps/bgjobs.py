@@ -32,7 +32,7 @@ def create_app() -> Flask:
     app.config.update(
         SECRET_KEY="benchmark",
         SQLALCHEMY_DATABASE_URI=os.environ[URL_VARIABLE],
-        BGJOBS_DASHBOARD=False,
+        BGJOBS_DASHBOARD_PUBLIC=True,
     )
     db.init_app(app)
     bgjobs.init_app(app)

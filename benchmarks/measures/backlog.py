@@ -16,7 +16,7 @@ from ..trial import Trial, TrialFailed
 _JOBS = 20_000
 _LOOK_SECONDS = 0.5
 _SIZES = (100_000, 1_000_000)
-_NUMBERS = {
+NUMBERS = {
     "sqlite": "WITH RECURSIVE copies(n) AS "
     "(SELECT 1 UNION ALL SELECT n + 1 FROM copies WHERE n < {0}) ",
     "postgresql": "WITH copies(n) AS (SELECT generate_series(1, {0})) ",
@@ -70,7 +70,7 @@ def _pile_up(trial: Trial, kind: str, size: int) -> None:
             for column in sa.inspect(connection).get_columns("bgjobs_job")
             if column["name"] != "id"
         )
-        numbers = _NUMBERS[trial.contender.store].format(size - 1)
+        numbers = NUMBERS[trial.contender.store].format(size - 1)
         connection.exec_driver_sql(
             f"INSERT INTO bgjobs_job ({columns.replace('t.', '')}) "
             f"{numbers} SELECT {columns} FROM bgjobs_job t CROSS JOIN copies"

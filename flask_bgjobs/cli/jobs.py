@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 _RETRY = Verb(
     actions.retry,
-    (JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED),
+    actions.CAN_CHANGE["retry"],
     "Retry {}?",
     "pending again",
 )
 _CANCEL = Verb(
     actions.cancel,
-    (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
+    actions.CAN_CHANGE["cancel"],
     "Cancel {}?",
     "cancelled",
 )
 _DELETE = Verb(
     actions.delete,
-    tuple(status for status in JobStatus if status != JobStatus.RUNNING),
+    actions.CAN_CHANGE["delete"],
     "Delete {} for ever?",
     "deleted",
     asks_for_ids=True,
@@ -74,7 +74,8 @@ def enqueue_command(
         session=None,
         **options,
     )
-    current_state().store.record(this_user(), "dispatch", subject=job.name, jobs=[job.id])
+    if not job.deduplicated:
+        current_state().store.record(this_user(), "dispatch", subject=job.name, jobs=[job.id])
     if as_json:
         print_json({"id": job.id, "status": job.status, "deduplicated": job.deduplicated})
     else:

@@ -120,6 +120,7 @@ def api_dispatch() -> ResponseReturnValue:
         raise BadRequest(
             f"there is no field {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
         )
+    visitor = access.visitor()
     try:
         parameters = serialize.loads(serialize.dumps(parameters))
         body["run_at"] = asked.moment("run_at", body.get("run_at"))
@@ -130,7 +131,10 @@ def api_dispatch() -> ResponseReturnValue:
     if not job.committed:
         # An in-memory database has one connection only, so the job joined the host's session.
         state.db.session.commit()
-    state.store.record(access.visitor(), "dispatch", subject=job.name, jobs=[job.id])
+    if not job.deduplicated:
+        state.store.record(visitor, "dispatch", subject=job.name, jobs=[job.id])
+    elif not access.visible(job):
+        return _refused(HTTPStatus.CONFLICT, "another job holds this unique_key")
     response = jsonify(id=job.id, status=job.status, deduplicated=job.deduplicated)
     response.status_code = HTTPStatus.CREATED
     return response
@@ -200,7 +204,10 @@ def api_audit() -> ResponseReturnValue:
 
 
 def _body() -> dict[str, Any]:
-    body = request.get_json(silent=True)
+    try:
+        body = request.get_json(silent=True)
+    except RecursionError:
+        raise BadRequest("the body is nested too deep") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object, sent as application/json")
     return body

@@ -23,9 +23,10 @@ class InvalidTime(ValueError):
     """Something is not a time; says what one looks like."""
 
 
-def filters() -> queries.JobFilters:
+def filters(*, with_words: bool = True) -> queries.JobFilters:
     """The filters of a list.
 
+    :param with_words: whether what is searched for is one of them.
     :raises ValueError: when one of them makes no sense.
     """
     return queries.JobFilters(
@@ -36,7 +37,7 @@ def filters() -> queries.JobFilters:
         owner=text("owner"),
         since=_time("since"),
         until=_time("until"),
-        q=text("q"),
+        q=text("q") if with_words else "",
         sort=text("sort") or queries.DEFAULT_ORDER,
     )
 

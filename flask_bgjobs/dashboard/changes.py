@@ -88,7 +88,7 @@ def bulk(verb: str) -> ResponseReturnValue:
     state = current_state()
     plan = _plan(state, verb)
     if not plan.count:
-        flash("No job was chosen.", "warning")
+        flash(f"There is no job to {verb}.", "warning")
         return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
     wrong_number = None
     if "confirmed" in request.form:
@@ -107,21 +107,29 @@ def bulk(verb: str) -> ResponseReturnValue:
 
 
 def _plan(state: AppState, verb: str) -> Plan:
-    filters = asked.filters()
     if "all" not in request.form:
         ids = asked.ids(_MAX_CHOSEN)
-        return Plan(verb, ids, filters, 0, len(ids))
+        return Plan(verb, ids, queries.JobFilters(), 0, len(ids))
+    try:
+        filters = asked.filters()
+    except ValueError as error:
+        abort(400, str(error))
     if not filters.is_exact:
-        abort(400, "All that match can be changed only where no words and no tag are looked for.")
+        abort(400, "All that match can be changed only where no words, tag or owner are asked for.")
     up_to = asked.number("up_to") or queries.highest_id(state)
-    return Plan(verb, (), filters, up_to, queries.count_matching(state, filters, up_to))
+    # What was asked is answered, whatever workers have done to these jobs meanwhile.
+    count = asked.number("count") or queries.count_matching(
+        state, filters, actions.CAN_CHANGE[verb], up_to
+    )
+    return Plan(verb, (), filters, up_to, count)
 
 
 def _carry_out(state: AppState, plan: Plan) -> None:
     deadline = time.monotonic() + _BUDGET_SECONDS
     batches: Iterable[Sequence[int]] = [plan.ids]
     if not plan.ids:
-        batches = queries.matching_ids(state, plan.filters, plan.up_to, _AT_ONCE)
+        statuses = actions.CAN_CHANGE[plan.verb]
+        batches = queries.matching_ids(state, plan.filters, statuses, plan.up_to, _AT_ONCE)
     total = ActionResult()
     for ids in batches:
         result = _act_on_allowed(state, plan, ids)
@@ -140,7 +148,7 @@ def _carry_out(state: AppState, plan: Plan) -> None:
 
 def _act_on_allowed(state: AppState, plan: Plan, ids: Sequence[int]) -> ActionResult:
     """Do it to those of the jobs that the visitor may change; the others do not exist for them."""
-    jobs = {job.id: job for job in state.store.get_many(ids)}
+    jobs = queries.jobs_to_judge(state, ids)
     visible = {number for number, job in jobs.items() if access.visible(job)}
     allowed = [number for number in visible if access.is_allowed(plan.verb, jobs[number])]
     reason = None if plan.ids else asked.query_string(plan.filters) or "all jobs"

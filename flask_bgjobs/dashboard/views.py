@@ -69,8 +69,9 @@ def list_jobs() -> ResponseReturnValue:
     """A page of the jobs that the address filters."""
     state = current_state()
     is_first = not ({"after", "before"} & request.args.keys())
-    filters, page, wrong = queries.JobFilters(), None, None
+    page = wrong = None
     try:
+        filters = asked.filters(with_words=False)
         filters = asked.filters()
         page = queries.list_jobs(
             state,
@@ -95,7 +96,8 @@ def list_jobs() -> ResponseReturnValue:
         q=asked.text("q"),
         per=None if asked.per_page() == asked.PER_PAGE else asked.per_page(),
         is_first=is_first,
-        is_live=is_first and wrong is None,
+        # A search that reads many rows is not repeated every few seconds.
+        is_live=is_first and wrong is None and not filters.terms,
     )
     if wrong is not None:
         response.status_code = HTTPStatus.BAD_REQUEST
@@ -155,9 +157,10 @@ def dispatch() -> ResponseReturnValue:
     again = _dispatched_again()
     form = DispatchForm() if request.method == "POST" or again is None else form_like(state, again)
     if request.method == "POST":
+        visitor = access.visitor()
         job = dispatch_job(state, form, again)
         if job is not None:
-            state.store.record(access.visitor(), "dispatch", subject=job.name, jobs=[job.id])
+            state.store.record(visitor, "dispatch", subject=job.name, jobs=[job.id])
             flash(f"Job {job.id} enqueued.", "success")
             return redirect(url_for(".show_job", job_id=job.id), HTTPStatus.SEE_OTHER)
     page = render_template(

@@ -1,4 +1,7 @@
-"""The audit trail: who changed what, written in the transaction of the change itself."""
+"""The audit trail: who changed what, written in the transaction of the change itself.
+
+A dispatch alone is written down after it: the job may have joined a transaction of the app.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class Audits(Database):
     def record(
         self, actor: Actor, action: str, *, subject: str | None = None, jobs: Collection[int] = ()
     ) -> None:
-        """Write down a change that has been made already."""
+        """Write down what has been done already, as a dispatch."""
         self.transaction(lambda c: self.audit(c, actor, action, subject=subject, jobs=jobs))
 
     def prune_audits(self, limit: int) -> int:

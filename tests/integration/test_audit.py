@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from flask import Flask
 
 from flask_bgjobs import actions, run_background_job
 from flask_bgjobs.app_state import AppState
-from flask_bgjobs.models import AuditedJob, AuditEntry
+from flask_bgjobs.models import AuditedJob, AuditEntry, Worker
 from flask_bgjobs.store import DONE, Actor, Store
 from flask_bgjobs.worker import register
-from tests.conftest import wait_until
+from tests.conftest import stored, wait_until
 from tests.integration.test_worker import working
 
 ANNA = Actor("anna", "dashboard")
@@ -121,15 +122,30 @@ def test_old_entries_are_pruned(app: Flask, state: AppState, store: Store) -> No
     assert [entry_id for entry_id, _ in _jobs(store)] == [young.id]
 
 
-def test_a_worker_is_drained(app: Flask, state: AppState, store: Store) -> None:
-    """A worker that is asked to end finishes what it runs, ends, and the trail tells who asked."""
-    with working(app, name="one") as worker:
+def test_a_worker_is_drained(app: Flask, state: AppState, store: Store, tmp_path: Path) -> None:
+    """A worker that is asked to end finishes what it runs, takes nothing more, and ends; the trail
+    tells who asked."""
+    gate = tmp_path / "gate"
+    with working(app, name="one", concurrency=1, shutdown_timeout=0) as worker:
         wait_until(lambda: worker._id, "its registration")
+        long = run_background_job("tests.jobs.wait_for_file", parameters=[str(gate)])
+        wait_until(lambda: stored(app, long).started_at, "its start")
         assert store.drain_worker(worker._id, ANNA)
         assert not store.drain_worker(worker._id, ANNA)
-        wait_until(lambda: worker._stops, "its end")
+        wait_until(lambda: worker._is_draining, "its notice")
+        other = run_background_job("tests.jobs.echo", parameters=["x"])
+        gate.touch()
+        wait_until(lambda: _ended(store, worker._id), "its end")
+    assert stored(app, long).status == "completed"
+    assert stored(app, other).status == "pending"
     (entry,) = _entries(store)
     assert (entry.action, entry.subject, entry.actor) == ("drain", "one", "anna")
+
+
+def _ended(store: Store, worker_id: int) -> bool:
+    with store.read() as connection:
+        status = connection.scalar(sa.select(Worker.status).where(Worker.id == worker_id))
+    return bool(status == "stopped")
 
 
 def test_a_worker_that_has_ended_is_not_drained(app: Flask, state: AppState, store: Store) -> None:

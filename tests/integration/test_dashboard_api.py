@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
+import sqlalchemy as sa
 from schemathesis.checks import (
     content_type_conformance,
     not_a_server_error,
@@ -16,6 +17,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from flask_bgjobs.models import Attempt
 from tests.integration.test_dashboard_support import (
     PREFIX,
     RECEIPT,
@@ -235,6 +237,47 @@ def test_what_cannot_be_dispatched(host: Host, body: Any, code: int) -> None:
     assert host.count() == 0
 
 
+def test_a_job_that_is_there_already_is_not_dispatched_again(host: Host) -> None:
+    """With a key that is taken, the job that has it is given back, and the trail says nothing."""
+    dispatch = {"target": SAMPLE, "method": "execute", "parameters": ["x"], "unique_key": "k"}
+    first, second = (post(host, "/jobs", dispatch, 201) for _ in range(2))
+    assert (first["id"], first["deduplicated"]) == (second["id"], False)
+    assert second["deduplicated"] is True
+    assert len(get(host, "/audit")["entries"]) == 1
+
+
+def test_who_cannot_be_named_dispatches_nothing(host: Host) -> None:
+    """Where the host's own function fails, no job is left behind that nobody has dispatched."""
+    host.bgjobs.identify_visitor(lambda: str(1 / 0))
+    token = host.client.get(f"{API}/stats").headers["X-CSRFToken"]
+    body = {"target": SAMPLE, "method": "execute", "parameters": ["x"]}
+    host.app.config["TESTING"] = True
+    with pytest.raises(ZeroDivisionError):
+        host.client.post(f"{API}/jobs", json=body, headers={"X-CSRFToken": token})
+    assert host.count() == 0
+
+
+def test_nested_nonsense_is_400(host: Host) -> None:
+    """JSON that is nested beyond all reason is refused."""
+    token = host.client.get(f"{API}/stats").headers["X-CSRFToken"]
+    deep = '{"target": "x", "parameters": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    headers = {"X-CSRFToken": token, "Content-Type": "application/json"}
+    answer = host.client.post(f"{API}/jobs", data=deep, headers=headers)
+    assert answer.status_code == 400
+
+
+def test_a_retry_that_was_the_last_is_an_error(host: Host) -> None:
+    """A job that asked for one retry more than it had has failed; one that got it has not."""
+    for status, attempt in (("failed", 1), ("completed", 2)):
+        job_id = host.add(status=status, attempt=attempt, finished_at=now())
+        host.add_attempt(job_id, error_type="Retry", error="Retry")
+        change = sa.update(Attempt).values(outcome="retry")
+        with host.state.store.engine.begin() as connection:
+            connection.execute(change)
+    (group,) = get(host, "/errors")["errors"]
+    assert (group["error_type"], group["attempts"], group["last_job_id"]) == ("Retry", 1, 1)
+
+
 def test_queues_and_workers_are_changed(host: Host) -> None:
     """Queues are paused, workers drained; what does not exist is said."""
     host.add(queue="mail")
@@ -289,5 +332,7 @@ class TestRights:
         host.add_attempt(hidden, error="E: yours", error_type="E")
         assert get(host, "/jobs")["jobs"] == []
         get(host, f"/jobs/{hidden}", 404)
-        (group,) = get(host, "/errors")["errors"]
-        assert (group["last_job_id"], group["last_error"]) == (None, None)
+        assert get(host, "/errors")["errors"] == []
+        dispatch = {"target": SAMPLE, "method": "execute", "parameters": ["x"], "unique_key": "k"}
+        post(host, "/jobs", {**dispatch, "owner": "you"}, 201)
+        assert "id" not in post(host, "/jobs", {**dispatch, "owner": "me"}, 409)

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from flask_bgjobs.dashboard import changes
-from flask_bgjobs.models import AuditEntry, Worker
+from flask_bgjobs.models import AuditEntry, Job, Worker
 from tests.integration.test_dashboard_support import PREFIX, Host, MakeHost
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
@@ -102,6 +102,42 @@ def test_all_that_match_are_frozen(host: Host, monkeypatch: pytest.MonkeyPatch) 
     assert {entry.reason for entry in trail(host)} == {"status=failed&queue=mail"}
 
 
+def test_work_goes_on_behind_what_it_cannot_change(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs that an action cannot change are not read for it, however many they are."""
+    monkeypatch.setattr(changes, "_AT_ONCE", 2)
+    monkeypatch.setattr(changes, "_BUDGET_SECONDS", -1.0)
+    host.add(5, status="completed")
+    host.add(3, status="failed")
+    for left in (1, 0):
+        question = ask(host, "retry", ("all", 1))
+        answer(host, "retry", question)
+        with host.state.store.read() as connection:
+            failed = sa.select(sa.func.count()).where(Job.status == "failed")
+            assert connection.scalar(failed) == left
+
+
+def test_the_number_that_was_asked_is_answered(host: Host) -> None:
+    """Workers go on meanwhile: the number to type is the one that the question named."""
+    host.add(3, status="failed")
+    question = ask(host, "delete", ("all", 1), ("status", "failed"))
+    host.state.store.retry([1])
+    assert "2 deleted." in answer(host, "delete", question, typed="3")
+    assert host.job(1).status == "pending"
+
+
+@pytest.mark.parametrize(
+    "field", ["sort=zzz", 'q="', "since=zzz", "status=zzz", "owner=x", "tag=x"]
+)
+def test_filters_that_cannot_be_meant(host: Host, field: str) -> None:
+    """A filter that makes no sense, or is of what is masked, changes nothing."""
+    host.add(owner="x", tags_json='["x"]')
+    name, _, value = field.partition("=")
+    send(host, "/bulk/cancel", [("csrf_token", host.token()), ("all", 1), (name, value)], 400)
+    assert host.job(1).status == "pending"
+
+
 def test_words_cannot_mean_all(host: Host) -> None:
     """What words find is only known of what is shown, so they cannot mean all jobs."""
     host.add(status="failed", error="E: x")
@@ -117,7 +153,7 @@ def test_nothing_chosen_is_said(host: Host) -> None:
     host.add()
     for data in ([], [("id", "x"), ("id", "-1"), ("id", "9" * 30)]):
         send(host, "/bulk/cancel", [("csrf_token", host.token()), *data], 303)
-        assert "No job was chosen." in host.get("/list")
+        assert "There is no job to cancel." in host.get("/list")
 
 
 def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:

@@ -347,6 +347,22 @@ def test_no_page_needs_inline_style_or_foreign_files(host: Host) -> None:
         assert re.findall(r'(?:src|href)="(?:https?:)?//', page) == []
 
 
+@pytest.mark.parametrize("when", ["9999-12-31T23:59:59", "0001-01-01T00:00", "1970-01-01"])
+def test_times_at_the_ends_of_the_calendar(host: Host, when: str) -> None:
+    """The first and the last time that there is are times like others."""
+    host.add()
+    assert listed_ids(host.get(f"/list?since={when}")) == ([] if when > "9" else [1])
+    assert listed_ids(host.get(f"/list?until={when}")) == ([1] if when > "9" else [])
+
+
+def test_a_wrong_word_keeps_the_other_filters(host: Host) -> None:
+    """Who mends a word need not choose everything else again."""
+    page = host.get("/list?status=failed&owner=anna&q=colour:red", 400)
+    assert 'value="failed" checked' in page
+    assert 'name="owner" value="anna"' in page
+    assert 'value="colour:red"' in page
+
+
 # Secrets
 
 

@@ -154,6 +154,22 @@ def test_a_search_reads_its_share_and_goes_on(
     assert found == expected
 
 
+def test_a_job_that_is_named_is_found_at_once(
+    app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id is found beyond the end of the search, and the search goes on from its end."""
+    monkeypatch.setattr(listing, "SEARCHED_ROWS", 3)
+    _add(store, 10)
+    ids = sorted(row.id for row in _all(store))
+    page = list_jobs(state, JobFilters(q=f"{ids[0]},{ids[1]}"), per=1)
+    assert [row.id for row in page.jobs] == [ids[1]]
+    found = {ids[1]}
+    while page.older is not None:
+        page = list_jobs(state, JobFilters(q=f"{ids[0]},{ids[1]}"), per=1, after=page.older)
+        found |= {row.id for row in page.jobs}
+    assert found == {ids[0], ids[1]}
+
+
 class TestWords:
     @pytest.fixture
     def ids(self, app: Flask, state: AppState) -> dict[str, int]:

@@ -12,7 +12,7 @@ from .data import detail_data, job_data, plain, time_text
 from .detail import JobDetail, is_possible_id, job_detail
 from .errors import ErrorGroup, Errors, errors_in
 from .filters import DEFAULT_ORDER, ORDERS, JobFilters
-from .listing import MAX_PER_PAGE, Page, list_jobs, recent_failures
+from .listing import MAX_PER_PAGE, Page, jobs_to_judge, list_jobs, recent_failures
 from .matching import count_matching, highest_id, matching_ids
 from .queues import COUNTED_IN_QUEUES, QueueStats, queue_stats, queues_of
 from .rows import JobRow
@@ -60,6 +60,7 @@ __all__ = [
     "is_readable",
     "job_data",
     "job_detail",
+    "jobs_to_judge",
     "list_audit",
     "list_jobs",
     "list_workers",

@@ -1,7 +1,7 @@
 """Conditions: what filters and words ask of a row, in SQL and of what is shown of it.
 
-SQL finds every job that may match. What a search finds must be *shown* to match as well, so that
-nobody can find out by searching what is masked.
+SQL finds the jobs that may match, by the text that is stored. What a search finds must be *shown*
+to match as well, so that nobody can find out by searching what is masked.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _worker = Worker.__table__
 _full_name: sa.ColumnElement[str] = sa.func.coalesce(
     _job.c.target + "." + _job.c.method, _job.c.target
 )
-_TEXTS = (_job.c.target, _job.c.method, _full_name, _job.c.error, _job.c.owner, _job.c.unique_key)
+_TEXTS = (_full_name, _job.c.error, _job.c.owner, _job.c.unique_key)
 _JSON = (_job.c.parameters, _job.c.tags)
 
 
 def sql_conditions(filters: JobFilters) -> Iterator[sa.ColumnElement[bool]]:
-    """True for every job that :func:`is_shown_to_match` could accept."""
+    """True for the jobs that :func:`is_shown_to_match` has to look at."""
     if filters.queues:
         yield _job.c.queue.in_(filters.queues)
     if filters.job:

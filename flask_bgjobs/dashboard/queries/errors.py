@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import sqlalchemy as sa
 
 from ...app_state import AppState
 from ...models import Attempt, Job
-from ...states import OutcomeKind
+from ...states import JobStatus, OutcomeKind
 from .charts import Period
+from .listing import jobs_to_judge
 from .shown import Shown
 
 READ_ATTEMPTS = 10_000
@@ -21,8 +22,7 @@ _MAX_ERRORS = 100
 
 _job = cast(sa.Table, Job.__table__)
 _attempt = cast(sa.Table, Attempt.__table__)
-_NO_ERROR = (OutcomeKind.CANCELLED, OutcomeKind.RETRY)
-_FAILED = [kind.value for kind in OutcomeKind if kind not in _NO_ERROR]
+_FAILED = [kind.value for kind in OutcomeKind if kind is not OutcomeKind.CANCELLED]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,8 +37,7 @@ class ErrorGroup:
     """How many jobs they are of."""
     first_at: dt.datetime
     last_at: dt.datetime
-    last_job_id: int | None
-    """``None`` when the visitor may not see it."""
+    last_job_id: int
     last_error: str | None
     """Its message; masked."""
 
@@ -68,16 +67,26 @@ def errors_in(
 
     Jobs that were deleted or pruned are not in it.
 
-    :param visible: where it is false of the job that failed last, that is not told of.
+    :param visible: what it is false of for the job that failed last, is left out.
     """
     newest = (
-        sa.select(_attempt.c.id, _attempt.c.job_id, _attempt.c.error_type, _attempt.c.finished_at)
+        sa.select(
+            _attempt.c.id,
+            _attempt.c.job_id,
+            _attempt.c.attempt,
+            _attempt.c.outcome,
+            _attempt.c.error_type,
+            _attempt.c.finished_at,
+        )
         .where(_attempt.c.outcome.in_(_FAILED))
         .order_by(_attempt.c.id.desc())
         .limit(READ_ATTEMPTS)
         .subquery("newest")
     )
     kind = (_job.c.target, _job.c.method, newest.c.error_type)
+    # A retry that the code asked for is an error only where it was the last that it had.
+    was_last = sa.and_(_job.c.status == JobStatus.FAILED.value, _job.c.attempt == newest.c.attempt)
+    is_error = sa.or_(newest.c.outcome != OutcomeKind.RETRY.value, was_last)
     attempts = sa.func.count().label("attempts")
     last_id = sa.func.max(newest.c.id).label("last_id")
     with state.store.read() as connection:
@@ -93,7 +102,7 @@ def errors_in(
                 sa.func.max(newest.c.finished_at).label("last_at"),
             )
             .join_from(newest, _job, _job.c.id == newest.c.job_id)
-            .where(newest.c.finished_at >= since)
+            .where(newest.c.finished_at >= since, is_error)
             .group_by(*kind)
             .order_by(attempts.desc(), last_id.desc())
             .limit(_MAX_ERRORS)
@@ -102,14 +111,12 @@ def errors_in(
             sa.select(sa.func.min(newest.c.finished_at), sa.func.count()).select_from(newest)
         ).one()
         last = {row.id: row for row in connection.execute(_attempts(found))}
-    jobs = {job.id: job for job in state.store.get_many([row.job_id for row in last.values()])}
+    jobs = jobs_to_judge(state, [row.job_id for row in last.values()])
+    groups = (_group(state, row, last.get(row.last_id), jobs, visible) for row in found)
     return Errors(
         period=period,
         now=now,
-        groups=[
-            _group(state, row, last[row.last_id].error, jobs.get(last[row.last_id].job_id), visible)
-            for row in found
-        ],
+        groups=[group for group in groups if group is not None],
         is_complete=number < READ_ATTEMPTS or oldest < since,
     )
 
@@ -124,14 +131,15 @@ def _attempts(found: Sequence[Any]) -> sa.Select[Any]:
 def _group(
     state: AppState,
     row: Any,
-    error: str | None,
-    job: Job | None,
+    last: Any,
+    jobs: Mapping[int, Job],
     visible: Callable[[Job], bool] | None,
-) -> ErrorGroup:
-    last_job_id = last_error = None
-    if job is not None and (visible is None or visible(job)):
-        shown = Shown.of(state, row.target, row.method, job.parameters_json)
-        last_job_id, last_error = job.id, shown.text(error, instead=row.error_type)
+) -> ErrorGroup | None:
+    job = None if last is None else jobs.get(last.job_id)
+    if job is None or not (visible is None or visible(job)):
+        # Deleted since, or not for this visitor.
+        return None
+    shown = Shown.of(state, row.target, row.method, vars(job).get("parameters_json"))
     return ErrorGroup(
         target=row.target,
         method=row.method,
@@ -140,6 +148,6 @@ def _group(
         jobs=row.jobs,
         first_at=row.first_at,
         last_at=row.last_at,
-        last_job_id=last_job_id,
-        last_error=last_error,
+        last_job_id=job.id,
+        last_error=shown.text(last.error, instead=row.error_type),
     )

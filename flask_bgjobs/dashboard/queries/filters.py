@@ -97,9 +97,9 @@ class JobFilters:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the database alone decides which jobs are meant: words and tags are looked at
-        as they are shown."""
-        return not (self.q or self.tag)
+        """Whether the database alone decides which jobs are meant: words, tags and owners are
+        looked at as they are shown."""
+        return not (self.q or self.tag or self.owner)
 
     @property
     def needs_reading(self) -> bool:

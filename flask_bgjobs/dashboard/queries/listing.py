@@ -108,6 +108,14 @@ def recent_failures(
     return list_jobs(state, filters, per=limit, visible=visible).jobs
 
 
+def jobs_to_judge(state: AppState, ids: Sequence[int]) -> dict[int, Job]:
+    """The jobs with these ids, for the authorizer: without result, meta and large parameters."""
+    statement = sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS).where(_job.c.id.in_(ids))
+    with state.store.read() as connection:
+        found = connection.execute(statement).mappings().all()
+    return {values["id"]: _listed_job(values) for values in found}
+
+
 class _Walk:
     """Reads a list from a cursor on, in one direction, in chunks that grow.
 
@@ -159,7 +167,8 @@ class _Walk:
                     return rows
             if len(values_read) < chunk:
                 self.stopped_at = end
-                return [*rows, *named][:limit]
+                # Never a whole page and one more: the next page goes on from the end.
+                return [*rows, *named][: limit - 1]
             cursor = self.cursor_of(row)
             chunk = min(chunk * 4, _MAX_CHUNK)
 
@@ -188,13 +197,13 @@ class _Walk:
     ) -> sa.Select[Any]:
         if cursor is not None:
             wanted = [*wanted, self._behind(cursor)]
-        ranges = [self._sorted(each.where(*wanted)).limit(limit) for each in self._ranges()]
+        ranges = [self._first(each.where(*wanted), limit) for each in self._ranges()]
         if len(ranges) == 1:
             return ranges[0].with_only_columns(*_LIST_COLUMNS, _LISTED_PARAMETERS)
         # One index range per status, merged: with IN, a database would sort every job of them.
         merged = sa.union_all(*(sa.select(each.subquery().c.id) for each in ranges)).subquery()
         statement = sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS)
-        return self._sorted(statement.where(_job.c.id.in_(sa.select(merged.c.id)))).limit(limit)
+        return self._first(statement.where(_job.c.id.in_(sa.select(merged.c.id))), limit)
 
     def _ranges(self) -> list[sa.Select[Any]]:
         statuses = self._filters.ranges
@@ -205,6 +214,9 @@ class _Walk:
             return [sa.select(_job.c.id).where(sa.false())]
         has_value = [self._column.is_not(None)] if self._is_timed else []
         return [sa.select(_job.c.id).where(has_status(each), *has_value) for each in statuses]
+
+    def _first(self, statement: sa.Select[Any], limit: int) -> sa.Select[Any]:
+        return self._state.store.first(self._sorted(statement), limit)
 
     def _sorted(self, statement: sa.Select[Any]) -> sa.Select[Any]:
         columns = dict.fromkeys([self._column, _job.c.id])
@@ -240,7 +252,7 @@ class _Walk:
         ends = []
         for each in self._ranges():
             rest = each if cursor is None else each.where(self._behind(cursor))
-            last = self._sorted(rest).offset(SEARCHED_ROWS - 1).limit(1)
+            last = self._first(rest, 1).offset(SEARCHED_ROWS - 1)
             ends += [last.with_only_columns(column).scalar_subquery() for column in columns]
         values = iter(self._connection.execute(sa.select(*ends)).one())
         found = [Cursor(*each) for each in zip(*[values] * len(columns), strict=True) if each[0]]
@@ -268,8 +280,11 @@ class _Walk:
         self, since: dt.datetime | None, until: dt.datetime | None
     ) -> list[sa.ColumnElement[bool]]:
         """The ids of about these times: no index knows when a job was created."""
-        first = sa.null() if since is None else _last_id_before(since - _ID_LAG, "first")
-        last = sa.null() if until is None else _last_id_before(until + _ID_LAG, "last")
+        # Nothing was created in the first minute that a calendar has, or in the last one.
+        after = None if since is None or since < dt.datetime.min + _ID_LAG else since - _ID_LAG
+        before = None if until is None or until > dt.datetime.max - _ID_LAG else until + _ID_LAG
+        first = sa.null() if after is None else _last_id_before(after, "first")
+        last = sa.null() if before is None else _last_id_before(before, "last")
         above, up_to = self._connection.execute(sa.select(first, last)).one()
         wanted = [] if above is None else [_job.c.id > int(above)]
         return wanted if up_to is None else [*wanted, _job.c.id <= int(up_to)]
@@ -308,11 +323,15 @@ def _last_id_before(moment: dt.datetime, name: str) -> sa.ScalarSelect[int]:
 
 
 def _listed_row(state: AppState, values: Mapping[Any, Any]) -> JobRow:
+    shown = Shown.of(state, values["target"], values["method"], values["parameters"])
+    return job_row(_listed_job(values), shown)
+
+
+def _listed_job(values: Mapping[Any, Any]) -> Job:
     attributes = {
         Job.__mapper__.get_property_by_column(column).key: values[column.name]
         for column in _LIST_COLUMNS
     }
     if values["parameters"] is not None:
         attributes["parameters_json"] = values["parameters"]
-    shown = Shown.of(state, values["target"], values["method"], values["parameters"])
-    return job_row(detached_job(attributes), shown)
+    return detached_job(attributes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import sqlalchemy as sa
@@ -22,27 +22,33 @@ def highest_id(state: AppState) -> int:
         return connection.scalar(sa.select(sa.func.max(_job.c.id))) or 0
 
 
-def count_matching(state: AppState, filters: JobFilters, up_to: int) -> int:
-    """How many jobs ``filters`` list, up to an id."""
+def count_matching(
+    state: AppState, filters: JobFilters, statuses: Sequence[JobStatus], up_to: int
+) -> int:
+    """How many jobs with one of ``statuses`` the ``filters`` list, up to an id."""
     with state.store.read() as connection:
         return sum(
             connection.scalar(
                 sa.select(sa.func.count()).where(*_wanted(filters, status), _job.c.id <= up_to)
             )
             or 0
-            for status in _statuses(filters)
+            for status in _chosen(filters, statuses)
         )
 
 
 def matching_ids(
-    state: AppState, filters: JobFilters, up_to: int, limit: int
+    state: AppState,
+    filters: JobFilters,
+    statuses: Sequence[JobStatus],
+    up_to: int,
+    limit: int,
 ) -> Iterator[list[int]]:
-    """The ids of the jobs that ``filters`` list, up to an id, in batches of ``limit`` at most.
+    """The ids of these jobs, in batches of ``limit`` at most, status by status.
 
     Each batch is read when it is asked for, behind the one before, so that it does not matter
     what was done to that one.
     """
-    for status in _statuses(filters):
+    for status in _chosen(filters, statuses):
         after = 0
         while True:
             ids = (
@@ -59,9 +65,9 @@ def matching_ids(
             after = found[-1]
 
 
-def _statuses(filters: JobFilters) -> list[JobStatus]:
-    chosen = filters.ranges
-    return list(JobStatus) if chosen is None else list(chosen)
+def _chosen(filters: JobFilters, statuses: Sequence[JobStatus]) -> list[JobStatus]:
+    listed = filters.ranges
+    return [status for status in statuses if listed is None or status in listed]
 
 
 def _wanted(filters: JobFilters, status: JobStatus) -> list[sa.ColumnElement[bool]]:

@@ -32,7 +32,7 @@ class QueueStats:
     retrying: int
     running: int
     oldest_pending_at: dt.datetime | None
-    """When the pending job that has waited longest was due."""
+    """When the pending job that has waited longest was due, of those that are counted."""
     oldest_pending_seconds: float | None
     paused_at: dt.datetime | None
     workers: int

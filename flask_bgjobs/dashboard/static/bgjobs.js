@@ -181,7 +181,10 @@
   document.addEventListener("submit", (event) => {
     if (!event.target.matches("[data-bgjobs-confirm]") || !event.submitter) return;
     event.preventDefault();
-    ask(event.target, event.submitter).catch(() => event.target.submit());
+    ask(event.target, event.submitter).catch(() => {
+      event.target.action = event.submitter.formAction;
+      event.target.submit();
+    });
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
