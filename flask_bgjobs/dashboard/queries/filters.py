@@ -24,6 +24,8 @@ class Order(NamedTuple):
     descending: bool
     statuses: frozenset[JobStatus]
     """The jobs that have a value in the column, in an index."""
+    index_name: str
+    """Has the jobs of each status in this order."""
     words: str
 
     @property
@@ -32,14 +34,15 @@ class Order(NamedTuple):
         return self.column is not _job.c.id
 
 
+_LIST, _FINISHED, _DUE = "ix_bgjobs_job_list", "ix_bgjobs_job_finished", "ix_bgjobs_job_due"
 _DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
 ORDERS: Mapping[str, Order] = {
-    "-created": Order(_job.c.id, True, frozenset(JobStatus), "Newest first"),
-    "created": Order(_job.c.id, False, frozenset(JobStatus), "Oldest first"),
-    "-finished": Order(_job.c.finished_at, True, FINAL, "Last finished first"),
-    "finished": Order(_job.c.finished_at, False, FINAL, "First finished first"),
-    "due": Order(_job.c.run_at, False, _DELAYED, "Next due first"),
-    "-due": Order(_job.c.run_at, True, _DELAYED, "Last due first"),
+    "-created": Order(_job.c.id, True, frozenset(JobStatus), _LIST, "Newest first"),
+    "created": Order(_job.c.id, False, frozenset(JobStatus), _LIST, "Oldest first"),
+    "-finished": Order(_job.c.finished_at, True, FINAL, _FINISHED, "Last finished first"),
+    "finished": Order(_job.c.finished_at, False, FINAL, _FINISHED, "First finished first"),
+    "due": Order(_job.c.run_at, False, _DELAYED, _DUE, "Next due first"),
+    "-due": Order(_job.c.run_at, True, _DELAYED, _DUE, "Last due first"),
 }
 DEFAULT_ORDER = "-created"
 

@@ -213,7 +213,11 @@ class _Walk:
             # Such as completed jobs in the order in which they are due.
             return [sa.select(_job.c.id).where(sa.false())]
         has_value = [self._column.is_not(None)] if self._is_timed else []
-        return [sa.select(_job.c.id).where(has_status(each), *has_value) for each in statuses]
+        ids = sa.select(_job.c.id)
+        for dialect in ("mysql", "mariadb"):
+            # They might read all jobs by their ids instead, believing that a match comes soon.
+            ids = ids.with_hint(_job, f"FORCE INDEX ({self._filters.order.index_name})", dialect)
+        return [ids.where(has_status(each), *has_value) for each in statuses]
 
     def _first(self, statement: sa.Select[Any], limit: int) -> sa.Select[Any]:
         return self._state.store.first(self._sorted(statement), limit)
