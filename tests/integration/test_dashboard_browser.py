@@ -260,6 +260,9 @@ def test_this_page_is_chosen_at_once(host: Host, open_page: Browsing) -> None:
     assert page.locator('[name="id"]:checked').count() == 4
     page.uncheck("[data-bgjobs-all]")
     assert page.locator('[name="id"]:checked').count() == 0
+    host.add()
+    page.wait_for_selector("#job-5")
+    assert page.is_visible("[data-bgjobs-all]")
 
 
 def test_many_jobs_are_changed_without_script(host: Host, open_page: Browsing) -> None:

@@ -3,6 +3,7 @@
 (() => {
   "use strict";
   const root = document.documentElement;
+  root.classList.add("bgj-scripted");
   const LONGEST_SECONDS = 60, USUAL_SECONDS = 5;
 
   // What this browser remembers; a private window may not.
@@ -149,8 +150,8 @@
   }
 
   // Choosing rows, and asking before many jobs are changed. The question is the server's own page.
-  const chosen = () => [...document.querySelectorAll('[name="id"][form="bgjobs-bulk"]:checked')];
   const boxes = () => [...document.querySelectorAll('[name="id"][form="bgjobs-bulk"]')];
+  const chosen = () => boxes().filter((box) => box.checked);
   function choosePage(all) {
     for (const box of boxes()) box.checked = all.checked;
   }
@@ -225,7 +226,6 @@
   });
 
   document.addEventListener("DOMContentLoaded", () => {
-    for (const label of document.querySelectorAll(".bgj-all[hidden]")) label.hidden = false;
     if ("bgjobs" in root.dataset) paint();
     document.querySelector("[data-bgjobs-theme]")?.addEventListener("click", toggle);
     const live = document.querySelector("[data-bgjobs-live]");
