@@ -6,23 +6,14 @@ The CLI and the dashboard call these. ``by`` is who makes the change, for the au
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .app_state import AppState
 from .errors import QueueNotFound
-from .states import JobStatus
 from .store import ActionResult, Actor, Selection
 
 _AT_ONCE = 500
 """Jobs per transaction when many are chosen: others wait for the write lock meanwhile."""
-
-CAN_CHANGE: Mapping[str, tuple[JobStatus, ...]] = {
-    "cancel": (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
-    "retry": (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.RETRYING),
-    "delete": tuple(status for status in JobStatus if status is not JobStatus.RUNNING),
-}
-"""The statuses that an action can change. Where many jobs are meant they are read in this order, in
-which a job that moves on does not come again."""
 
 Act = Callable[[AppState, Sequence[int], Actor | None], ActionResult]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class JobStatus(enum.StrEnum):
@@ -36,6 +36,13 @@ class JobStatus(enum.StrEnum):
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
 WAITING = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING, JobStatus.RETRYING})
 """Statuses in which nobody runs the job, so that a cancel takes effect at once."""
+CAN_CHANGE: Mapping[str, tuple[JobStatus, ...]] = {
+    "cancel": (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
+    "retry": (JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED),
+    "delete": tuple(status for status in JobStatus if status is not JobStatus.RUNNING),
+}
+"""The statuses of the jobs that each action by hand can change. Where many jobs are meant they are
+read in this order: one that moves on meanwhile stands in a later one, or has ended since."""
 
 
 class OutcomeKind(enum.StrEnum):

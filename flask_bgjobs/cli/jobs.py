@@ -22,25 +22,9 @@ from .user import this_user
 if TYPE_CHECKING:
     from ..dashboard.queries import JobRow
 
-_RETRY = Verb(
-    actions.retry,
-    actions.CAN_CHANGE["retry"],
-    "Retry {}?",
-    "pending again",
-)
-_CANCEL = Verb(
-    actions.cancel,
-    actions.CAN_CHANGE["cancel"],
-    "Cancel {}?",
-    "cancelled",
-)
-_DELETE = Verb(
-    actions.delete,
-    actions.CAN_CHANGE["delete"],
-    "Delete {} for ever?",
-    "deleted",
-    asks_for_ids=True,
-)
+_RETRY = Verb("retry", actions.retry, "Retry {}?")
+_CANCEL = Verb("cancel", actions.cancel, "Cancel {}?")
+_DELETE = Verb("delete", actions.delete, "Delete {} for ever?", asks_for_ids=True)
 
 
 @bgjobs_commands.command("enqueue")

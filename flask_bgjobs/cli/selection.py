@@ -13,8 +13,8 @@ import click
 
 from .. import actions
 from ..app_state import AppState, current_state
-from ..states import JobStatus
-from ..store import ActionResult, Selection
+from ..states import CAN_CHANGE, JobStatus
+from ..store import DONE, ActionResult, Selection
 from .group import MAX_ID, Moment, yes_option
 from .output import counted, progress_bar
 from .user import this_user
@@ -29,14 +29,21 @@ _NEITHER_OR_BOTH = (
 class Verb:
     """What a command does to jobs, and how it says so."""
 
+    name: str
     act: actions.Act
-    statuses: tuple[JobStatus, ...]
-    """Those that it can act on. A job that moves on meanwhile stands in a later one, or has a
-    time after the selection's end."""
     question: str
-    done: str
     asks_for_ids: bool = False
     """Whether it asks first also when the jobs are named one by one."""
+
+    @property
+    def statuses(self) -> tuple[JobStatus, ...]:
+        """Those of the jobs that it can change, in the order in which they are read."""
+        return CAN_CHANGE[self.name]
+
+    @property
+    def done(self) -> str:
+        """What becomes of a job."""
+        return DONE[self.name]
 
 
 def chosen_jobs(verb: Verb) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -118,9 +118,7 @@ def _plan(state: AppState, verb: str) -> Plan:
         abort(400, "All that match can be changed only where no words, tag or owner are asked for.")
     up_to = asked.number("up_to") or queries.highest_id(state)
     # What was asked is answered, whatever workers have done to these jobs meanwhile.
-    count = asked.number("count") or queries.count_matching(
-        state, filters, actions.CAN_CHANGE[verb], up_to
-    )
+    count = asked.number("count") or queries.count_matching(state, filters, verb, up_to)
     return Plan(verb, (), filters, up_to, count)
 
 
@@ -128,8 +126,7 @@ def _carry_out(state: AppState, plan: Plan) -> None:
     deadline = time.monotonic() + _BUDGET_SECONDS
     batches: Iterable[Sequence[int]] = [plan.ids]
     if not plan.ids:
-        statuses = actions.CAN_CHANGE[plan.verb]
-        batches = queries.matching_ids(state, plan.filters, statuses, plan.up_to, _AT_ONCE)
+        batches = queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _AT_ONCE)
     total = ActionResult()
     for ids in batches:
         result = _act_on_allowed(state, plan, ids)

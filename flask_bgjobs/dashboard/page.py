@@ -14,22 +14,13 @@ from flask import request, url_for
 from .. import durations
 from ..app_state import AppState
 from ..models import Job
-from ..states import JobStatus
+from ..states import CAN_CHANGE, JobStatus
 from . import access, asked, queries
 from .queries import JobRow
 
 _STATIC = pathlib.Path(__file__).parent / "static"
-_ACTIONS_IN = {
-    "scheduled": ("cancel", "delete"),
-    "pending": ("cancel", "delete"),
-    "retrying": ("retry", "cancel", "delete"),
-    "running": ("cancel",),
-    "cancelling": (),
-    "completed": ("delete",),
-    "failed": ("retry", "delete"),
-    "cancelled": ("retry", "delete"),
-}
-"""What can be done to a job in each state; the store decides in the end."""
+_VERBS = ("retry", "cancel", "delete")
+"""In the order of their buttons."""
 
 
 class Helpers:
@@ -56,10 +47,11 @@ class Helpers:
         return access.is_allowed(action, job)
 
     def actions(self, row: JobRow) -> list[str]:
-        """The verbs that the visitor may use on a job as it stands."""
-        if self.csrf_token is None:
+        """The verbs that the visitor may use on a job as it stands. The store has the last word."""
+        if self.csrf_token is None or row.is_cancelling:
             return []
-        return [verb for verb in _ACTIONS_IN[row.state] if self.may(verb, row.job)]
+        can = (verb for verb in _VERBS if row.status in CAN_CHANGE[verb])
+        return [verb for verb in can if self.may(verb, row.job)]
 
     @property
     def here(self) -> str:
@@ -110,7 +102,7 @@ class Helpers:
         """What the visitor may do to many jobs."""
         if self.csrf_token is None:
             return []
-        return [verb for verb in ("retry", "cancel", "delete") if self.may(verb)]
+        return [verb for verb in _VERBS if self.may(verb)]
 
     @staticmethod
     def iso(when: dt.datetime) -> str:

@@ -17,7 +17,7 @@ from .mysql import MysqlStore
 from .postgresql import PostgresStore
 from .prunes import PruneCursor, Pruned, Retention
 from .runs import LeaseView
-from .selections import Selection
+from .selections import Conditions, Selection
 from .sqlite import SqliteStore, advice
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ActionResult",
     "Actor",
     "CommitInDoubt",
+    "Conditions",
     "LeaseView",
     "NewJobs",
     "PruneCursor",

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from ..models import Job
-from ..states import WAITING, JobStatus
+from ..states import CAN_CHANGE, WAITING, JobStatus
 from .audits import Actor, Audits
 from .database import JOBS, by_id
 from .inserts import loaded_job, unique_hash
@@ -92,11 +92,7 @@ class ByHand(Audits):
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
             for job_id, status in found.items():
-                if status not in (
-                    JobStatus.FAILED,
-                    JobStatus.CANCELLED.value,
-                    JobStatus.RETRYING.value,
-                ):
+                if status not in CAN_CHANGE["retry"]:
                     result.skipped[job_id] = f"it is {status}"
                 elif self._retake_key(connection, job_id):
                     result.done.append(job_id)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import sqlalchemy as sa
 
+from ..models import has_status
 from ..states import FINAL, JobStatus
 from .database import JOBS, Database
+
+Conditions = list[sa.ColumnElement[bool]]
+"""On a job, all of which hold."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,36 +57,43 @@ class Selections(Database):
 
     def count_selected(self, selection: Selection) -> int:
         """How many jobs are selected."""
-        with self.read() as connection:
-            return sum(
-                connection.scalar(sa.select(sa.func.count()).where(*_wanted(selection, status)))
-                or 0
-                for status in selection.statuses
-            )
+        return self.count_where(_conditions(selection))
 
     def selected_ids(self, selection: Selection, limit: int) -> Iterator[list[int]]:
-        """The ids of the jobs that are selected, in batches of ``limit`` at most.
+        """The ids of the jobs that are selected, as by :meth:`ids_where`."""
+        return self.ids_where(_conditions(selection), limit)
+
+    def count_where(self, each: Iterable[Conditions]) -> int:
+        """How many jobs fulfil one of several lists of conditions, of which none fulfils two."""
+        with self.read() as connection:
+            counts = (sa.select(sa.func.count()).where(*conditions) for conditions in each)
+            return sum(connection.scalar(count) or 0 for count in counts)
+
+    def ids_where(self, each: Iterable[Conditions], limit: int) -> Iterator[list[int]]:
+        """The ids of these jobs, list by list, in batches of ``limit`` at most.
 
         Each batch is read when it is asked for, behind the one before: what the caller did to
         that one does not matter, and a million ids are never in memory.
         """
-        for status in selection.statuses:
+        for conditions in each:
             after = 0
-            while ids := self._next_ids(selection, status, after, limit):
+            while ids := self._next_ids(conditions, after, limit):
                 yield ids
                 after = ids[-1]
 
-    def _next_ids(
-        self, selection: Selection, status: JobStatus, after: int, limit: int
-    ) -> list[int]:
-        wanted = sa.select(JOBS.c.id).where(*_wanted(selection, status), JOBS.c.id > after)
+    def _next_ids(self, conditions: Conditions, after: int, limit: int) -> list[int]:
+        wanted = sa.select(JOBS.c.id).where(*conditions, JOBS.c.id > after)
         with self.read() as connection:
             return list(connection.scalars(self.first(wanted.order_by(JOBS.c.id), limit)))
 
 
-def _wanted(selection: Selection, status: JobStatus) -> list[sa.ColumnElement[bool]]:
+def _conditions(selection: Selection) -> list[Conditions]:
+    return [_wanted(selection, status) for status in selection.statuses]
+
+
+def _wanted(selection: Selection, status: JobStatus) -> Conditions:
     when = JOBS.c.finished_at if status in FINAL else JOBS.c.created_at
-    wanted = [JOBS.c.status == status.value, when <= selection.until]
+    wanted = [has_status(status), when <= selection.until]
     if selection.since is not None:
         wanted.append(when >= selection.since)
     if selection.queues:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from flask_bgjobs.dashboard import changes
 from flask_bgjobs.models import AuditEntry, Job, Worker
-from tests.integration.test_dashboard_support import PREFIX, Host, MakeHost
+from tests.integration.test_dashboard_support import PREFIX, Host, MakeHost, now
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
 
@@ -116,6 +116,30 @@ def test_work_goes_on_behind_what_it_cannot_change(
         with host.state.store.read() as connection:
             failed = sa.select(sa.func.count()).where(Job.status == "failed")
             assert connection.scalar(failed) == left
+
+
+@pytest.mark.parametrize("becomes", ["failed", "retrying"])
+def test_a_job_is_retried_once(host: Host, monkeypatch: pytest.MonkeyPatch, becomes: str) -> None:
+    """A job that fails again while others are still retried is left to its next retry."""
+    host.add(3, status="retrying")
+    host.add(3, status="failed")
+    retry = host.state.store.retry
+    times: list[int] = []
+
+    def retry_and_fail(ids: list[int], by: object) -> Any:
+        result = retry(ids, by)
+        times.extend(ids)
+        ended = now(1.0) if becomes == "failed" else None
+        change = sa.update(Job).where(Job.id.in_(ids)).values(status=becomes, finished_at=ended)
+        with host.state.store.engine.begin() as connection:
+            connection.execute(change)
+        return result
+
+    monkeypatch.setattr(changes, "_AT_ONCE", 2)
+    question = ask(host, "retry", ("all", 1))
+    monkeypatch.setattr(host.state.store, "retry", retry_and_fail)
+    answer(host, "retry", question)
+    assert sorted(times) == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_number_that_was_asked_is_answered(host: Host) -> None:

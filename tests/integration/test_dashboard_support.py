@@ -16,6 +16,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs.extension import BgJobs
 from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
+from flask_bgjobs.states import FINAL
 
 SAMPLE = f"{__name__}.SampleJob"
 RECEIPT = f"{__name__}.send_receipt"
@@ -85,6 +86,8 @@ class Host:
     def add(self, count: int = 1, **values: Any) -> int:
         """The id of the last of ``count`` new jobs with these column values."""
         row = {**_DEFAULTS, "run_at": now(), "created_at": now(), **values}
+        if row["status"] in FINAL:
+            row.setdefault("finished_at", now())
         row = {Job.__mapper__.attrs[key].columns[0].name: value for key, value in row.items()}
         row.setdefault("claim_rank", -row["priority"])
         with self.state.store.engine.begin() as connection:
