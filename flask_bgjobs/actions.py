@@ -1,4 +1,4 @@
-"""What people do by hand: cancel, retry and delete jobs, pause and resume queues.
+"""What people do by hand: dispatch, cancel, retry and delete jobs, pause and resume queues.
 
 The CLI and the dashboard call these. ``by`` is who makes the change, for the audit trail.
 """
@@ -7,15 +7,35 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from .app_state import AppState
+from .enqueue import run_background_job
 from .errors import QueueNotFound
+from .models import Job
 from .store import ActionResult, Actor, Selection
 
 _AT_ONCE = 500
 """Jobs per transaction when many are chosen: others wait for the write lock meanwhile."""
 
 Act = Callable[[AppState, Sequence[int], Actor | None], ActionResult]
+
+
+def dispatch(
+    state: AppState, by: Actor, target: str, method: str | None, parameters: Any, **options: Any
+) -> Job:
+    """The job that somebody enqueues by hand, saved and written down; or the one that is there.
+
+    :param options: as of :func:`~flask_bgjobs.run_background_job`.
+    :raises BgJobsError: when it is refused.
+    """
+    job = run_background_job(target, method, parameters, **options, session=None)
+    if not job.committed:
+        # An in-memory database has one connection only, so the job joined the host's session.
+        state.db.session.commit()
+    if not job.deduplicated:
+        state.store.record(by, "dispatch", subject=job.name, jobs=[job.id])
+    return job
 
 
 def cancel(state: AppState, ids: Sequence[int], by: Actor | None = None) -> ActionResult:

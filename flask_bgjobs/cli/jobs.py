@@ -10,7 +10,6 @@ import click
 
 from .. import actions, serialize
 from ..app_state import current_state, import_jobs
-from ..enqueue import run_background_job
 from ..errors import JobNotFound
 from ..states import JobStatus
 from ..text import one_line
@@ -50,16 +49,15 @@ def enqueue_command(
 ) -> None:
     """Enqueue TARGET (a class or function on the allow-list), of a class with its METHOD."""
     import_jobs(current_state())
-    job = run_background_job(
+    job = actions.dispatch(
+        current_state(),
+        this_user(),
         target,
         method,
         _parsed(parameters),
         priority=_priority(priority),
-        session=None,
         **options,
     )
-    if not job.deduplicated:
-        current_state().store.record(this_user(), "dispatch", subject=job.name, jobs=[job.id])
     if as_json:
         print_json({"id": job.id, "status": job.status, "deduplicated": job.deduplicated})
     else:

@@ -14,9 +14,8 @@ from flask import Blueprint, Response, jsonify, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
-from .. import actions, serialize
+from .. import actions
 from ..app_state import current_state
-from ..enqueue import run_background_job
 from ..errors import BgJobsError, JobNotAllowed, QueueNotFound
 from . import access, asked, queries
 from .changes import ACTS
@@ -120,20 +119,13 @@ def api_dispatch() -> ResponseReturnValue:
         raise BadRequest(
             f"there is no field {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
         )
-    visitor = access.visitor()
     try:
-        parameters = serialize.loads(serialize.dumps(parameters))
         body["run_at"] = asked.moment("run_at", body.get("run_at"))
-        job = run_background_job(target, method, parameters, **body, session=None)
-    except (BgJobsError, ValueError, TypeError) as error:
+        job = actions.dispatch(state, access.visitor(), target, method, parameters, **body)
+    except (BgJobsError, asked.InvalidTime) as error:
         code = HTTPStatus.FORBIDDEN if isinstance(error, JobNotAllowed) else HTTPStatus.BAD_REQUEST
         return _refused(code, str(error))
-    if not job.committed:
-        # An in-memory database has one connection only, so the job joined the host's session.
-        state.db.session.commit()
-    if not job.deduplicated:
-        state.store.record(visitor, "dispatch", subject=job.name, jobs=[job.id])
-    elif not access.visible(job):
+    if job.deduplicated and not access.visible(job):
         return _refused(HTTPStatus.CONFLICT, "another job holds this unique_key")
     response = jsonify(id=job.id, status=job.status, deduplicated=job.deduplicated)
     response.status_code = HTTPStatus.CREATED

@@ -14,15 +14,15 @@ from typing import Any
 from flask_wtf import FlaskForm
 from wtforms import Field, HiddenField, StringField, TextAreaField, ValidationError
 
-from .. import serialize
+from .. import actions, serialize
 from ..app_state import AppState, current_state
 from ..config import check_queue
-from ..enqueue import run_background_job
 from ..errors import BgJobsError, JobNotAllowed
 from ..models import Job
 from ..options import priority_number
 from ..redact import MASK
 from ..registry import Registry
+from ..store import Actor
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
@@ -176,7 +176,7 @@ def form_like(state: AppState, job: Job) -> DispatchForm:
     )
 
 
-def dispatch_job(state: AppState, form: DispatchForm, again: Job | None) -> Job | None:
+def dispatch_job(state: AppState, form: DispatchForm, again: Job | None, by: Actor) -> Job | None:
     """The job enqueued from the form; ``None`` when it is refused, with the errors in the form.
 
     :param again: the job that the form was filled in from; what is still masked in the form is
@@ -197,16 +197,12 @@ def dispatch_job(state: AppState, form: DispatchForm, again: Job | None) -> Job 
             "owner": again.owner,
         }
     try:
-        job = run_background_job(
-            form.target, form.method, parameters, **form.options, **more, session=None
+        return actions.dispatch(
+            state, by, form.target, form.method, parameters, **form.options, **more
         )
     except BgJobsError as error:
         form.place_error(error)
         return None
-    if not job.committed:
-        # An in-memory database has one connection only, so the job joined the host's session.
-        state.db.session.commit()
-    return job
 
 
 def _masked(state: AppState, job: Job) -> Any:

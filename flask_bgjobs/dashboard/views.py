@@ -157,10 +157,8 @@ def dispatch() -> ResponseReturnValue:
     again = _dispatched_again()
     form = DispatchForm() if request.method == "POST" or again is None else form_like(state, again)
     if request.method == "POST":
-        visitor = access.visitor()
-        job = dispatch_job(state, form, again)
+        job = dispatch_job(state, form, again, access.visitor())
         if job is not None:
-            state.store.record(visitor, "dispatch", subject=job.name, jobs=[job.id])
             flash(f"Job {job.id} enqueued.", "success")
             return redirect(url_for(".show_job", job_id=job.id), HTTPStatus.SEE_OTHER)
     page = render_template(
