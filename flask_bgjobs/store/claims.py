@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..models import IS_OF_ANY_QUEUE, Job, Queue, has_status
+from ..models import IS_OF_ANY_QUEUE, Job, Queue, by_index, has_status
 from ..spec import JobSpec
 from ..states import JobStatus
 from .database import JOBS, WORKERS
@@ -136,12 +136,7 @@ class Claims(Queues):
             yield _PENDING
 
     def _pending_in(self, queue: str) -> sa.Select[Any]:
-        pending = _IN_ORDER.where(JOBS.c.queue == queue)
-        for dialect in ("mysql", "mariadb"):
-            # They have no indexes of which a statement is kept out by what it does not say.
-            index = "FORCE INDEX (ix_bgjobs_job_claim_queue)"
-            pending = pending.with_hint(JOBS, index, dialect)
-        return pending
+        return by_index(_IN_ORDER.where(JOBS.c.queue == queue), "ix_bgjobs_job_claim_queue")
 
     def _merged(self, queues: Sequence[str], limit: int) -> sa.Select[Any]:
         pending = (

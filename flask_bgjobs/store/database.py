@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
 from .. import forks
-from ..models import Attempt, Job, Queue, Rollup, Worker
+from ..models import Attempt, Job, Queue, Rollup, Worker, by_index
 from .watchdog import Watchdog
 
 T = TypeVar("T")
@@ -333,9 +333,7 @@ def by_id(jobs: sa.Select[Any]) -> sa.Select[Any]:
 
     MySQL and MariaDB lock what they pass on the way, in the order of the index that they choose.
     """
-    for dialect in ("mysql", "mariadb"):
-        jobs = jobs.with_hint(JOBS, "FORCE INDEX (PRIMARY)", dialect)
-    return jobs
+    return by_index(jobs, "PRIMARY")
 
 
 def _commit(transaction: sa.RootTransaction) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..models import has_status
+from ..models import by_index, has_status
 from ..states import JobStatus
 from .database import JOBS, WORKERS, Database
 
@@ -131,6 +131,7 @@ class Due(Database):
         """The ids of jobs that are due, one statement for each status."""
         for status in _WITH_A_TIME:
             due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
+            due = by_index(due, "ix_bgjobs_job_due")
             yield self.first(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
 
 

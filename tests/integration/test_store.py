@@ -230,6 +230,13 @@ class TestPlans:
         assert "ix_bgjobs_job_due" in plan
         assert not _scans(plan)
 
+    @pytest.mark.on("mysql")
+    def test_promotion_of_many_reads_in_order(self, crowded: Store) -> None:
+        """Also where everything is due, the jobs that are moved first are not found by sorting."""
+        plan = _plans(crowded, lambda: crowded.transaction(crowded._promote_some))
+        assert "ix_bgjobs_job_due" in plan
+        assert not _sorts(plan)
+
     @pytest.mark.on("postgresql")
     def test_the_claim_reads_in_order_without_statistics(self, store: Store, worker: int) -> None:
         """A load that nobody has counted yet is not read and sorted as a whole."""

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Job, detached_job, has_status
+from ...models import Job, by_index, detached_job, has_status
 from ...states import JobStatus
 from .conditions import as_id, is_shown_to_match, sql_conditions
 from .cursors import Cursor, decode_cursor
@@ -213,10 +213,8 @@ class _Walk:
             # Such as completed jobs in the order in which they are due.
             return [sa.select(_job.c.id).where(sa.false())]
         has_value = [self._column.is_not(None)] if self._is_timed else []
-        ids = sa.select(_job.c.id)
-        for dialect in ("mysql", "mariadb"):
-            # They might read all jobs by their ids instead, believing that a match comes soon.
-            ids = ids.with_hint(_job, f"FORCE INDEX ({self._filters.order.index_name})", dialect)
+        # Or all jobs might be read by their ids, in the belief that a match comes soon.
+        ids = by_index(sa.select(_job.c.id), self._filters.order.index_name)
         return [ids.where(has_status(each), *has_value) for each in statuses]
 
     def _first(self, statement: sa.Select[Any], limit: int) -> sa.Select[Any]:
