@@ -27,6 +27,11 @@ def storable(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
     return _NOT_STORABLE.sub("\ufffd", text)
 
 
+def sentence(text: str) -> str:
+    """``text`` with a capital letter, for the beginning of what a person reads."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def one_line(text: str) -> str:
     """``text`` with control characters and line breaks written as escapes."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

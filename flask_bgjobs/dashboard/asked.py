@@ -70,15 +70,17 @@ def text(name: str) -> str:
 
 def number(name: str) -> int:
     """A positive whole number; 0 where there is none."""
-    value = request.values.get(name, "")
+    return _number(request.values.get(name, ""))
+
+
+def _number(value: str) -> int:
     return int(value) if re.fullmatch(r"[0-9]{1,18}", value) else 0
 
 
 def ids(most: int) -> tuple[int, ...]:
     """The ids of the jobs that were chosen."""
-    values = request.form.getlist("id")[:most]
-    given = (int(value) for value in values if re.fullmatch(r"[0-9]{1,18}", value))
-    return tuple(dict.fromkeys(given))
+    given = map(_number, request.form.getlist("id")[:most])
+    return tuple(dict.fromkeys(number for number in given if number))
 
 
 def per_page() -> int:

@@ -16,6 +16,7 @@ from .. import actions
 from ..app_state import AppState, current_state
 from ..errors import BgJobsError
 from ..store import DONE, ActionResult
+from ..text import sentence
 from . import access, asked, queries
 
 ACTS: dict[str, actions.Act] = {
@@ -113,7 +114,7 @@ def _plan(state: AppState, verb: str) -> Plan:
     try:
         filters = asked.filters()
     except ValueError as error:
-        abort(400, str(error))
+        abort(400, f"{sentence(str(error))}.")
     if not filters.is_exact:
         abort(400, "All that match can be changed only where no words, tag or owner are asked for.")
     up_to = asked.number("up_to") or queries.highest_id(state)
@@ -164,7 +165,7 @@ def act_on_queue(verb: str) -> ResponseReturnValue:
     try:
         changed = change(state, name, access.visitor())
     except BgJobsError as error:
-        abort(400, f"{str(error)[:1].upper()}{str(error)[1:]}.")
+        abort(400, f"{sentence(str(error))}.")
     now = {"pause": "paused", "resume": "resumed"}[verb]
     was = {"pause": "paused already", "resume": "not paused"}[verb]
     if changed:

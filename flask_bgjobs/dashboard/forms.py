@@ -23,6 +23,7 @@ from ..options import priority_number
 from ..redact import MASK
 from ..registry import Registry
 from ..store import Actor
+from ..text import sentence
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
@@ -155,7 +156,7 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
         named = re.match(r"(?:the |each )?([a-z_]+)", text)
         name = "job" if isinstance(error, JobNotAllowed) else named and named[1]
         place = self[name].errors if name in self else self.form_errors
-        place.append(_sentence(text))
+        place.append(sentence(text))
 
 
 def form_like(state: AppState, job: Job) -> DispatchForm:
@@ -256,11 +257,7 @@ def _check(check: Callable[..., object], *values: object) -> None:
     try:
         check(*values)
     except ValueError as error:
-        raise ValidationError(_sentence(str(error))) from None
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}"
+        raise ValidationError(sentence(str(error))) from None
 
 
 def _seconds(text: str | None) -> float | None:

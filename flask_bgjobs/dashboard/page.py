@@ -27,6 +27,7 @@ class Helpers:
     """The one name that every template of the dashboard sees, as ``bgjobs``."""
 
     statuses = tuple(status.value for status in JobStatus)
+    iso = staticmethod(queries.time_text)
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -82,6 +83,11 @@ class Helpers:
         query = Helpers.query_of(filters)
         return " ".join(f"{name}:{','.join(values)}" for name, values in query if name != "sort")
 
+    @staticmethod
+    def capped(number: int) -> queries.Count:
+        """What waits in a queue, which is counted up to a limit only."""
+        return queries.Count(number, queries.COUNTED_IN_QUEUES)
+
     @property
     def orders(self) -> list[tuple[str, str]]:
         """How a list can be sorted: names and words."""
@@ -103,16 +109,6 @@ class Helpers:
         if self.csrf_token is None:
             return []
         return [verb for verb in _VERBS if self.may(verb)]
-
-    @staticmethod
-    def iso(when: dt.datetime) -> str:
-        """A UTC time for ``<time datetime>``."""
-        return (
-            when.replace(tzinfo=None, microsecond=when.microsecond // 1000 * 1000).isoformat(
-                timespec="milliseconds"
-            )
-            + "Z"
-        )
 
     @staticmethod
     def utc(when: dt.datetime) -> str:

@@ -24,7 +24,7 @@ from werkzeug.exceptions import BadRequest, HTTPException
 
 from ..app_state import current_state
 from ..models import Job
-from ..text import one_line
+from ..text import one_line, sentence
 from . import access, api, asked, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
 from .page import Helpers
@@ -61,7 +61,6 @@ def overview() -> ResponseReturnValue:
         queues=queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES),
         chart=queries.chart(state, service.now, asked.period()),
         failures=queries.recent_failures(state, visible=access.visible_filter()),
-        most=queries.COUNTED_IN_QUEUES,
     )
 
 
@@ -83,9 +82,9 @@ def list_jobs() -> ResponseReturnValue:
         )
     except queries.InvalidSearch as error:
         # Told beside the box, where it can be mended.
-        wrong = _sentence(error)
+        wrong = f"{sentence(str(error))}."
     except ValueError as error:
-        raise BadRequest(_sentence(error)) from None
+        raise BadRequest(f"{sentence(str(error))}.") from None
     response = _live_page(
         "list",
         counts=queries.count_by_status(state),
@@ -126,7 +125,6 @@ def list_queues() -> ResponseReturnValue:
         service=service,
         queues=queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES),
         lines=queries.finished_by_queue(state, service.now),
-        most=queries.COUNTED_IN_QUEUES,
     )
 
 
@@ -147,7 +145,7 @@ def list_audit() -> ResponseReturnValue:
     try:
         page = queries.list_audit(current_state(), after=request.args.get("after"))
     except ValueError as error:
-        raise BadRequest(_sentence(error)) from None
+        raise BadRequest(f"{sentence(str(error))}.") from None
     return _live_page("audit", page=page, is_live="after" not in request.args)
 
 
@@ -202,16 +200,8 @@ def _live_page(name: str, **values: Any) -> Response:
 
 def _dispatched_again() -> Job | None:
     """The job that the form repeats, when there is one and the visitor may see it."""
-    text = request.values.get("again", "")
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        return None
-    job = access.find_visible_job(int(text))
+    job = access.find_visible_job(asked.number("again"))
     return job if job is not None and queries.is_readable(job) else None
-
-
-def _sentence(error: ValueError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _show_error(error: HTTPException) -> ResponseReturnValue:
