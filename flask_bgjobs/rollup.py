@@ -49,7 +49,10 @@ class Tally:
     """The attempts that one worker has settled since they were written last."""
 
     def __init__(self) -> None:
-        self._counts: collections.Counter[tuple[int, str, str, str, int]] = collections.Counter()
+        # Of each job one entry, with both its buckets: that is written for every job that runs.
+        self._counts: dict[tuple[int, str, JobStatus, int, int | None], int] = {}
+        self._claimed_at, self._claimed = _EPOCH, 0.0
+        """The last time of a claim, also in seconds: a batch of jobs has the same."""
 
     def __bool__(self) -> bool:
         return bool(self._counts)
@@ -59,14 +62,16 @@ class Tally:
         spec, outcome, status = settled.spec, settled.outcome, settled.status
         if status not in OUTCOMES or outcome.kind is OutcomeKind.SNOOZED:
             return
-        claimed = (spec.claimed_at - _EPOCH).total_seconds()
-        waited = outcome.wait_seconds
-        minute = int(claimed + (waited or 0.0) + outcome.run_seconds) // MINUTE
-        self._counts[minute, spec.queue, status.value, RUN, bucket_of(outcome.run_seconds)] += 1
+        if spec.claimed_at != self._claimed_at:
+            self._claimed_at = spec.claimed_at
+            self._claimed = (spec.claimed_at - _EPOCH).total_seconds()
+        waited, run_seconds = outcome.wait_seconds, outcome.run_seconds
+        minute = int(self._claimed + (waited or 0.0) + run_seconds) // MINUTE
+        wait_bucket = None
         if waited is not None:
-            due = (spec.run_at - _EPOCH).total_seconds()
-            bucket = bucket_of(claimed - due + waited)
-            self._counts[minute, spec.queue, status.value, WAIT, bucket] += 1
+            wait_bucket = bucket_of((spec.claimed_at - spec.run_at).total_seconds() + waited)
+        key = (minute, spec.queue, status, bucket_of(run_seconds), wait_bucket)
+        self._counts[key] = self._counts.get(key, 0) + 1
 
     def clear(self) -> None:
         """Begin anew, once all was written."""
@@ -75,10 +80,12 @@ class Tally:
     def cells(self) -> Mapping[Cell, int]:
         """What was counted, for minutes and for hours."""
         cells: collections.Counter[Cell] = collections.Counter()
-        for (minute, queue, outcome, measure, bucket), number in self._counts.items():
+        for (minute, queue, status, run_bucket, wait_bucket), number in self._counts.items():
             for seconds in (MINUTE, HOUR):
                 begins = _EPOCH + dt.timedelta(seconds=minute * MINUTE // seconds * seconds)
-                cells[Cell(seconds, begins, queue, outcome, measure, bucket)] += number
+                for measure, bucket in ((RUN, run_bucket), (WAIT, wait_bucket)):
+                    if bucket is not None:
+                        cells[Cell(seconds, begins, queue, status.value, measure, bucket)] += number
         return cells
 
 
