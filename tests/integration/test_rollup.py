@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from flask_bgjobs.dashboard.queries import PERIODS, chart, finished_by_queue
 from flask_bgjobs.models import Rollup
 from flask_bgjobs.rollup import HOUR, MINUTE, RUN, WAIT, Cell
 from flask_bgjobs.store import Store
+from flask_bgjobs.store.rollups import Rollups
+from tests.conftest import wait_until
+from tests.integration.test_worker import working
 
 
 def _cell(begins_at: dt.datetime, bucket: int = 0, seconds: int = MINUTE) -> Cell:
@@ -70,6 +74,27 @@ def test_a_worker_writes_what_it_settled(state: AppState, run: Any) -> None:
         assert drawn.wait_p95 is not None
     lines = finished_by_queue(state, state.store.clock())
     assert {queue: sum(line) for queue, line in lines.items()} == {"mail": 3, "default": 2}
+
+
+def test_an_outage_loses_no_numbers(
+    app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that could not be written are written when the database is back, and once."""
+    written: list[int] = []
+    real = Rollups.add_to_rollup
+
+    def fail_first(store: Rollups, counts: Mapping[Cell, int]) -> None:
+        written.append(len(counts))
+        if len(written) < 3:
+            raise sa.exc.OperationalError("INSERT", None, Exception("the link is dead"))
+        real(store, counts)
+
+    monkeypatch.setattr(Rollups, "add_to_rollup", fail_first)
+    for _ in range(3):
+        run_background_job("tests.jobs.echo", parameters=["x"])
+    with working(app):
+        wait_until(lambda: chart(state, state.store.clock()), "the numbers")
+    assert chart(state, state.store.clock()).totals["completed"] == 3
 
 
 def test_a_chart_of_nothing(app: Flask, state: AppState) -> None:
