@@ -163,6 +163,22 @@ def test_a_child_that_is_told_to_stop_is_replaced(
 
 
 @pytest.mark.on("sqlite")
+def test_a_drained_child_is_replaced(
+    app: Flask, state: AppState, start: Start, journal: Path
+) -> None:
+    """A worker that was asked to end by the dashboard finishes its job; another takes its place."""
+    supervisor = start(1)
+    job = enqueue("note_process", str(journal), 2.0)
+    wait_until(lambda: job.refresh().started_at, "its start")
+    (worker,) = state.store.living_workers()
+    assert state.store.drain_worker(worker.id)
+    assert not lines(journal)
+    wait_until(lambda: said(supervisor, "Worker started") == 2, "the new worker", START_SECONDS)
+    assert job.refresh().status == "completed"
+    assert said(supervisor, "It exited with code 0") == 1
+
+
+@pytest.mark.on("sqlite")
 def test_burst_ends_by_itself(
     app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
