@@ -178,16 +178,21 @@ def ignore_term(path: str) -> None:
 
 
 def stuck_in_c(path: str) -> None:
-    """Hold the interpreter in a call that takes hours and never looks up."""
-    record(path, f"stuck {current_job.id} {os.getpid()}")
+    """Hold the interpreter in a call that takes hours and never looks up.
+
+    Another program makes the record, when the call has surely begun: before it, Python would
+    still answer a signal.
+    """
+    line = f"stuck {current_job.id} {os.getpid()}"
+    subprocess.Popen(["sh", "-c", 'sleep 0.3; echo "$1" >> "$0"', path, line])
     re.match(r"(a+)+$", "a" * 60 + "b")
 
 
 def with_subprocess(path: str) -> None:
     """Start a program that goes on by itself, and wait for ever."""
     program = subprocess.Popen(["sleep", "600"])
-    record(path, f"{program.pid}")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    record(path, f"{program.pid}")
     while True:
         time.sleep(0.05)
 

@@ -96,7 +96,7 @@ def descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             for child in map(int, task.read_text().split()):
                 found += [child, *descendants(child)]
-    return found
+    return [child for child in found if is_alive(child)]
 
 
 def is_alive(pid: int) -> bool:
