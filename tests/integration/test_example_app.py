@@ -876,6 +876,16 @@ class TestAccess:
         """Administrators see their pages, the dashboard among them."""
         assert signed_in(shop, is_admin=True).get(address).status_code == 200
 
+    def test_the_audit_names_them(self, shop: Flask) -> None:
+        """What an administrator changed in the dashboard is written down with the e-mail address."""
+        admin = signed_in(shop, is_admin=True)
+        answer = admin.get("/jobs/api/v1/queues")
+        headers = {"X-CSRFToken": answer.headers["X-CSRFToken"]}
+        paused = admin.post("/jobs/queues/pause", data={"queue": "default"}, headers=headers)
+        assert paused.status_code == 303
+        (entry,) = admin.get("/jobs/api/v1/audit").json["entries"]
+        assert (entry["action"], entry["actor"]) == ("pause", "sam@example.com")
+
     def test_pages_may_run_no_scripts(self, shop: Flask) -> None:
         """The shop's pages say that they hold no script and are in no frame."""
         policy = shop.test_client().get("/").headers["Content-Security-Policy"]
