@@ -218,7 +218,8 @@ def test_a_backup_from_the_middle_of_a_job_is_taken_up(
     assert stored(app, job).status == "running"
     assert job.wait(DEADLINE_SECONDS).status == "completed"
     assert (job.attempt, job.retry_count) == (2, 0)
-    assert "its lease ran out | Rescued: 1" in worker.log.read_text()
+    notice = "its lease ran out | Rescued: 1"
+    wait_until(lambda: notice in worker.log.read_text(), "the notice")
 
 
 def test_the_log_of_the_old_file_keeps_the_new_one_closed(

@@ -39,7 +39,7 @@ def test_a_signal_stops_cleanly(
 ) -> None:
     """After SIGTERM or Ctrl-C running jobs finish, nothing new starts, and the exit code is 0."""
     worker = start_worker("-c", "1")
-    running = enqueue("hold", str(journal), 1.0)
+    running = enqueue("hold", str(journal), 3.0)
     wait_until(lambda: lines(journal), "the start")
     waiting = [enqueue("echo", n) for n in range(20)]
     worker.send_signal(number)
@@ -139,7 +139,7 @@ def test_unstarted_work_of_a_killed_worker_is_not_blamed(
     worker = start_worker("-c", "1")
     for number in range(30):
         enqueue("echo", number).wait(DEADLINE_SECONDS)
-    holder = enqueue("hold", str(journal), 1.0)
+    holder = enqueue("hold", str(journal), 3.0)
     others = [enqueue("record", str(journal), f"other {n}") for n in range(50)]
     wait_until(lambda: lines(journal), "the start")
     os.kill(worker.pid, signal.SIGKILL)
