@@ -78,7 +78,7 @@ def service_now(state: AppState, *, within: float | None = None) -> Service:
     )
     with state.store.read(within=within) as connection:
         rows = connection.execute(workers_and_clock).all()
-        queues = connection.execute(_queues()).all()
+        queues = connection.execute(_queues(state)).all()
     now: dt.datetime = rows[0].now
     lease = state.config.lease
     workers = [_worker_row(row, now, lease) for row in rows if row.id is not None]
@@ -108,10 +108,19 @@ def _worker_row(row: sa.Row[Any], now: dt.datetime, lease: float) -> WorkerRow:
     )
 
 
-def _queues() -> sa.CompoundSelect[*tuple[Any, ...]]:
+def _queues(state: AppState) -> sa.CompoundSelect[*tuple[Any, ...]]:
     """The queues that have a row, and those that hold jobs of a status in which they wait."""
     known = sa.select(sa.literal("known", sa.String).label("source"), Queue.name, Queue.paused_at)
-    return sa.union_all(known, *map(_queues_holding, sorted(WAITING))).order_by("name")
+    never = sa.cast(sa.null(), Queue.__table__.c.paused_at.type)
+    statuses = sorted(WAITING)
+    if state.store.seeks_ranges:
+        holding = [_queues_holding(status).add_columns(never) for status in statuses]
+    else:
+        # Here it is this that the database does with one index seek for each queue.
+        is_waiting = sa.or_(*map(has_status, statuses))
+        grouped = sa.select(_job.c.status, _job.c.queue, never).where(is_waiting)
+        holding = [grouped.group_by(_job.c.status, _job.c.queue)]
+    return sa.union_all(known, *holding).order_by("name")
 
 
 def _queues_holding(status: JobStatus) -> sa.Select[Any]:
@@ -130,5 +139,4 @@ def _queues_holding(status: JobStatus) -> sa.Select[Any]:
     )
     walk = walk.union_all(sa.select(following).where(walk.c.name.is_not(None)))
     word = sa.literal(status.value, sa.String)
-    never = sa.cast(sa.null(), Queue.__table__.c.paused_at.type)
-    return sa.select(word, walk.c.name, never).where(walk.c.name.is_not(None))
+    return sa.select(word, walk.c.name).where(walk.c.name.is_not(None))
