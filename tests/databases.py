@@ -72,6 +72,16 @@ def _mysql_connections(name: str) -> list[int]:
         return list(connection.exec_driver_sql(found).scalars())
 
 
+def product_of(*sizes: int) -> str:
+    """A query that counts 900 rows times ``sizes``, on any database; two of 900 take minutes."""
+    number = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)"
+    tables = [f"n AS t{index}" for index in range(len(sizes) + 1)]
+    limits = [f"t{index}.i <= {size}" for index, size in enumerate(sizes)]
+    # A condition on all of them, or the numbers of each might be multiplied instead.
+    limits.append(" + ".join(f"t{index}.i" for index in range(len(tables))) + " > 0")
+    return f"{number} SELECT count(*) FROM {', '.join(tables)} WHERE {' AND '.join(limits)}"
+
+
 def run(kind: str, statement: str) -> None:
     """Run a statement on the server, in no database of a test."""
     with _server(kind).connect() as connection:

@@ -7,6 +7,7 @@ forgotten.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
@@ -55,6 +56,8 @@ _ACTIONS = {
 _OPEN = frozenset({"static", "healthz"})
 """Views for everybody: a load balancer has no login. They tell nothing of any job."""
 
+QUERY_SECONDS = 2.0
+"""For each query of a page: a visitor waits, and asks again."""
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
 """Sent by our script: the answer is the part of the page that changes."""
@@ -67,8 +70,11 @@ CONTENT_SECURITY_POLICY = (
 
 def protect(blueprint: Blueprint) -> None:
     """Put every view of ``blueprint`` behind authorization, CSRF check and headers."""
+    blueprint.before_request(_begin_reading)
     blueprint.before_request(_guard)
     blueprint.after_request(_add_headers)
+    blueprint.after_request(_end_reading)
+    blueprint.teardown_request(_release)
 
 
 def is_allowed(action: str, job: Job | None = None) -> bool:
@@ -159,6 +165,23 @@ def csrf_field_name() -> str:
 def wants_fragment() -> bool:
     """Whether our script asks for the changing part of a page."""
     return FRAGMENT_HEADER in request.headers
+
+
+def _begin_reading() -> None:
+    if request.method in _READING and _view() not in _OPEN:
+        g.bgjobs_reading = contextlib.ExitStack()
+        g.bgjobs_reading.enter_context(current_state().store.reading(QUERY_SECONDS))
+
+
+def _end_reading(response: Response) -> Response:
+    # Before functions of the host's run, which may write.
+    _release()
+    return response
+
+
+def _release(_error: BaseException | None = None) -> None:
+    if "bgjobs_reading" in g:
+        g.pop("bgjobs_reading").close()
 
 
 def _guard() -> ResponseReturnValue | None:

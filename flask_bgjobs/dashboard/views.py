@@ -20,10 +20,11 @@ from flask import (
 )
 from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, ServiceUnavailable
 
 from ..app_state import current_state
 from ..models import Job
+from ..store import QueryTimeout
 from ..text import one_line, sentence
 from . import access, api, asked, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
@@ -31,6 +32,9 @@ from .page import Helpers
 
 _logger = logging.getLogger("flask_bgjobs")
 
+_TOOK_TOO_LONG = (
+    f"The database took longer than {access.QUERY_SECONDS:g} s. Narrow the filter, or try again."
+)
 _TIME_TEXT = re.compile(r"(<time[^>]*>)[^<]*")
 
 
@@ -48,6 +52,7 @@ def register(blueprint: Blueprint) -> None:
     blueprint.context_processor(_template_values)
     for code in (400, 401, 403, 404, 413):
         blueprint.register_error_handler(code, _show_error)
+    blueprint.register_error_handler(QueryTimeout, _show_timeout)
 
 
 def overview() -> ResponseReturnValue:
@@ -69,6 +74,7 @@ def list_jobs() -> ResponseReturnValue:
     state = current_state()
     is_first = not ({"after", "before"} & request.args.keys())
     page = wrong = None
+    code = HTTPStatus.OK
     try:
         filters = asked.filters(with_words=False)
         filters = asked.filters()
@@ -82,7 +88,9 @@ def list_jobs() -> ResponseReturnValue:
         )
     except queries.InvalidSearch as error:
         # Told beside the box, where it can be mended.
-        wrong = f"{sentence(str(error))}."
+        wrong, code = f"{sentence(str(error))}.", HTTPStatus.BAD_REQUEST
+    except QueryTimeout:
+        wrong, code = _TOOK_TOO_LONG, HTTPStatus.SERVICE_UNAVAILABLE
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
     response = _live_page(
@@ -99,7 +107,7 @@ def list_jobs() -> ResponseReturnValue:
         is_live=is_first and wrong is None and not filters.terms,
     )
     if wrong is not None:
-        response.status_code = HTTPStatus.BAD_REQUEST
+        response.status_code = code
     return response
 
 
@@ -212,6 +220,10 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
         return Response(str(error.description), error.code, mimetype="text/plain")
     page = render_template("bgjobs/error.html", error=error, is_closed=is_closed)
     return page, error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _show_timeout(_error: QueryTimeout) -> ResponseReturnValue:
+    return _show_error(ServiceUnavailable(_TOOK_TOO_LONG))
 
 
 def _template_values() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..errors import DatabaseNotSupported
 from .audits import Actor
 from .base import Store
 from .by_hand import DONE, ActionResult
-from .database import CommitInDoubt
+from .database import CommitInDoubt, QueryTimeout
 from .inserts import NewJobs, unique_hash
 from .mysql import MysqlStore
 from .postgresql import PostgresStore
@@ -30,6 +30,7 @@ __all__ = [
     "NewJobs",
     "PruneCursor",
     "Pruned",
+    "QueryTimeout",
     "Retention",
     "Selection",
     "Store",

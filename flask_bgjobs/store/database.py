@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import contextvars
 import datetime as dt
 import math
 import os
@@ -11,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self, TypeVar, cast
 
 import sqlalchemy as sa
@@ -40,6 +42,10 @@ _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.005, 0.5
 
 class CommitInDoubt(OperationalError):
     """The connection died in a commit: nobody can tell whether it was done."""
+
+
+class QueryTimeout(OperationalError):
+    """A query took longer than it may."""
 
 
 class Database(abc.ABC):
@@ -141,6 +147,16 @@ class Database(abc.ABC):
     @abc.abstractmethod
     def is_redoable(self, error: DBAPIError) -> bool:
         """Whether the same transaction may succeed when it is simply done again."""
+
+    @abc.abstractmethod
+    def ending_queries(
+        self, connection: sa.Connection, seconds: float
+    ) -> AbstractContextManager[None]:
+        """Let the database end each query of this block that takes longer."""
+
+    @abc.abstractmethod
+    def is_timeout(self, error: DBAPIError) -> bool:
+        """Whether the database has ended a query for that."""
 
     can_listen = False
     """Whether :meth:`listen` is there."""
@@ -277,9 +293,40 @@ class Database(abc.ABC):
         """A connection to read with: it takes no write lock and commits nothing.
 
         :param within: seconds after which it is given up, where the store has no deadline.
+        :raises QueryTimeout: within :meth:`reading`.
         """
-        with self._connected(within=within, **{READ_ONLY: True}) as connection:
-            yield connection
+        shared = _reading.get()
+        if shared is None or shared.database is not self:
+            with self._connected(within=within, **{READ_ONLY: True}) as connection:
+                yield connection
+            return
+        try:
+            yield shared.connection()
+        except DBAPIError as error:
+            # Its transaction may have failed with it.
+            shared.close()
+            if not self.is_timeout(error):
+                raise
+            raise QueryTimeout(error.statement, error.params, error.orig or error) from error
+
+    @contextlib.contextmanager
+    def reading(self, seconds: float) -> Iterator[None]:
+        """Let all that this block reads come from one connection, and take no longer than it may.
+
+        It is for somebody who waits: what is read fits together, and costs few round trips.
+
+        :param seconds: after which the database ends a query; the reader gets ``QueryTimeout``.
+        """
+        if self.always_joins:
+            yield
+            return
+        shared = _Reading(self, seconds)
+        token = _reading.set(shared)
+        try:
+            yield
+        finally:
+            _reading.reset(token)
+            shared.close()
 
     def alone(self, work: Callable[[sa.Connection], T]) -> T:
         """What ``work`` returns; each of its statements is a transaction of its own.
@@ -314,6 +361,15 @@ class Database(abc.ABC):
         return self.redo(attempt)
 
     @contextlib.contextmanager
+    def connected_for_reading(self, seconds: float) -> Iterator[sa.Connection]:
+        """A connection whose queries the database ends after so many seconds each."""
+        with (
+            self._connected(**{READ_ONLY: True}) as connection,
+            self.ending_queries(connection, seconds),
+        ):
+            yield connection
+
+    @contextlib.contextmanager
     def _connected(self, *, within: float | None = None, **options: Any) -> Iterator[sa.Connection]:
         deadline = self.deadline or within
         if self.seconds_left() <= 0:
@@ -326,6 +382,31 @@ class Database(abc.ABC):
                 driver_connection = connection.connection.driver_connection
                 stack.enter_context(self._watchdog.watching(driver_connection, deadline))
             yield connection
+
+
+class _Reading:
+    """The connection that a block of reads shares, opened by the first of them."""
+
+    def __init__(self, database: Database, seconds: float) -> None:
+        self.database = database
+        self._seconds = seconds
+        self._stack = contextlib.ExitStack()
+        self._connection: sa.Connection | None = None
+
+    def connection(self) -> sa.Connection:
+        if self._connection is None:
+            self._connection = self._stack.enter_context(
+                self.database.connected_for_reading(self._seconds)
+            )
+        return self._connection
+
+    def close(self) -> None:
+        """Give the connection back; the next read opens another."""
+        self._connection = None
+        self._stack.close()
+
+
+_reading = contextvars.ContextVar[_Reading | None]("bgjobs_reading", default=None)
 
 
 def by_id(jobs: sa.Select[Any]) -> sa.Select[Any]:

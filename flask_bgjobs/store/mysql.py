@@ -27,6 +27,8 @@ from .settles import COMPLETION_TYPES
 _DRIVER = "pymysql"
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
 _NO_SUCH_NAME, _SHUTDOWN = 1305, 1053
+_QUERY_TIMEOUTS = frozenset({1969, 3024})
+"""MariaDB's and MySQL's."""
 _CONNECT_SECONDS = 10.0
 _SERVER_STATUS_IN_TRANS = 1
 """The flag of the protocol: the server is in a transaction."""
@@ -206,9 +208,7 @@ class MysqlStore(Store):
             # So the server ends the transaction of a worker that has fallen silent within it. Its
             # rows stay locked for as long, also for those that would rescue its jobs.
             settings["wait_timeout"] = math.ceil(self.deadline)
-        assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
-        with connection.cursor() as cursor:
-            cursor.execute(f"SET {assignments}")
+        _set_session(connection, **settings)
         # A statement alone needs no round trips to begin and end it, and transactions say so.
         connection.autocommit(True)
         for name in ("commit", "rollback"):
@@ -217,6 +217,21 @@ class MysqlStore(Store):
     def sever(self, driver_connection: Any) -> None:
         with contextlib.suppress(Exception):
             shut_down(_descriptor(driver_connection))
+
+    @contextlib.contextmanager
+    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+        is_mariadb = getattr(connection.dialect, "is_mariadb", False)
+        name = "max_statement_time" if is_mariadb else "max_execution_time"
+        value = seconds if is_mariadb else math.ceil(seconds * 1_000)
+        _set_session(connection.connection.driver_connection, **{name: value})
+        try:
+            yield
+        finally:
+            if not connection.invalidated:
+                _set_session(connection.connection.driver_connection, **{name: "DEFAULT"})
+
+    def is_timeout(self, error: DBAPIError) -> bool:
+        return _code(error) in _QUERY_TIMEOUTS
 
     def is_redoable(self, error: DBAPIError) -> bool:
         code = _code(error)
@@ -228,6 +243,12 @@ class MysqlStore(Store):
 def _begin(connection: sa.Connection) -> None:
     if not {READ_ONLY, ALONE} & connection.get_execution_options().keys():
         connection.exec_driver_sql("BEGIN")
+
+
+def _set_session(connection: Any, **settings: Any) -> None:
+    assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET {assignments}")
 
 
 def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[], None]:

@@ -8,7 +8,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -32,6 +32,7 @@ _GATHER_SECONDS = 0.005
 """After a notification, for those that follow it closely."""
 _REDO = frozenset({"40001", "40P01", "55P03"})
 """Serialization failure, deadlock, lock not available."""
+_QUERY_CANCELED = "57014"
 
 
 class PostgresStore(Store):
@@ -163,23 +164,39 @@ class PostgresStore(Store):
         """Set what holds for this transaction of a worker alone, in one round trip."""
         if {READ_ONLY, ALONE} & connection.get_execution_options().keys():
             return
-        settings = {
+        _set_for_transaction(
+            connection,
             # The server ends it when the worker has fallen silent within it: the rows stay locked
             # for as long, also for those that would rescue its jobs.
-            "idle_in_transaction_session_timeout": f"{self.deadline:.3f}s",
+            idle_in_transaction_session_timeout=f"{self.deadline:.3f}s",
             # No statement needs the whole table of jobs, or is worth being compiled, whatever the
             # planner believes of how many rows there are.
-            "enable_seqscan": "off",
-            "jit": "off",
-        }
-        calls = (f"set_config('{name}', '{value}', true)" for name, value in settings.items())
-        connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
+            enable_seqscan="off",
+            jit="off",
+        )
+
+    @contextlib.contextmanager
+    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+        # To compile a query would take much of its time.
+        _set_for_transaction(connection, statement_timeout=f"{seconds:.3f}s", jit="off")
+        yield
+
+    def is_timeout(self, error: DBAPIError) -> bool:
+        return _code(error) == _QUERY_CANCELED
 
     def sever(self, driver_connection: Any) -> None:
         with contextlib.suppress(Exception):
             shut_down(driver_connection.fileno())
 
     def is_redoable(self, error: DBAPIError) -> bool:
-        # psycopg 3 and psycopg2 have their own words for it.
-        code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-        return code in _REDO
+        return _code(error) in _REDO
+
+
+def _set_for_transaction(connection: sa.Connection, **settings: str) -> None:
+    calls = (f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+    connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
+
+
+def _code(error: DBAPIError) -> str | None:
+    # psycopg 3 and psycopg2 have their own words for it.
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)

@@ -28,6 +28,8 @@ _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
 _WATCH_SECONDS, _QUIET_WATCH_SECONDS = 0.005, 0.015
 """How often it is looked whether somebody has committed: one look costs microseconds."""
+_STEPS_PER_LOOK = 10_000
+"""Of SQLite's machine, between two looks at the time that a query takes; less than 1 ms."""
 _CLOCK = "%Y-%m-%d %H:%M:%f000"
 """SQLite's clock has milliseconds; the zeros keep all times the same length, so that they
 compare as text."""
@@ -218,6 +220,25 @@ class SqliteStore(Store):
             return
         with super().read(within=within) as connection:
             yield connection
+
+    @contextlib.contextmanager
+    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+        driver_connection: Any = connection.connection.driver_connection
+        ends_at = 0.0
+
+        def begin(*_: object) -> None:
+            nonlocal ends_at
+            ends_at = time.monotonic() + seconds
+
+        sa.event.listen(connection, "before_cursor_execute", begin)
+        driver_connection.set_progress_handler(lambda: time.monotonic() > ends_at, _STEPS_PER_LOOK)
+        try:
+            yield
+        finally:
+            driver_connection.set_progress_handler(None, 0)
+
+    def is_timeout(self, error: DBAPIError) -> bool:
+        return _primary_code(error) == sqlite3.SQLITE_INTERRUPT
 
     def is_redoable(self, error: DBAPIError) -> bool:
         return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -877,7 +877,7 @@ class TestAccess:
         assert signed_in(shop, is_admin=True).get(address).status_code == 200
 
     def test_the_audit_names_them(self, shop: Flask) -> None:
-        """What an administrator changed in the dashboard is written down with the e-mail address."""
+        """What administrators change in the dashboard is written down with their address."""
         admin = signed_in(shop, is_admin=True)
         answer = admin.get("/jobs/api/v1/queues")
         headers = {"X-CSRFToken": answer.headers["X-CSRFToken"]}

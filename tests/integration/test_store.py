@@ -7,6 +7,7 @@ import datetime as dt
 import re
 import select
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,10 @@ from flask_bgjobs.models import Attempt, JobLog, Queue, Worker
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.spec import JobSpec, Outcome, Report, Settled
 from flask_bgjobs.states import JobStatus, OutcomeKind
-from flask_bgjobs.store import Selection, Store
+from flask_bgjobs.store import QueryTimeout, Selection, Store
 from flask_bgjobs.worker import register
 from tests.conftest import EXPORT, stored, wait_until
-from tests.databases import number_of
+from tests.databases import number_of, product_of
 
 
 @pytest.fixture
@@ -960,3 +961,51 @@ def test_ten_thousand_failures_at_one_instant(store: Store, state: AppState, wor
     assert len(per_second) >= 30
     assert max(per_second.values()) < 1_000
     assert len(store.upcoming(60, 0.05)) <= 60 / 0.05
+
+
+class TestReading:
+    def test_the_database_ends_what_takes_longer(self, store: Store) -> None:
+        """A query that takes longer is ended, and the connection is good for the next one."""
+        began = time.monotonic()
+        with pytest.raises(QueryTimeout), store.reading(0.3), store.read() as connection:
+            connection.exec_driver_sql(product_of(900, 900))
+        assert 0.3 <= time.monotonic() - began < 5
+        assert rows(store, Job) == []
+
+    def test_each_query_has_its_own_time(self, store: Store) -> None:
+        """What lies between two queries is not counted, and nothing has a limit afterwards."""
+        with store.reading(0.5), store.read() as connection:
+            connection.exec_driver_sql("SELECT 1")
+            time.sleep(0.6)
+            assert connection.exec_driver_sql(product_of(20)).scalar() == 20 * 900
+        with store.read() as connection:
+            assert connection.exec_driver_sql(product_of(100)).scalar() == 100 * 900
+
+    def test_a_block_reads_from_one_connection(self, store: Store) -> None:
+        """All reads of a block share a connection, which is free again at its end."""
+        with store.reading(1.0):
+            with store.read() as first, store.read() as second:
+                assert first is second
+            with store.read() as third:
+                assert third is first
+            assert store.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+        assert store.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        with store.read() as after:
+            assert after is not first
+
+    def test_a_block_goes_on_after_an_error(self, store: Store) -> None:
+        """What failed spoils nothing for what is read after it."""
+        with store.reading(1.0):
+            with pytest.raises(sa.exc.DBAPIError), store.read() as connection:
+                connection.exec_driver_sql("SELECT nothing FROM nowhere")
+            assert rows(store, Job) == []
+
+    def test_other_errors_stay_what_they_are(self, store: Store) -> None:
+        """Only what took too long is a QueryTimeout."""
+        with (
+            pytest.raises(sa.exc.DBAPIError) as raised,
+            store.reading(1.0),
+            store.read() as connection,
+        ):
+            connection.exec_driver_sql("SELECT nothing FROM nowhere")
+        assert not isinstance(raised.value, QueryTimeout)
