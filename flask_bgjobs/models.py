@@ -284,6 +284,7 @@ class Attempt(Base):
     """One of :class:`~flask_bgjobs.states.OutcomeKind`."""
     worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
     worker_name: Mapped[str | None] = mapped_column(sa.String(255))
+    due_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     started_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     finished_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     error_type: Mapped[str | None] = mapped_column(sa.String(255))

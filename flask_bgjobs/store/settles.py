@@ -314,6 +314,7 @@ def _attempt_values(
         "outcome": outcome.kind.value,
         "worker_id": worker_id,
         "worker_name": worker_name,
+        "due_at": spec.run_at,
         "started_at": started_at,
         "ended_at": finished_at,
         "error_type": outcome.error_type,

@@ -27,6 +27,13 @@ def upgrade():
         sa.Column("worker_id", sa.BigInteger(), nullable=True),
         sa.Column("worker_name", sa.String(length=255), nullable=True),
         sa.Column(
+            "due_at",
+            sa.DateTime()
+            .with_variant(mysql.DATETIME(fsp=6), "mariadb")
+            .with_variant(mysql.DATETIME(fsp=6), "mysql"),
+            nullable=True,
+        ),
+        sa.Column(
             "started_at",
             sa.DateTime()
             .with_variant(mysql.DATETIME(fsp=6), "mariadb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -185,6 +186,22 @@ def test_a_refresh_keeps_what_the_visitor_is_doing(host: Host, open_page: Browsi
     host.add_line(job_id, "a new line")
     page.wait_for_selector("text=a new line")
     assert not page.evaluate("document.querySelector('.bgj-attempts details').open")
+
+
+def test_a_text_is_copied(host: Host, open_page: Browsing) -> None:
+    """A button copies the masked parameters as they are shown; where that is not allowed, it
+    selects them."""
+    job_id = host.add(parameters_json='{"order_id": 7, "password": "hunter2"}')
+    page = open_page(f"/job/{job_id}")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click('[aria-label="Copy: Parameters"]')
+    page.wait_for_selector("button:has-text('Copied')")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert json.loads(copied) == {"order_id": 7, "password": "***"}
+    page.wait_for_selector("button:text-is('Copy')")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject() }")
+    page.click('[aria-label="Copy: Parameters"]')
+    page.wait_for_function("getSelection().toString().includes('order_id')")
 
 
 def test_selected_text_is_left_alone(host: Host, open_page: Browsing) -> None:

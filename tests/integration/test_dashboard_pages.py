@@ -449,6 +449,60 @@ def test_a_failed_job_shows_why(host: Host) -> None:
     assert "1 of 1" in page
 
 
+def test_each_attempt_has_its_own_lines(host: Host) -> None:
+    """Every attempt is shown with its wait, its run and its lines, newest first: also the one that
+    runs, and one of which nothing was recorded."""
+    job_id = host.add(
+        status="running",
+        attempt=3,
+        retry_count=1,
+        retries=3,
+        worker_id=1,
+        run_at=now(-10),
+        started_at=now(-7),
+        error="ValueError: no price",
+    )
+    host.add_worker("worker-1")
+    host.add_attempt(
+        job_id,
+        worker_name="worker-9",
+        due_at=now(-120),
+        started_at=now(-60),
+        finished_at=now(-58),
+        error="ValueError: no price",
+    )
+    for attempt in (1, 2, 3):
+        host.add_line(job_id, f"line of {attempt}", attempt)
+    words = " ".join(re.sub("<[^>]*>", " ", host.get(f"/job/{job_id}")).split())
+    _, third, second, first = re.split(r"Attempt (?=\d ·)", words)
+    assert third.startswith("3 · running · worker worker-1 · waited 3.0 s")
+    assert second.startswith("2 · given back, or put off by itself")
+    assert first.startswith("1 · failed")
+    assert "worker worker-9 · waited 1 min · ran 2.0 s" in first
+    for number, part in ((3, third), (2, second), (1, first)):
+        assert f"line of {number}" in part
+
+
+def test_a_completed_job_has_its_attempt(host: Host) -> None:
+    """The attempt that completed is one of them; before the first there is none."""
+    done = host.add(status="completed", attempt=1, run_at=now(-9), started_at=now(-8))
+    assert "Attempt 1</strong> · completed" in host.get(f"/job/{done}")
+    waiting = host.add()
+    assert "bgjobs-attempts" not in host.get(f"/job/{waiting}")
+
+
+def test_a_traceback_shows_the_application_first(host: Host) -> None:
+    """Frames of libraries are left out at first, and shown in a second traceback."""
+    job_id = host.add(status="failed", attempt=1, error="KeyError: 'x'")
+    library = '  File "/venv/lib/python3.11/site-packages/requests/api.py", line 59, in get\n'
+    frames = [f'  File "/srv/shop.py", line 4, in send\n{library}', '  File "/srv/x.py", line 1\n']
+    host.add_attempt(job_id, error="KeyError: 'x'", traceback="".join(frames) + "KeyError: 'x'\n")
+    page = host.get(f"/job/{job_id}")
+    assert "frames of libraries: 1" in page
+    assert page.count("requests/api.py") == 1
+    assert page.index("frames of libraries: 1") < page.index("With all frames of libraries")
+
+
 def test_why_a_job_waits(host: Host) -> None:
     """A waiting job says what it waits for: its time, a worker, its queue, or others."""
     soon = host.add(status="scheduled", run_at=now(3600))

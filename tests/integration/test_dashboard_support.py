@@ -95,12 +95,11 @@ class Host:
             return int(connection.scalar(sa.select(sa.func.max(Job.id))) or 0)
 
     def add_attempt(self, job_id: int, **values: Any) -> None:
-        self._insert(
-            Attempt, job_id=job_id, attempt=1, outcome="failed", finished_at=now(), **values
-        )
+        usual = {"attempt": 1, "outcome": "failed", "finished_at": now()}
+        self._insert(Attempt, job_id=job_id, **usual | values)
 
-    def add_line(self, job_id: int, message: str) -> None:
-        self._insert(JobLog, job_id=job_id, attempt=1, created_at=now(), message=message)
+    def add_line(self, job_id: int, message: str, attempt: int = 1) -> None:
+        self._insert(JobLog, job_id=job_id, attempt=attempt, created_at=now(), message=message)
 
     def add_worker(self, name: str = "worker-1", **values: Any) -> None:
         self._insert(

@@ -381,9 +381,11 @@ class TestSettle:
     def test_retry_then_failed(self, app: Flask, store: Store, worker: int) -> None:
         """Retries are counted; the attempts that failed are kept; then the job is failed."""
         job_id = enqueue(retries=1, retry_delay=0)
+        dues = []
         for expected in ("retrying", "failed"):
             store.promote()
             (spec,) = store.claim(worker, 1)
+            dues.append(spec.run_at)
             settled = settle(
                 store,
                 worker,
@@ -400,6 +402,7 @@ class TestSettle:
             (1, "failed"),
             (2, "failed"),
         ]
+        assert [row.due_at for row in rows(store, Attempt)] == dues
 
     def test_the_delay_is_by_the_databases_clock(
         self, app: Flask, store: Store, worker: int

@@ -5,53 +5,23 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 from collections.abc import Iterator
-from typing import Any
 
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Attempt, Job, JobLog, Worker, has_status
+from ...models import Job, Worker, has_status
 from ...states import WAITING, JobStatus
+from .attempts import AttemptRow, LogLine, Run, attempts_of, lines_of, runs_of
 from .audit import AuditRow, audit_of
 from .rows import JobRow, job_row
 from .service import Service, service_now
 from .shown import Shown
 
-_MAX_LINES = 500
 _MAX_AHEAD = 1_000
 _MAX_ID = 2**63 - 1
 
 _job = Job.__table__
 _worker = Worker.__table__
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AttemptRow:
-    """An attempt that did not complete; its texts are masked."""
-
-    attempt: int
-    outcome: str
-    worker_name: str | None
-    started_at: dt.datetime | None
-    finished_at: dt.datetime
-    error: str | None
-    traceback: str | None
-
-    @property
-    def run_seconds(self) -> float | None:
-        """How long its code ran; ``None`` when it never started."""
-        if self.started_at is None:
-            return None
-        return max(0.0, (self.finished_at - self.started_at).total_seconds())
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LogLine:
-    """A line that the job wrote; masked."""
-
-    attempt: int
-    created_at: dt.datetime
-    message: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,9 +34,11 @@ class JobDetail:
     result: str | None
     meta: str | None
     attempts: list[AttemptRow]
-    """Newest first."""
+    """Those that did not complete, newest first."""
     lines: list[LogLine]
     """Oldest first; the newest 500."""
+    runs: list[Run]
+    """All attempts, newest first, with their lines."""
     changes: list[AuditRow]
     """What people did to it, newest first; the newest 20."""
     worker_name: str | None
@@ -84,18 +56,8 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
     """
     shown = Shown.of(state, job.target, job.method, job.parameters_json)
     with state.store.read() as connection:
-        attempts = connection.execute(
-            sa.select(Attempt.__table__)
-            .where(Attempt.job_id == job.id)
-            .order_by(Attempt.attempt.desc(), Attempt.id.desc())
-            .limit(_MAX_LINES)
-        ).all()
-        lines = connection.execute(
-            sa.select(JobLog.attempt, JobLog.created_at, JobLog.message)
-            .where(JobLog.job_id == job.id)
-            .order_by(JobLog.id.desc())
-            .limit(_MAX_LINES)
-        ).all()
+        attempts = attempts_of(connection, job, shown)
+        lines = lines_of(connection, job, shown)
         changes = audit_of(connection, job.id)
         worker_name, ahead = connection.execute(
             sa.select(
@@ -109,27 +71,13 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
         parameters=shown.parameters(indented=True) or "not readable",
         result=shown.value(job.result_json),
         meta=shown.value(job.meta_json),
-        attempts=[_attempt_row(row, shown) for row in attempts],
-        lines=[
-            LogLine(row.attempt, row.created_at, shown.text(row.message) or "")
-            for row in reversed(lines)
-        ],
+        attempts=attempts,
+        lines=lines,
+        runs=runs_of(job, worker_name, attempts, lines),
         changes=changes,
         worker_name=worker_name,
         reasons=_reasons(job, service, worker_name, ahead),
         now=service.now,
-    )
-
-
-def _attempt_row(row: sa.Row[Any], shown: Shown) -> AttemptRow:
-    return AttemptRow(
-        attempt=row.attempt,
-        outcome=row.outcome,
-        worker_name=row.worker_name,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        error=shown.text(row.error, instead=row.error_type),
-        traceback=shown.text(row.traceback),
     )
 
 

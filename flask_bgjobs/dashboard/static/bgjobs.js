@@ -52,43 +52,17 @@
     }
   }
 
-  // Turns `from` into `to` with as few changes as possible, so that focus, typed text and open
-  // <details> stay as they are.
-  function morph(from, to) {
-    if (from.nodeType !== Node.ELEMENT_NODE) {
-      if (from.data !== to.data) from.data = to.data;
-      return;
-    }
-    for (const { name } of [...from.attributes]) {
-      if (name !== "open" && !to.hasAttribute(name)) from.removeAttribute(name);
-    }
-    for (const { name, value } of to.attributes) {
-      if (name !== "open" && from.getAttribute(name) !== value) from.setAttribute(name, value);
-    }
-    morphChildren(from, to);
+  // Turns what stands in an element into `html`. What the visitor has typed, checked and opened stays.
+  const MADE_BY_VISITOR = { DETAILS: ["open"], INPUT: ["checked"], OPTION: ["selected"] };
+  const TYPED = "input:not([type=hidden], [type=checkbox], [type=radio]), textarea";
+  function isMadeByVisitor(name, node) {
+    return MADE_BY_VISITOR[node.nodeName]?.includes(name) || (name === "value" && node.matches(TYPED));
   }
-  const alike = (a, b) => a.nodeName === b.nodeName && (a.id || "") === (b.id || "");
-  function morphChildren(from, to) {
-    const wanted = new Set([...to.children].map((child) => child.id).filter(Boolean));
-    let at = from.firstChild;
-    for (const child of [...to.childNodes]) {
-      // What lies between goes, unless it is still wanted further down.
-      let kept = at;
-      while (kept && !alike(kept, child) && !wanted.has(kept.id)) kept = kept.nextSibling;
-      if (kept && alike(kept, child)) {
-        while (at !== kept) at = drop(at);
-        at = kept.nextSibling;
-        morph(kept, child);
-      } else {
-        from.insertBefore(child, at);
-      }
-    }
-    while (at) at = drop(at);
-  }
-  function drop(node) {
-    const next = node.nextSibling;
-    node.remove();
-    return next;
+  function morph(element, html) {
+    Idiomorph.morph(element, html, {
+      morphStyle: "innerHTML",
+      callbacks: { beforeAttributeUpdated: (name, node) => !isMadeByVisitor(name, node) },
+    });
   }
 
   // Refresh: asks for the changing part of this page, and learns with 304 that nothing changed.
@@ -114,9 +88,7 @@
     etag = response.headers.get("ETag");
     const html = await response.text();
     if (isBusy(live)) return void (etag = null);
-    // Inside an element, so that leading white space is kept and both sides match.
-    const parsed = new DOMParser().parseFromString(`<div>${html}</div>`, "text/html");
-    morphChildren(live, parsed.body.firstChild);
+    morph(live, html);
   }
   async function turn(live) {
     if (!isBusy(live)) {
@@ -189,6 +161,22 @@
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
+  });
+
+  // Copies what stands in the element that the button names.
+  async function copy(button) {
+    const text = document.getElementById(button.dataset.bgjobsCopy);
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    } catch {
+      getSelection().selectAllChildren(text); // Not allowed here: Ctrl+C does it.
+    }
+  }
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-bgjobs-copy]");
+    if (button) copy(button);
   });
 
   // Keys: / searches, j and k go down and up the rows, x chooses one, r refreshes, ? tells.
