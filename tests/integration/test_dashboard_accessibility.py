@@ -94,17 +94,58 @@ def test_axe_finds_nothing(full: Host, open_page: Browsing, width: int, scheme: 
     page = open_page("/", viewport={"width": width, "height": 800}, color_scheme=scheme)
     for name, path in PAGES.items():
         page.goto(open_page.address + path)
-        page.evaluate(_AXE)
-        results = page.evaluate(
-            "(tags) => axe.run(document, { runOnly: { type: 'tag', values: tags } })", _RULES
-        )
-        found += [
-            f"{name}: {violation['id']}: {node['html'][:200]}"
-            for violation in results["violations"]
-            for node in violation["nodes"]
-        ]
+        found += problems(page, name)
     open_page.forget_answers(400, 404)
     assert found == []
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_what_opens(
+    full: Host, open_page: Browsing, width: int, scheme: Any
+) -> None:
+    """Neither in the question before many jobs are changed, nor in the keys, nor in open menus."""
+    page = open_page("/list", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.click("#bgjobs-by-more summary")
+    found = problems(page, "filter")
+    page.keyboard.press("?")
+    page.wait_for_selector("dialog[open] >> text=go to the search box")
+    found += problems(page, "keys")
+    page.keyboard.press("Escape")
+    page.check('[aria-label="Choose job 2"]')
+    page.click('#bgjobs-bulk button:has-text("Delete")')
+    page.wait_for_selector("dialog[open] >> text=Delete 1 job?")
+    found += problems(page, "question")
+    page.goto(f"{open_page.address}/job/2")
+    page.click('summary:has-text("Delete…")')
+    found += problems(page, "delete")
+    assert found == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_empty_pages(host: Host, open_page: Browsing, scheme: Any) -> None:
+    """Where nothing has happened yet, pages say what to do, and that is checked as well."""
+    found = []
+    page = open_page("/", color_scheme=scheme)
+    for path in ("/", "/list", "/list?status=failed", "/errors", "/queues", "/workers", "/audit"):
+        page.goto(open_page.address + path)
+        found += problems(page, path)
+    assert found == []
+
+
+def problems(page: Any, name: str) -> list[str]:
+    """What axe finds in a page, in words."""
+    # Colours of what the mouse is on change gradually.
+    page.evaluate("Promise.allSettled(document.getAnimations().map((each) => each.finished))")
+    page.evaluate(_AXE)
+    results = page.evaluate(
+        "(tags) => axe.run(document, { runOnly: { type: 'tag', values: tags } })", _RULES
+    )
+    return [
+        f"{name}: {violation['id']}: {node['html'][:200]}"
+        for violation in results["violations"]
+        for node in violation["nodes"]
+    ]
 
 
 def test_axe_would_find_something(full: Host, open_page: Browsing) -> None:
