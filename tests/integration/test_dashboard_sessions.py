@@ -1,0 +1,133 @@
+"""Pages that are open while their visitor's session changes, or behind a proxy, in a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+import pytest
+from flask_login import LoginManager, UserMixin, current_user, login_user, logout_user
+from werkzeug.exceptions import NotFound
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from tests.integration.test_dashboard_browser import Browsing, pytestmark
+from tests.integration.test_dashboard_browser import address as address
+from tests.integration.test_dashboard_browser import browser as browser
+from tests.integration.test_dashboard_browser import open_page as open_page
+from tests.integration.test_dashboard_support import Host, MakeHost
+from tests.integration.test_dashboard_support import host_maker as host_maker
+
+pytestmark = [*pytestmark]
+TOKEN_SECONDS = 2
+
+
+class User(UserMixin):
+    """Whoever logs in."""
+
+    id = "ada"
+
+
+@pytest.fixture
+def host(make_host: MakeHost) -> Host:
+    """A host where people log in, and whose forms are good for seconds only."""
+    host = make_host(authorizer=None, WTF_CSRF_TIME_LIMIT=TOKEN_SECONDS)
+    host.bgjobs.authorize_dashboard(lambda action, job: current_user.is_authenticated)
+    login_manager = LoginManager(host.app)
+    login_manager.login_view = "ask"
+    login_manager.user_loader(lambda _: User())
+    # Below the dashboard, so that none of it counts as a request to another site.
+    for name, view in (
+        ("ask", lambda: "your login form"),
+        ("enter", lambda: str(login_user(User()))),
+        ("leave", lambda: str(logout_user())),
+    ):
+        host.app.add_url_rule(f"/jobs/{name}", name, view)
+    # What a browser asks for by itself, where a page has no icon.
+    host.app.add_url_rule("/favicon.ico", "icon", lambda: "")
+    return host
+
+
+def test_a_form_outlives_its_token(host: Host, open_page: Browsing) -> None:
+    """A page that stays open gets new tokens with each refresh, so its buttons work for as long."""
+    host.add()
+    page = open_page("/enter")
+    page.goto(f"{open_page.address}/list")
+    page.wait_for_timeout(2_000 * TOKEN_SECONDS)
+    page.click('#job-1 button:has-text("Cancel")')
+    page.wait_for_selector("text=Job 1 cancelled.")
+
+
+def test_an_expired_token_changes_nothing(host: Host, open_page: Browsing) -> None:
+    """Without refreshes the token runs out; the page then says what to do."""
+    host.add()
+    page = open_page("/enter", java_script_enabled=False)
+    page.goto(f"{open_page.address}/list")
+    page.wait_for_timeout(2_000 * TOKEN_SECONDS)
+    page.click('#job-1 button:has-text("Cancel")')
+    page.wait_for_selector(
+        "text=The CSRF token has expired. Go back, reload the page and try again"
+    )
+    open_page.forget_answers(400)
+    assert host.job(1).status == "pending"
+    page.go_back()
+    page.reload()
+    page.click('#job-1 button:has-text("Cancel")')
+    page.wait_for_selector("text=Job 1 cancelled.")
+
+
+@pytest.mark.parametrize("path", ["/list", "/job/1"])
+def test_who_logs_out_is_asked_to_log_in(host: Host, open_page: Browsing, path: str) -> None:
+    """A page that is open in another tab goes to the login by itself, and not its fragment."""
+    host.add()
+    page = open_page("/enter")
+    page.goto(open_page.address + path)
+    page.wait_for_selector("text=Background jobs")
+    page.context.new_page().goto(f"{open_page.address}/leave")
+    page.wait_for_selector("text=your login form")
+    assert "/ask?next=" in page.url
+    open_page.forget_answers(401)
+
+
+class Proxy:
+    """Stands in front of an app, below a path that the app is told of and does not see."""
+
+    def __init__(self, app: WSGIApplication) -> None:
+        self.app = ProxyFix(app, x_prefix=1)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if not path.startswith("/shop/"):
+            return NotFound()(environ, start_response)
+        environ.update(PATH_INFO=path.removeprefix("/shop"), HTTP_X_FORWARDED_PREFIX="/shop")
+        return self.app(environ, start_response)
+
+
+class TestBehindAProxy:
+    @pytest.fixture
+    def host(self, make_host: MakeHost) -> Host:
+        host = make_host()
+        host.app.wsgi_app = Proxy(host.app.wsgi_app)  # type: ignore[method-assign]
+        return host
+
+    @pytest.fixture
+    def address(self, address: str) -> str:
+        return address.replace("/jobs", "/shop/jobs")
+
+    def test_pages_work_below_its_path(self, host: Host, open_page: Browsing) -> None:
+        """Links, forms, refreshes and questions stay below the path; nothing else is asked for."""
+        host.add(count=3)
+        page = open_page("/")
+        page.click("nav a:text-is('Jobs')")
+        host.add()
+        page.wait_for_selector("#job-4")
+        page.click('#job-4 button:has-text("Cancel")')
+        page.wait_for_selector("text=Job 4 cancelled.")
+        page.check('[aria-label="Choose job 1"]')
+        page.click('#bgjobs-bulk button:has-text("Cancel")')
+        page.click('dialog button:has-text("Cancel 1 job")')
+        page.wait_for_selector("text=1 cancelled.")
+        page.click("#job-2 a")
+        page.click("text=Dispatch again")
+        page.click('main button:has-text("Dispatch")')
+        page.wait_for_selector("text=Job 5 enqueued.")
+        assert page.url == f"{open_page.address}/job/5"
