@@ -29,6 +29,7 @@ VIEW, AUDIT, DISPATCH = "view", "audit", "dispatch"
 _ACTIONS = {
     "overview": VIEW,
     "list_jobs": VIEW,
+    "count_new": VIEW,
     "show_job": VIEW,
     "list_errors": VIEW,
     "list_queues": VIEW,

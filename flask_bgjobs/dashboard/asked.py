@@ -88,6 +88,11 @@ def per_page() -> int:
     return min(max(number("per") or PER_PAGE, 1), queries.MAX_PER_PAGE)
 
 
+def unusual_per_page() -> int | None:
+    """The same, for the address of another page; ``None`` where it need not say so."""
+    return None if per_page() == PER_PAGE else per_page()
+
+
 def period() -> queries.Period:
     """The period of a chart."""
     return queries.PERIODS.get(text("period"), queries.DEFAULT_PERIOD)

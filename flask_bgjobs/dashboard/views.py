@@ -22,7 +22,7 @@ from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadRequest, HTTPException, ServiceUnavailable
 
-from ..app_state import current_state
+from ..app_state import AppState, current_state
 from ..models import Job
 from ..store import QueryTimeout
 from ..text import one_line, sentence
@@ -42,6 +42,7 @@ def register(blueprint: Blueprint) -> None:
     """Add the pages to ``blueprint``."""
     blueprint.add_url_rule("/", view_func=overview)
     blueprint.add_url_rule("/list", view_func=list_jobs)
+    blueprint.add_url_rule("/list/new", view_func=count_new)
     blueprint.add_url_rule("/job/<int:job_id>", view_func=show_job)
     blueprint.add_url_rule("/errors", view_func=list_errors)
     blueprint.add_url_rule("/queues", view_func=list_queues)
@@ -101,14 +102,28 @@ def list_jobs() -> ResponseReturnValue:
         page=page,
         wrong=wrong,
         q=asked.text("q"),
-        per=None if asked.per_page() == asked.PER_PAGE else asked.per_page(),
+        per=asked.unusual_per_page(),
         is_first=is_first,
+        news_url=None if page is None or is_first else _news_url(state, filters),
         # A search that reads many rows is not repeated every few seconds.
         is_live=is_first and wrong is None and not filters.terms,
     )
     if wrong is not None:
         response.status_code = code
     return response
+
+
+def count_new() -> ResponseReturnValue:
+    """How many jobs a list has got since one of its deeper pages was opened; only a fragment."""
+    try:
+        filters = asked.filters()
+    except ValueError as error:
+        raise BadRequest(f"{sentence(str(error))}.") from None
+    if not filters.is_exact:
+        # Counted by what is stored, it would tell what is masked.
+        raise BadRequest("New jobs cannot be counted by words, tags or owners.")
+    number = queries.count_new(current_state(), filters, asked.number("above"))
+    return _fragment("new", number=number, filters=filters, per=asked.unusual_per_page())
 
 
 def show_job(job_id: int) -> ResponseReturnValue:
@@ -191,8 +206,13 @@ def _plain(text: str, status: HTTPStatus) -> Response:
 
 def _live_page(name: str, **values: Any) -> Response:
     """The page, or only the part of it that changes when our script asks for that."""
-    if not access.wants_fragment():
-        return make_response(render_template(f"bgjobs/{name}.html", **values))
+    if access.wants_fragment():
+        return _fragment(name, **values)
+    return make_response(render_template(f"bgjobs/{name}.html", **values))
+
+
+def _fragment(name: str, **values: Any) -> Response:
+    """The part of a page that changes; 304 when it has not."""
     fragment = render_template(f"bgjobs/_{name}.html", **values)
     response = make_response(fragment)
     # "3 s ago" is brought up to date by the script, and is no news.
@@ -204,6 +224,15 @@ def _live_page(name: str, **values: Any) -> Response:
     response.set_etag(hashlib.sha256(unaged.encode()).hexdigest()[:32], weak=True)
     response.make_conditional(request)
     return response
+
+
+def _news_url(state: AppState, filters: queries.JobFilters) -> str | None:
+    """Where to ask whether a list has got new jobs; ``None`` where nobody can tell."""
+    if not filters.is_exact or filters.sort != queries.DEFAULT_ORDER:
+        return None
+    above = queries.highest_id(state)
+    query = asked.query_of(filters)
+    return url_for(".count_new", above=above, per=asked.unusual_per_page(), **query)
 
 
 def _dispatched_again() -> Job | None:

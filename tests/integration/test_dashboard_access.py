@@ -57,6 +57,7 @@ def test_the_sweep_sees_every_page(make_host: MakeHost) -> None:
     assert set(addresses(host, 7)) == {
         ("GET", "/jobs/"),
         ("GET", "/jobs/list"),
+        ("GET", "/jobs/list/new"),
         ("GET", "/jobs/job/7"),
         ("GET", "/jobs/errors"),
         ("GET", "/jobs/queues"),
@@ -158,6 +159,7 @@ def test_a_public_dashboard_opens_the_views_only(make_host: MakeHost) -> None:
     assert {path for (method, path), status in answers.items() if status == 200} == {
         "/jobs/",
         "/jobs/list",
+        "/jobs/list/new",
         "/jobs/errors",
         "/jobs/queues",
         "/jobs/workers",

@@ -162,6 +162,18 @@ def test_the_list_follows_the_jobs(host: Host, open_page: Browsing) -> None:
     page.wait_for_selector("#job-1 .bgj-cancelling")
 
 
+def test_a_deeper_page_tells_of_new_jobs(host: Host, open_page: Browsing) -> None:
+    """It stands still, and its link leads to the first page, where they are."""
+    host.add(count=4)
+    page = open_page("/list?per=2")
+    page.click("text=Next page")
+    page.wait_for_selector("#job-2")
+    host.add(count=3)
+    page.click("text=3 new jobs")
+    page.wait_for_selector("#job-7")
+    assert page.url.endswith("/list?per=2")
+
+
 def test_a_refresh_keeps_what_the_visitor_is_doing(host: Host, open_page: Browsing) -> None:
     """Typed text, focus and open details outlive a refresh."""
     job_id = host.add(status="failed", error="E: x")

@@ -30,6 +30,8 @@ PAGES = {
     "queue": "/list?queue=mail",
     "name": "/list?job=tests.jobs.nope&status=failed",
     "times": "/list?since=2026-01-01&until=2026-02-01",
+    "deep": "/list?after=NDAwMDA&queue=mail",
+    "new jobs": "/list/new?above=40000&queue=mail&status=failed",
     "finished": "/list?sort=-finished",
     "due": "/list?sort=due&status=scheduled",
     "job": "/job/1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import itertools
 import json
@@ -449,6 +450,62 @@ def test_a_failed_job_shows_why(host: Host) -> None:
     assert "1 of 1" in page
 
 
+class TestNewJobs:
+    """A deeper page of a list does not move, and tells how many jobs have come meanwhile."""
+
+    ADDRESS = re.compile(r'data-bgjobs-from="([^"]+)"')
+
+    def told(self, host: Host, page: str) -> str:
+        (address,) = self.ADDRESS.findall(page)
+        return host.get(html.unescape(address).removeprefix(PREFIX)).strip()
+
+    def test_they_are_counted_as_the_list_is_filtered(self, host: Host) -> None:
+        """Older ones, and those that the filter leaves out, are not counted."""
+        host.add(count=3, queue="mail")
+        last = host.add(queue="mail")
+        page = host.get(f"/list?queue=mail&status=pending&per=2&{after(last)}")
+        assert self.told(host, page) == ""
+        host.add(queue="mail")
+        host.add(queue="other")
+        host.add(queue="mail", status="failed")
+        assert ">1 new job</a>" in self.told(host, page)
+        host.add(count=11, queue="mail")
+        link = self.told(host, page)
+        assert ">12 new jobs</a>" in link
+        assert "/jobs/list?status=pending&amp;queue=mail&amp;per=2" in link
+        host.add(count=1_000, queue="mail")
+        assert ">1k+ new jobs</a>" in self.told(host, page)
+
+    def test_they_are_counted_by_time(self, host: Host) -> None:
+        """A list of some hours gets no new jobs once they are over."""
+        last = host.add(count=3)
+        until = f"{now(-3600):%Y-%m-%dT%H:%M}"
+        page = host.get(f"/list?since=2020-01-01&until={until}&{after(last)}")
+        host.add()
+        assert self.told(host, page) == ""
+
+    @pytest.mark.parametrize("query", ["q=late", "tag=vip", "owner=42", "sort=created"])
+    def test_they_are_not_told_where_they_cannot_be_counted(self, host: Host, query: str) -> None:
+        """A count by what is stored would tell what is masked, and other orders have new jobs at
+        their end."""
+        last = host.add(count=3)
+        assert not self.ADDRESS.search(host.get(f"/list?{query}&{after(last)}"))
+        if not query.startswith("sort"):
+            host.get(f"/list/new?above=1&{query}", 400)
+
+    def test_the_first_page_moves_instead(self, host: Host) -> None:
+        """There the list itself is brought up to date."""
+        host.add()
+        assert not self.ADDRESS.search(host.get("/list"))
+        host.get("/list/new?above=nonsense&status=failed")
+        host.get("/list/new?status=nonsense", 400)
+
+
+def after(job_id: int) -> str:
+    """The query of a page that goes on after a job, in a list by ids."""
+    return "after=" + base64.urlsafe_b64encode(str(job_id).encode()).decode().rstrip("=")
+
+
 def test_each_attempt_has_its_own_lines(host: Host) -> None:
     """Every attempt is shown with its wait, its run and its lines, newest first: also the one that
     runs, and one of which nothing was recorded."""
@@ -613,7 +670,8 @@ def test_only_the_first_page_refreshes_itself(host: Host) -> None:
     page = host.get("/list?per=2")
     link = re.search(r'rel="next" href="([^"]+)"', page)
     assert link is not None
-    assert "data-bgjobs-live" not in host.client.get(html.unescape(link[1])).text
+    deeper = host.client.get(html.unescape(link[1])).text
+    assert '<div id="bgjobs-live">' in deeper
 
 
 # Inside a host

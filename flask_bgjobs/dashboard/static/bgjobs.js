@@ -74,7 +74,8 @@
   }
   async function refresh(live) {
     const headers = { "X-Bgjobs-Fragment": "1", ...(etag && { "If-None-Match": etag }) };
-    const response = await fetch(location.href, { headers, redirect: "manual", cache: "no-store" });
+    const from = live.dataset.bgjobsFrom || location.href;
+    const response = await fetch(from, { headers, redirect: "manual", cache: "no-store" });
     if (response.type === "opaqueredirect" || [401, 403, 404].includes(response.status)) {
       return location.reload(); // Logged out, or gone: the whole page says so.
     }
