@@ -8,6 +8,7 @@ import datetime as dt
 import inspect
 import json
 import re
+import zoneinfo
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..registry import Registry
 from ..store import Actor
 from ..text import sentence
 
+_UTC = "UTC"
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -81,7 +83,8 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
     queue = StringField("Queue")
     priority = StringField("Priority")
     delay = StringField("Delay in seconds")
-    run_at = StringField("Run at (UTC)")
+    zone = StringField("Time zone", default=_UTC)
+    run_at = StringField("Run at")
     retries = StringField("Retries")
     retry_delay = StringField("Retry delay in seconds")
     timeout = StringField("Timeout in seconds")
@@ -117,8 +120,13 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
     def validate_delay(self, field: Field) -> None:
         self._keep(field, _seconds(field.data))
 
+    def validate_zone(self, field: Field) -> None:
+        _zone(field.data)
+
     def validate_run_at(self, field: Field) -> None:
-        self._keep(field, _utc_time(field.data))
+        # A zone that is not known is told at its own field.
+        zone = dt.UTC if self.zone.errors else _zone(self.zone.data)
+        self._keep(field, _moment(field.data, zone))
         if field.data and self.delay.data:
             raise ValidationError("Give either a delay or a time, not both.")
 
@@ -138,6 +146,11 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
 
     def _keep(self, field: Field, value: Any) -> None:
         self.options[field.name] = value
+
+    @property
+    def zones(self) -> list[str]:
+        """The time zones that this machine knows."""
+        return sorted(zoneinfo.available_timezones())
 
     @property
     def target(self) -> str:
@@ -270,7 +283,21 @@ def _seconds(text: str | None) -> float | None:
         raise ValidationError(f"{text[:40]!r} is not a number of seconds.") from None
 
 
-def _utc_time(text: str | None) -> dt.datetime | None:
+def _zone(text: str | None) -> dt.tzinfo:
+    name = (text or "").strip() or _UTC
+    if name == _UTC:
+        # Known also where the machine has no list of zones.
+        return dt.UTC
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValidationError(
+            f"{name[:40]!r} is not a time zone that is known here; write it like Europe/Berlin."
+        ) from None
+
+
+def _moment(text: str | None, zone: dt.tzinfo) -> dt.datetime | None:
+    """The time that a text names, in ``zone`` unless it has one of its own."""
     text = (text or "").strip()
     if not text:
         return None
@@ -278,4 +305,10 @@ def _utc_time(text: str | None) -> dt.datetime | None:
         when = dt.datetime.fromisoformat(text)
     except ValueError:
         raise ValidationError("Must be a time such as 2026-11-23T20:00.") from None
-    return when.replace(tzinfo=dt.UTC) if when.tzinfo is None else when
+    if when.tzinfo is not None:
+        return when
+    moment = when.replace(tzinfo=zone)
+    with contextlib.suppress(OverflowError):
+        if moment.astimezone(dt.UTC).astimezone(zone).replace(tzinfo=None) != when:
+            raise ValidationError(f"There is no such time in {zone}: clocks go forward over it.")
+    return moment

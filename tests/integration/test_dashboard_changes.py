@@ -137,13 +137,35 @@ def test_an_almost_empty_form_is_enough(host: Host) -> None:
 
 
 def test_a_time_is_taken_as_utc(host: Host) -> None:
-    """Run-at is UTC, or has its own zone."""
+    """Run-at is UTC, or of the zone that is chosen, or has its own."""
     base = {"job": EXECUTE, "parameters": '["Hi"]'}
     year = now().year + 1
     host.post("/dispatch", **base, run_at=f"{year}-06-01T12:00")
     host.post("/dispatch", **base, run_at=f"{year}-06-01T12:00:00+02:00")
+    in_berlin = {"run_at": f"{year}-06-01T12:00", "zone": "Europe/Berlin"}
+    host.post("/dispatch", **base, **in_berlin)
     assert host.job(1).run_at == dt.datetime(year, 6, 1, 12)
     assert host.job(2).run_at == dt.datetime(year, 6, 1, 10)
+    assert host.job(3).run_at == dt.datetime(year, 6, 1, 10)
+
+
+@pytest.mark.parametrize(
+    ("zone", "message"),
+    [
+        ("Mars/Olympus", "'Mars/Olympus' is not a time zone that is known here"),
+        ("../../etc/passwd", "is not a time zone that is known here"),
+        ("Europe/Berlin", "There is no such time in Europe/Berlin: clocks go forward over it."),
+    ],
+)
+def test_a_time_that_there_is_not(host: Host, zone: str, message: str) -> None:
+    """Nothing is enqueued for a zone that nobody knows, or in the hour that a clock leaves out."""
+    fields = {"job": EXECUTE, "parameters": '["Hi"]', "run_at": "2027-03-28T02:30", "zone": zone}
+    answer = host.post("/dispatch", **fields)
+    assert answer.status_code == 400
+    page = html.unescape(answer.text)
+    assert page.count(message) == 1
+    assert 'value="2027-03-28T02:30"' in page
+    assert host.count() == 0
 
 
 @pytest.mark.parametrize(
