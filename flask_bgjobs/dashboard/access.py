@@ -59,7 +59,9 @@ _OPEN = frozenset({"static", "healthz"})
 
 QUERY_SECONDS = 2.0
 """For each query of a page: a visitor waits, and asks again."""
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_READING = "bgjobs.reading"
+"""Where the environment of a request holds what ends its reading."""
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
 """Sent by our script: the answer is the part of the page that changes."""
 
@@ -169,9 +171,10 @@ def wants_fragment() -> bool:
 
 
 def _begin_reading() -> None:
-    if request.method in _READING and _view() not in _OPEN:
-        g.bgjobs_reading = contextlib.ExitStack()
-        g.bgjobs_reading.enter_context(current_state().store.reading(QUERY_SECONDS))
+    if request.method in _SAFE_METHODS and _view() not in _OPEN:
+        # Not in `g`, which a request within this one would share.
+        reading = request.environ[_READING] = contextlib.ExitStack()
+        reading.enter_context(current_state().store.reading(QUERY_SECONDS))
 
 
 def _end_reading(response: Response) -> Response:
@@ -181,8 +184,9 @@ def _end_reading(response: Response) -> Response:
 
 
 def _release(_error: BaseException | None = None) -> None:
-    if "bgjobs_reading" in g:
-        g.pop("bgjobs_reading").close()
+    reading = request.environ.pop(_READING, None)
+    if reading is not None:
+        reading.close()
 
 
 def _guard() -> ResponseReturnValue | None:
@@ -196,7 +200,7 @@ def _guard() -> ResponseReturnValue | None:
     refusal = _refuse_job(action, values["job_id"]) if "job_id" in values else _refuse(action)
     if refusal is not None:
         return refusal
-    if request.method not in _READING:
+    if request.method not in _SAFE_METHODS:
         _check_request_is_ours()
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import inspect
 import json
 import re
@@ -69,6 +70,12 @@ def _signature(registry: Registry, name: str, method: str | None) -> list[inspec
 def job_value(target: str, method: str | None) -> str:
     """A target and its method as one value of the form."""
     return target if method is None else f"{target}:{method}"
+
+
+@functools.cache
+def _zone_names() -> list[str]:
+    """The time zones that this machine knows: to find them takes a look into many files."""
+    return sorted(zoneinfo.available_timezones())
 
 
 class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
@@ -147,10 +154,7 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
     def _keep(self, field: Field, value: Any) -> None:
         self.options[field.name] = value
 
-    @property
-    def zones(self) -> list[str]:
-        """The time zones that this machine knows."""
-        return sorted(zoneinfo.available_timezones())
+    zones = staticmethod(_zone_names)
 
     @property
     def target(self) -> str:

@@ -32,9 +32,6 @@ from .page import Helpers
 
 _logger = logging.getLogger("flask_bgjobs")
 
-_TOOK_TOO_LONG = (
-    f"The database took longer than {access.QUERY_SECONDS:g} s. Narrow the filter, or try again."
-)
 _TIME_TEXT = re.compile(r"(<time[^>]*>)[^<]*")
 
 
@@ -90,8 +87,8 @@ def list_jobs() -> ResponseReturnValue:
     except queries.InvalidSearch as error:
         # Told beside the box, where it can be mended.
         wrong, code = f"{sentence(str(error))}.", HTTPStatus.BAD_REQUEST
-    except QueryTimeout:
-        wrong, code = _TOOK_TOO_LONG, HTTPStatus.SERVICE_UNAVAILABLE
+    except QueryTimeout as error:
+        wrong, code = _too_long(error), HTTPStatus.SERVICE_UNAVAILABLE
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
     response = _live_page(
@@ -119,10 +116,11 @@ def count_new() -> ResponseReturnValue:
         filters = asked.filters()
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
-    if not filters.is_exact:
-        # Counted by what is stored, it would tell what is masked.
-        raise BadRequest("New jobs cannot be counted by words, tags or owners.")
-    number = queries.count_new(current_state(), filters, asked.number("above"))
+    if not _tells_new(filters):
+        raise BadRequest("New jobs are told by no search, and in no order but that of their ids.")
+    number = queries.count_new(
+        current_state(), filters, asked.number("above"), visible=access.visible_filter()
+    )
     return _fragment("new", number=number, filters=filters, per=asked.unusual_per_page())
 
 
@@ -227,12 +225,17 @@ def _fragment(name: str, **values: Any) -> Response:
 
 
 def _news_url(state: AppState, filters: queries.JobFilters) -> str | None:
-    """Where to ask whether a list has got new jobs; ``None`` where nobody can tell."""
-    if not filters.is_exact or filters.sort != queries.DEFAULT_ORDER:
+    """Where to ask whether a list has got new jobs; ``None`` where it is not told."""
+    if not _tells_new(filters):
         return None
     above = queries.highest_id(state)
     query = asked.query_of(filters)
     return url_for(".count_new", above=above, per=asked.unusual_per_page(), **query)
+
+
+def _tells_new(filters: queries.JobFilters) -> bool:
+    """Whether new jobs would come first, and are found without reading many."""
+    return not filters.terms and filters.sort == queries.DEFAULT_ORDER
 
 
 def _dispatched_again() -> Job | None:
@@ -251,8 +254,18 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
     return page, error.code or HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def _show_timeout(_error: QueryTimeout) -> ResponseReturnValue:
-    return _show_error(ServiceUnavailable(_TOOK_TOO_LONG))
+def _show_timeout(error: QueryTimeout) -> ResponseReturnValue:
+    return _show_error(ServiceUnavailable(_too_long(error)))
+
+
+def _too_long(error: QueryTimeout) -> str:
+    """What to tell the visitor; the operator reads in the log which query it was."""
+    query = one_line(error.statement or "")
+    _logger.warning("Query of the dashboard ended | Path: %s | Query: %s", request.path, query)
+    return (
+        f"The database took longer than {access.QUERY_SECONDS:g} s. Narrow the filter, or try "
+        "again."
+    )
 
 
 def _template_values() -> dict[str, Any]:

@@ -295,13 +295,14 @@ class Database(abc.ABC):
         :param within: seconds after which it is given up, where the store has no deadline.
         :raises QueryTimeout: within :meth:`reading`.
         """
-        shared = _reading.get()
+        shared = _shared.get()
         if shared is None or shared.database is not self:
             with self._connected(within=within, **{READ_ONLY: True}) as connection:
                 yield connection
             return
         try:
-            yield shared.connection()
+            with shared.connection() as connection:
+                yield connection
         except DBAPIError as error:
             # Its transaction may have failed with it.
             shared.close()
@@ -311,21 +312,21 @@ class Database(abc.ABC):
 
     @contextlib.contextmanager
     def reading(self, seconds: float) -> Iterator[None]:
-        """Let all that this block reads come from one connection, and take no longer than it may.
+        """Let all that this block reads come from one connection, and no query take too long.
 
-        It is for somebody who waits: what is read fits together, and costs few round trips.
+        It is for somebody who waits. One connection needs the fewest round trips.
 
         :param seconds: after which the database ends a query; the reader gets ``QueryTimeout``.
         """
         if self.always_joins:
             yield
             return
-        shared = _Reading(self, seconds)
-        token = _reading.set(shared)
+        shared = _SharedConnection(self, seconds)
+        token = _shared.set(shared)
         try:
             yield
         finally:
-            _reading.reset(token)
+            _shared.reset(token)
             shared.close()
 
     def alone(self, work: Callable[[sa.Connection], T]) -> T:
@@ -384,21 +385,31 @@ class Database(abc.ABC):
             yield connection
 
 
-class _Reading:
-    """The connection that a block of reads shares, opened by the first of them."""
+class _SharedConnection:
+    """What a block of reads shares, opened by the first of them."""
 
     def __init__(self, database: Database, seconds: float) -> None:
         self.database = database
         self._seconds = seconds
         self._stack = contextlib.ExitStack()
         self._connection: sa.Connection | None = None
+        self._readers = 0
 
-    def connection(self) -> sa.Connection:
-        if self._connection is None:
-            self._connection = self._stack.enter_context(
-                self.database.connected_for_reading(self._seconds)
-            )
-        return self._connection
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[sa.Connection]:
+        """The connection, for one of the reads."""
+        connection = self._connection
+        if connection is None:
+            opened = self.database.connected_for_reading(self._seconds)
+            connection = self._connection = self._stack.enter_context(opened)
+        self._readers += 1
+        try:
+            yield connection
+        finally:
+            self._readers -= 1
+            if self.database.has_one_writer and not self._readers and not connection.closed:
+                # Between two reads the host may write, and without WAL a reader keeps it from that.
+                connection.rollback()
 
     def close(self) -> None:
         """Give the connection back; the next read opens another."""
@@ -406,7 +417,7 @@ class _Reading:
         self._stack.close()
 
 
-_reading = contextvars.ContextVar[_Reading | None]("bgjobs_reading", default=None)
+_shared = contextvars.ContextVar[_SharedConnection | None]("bgjobs_shared", default=None)
 
 
 def by_id(jobs: sa.Select[Any]) -> sa.Select[Any]:

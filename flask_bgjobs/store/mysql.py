@@ -208,7 +208,9 @@ class MysqlStore(Store):
             # So the server ends the transaction of a worker that has fallen silent within it. Its
             # rows stay locked for as long, also for those that would rescue its jobs.
             settings["wait_timeout"] = math.ceil(self.deadline)
-        _set_session(connection, **settings)
+        assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET {assignments}")
         # A statement alone needs no round trips to begin and end it, and transactions say so.
         connection.autocommit(True)
         for name in ("commit", "rollback"):
@@ -223,12 +225,11 @@ class MysqlStore(Store):
         is_mariadb = getattr(connection.dialect, "is_mariadb", False)
         name = "max_statement_time" if is_mariadb else "max_execution_time"
         value = seconds if is_mariadb else math.ceil(seconds * 1_000)
-        _set_session(connection.connection.driver_connection, **{name: value})
+        connection.exec_driver_sql(f"SET SESSION {name} = {value}")
         try:
             yield
         finally:
-            if not connection.invalidated:
-                _set_session(connection.connection.driver_connection, **{name: "DEFAULT"})
+            _reset(connection, name)
 
     def is_timeout(self, error: DBAPIError) -> bool:
         return _code(error) in _QUERY_TIMEOUTS
@@ -245,10 +246,17 @@ def _begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN")
 
 
-def _set_session(connection: Any, **settings: Any) -> None:
-    assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET {assignments}")
+def _reset(connection: sa.Connection, name: str) -> None:
+    """Set a variable of the session as the server has it, or let nobody get this one again."""
+    if connection.invalidated:
+        return
+    driver_connection: Any = connection.connection.driver_connection
+    try:
+        # What was read is good, whatever becomes of this.
+        with driver_connection.cursor() as cursor:
+            cursor.execute(f"SET SESSION {name} = DEFAULT")
+    except (connection.dialect.loaded_dbapi.Error, OSError):
+        connection.invalidate()
 
 
 def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[], None]:

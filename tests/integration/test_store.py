@@ -981,8 +981,10 @@ class TestReading:
             connection.exec_driver_sql("SELECT 1")
             time.sleep(0.6)
             assert connection.exec_driver_sql(product_of(20)).scalar() == 20 * 900
+        with store.reading(0.02), store.read():
+            pass
         with store.read() as connection:
-            assert connection.exec_driver_sql(product_of(100)).scalar() == 100 * 900
+            assert connection.exec_driver_sql(product_of(900)).scalar() == 900 * 900
 
     def test_a_block_reads_from_one_connection(self, store: Store) -> None:
         """All reads of a block share a connection, which is free again at its end."""
@@ -993,8 +995,8 @@ class TestReading:
                 assert third is first
             assert store.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
         assert store.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
-        with store.read() as after:
-            assert after is not first
+        with store.read() as one, store.read() as another:
+            assert one is not another
 
     def test_a_block_goes_on_after_an_error(self, store: Store) -> None:
         """What failed spoils nothing for what is read after it."""

@@ -30,15 +30,15 @@ def test_frames_of_libraries_are_left_out() -> None:
         frame("<frozen importlib._bootstrap>"),
         raised,
     )
-    shown = of_application(text)
+    shown = of_application(text, "shop")
     assert shown == trace(frame("/srv/shop/jobs.py"), "  … frames of libraries: 3\n", raised)
 
 
 def test_the_application_alone_is_shown_as_it_is() -> None:
     """Nothing is to be left out where all frames but the last are the application's."""
-    assert of_application(trace(frame("/srv/shop/jobs.py"), frame(f"{LIBRARY}/api.py"))) is None
-    assert of_application("RuntimeError: no traceback at all") is None
-    assert of_application("") is None
+    assert of_application(trace(frame("/srv/jobs.py"), frame(f"{LIBRARY}/api.py")), "shop") is None
+    assert of_application("RuntimeError: no traceback at all", "shop") is None
+    assert of_application("", "shop") is None
 
 
 def test_each_part_of_a_chain_keeps_its_last_frame() -> None:
@@ -46,7 +46,7 @@ def test_each_part_of_a_chain_keeps_its_last_frame() -> None:
     between = "\nDuring handling of the above exception, another exception occurred:\n\n"
     first = trace(frame(f"{LIBRARY}/a.py"), frame(f"{LIBRARY}/b.py"))
     second = trace(frame("/srv/shop/jobs.py"), frame(r"C:\venv\Lib\site-packages\c.py"))
-    assert of_application(first + between + second) == (
+    assert of_application(first + between + second, "shop") == (
         trace("  … frames of libraries: 1\n", frame(f"{LIBRARY}/b.py")) + between + second
     )
 
@@ -55,7 +55,7 @@ def test_repeated_lines_belong_to_their_frame() -> None:
     """Python says how often a frame repeats in a line of its own."""
     repeated = frame(f"{LIBRARY}/api.py") + "  [Previous line repeated 96 more times]\n"
     text = trace(frame("/srv/shop/jobs.py"), repeated, frame("/srv/shop/prices.py"))
-    shown = of_application(text)
+    shown = of_application(text, "shop")
     assert shown is not None
     assert "repeated" not in shown
     assert shown.count("… frames of libraries: 1") == 1
@@ -67,4 +67,32 @@ def test_a_real_traceback(raising: Callable[[], object]) -> None:
     try:
         raising()
     except Exception:
-        assert of_application(traceback.format_exc()) is None
+        assert of_application(traceback.format_exc(), "shop") is None
+
+
+def test_an_application_among_the_libraries_is_no_library() -> None:
+    """Where the application is installed as a package, its own frames stay."""
+    packages = "/app/venv/lib/python3.11/site-packages"
+    own, module = frame(f"{packages}/shop/jobs.py"), frame(f"{packages}/shop.py")
+    text = trace(own, frame(f"{packages}/shopping/x.py"), module, frame(f"{LIBRARY}/api.py"))
+    shown = trace(own, "  … frames of libraries: 1\n", module, frame(f"{LIBRARY}/api.py"))
+    assert of_application(text, "shop") == shown
+
+
+def test_libraries_of_windows_are_libraries() -> None:
+    """Paths are written in another way there."""
+    library = frame(r"C:\Python311\Lib\asyncio\runners.py")
+    shown = of_application(trace(library, frame(r"C:\shop\jobs.py")), "shop")
+    assert shown == trace("  … frames of libraries: 1\n", frame(r"C:\shop\jobs.py"))
+
+
+def test_a_group_of_exceptions_is_shown_whole() -> None:
+    """Its parts stand beside each other, and not one below the other."""
+
+    def group() -> None:
+        raise ExceptionGroup("two", [ValueError("x"), KeyError("y")])
+
+    try:
+        group()
+    except ExceptionGroup:
+        assert of_application(traceback.format_exc(), "shop") is None

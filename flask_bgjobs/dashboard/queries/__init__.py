@@ -12,8 +12,8 @@ from .data import detail_data, job_data, plain, time_text
 from .detail import JobDetail, is_possible_id, job_detail
 from .errors import ErrorGroup, Errors, errors_in
 from .filters import DEFAULT_ORDER, ORDERS, JobFilters
-from .listing import MAX_PER_PAGE, Page, jobs_to_judge, list_jobs, recent_failures
-from .matching import count_matching, count_new, highest_id, matching_ids
+from .listing import MAX_PER_PAGE, Page, count_new, jobs_to_judge, list_jobs, recent_failures
+from .matching import count_matching, highest_id, matching_ids
 from .queues import COUNTED_IN_QUEUES, QueueStats, queue_stats, queues_of
 from .rows import JobRow
 from .search import InvalidSearch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime as dt
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from . import tracebacks
 from .shown import Shown
 
 _MOST = 500
-"""Attempts, and lines."""
+"""Attempts and lines: more make a page that nobody reads, and that takes long to load."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,19 +33,9 @@ class AttemptRow:
     traceback: str | None = None
 
     @property
-    def wait_seconds(self) -> float | None:
-        """From when it was due to when its code began; ``None`` when it never did."""
-        return _seconds_between(self.due_at, self.started_at)
-
-    @property
     def run_seconds(self) -> float | None:
         """How long its code ran; ``None`` when it never began, or still runs."""
         return _seconds_between(self.started_at, self.finished_at)
-
-    @property
-    def application_traceback(self) -> str | None:
-        """The traceback without the frames of libraries; ``None`` where there are none."""
-        return None if self.traceback is None else tracebacks.of_application(self.traceback)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +55,11 @@ class Run:
     record: AttemptRow | None
     """``None`` where nothing was recorded: it was given back, or put itself off."""
     lines: list[LogLine]
+    wait_seconds: float | None
+    """From when it was due, and the attempt before it over, to when its code began; ``None`` when
+    it never did, or nobody knows."""
+    application_traceback: str | None
+    """The traceback without the frames of libraries; ``None`` where it has none."""
 
 
 def attempts_of(connection: sa.Connection, job: Job, shown: Shown) -> list[AttemptRow]:
@@ -118,15 +114,37 @@ def runs_of(
             started_at=job.started_at,
             finished_at=job.finished_at,
         )
-    numbers = sorted({*records, *(line.attempt for line in lines)}, reverse=True)
+    by_attempt = collections.defaultdict(list)
+    for line in lines:
+        by_attempt[line.attempt].append(line)
+    package = job.target.partition(".")[0]
     return [
         Run(
             attempt=number,
             record=records.get(number),
-            lines=[line for line in lines if line.attempt == number],
+            lines=by_attempt.get(number, []),
+            wait_seconds=_wait_seconds(records.get(number), records.get(number - 1)),
+            application_traceback=_of_application(records.get(number), package),
         )
-        for number in numbers
+        for number in sorted({*records, *by_attempt}, reverse=True)
     ]
+
+
+def _wait_seconds(attempt: AttemptRow | None, before: AttemptRow | None) -> float | None:
+    if attempt is None or attempt.due_at is None:
+        return None
+    if attempt.attempt == 1:
+        return _seconds_between(attempt.due_at, attempt.started_at)
+    if before is None or before.finished_at is None:
+        return None
+    # A job whose worker died, or gave it back, stays due since before that attempt.
+    return _seconds_between(max(attempt.due_at, before.finished_at), attempt.started_at)
+
+
+def _of_application(attempt: AttemptRow | None, package: str) -> str | None:
+    if attempt is None or attempt.traceback is None:
+        return None
+    return tracebacks.of_application(attempt.traceback, package)
 
 
 def _seconds_between(first: dt.datetime | None, second: dt.datetime | None) -> float | None:

@@ -92,20 +92,23 @@ def chart(state: AppState, now: dt.datetime, period: Period = DEFAULT_PERIOD) ->
     begin = _first_step(now, period)
     with state.store.read() as connection:
         wanted = (_rollup.c.seconds == period.cell_seconds, _rollup.c.begins_at >= begin)
-        counted = connection.execute(
-            sa.select(_rollup.c.begins_at, _rollup.c.outcome, sa.func.sum(_rollup.c.jobs))
+        jobs = sa.func.sum(_rollup.c.jobs)
+        ended = (
+            sa.select(_rollup.c.begins_at, _rollup.c.outcome, sa.null(), jobs)
             .where(*wanted, _rollup.c.measure == RUN)
             .group_by(_rollup.c.begins_at, _rollup.c.outcome)
-        ).all()
-        measured = connection.execute(
-            sa.select(_rollup.c.measure, _rollup.c.bucket, sa.func.sum(_rollup.c.jobs))
+        )
+        took = (
+            sa.select(sa.null(), _rollup.c.measure, _rollup.c.bucket, jobs)
             .where(*wanted)
             .group_by(_rollup.c.measure, _rollup.c.bucket)
-        ).all()
-    bars = _bars(counted, begin, period)
+        )
+        rows = connection.execute(sa.union_all(ended, took)).all()
+    bars = _bars([(at, outcome, n) for at, outcome, _, n in rows if at is not None], begin, period)
     times: dict[str, dict[int, int]] = {RUN: {}, WAIT: {}}
-    for measure, bucket, jobs in measured:
-        times[measure][bucket] = int(jobs)
+    for at, measure, bucket, number in rows:
+        if at is None:
+            times[measure][bucket] = int(number)
     return Chart(
         period=period,
         bars=bars,

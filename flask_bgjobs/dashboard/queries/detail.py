@@ -38,7 +38,7 @@ class JobDetail:
     lines: list[LogLine]
     """Oldest first; the newest 500."""
     runs: list[Run]
-    """All attempts, newest first, with their lines."""
+    """The attempts of which anything is known, newest first, with their lines."""
     changes: list[AuditRow]
     """What people did to it, newest first; the newest 20."""
     worker_name: str | None

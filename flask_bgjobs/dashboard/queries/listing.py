@@ -19,11 +19,14 @@ from .cursors import Cursor, decode_cursor
 from .filters import JobFilters
 from .rows import JobRow, job_row
 from .shown import Shown
+from .stats import Count
 
 MAX_PER_PAGE = 200
 SEARCHED_ROWS = 100_000
 """So many jobs of each status are read at once for what no index knows."""
 
+_COUNTED_NEW = 100
+"""New jobs, each of which the visitor must be allowed to see."""
 _SEARCH_SECONDS = 2.0
 """For checking what a search found against what is shown of it."""
 _MAX_LISTED_PARAMETERS = 16 * 1024
@@ -106,6 +109,24 @@ def recent_failures(
     """The jobs that failed last, newest failure first."""
     filters = JobFilters(statuses=(JobStatus.FAILED.value,), sort="-finished")
     return list_jobs(state, filters, per=limit, visible=visible).jobs
+
+
+def count_new(
+    state: AppState,
+    filters: JobFilters,
+    above: int,
+    *,
+    visible: Callable[[Job], bool] | None = None,
+) -> Count:
+    """How many jobs a list has got that have a higher id, counted to 100.
+
+    :param filters: in the order of ids.
+    """
+    page = list_jobs(
+        state, filters, before=Cursor(above).encoded(), per=_COUNTED_NEW, visible=visible
+    )
+    has_more = page.newer is not None and not page.searches_on
+    return Count(len(page.jobs) + has_more, _COUNTED_NEW)
 
 
 def jobs_to_judge(state: AppState, ids: Sequence[int]) -> dict[int, Job]:

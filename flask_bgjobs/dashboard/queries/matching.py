@@ -1,4 +1,4 @@
-"""All jobs that a filter lists: to act on every one of them, and to know of new ones."""
+"""All jobs that a filter lists, to act on every one of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from ...states import CAN_CHANGE, FINAL, JobStatus
 from ...store import Conditions
 from .conditions import sql_conditions
 from .filters import JobFilters
-from .stats import Count
 
 _job = cast(sa.Table, Job.__table__)
-_NEW_CAP = 1_000
-_NEW_IDS = 100_000
-"""So many ids are looked at for new jobs, however few of them match."""
 
 
 def highest_id(state: AppState) -> int:
@@ -39,28 +35,15 @@ def matching_ids(
     return state.store.ids_where(_each(state, filters, verb, up_to), limit)
 
 
-def count_new(state: AppState, filters: JobFilters, above: int) -> Count:
-    """How many jobs that ``filters`` list have a higher id, counted to 1,000.
-
-    :param filters: exact ones.
-    """
-    statuses = [has_status(JobStatus(status)) for status in filters.statuses]
-    new = (
-        sa.select(_job.c.id)
-        .where(_job.c.id.between(above + 1, above + _NEW_IDS), *_conditions(filters))
-        .where(sa.or_(*statuses) if statuses else sa.true())
-        .limit(_NEW_CAP + 1)
-        .subquery()
-    )
-    with state.store.read() as connection:
-        number = connection.scalar(sa.select(sa.func.count()).select_from(new))
-    return Count(number or 0, _NEW_CAP)
-
-
 def _each(state: AppState, filters: JobFilters, verb: str, up_to: int) -> list[Conditions]:
     """The conditions on the jobs of each status."""
     now = state.store.clock()
-    common = [*_conditions(filters), _job.c.id <= up_to]
+    column = filters.order.column if filters.order.is_timed else _job.c.created_at
+    common = [*sql_conditions(filters), _job.c.id <= up_to]
+    if filters.since is not None:
+        common.append(column >= filters.since)
+    if filters.until is not None:
+        common.append(column <= filters.until)
 
     def conditions(status: JobStatus) -> Conditions:
         ended = [_job.c.finished_at <= now] if status in FINAL else []
@@ -68,13 +51,3 @@ def _each(state: AppState, filters: JobFilters, verb: str, up_to: int) -> list[C
 
     listed = filters.ranges
     return [conditions(each) for each in CAN_CHANGE[verb] if listed is None or each in listed]
-
-
-def _conditions(filters: JobFilters) -> Iterator[sa.ColumnElement[bool]]:
-    """What ``filters`` ask for, but for the status."""
-    yield from sql_conditions(filters)
-    column = filters.order.column if filters.order.is_timed else _job.c.created_at
-    if filters.since is not None:
-        yield column >= filters.since
-    if filters.until is not None:
-        yield column <= filters.until

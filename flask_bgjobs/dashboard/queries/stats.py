@@ -28,7 +28,7 @@ class Count:
 
     def __str__(self) -> str:
         if self.number > self.limit:
-            return f"{self.limit // 1000}k+"
+            return f"{self.limit // 1000}k+" if self.limit >= 1000 else f"{self.limit}+"
         return f"{self.number:,}"
 
     def __bool__(self) -> bool:

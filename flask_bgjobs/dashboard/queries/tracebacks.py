@@ -6,16 +6,21 @@ import itertools
 import re
 
 _FRAME = re.compile(r'  File "([^"]*)", line \d+')
-_PARTS_OF_LIBRARIES = ("/site-packages/", "/dist-packages/", "/lib/python3")
+_LIBRARY = re.compile(r"/(?:site|dist)-packages/|/lib/python3|/python3\d*/lib/|^<frozen ", re.I)
+_GROUP = "  | "
+"""Before each line of a group of exceptions."""
 
 
-def of_application(text: str) -> str | None:
+def of_application(text: str, package: str) -> str | None:
     """``text`` without the frames of libraries, with their number instead.
 
     The frame in which an exception was raised stays, wherever it is.
 
-    :returns: ``None`` where all frames are the application's.
+    :param package: the name of the application's own, which may be installed among the libraries.
+    :returns: ``None`` where nothing is to be left out, and for a group of exceptions.
     """
+    if any(line.startswith(_GROUP) for line in text.splitlines()):
+        return None
     shortened: list[str] = []
     is_any_left_out = False
     for is_frame, group in itertools.groupby(_parts(text), key=lambda part: part[0]):
@@ -24,7 +29,9 @@ def of_application(text: str) -> str | None:
             shortened += parts
             continue
         *others, last = parts
-        for is_library, frames in itertools.groupby(others, key=_is_of_library):
+        for is_library, frames in itertools.groupby(
+            others, key=lambda frame: _is_of_library(frame, package)
+        ):
             if is_library:
                 is_any_left_out = True
                 shortened.append(f"  … frames of libraries: {sum(1 for _ in frames)}\n")
@@ -48,7 +55,8 @@ def _parts(text: str) -> list[tuple[bool, str]]:
     return parts
 
 
-def _is_of_library(frame: str) -> bool:
+def _is_of_library(frame: str, package: str) -> bool:
     match = _FRAME.match(frame)
     path = match[1].replace("\\", "/") if match else ""
-    return path.startswith("<frozen") or any(part in path for part in _PARTS_OF_LIBRARIES)
+    is_own = re.search(rf"-packages/{re.escape(package)}(?:/|\.py$)", path) is not None
+    return not is_own and _LIBRARY.search(path) is not None
