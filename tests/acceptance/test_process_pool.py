@@ -21,7 +21,13 @@ from flask_bgjobs.app_state import AppState
 from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt
 from flask_bgjobs.options import JobOptions
-from tests.acceptance.helpers import descendants, enqueue, is_alive, lines
+from tests.acceptance.helpers import (
+    descendants,
+    enqueue,
+    is_alive,
+    lines,
+    stop_between_transactions,
+)
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
@@ -243,12 +249,12 @@ def test_children_die_with_their_worker(app: Flask, start: Start, journal: Path)
 
 
 def test_no_orphan_finishes_what_another_worker_runs(
-    app: Flask, start: Start, journal: Path
+    app: Flask, state: AppState, start: Start, journal: Path
 ) -> None:
     """When a worker is killed with -9 while another one works, that one runs its jobs anew, and
     the code of the dead worker's children never comes to its end."""
     killed, other = start(), start()
-    other.send_signal(signal.SIGSTOP)
+    stop_between_transactions(other, state)
     jobs = [enqueue("hold", str(journal), 4.0, retries=0) for _ in range(2)]
     wait_until(lambda: len(lines(journal)) == 2, "the starts")
     other.send_signal(signal.SIGCONT)

@@ -200,19 +200,32 @@ def test_a_refresh_keeps_what_the_visitor_is_doing(host: Host, open_page: Browsi
     assert not page.evaluate("document.querySelector('.bgj-attempts details').open")
 
 
+def test_a_refresh_does_not_choose_another_queue(host: Host, open_page: Browsing) -> None:
+    """A queue that appears before others in the filter takes no box from them."""
+    host.add(queue="mail")
+    page = open_page("/list")
+    page.click("#bgjobs-by-queue summary")
+    page.check('input[value="mail"]')
+    host.add(queue="archive")
+    page.wait_for_selector('input[value="archive"]')
+    chosen = "() => [...document.querySelectorAll('[name=queue]:checked')].map((box) => box.value)"
+    assert page.evaluate(chosen) == ["mail"]
+
+
 def test_a_text_is_copied(host: Host, open_page: Browsing) -> None:
     """A button copies the masked parameters as they are shown; where that is not allowed, it
     selects them."""
     job_id = host.add(parameters_json='{"order_id": 7, "password": "hunter2"}')
     page = open_page(f"/job/{job_id}")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.click('[aria-label="Copy: Parameters"]')
-    page.wait_for_selector("button:has-text('Copied')")
+    page.click("text=Copy parameters")
+    page.wait_for_selector("button:has-text('Copied parameters')")
+    page.wait_for_selector("[role=status]:text-is('Copied')", state="attached")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert json.loads(copied) == {"order_id": 7, "password": "***"}
-    page.wait_for_selector("button:text-is('Copy')")
+    page.wait_for_selector("button:has-text('Copy parameters')")
     page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject() }")
-    page.click('[aria-label="Copy: Parameters"]')
+    page.click("text=Copy parameters")
     page.wait_for_function("getSelection().toString().includes('order_id')")
 
 

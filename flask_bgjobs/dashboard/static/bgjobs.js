@@ -86,10 +86,10 @@
       input.value = response.headers.get("X-CSRFToken") || input.value;
     }
     if (response.status === 304) return;
-    etag = response.headers.get("ETag");
     const html = await response.text();
-    if (isBusy(live)) return void (etag = null);
+    if (isBusy(live)) return;
     morph(live, html);
+    etag = response.headers.get("ETag");
   }
   async function turn(live) {
     if (!isBusy(live)) {
@@ -164,13 +164,27 @@
     if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
   });
 
+  // Tells who listens what the eye sees.
+  function say(words) {
+    let said = document.getElementById("bgjobs-said");
+    if (!said) {
+      said = document.createElement("p");
+      Object.assign(said, { id: "bgjobs-said", className: "visually-hidden" });
+      said.setAttribute("role", "status");
+      document.querySelector(".bgj").append(said);
+    }
+    said.textContent = words;
+  }
+
   // Copies what stands in the element that the button names.
   async function copy(button) {
     const text = document.getElementById(button.dataset.bgjobsCopy);
     try {
       await navigator.clipboard.writeText(text.textContent);
-      button.textContent = "Copied";
-      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+      const word = button.firstChild;
+      word.data = "Copied";
+      say("Copied");
+      setTimeout(() => { word.data = "Copy"; }, 2000);
     } catch {
       getSelection().selectAllChildren(text); // Not allowed here: Ctrl+C does it.
     }
