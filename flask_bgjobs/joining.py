@@ -110,6 +110,7 @@ def _writing_connections(session: Session, engine: sa.Engine) -> list[sa.Connect
         connection
         for connection in connections
         if not connection.closed
+        and not connection.invalidated
         and connection.engine.pool is engine.pool
         and _WROTE in connection.info
     ]
@@ -122,7 +123,9 @@ def _mark_write(connection: sa.Connection, _cursor: object, statement: str, *_re
 
 
 def _clear_mark(connection: sa.Connection, *_two_phase: object) -> None:
-    connection.info.pop(_WROTE, None)
+    # One that has died has lost its mark with its transaction, and refuses every question.
+    if not connection.invalidated:
+        connection.info.pop(_WROTE, None)
 
 
 def _remember_connection(

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from flask_bgjobs import (
@@ -23,7 +24,8 @@ from flask_bgjobs import (
 )
 from flask_bgjobs.app_state import AppState, state_of
 from tests import jobs
-from tests.conftest import count_jobs, stored
+from tests.conftest import count_jobs, stored, wait_until
+from tests.databases import number_of
 
 
 class Shop:
@@ -85,6 +87,7 @@ _TEXTS = {
     "unknown": ("ANALYZE", "DO 1"),
 }
 """Statements for SQLite and PostgreSQL, and such as MySQL and MariaDB have."""
+_END = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
 
 WRITES: dict[str, Callable[[Shop], Any]] = {
     "a pending object": lambda s: s.session.add(s.purchase(name="a")),
@@ -337,6 +340,24 @@ def test_unique_key_does_not_break_the_session(shop: Shop) -> None:
     shop.session.commit()
     assert shop.session.scalars(sa.select(shop.purchase.name)).all() == ["a"]
     assert shop.announced == [first.id]
+
+
+@pytest.mark.on("postgresql", "mysql")
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_connection_that_dies_is_told_as_it_is(shop: Shop, writes: bool) -> None:
+    """The host gets the error of its lost connection, and none of ours instead."""
+    with pytest.raises(DBAPIError):
+        _lose_connection(shop, writes)
+
+
+def _lose_connection(shop: Shop, writes: bool) -> None:
+    engine = shop.db.engine
+    with engine.connect() as connection:
+        if writes:
+            connection.execute(sa.insert(shop.purchase).values(name="lost"))
+        with engine.connect() as other:
+            other.exec_driver_sql(_END[engine.name].format(number_of(connection)))
+        wait_until(lambda: connection.exec_driver_sql("SELECT 1").scalar() is None, "the end")
 
 
 def test_in_memory_always_joins() -> None:
