@@ -128,9 +128,16 @@ class _Run:
         for passed in self._ticks(_DRAIN_SECONDS):
             if passed - looked > _LOOK_SECONDS:
                 looked = passed
-                if not unfinished(self._app):
+                if self._is_drained():
                     break
         self._crew.dismiss()
+
+    def _is_drained(self) -> bool:
+        try:
+            return not unfinished(self._app)
+        except SQLAlchemyError:
+            # A connection of the pool that a fault has ended.
+            return False
 
     def _ticks(self, seconds: float) -> Iterator[float]:
         """Seconds that have passed, again and again; dead workers are replaced meanwhile."""
