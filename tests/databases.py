@@ -22,6 +22,8 @@ URLS = {
 """Of the servers that the tests use."""
 KINDS = ("sqlite", *URLS)
 _CONNECT_SECONDS = 5
+END_CONNECTION = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
+"""The statement that ends a connection, by its :func:`number_of`."""
 _OWN_NUMBER = {"postgresql": "pg_backend_pid()", "mysql": "CONNECTION_ID()"}
 
 

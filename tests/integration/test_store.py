@@ -27,7 +27,7 @@ from flask_bgjobs.states import JobStatus, OutcomeKind
 from flask_bgjobs.store import QueryTimeout, Selection, Store
 from flask_bgjobs.worker import register
 from tests.conftest import EXPORT, stored, wait_until
-from tests.databases import number_of, product_of
+from tests.databases import END_CONNECTION, number_of, product_of
 
 
 @pytest.fixture
@@ -888,7 +888,7 @@ class TestConcurrency:
             number = number_of(connection)
             idle: Any = connection.connection.driver_connection
         with app.extensions["sqlalchemy"].engine.connect() as other:
-            other.exec_driver_sql(_END[store.engine.name].format(number))
+            other.exec_driver_sql(END_CONNECTION[store.engine.name].format(number))
         descriptor = idle._sock.fileno() if _is_mysql(store) else idle.fileno()
         wait_until(lambda: select.select([descriptor], [], [], 0)[0], "the server's farewell")
         assert store.clock() is not None
@@ -935,7 +935,6 @@ class TestConcurrency:
         of_a_worker.dispose()
 
 
-_END = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
 _WAITING = {
     "postgresql": "SELECT count(*) FROM pg_stat_activity "
     "WHERE wait_event_type = 'Lock' AND datname = current_database()",
@@ -997,6 +996,15 @@ class TestReading:
         assert store.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
         with store.read() as one, store.read() as another:
             assert one is not another
+
+    @pytest.mark.on("mysql")
+    def test_a_connection_that_dies_is_not_used_again(self, store: Store) -> None:
+        """What was read is good; nobody gets a connection whose limit cannot be taken back."""
+        with store.reading(5.0), store.read() as connection:
+            number = number_of(connection)
+            with store.host_engine.connect() as other:
+                other.exec_driver_sql(END_CONNECTION["mysql"].format(number))
+        assert rows(store, Job) == []
 
     def test_a_block_goes_on_after_an_error(self, store: Store) -> None:
         """What failed spoils nothing for what is read after it."""

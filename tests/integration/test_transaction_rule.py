@@ -25,7 +25,7 @@ from flask_bgjobs import (
 from flask_bgjobs.app_state import AppState, state_of
 from tests import jobs
 from tests.conftest import count_jobs, stored, wait_until
-from tests.databases import number_of
+from tests.databases import END_CONNECTION, number_of
 
 
 class Shop:
@@ -87,7 +87,6 @@ _TEXTS = {
     "unknown": ("ANALYZE", "DO 1"),
 }
 """Statements for SQLite and PostgreSQL, and such as MySQL and MariaDB have."""
-_END = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
 
 WRITES: dict[str, Callable[[Shop], Any]] = {
     "a pending object": lambda s: s.session.add(s.purchase(name="a")),
@@ -356,7 +355,7 @@ def _lose_connection(shop: Shop, writes: bool) -> None:
         if writes:
             connection.execute(sa.insert(shop.purchase).values(name="lost"))
         with engine.connect() as other:
-            other.exec_driver_sql(_END[engine.name].format(number_of(connection)))
+            other.exec_driver_sql(END_CONNECTION[engine.name].format(number_of(connection)))
         wait_until(lambda: connection.exec_driver_sql("SELECT 1").scalar() is None, "the end")
 
 
