@@ -71,10 +71,10 @@ class Faults:
         self._trouble_pause = min(_LONGEST_TROUBLE_PAUSE_SECONDS, pause)
         self._stalled: list[tuple[float, WorkerProcess]] = []
         self._stopping = threading.Event()
-        self._threads = [
+        self._harming, self._troubling = (
             threading.Thread(target=self._run, args=[work], name=name, daemon=True)
             for name, work in (("faults", self._harm_all), ("trouble", self._trouble_all))
-        ]
+        )
 
     def too_few(self) -> list[str]:
         """A sentence for each fault that was injected too seldom to prove anything."""
@@ -86,16 +86,20 @@ class Faults:
 
     def start(self) -> None:
         """Begin."""
-        for thread in self._threads:
-            thread.start()
+        self._harming.start()
+        self._troubling.start()
 
     def stop(self) -> None:
         """End both threads; stalled workers go on, and the database is whole again."""
         self._stopping.set()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        self._join(self._harming)
+        # Before the other is awaited: it may want a lock that a stalled worker holds.
         self._resume(until=float("inf"))
+        self._join(self._troubling)
+
+    def _join(self, thread: threading.Thread) -> None:
+        if thread.ident is not None:
+            thread.join()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
