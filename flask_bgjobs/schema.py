@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 
 from .app_state import AppState
 from .models import Base, copy_tables
@@ -28,6 +26,10 @@ def missing_tables(state: AppState) -> list[str]:
 
 def differences(state: AppState) -> list[str]:
     """A sentence for each difference between the database and the models; empty when none."""
+    # Here, as a worker imports this module and does without Alembic, which takes long to import.
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
     names = set(Base.metadata.tables)
     with state.store.read() as connection:
         default_schema = sa.inspect(connection).default_schema_name
