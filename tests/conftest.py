@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from flask_sqlalchemy import SQLAlchemy
 
-from flask_bgjobs import BgJobs, Job
+from flask_bgjobs import Job
 from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.store import Store
-from tests import databases, jobs
+from tests import databases
+from tests.apps import build_app
 
 EXPORT = "CREATE TABLE export (job_id BIGINT, FOREIGN KEY (job_id) REFERENCES bgjobs_job(id))"
 """Makes a host's table whose rows hold jobs."""
@@ -74,25 +74,6 @@ def database_url(database_kind: str, tmp_path: Path) -> Iterator[str]:
     """A database of the test's own."""
     with databases.new_database(database_kind, tmp_path) as url:
         yield url
-
-
-def build_app(database_url: str, **config: Any) -> Flask:
-    """An app with the test jobs allowed; the tables are not made."""
-    app = Flask("shop")
-    app.config.update(
-        SECRET_KEY="test",
-        SQLALCHEMY_DATABASE_URI=database_url,
-        BGJOBS_ALLOWED_JOBS=jobs.NAMES,
-        BGJOBS_POLL_INTERVAL=0.1,
-        BGJOBS_RETRY_DELAY=0.05,
-        BGJOBS_HEARTBEAT_INTERVAL=0.2,
-        BGJOBS_LEASE=2,
-    )
-    app.config.update(config)
-    db = SQLAlchemy()
-    db.init_app(app)
-    BgJobs(app)
-    return app
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ URLS = {
     kind: sa.make_url(os.environ.get(f"BGJOBS_TEST_{kind.upper()}_URL", url))
     for kind, url in (
         ("postgresql", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"),
-        ("mysql", "mysql+pymysql://root@127.0.0.1:3306/"),
+        # Without TLS: PyMySQL reads the certificates of the system anew for each connection.
+        ("mysql", "mysql+pymysql://root@127.0.0.1:3306/?ssl_disabled=true"),
     )
 }
 """Of the servers that the tests use."""

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from flask_bgjobs.app_state import state_of
-from tests.conftest import DEADLINE_SECONDS, build_app, wait_until
+from tests.apps import build_app
+from tests.conftest import DEADLINE_SECONDS, wait_until
 
 _SHOWN_CHARACTERS = 10_000
 """Of each log."""
 
 HOST = """
 import json, os
-from tests.conftest import build_app
+from tests.apps import build_app
 def create_app():
     return build_app({url!r}, **json.loads(os.environ["TEST_CONFIG"]))
 """

@@ -19,7 +19,8 @@ from flask_bgjobs.models import Attempt
 from tests import databases
 from tests.acceptance.conftest import Workers
 from tests.acceptance.helpers import enqueue, lines
-from tests.conftest import DEADLINE_SECONDS, build_app, stored, wait_until
+from tests.apps import build_app
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
 POOLS = {"default": "thread", "children": "process"}

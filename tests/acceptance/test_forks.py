@@ -31,7 +31,7 @@ START = """
 import json, os, sys
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import state_of
-from tests.conftest import build_app
+from tests.apps import build_app
 from tests.databases import number_of
 
 app = build_app(sys.argv[1])
@@ -76,7 +76,7 @@ import itertools, os, threading
 import sqlalchemy as sa
 from flask_bgjobs import BgJobs, run_background_job
 from flask_bgjobs.app_state import state_of
-from tests.conftest import build_app
+from tests.apps import build_app
 from tests.databases import number_of
 
 numbers = itertools.count()

@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from flask_bgjobs import BgJobsError, Job
 from flask_bgjobs.app_state import state_of
 from tests.acceptance.helpers import enqueue, lines
-from tests.conftest import DEADLINE_SECONDS, build_app, stored, wait_until
+from tests.apps import build_app
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 from tests.servers import MariaServer, PostgresServer, Proxy, Server, When, commits
 
 pytestmark = pytest.mark.acceptance
@@ -507,8 +508,7 @@ def test_the_health_command_ends_in_time(
     """``flask bgjobs health`` exits soon with 1 while the database does not answer, then with 0."""
     start_worker(**LONG_LEASE)
     (tmp_path / "linked.py").write_text(
-        "from tests.conftest import build_app\n"
-        f"def create_app(): return build_app({linked_url!r})\n"
+        f"from tests.apps import build_app\ndef create_app(): return build_app({linked_url!r})\n"
     )
     assert _health(tmp_path).returncode == 0
     with _broken(fault, server, link):

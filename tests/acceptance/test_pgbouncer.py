@@ -17,7 +17,8 @@ from flask import Flask
 from flask_bgjobs import Job, run_background_job
 from flask_bgjobs.app_state import state_of
 from tests.acceptance.helpers import enqueue, lines
-from tests.conftest import DEADLINE_SECONDS, build_app, stored, wait_until
+from tests.apps import build_app
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 from tests.servers import PgBouncer, PostgresServer
 
 pytestmark = pytest.mark.acceptance

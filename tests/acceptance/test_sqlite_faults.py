@@ -23,7 +23,8 @@ from flask_bgjobs.app_state import state_of
 from flask_bgjobs.models import Worker
 from tests.acceptance.conftest import HOST, Workers
 from tests.acceptance.helpers import enqueue, lines
-from tests.conftest import DEADLINE_SECONDS, build_app, count_jobs, stored, wait_until
+from tests.apps import build_app
+from tests.conftest import DEADLINE_SECONDS, count_jobs, stored, wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.acceptance
 SITE = """
 import os
 from flask_bgjobs import BgJobs, run_background_job
-from tests.conftest import build_app
+from tests.apps import build_app
 
 def create_app():
     app = build_app({url!r}, **{config})

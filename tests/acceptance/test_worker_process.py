@@ -175,7 +175,7 @@ def test_burst_options(app: Flask, start_worker: Start) -> None:
 def test_a_wrong_start_is_one_sentence(tmp_path: Path) -> None:
     """A worker that cannot work says why in one sentence and exits with 1."""
     (tmp_path / "empty.py").write_text(
-        "from tests.conftest import build_app\n"
+        "from tests.apps import build_app\n"
         f"def create_app(): return build_app('sqlite:///{tmp_path}/none.db')\n"
     )
     done = subprocess.run(

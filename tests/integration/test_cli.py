@@ -13,7 +13,8 @@ from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.testing import drain
 from tests import jobs
-from tests.conftest import build_app, count_jobs, stored
+from tests.apps import build_app
+from tests.conftest import count_jobs, stored
 
 
 def test_enqueue(app: Flask, run: Any) -> None:

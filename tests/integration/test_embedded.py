@@ -12,7 +12,8 @@ from flask import Flask
 from flask_bgjobs import BgJobs, ConfigError, run_background_job
 from flask_bgjobs.app_state import state_of
 from flask_bgjobs.embedded import EmbeddedWorker
-from tests.conftest import build_app, wait_until
+from tests.apps import build_app
+from tests.conftest import wait_until
 
 
 @pytest.mark.parametrize(

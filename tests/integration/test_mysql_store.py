@@ -22,7 +22,8 @@ from flask_bgjobs.states import OutcomeKind
 from flask_bgjobs.store.mysql import require_skip_locked
 from flask_bgjobs.text import storable
 from flask_bgjobs.worker import Worker, WorkerOptions, register
-from tests.conftest import build_app, count_jobs, stored
+from tests.apps import build_app
+from tests.conftest import count_jobs, stored
 
 pytestmark = pytest.mark.on("mysql")
 

@@ -22,7 +22,8 @@ from flask_bgjobs.options import JobOptions
 from flask_bgjobs.signals import job_cancelled
 from flask_bgjobs.testing import drain
 from flask_bgjobs.worker import register
-from tests.conftest import EXPORT, build_app, count_jobs, stored
+from tests.apps import build_app
+from tests.conftest import EXPORT, count_jobs, stored
 
 DAY = 86_400.0
 

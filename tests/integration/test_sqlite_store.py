@@ -22,7 +22,8 @@ from flask_bgjobs.spec import Outcome
 from flask_bgjobs.states import OutcomeKind
 from flask_bgjobs.store import Store
 from flask_bgjobs.worker import register
-from tests.conftest import build_app, count_jobs, stored
+from tests.apps import build_app
+from tests.conftest import count_jobs, stored
 
 pytestmark = pytest.mark.on("sqlite")
 

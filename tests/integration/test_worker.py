@@ -774,7 +774,7 @@ class TestSignalsAndLogs:
 class TestCannotWork:
     def test_without_tables_it_says_what_to_run(self, database_url: str) -> None:
         """A worker without tables says which command makes them."""
-        from tests.conftest import build_app
+        from tests.apps import build_app
 
         app = build_app(database_url)
         with app.app_context(), pytest.raises(BgJobsError, match="flask db upgrade"):
