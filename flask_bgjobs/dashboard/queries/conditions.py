@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from ...models import Job, Worker
 from ...redact import MASK
@@ -25,6 +27,8 @@ _full_name: sa.ColumnElement[str] = sa.func.coalesce(
 )
 _TEXTS = (_full_name, _job.c.error, _job.c.owner, _job.c.unique_key)
 _JSON = (_job.c.parameters, _job.c.tags)
+_ESCAPE = "/"
+"""Before a sign of LIKE that stands for itself."""
 
 
 def sql_conditions(filters: JobFilters) -> Iterator[sa.ColumnElement[bool]]:
@@ -76,8 +80,28 @@ def _anywhere(value: str) -> Iterator[sa.ColumnElement[bool]]:
         yield _job.c.id == job_id
 
 
+class _CaseFolded(FunctionElement[str]):
+    """What LIKE compares in any case of its letters."""
+
+    inherit_cache = True
+    type = sa.String()
+
+
+@compiles(_CaseFolded)
+def _lower(element: _CaseFolded, compiler: Any, **kw: Any) -> str:
+    return f"lower({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(_CaseFolded, "sqlite")
+def _as_it_is(element: _CaseFolded, compiler: Any, **kw: Any) -> str:
+    """Its LIKE looks past the case of ASCII letters, and its ``lower()`` knows no others."""
+    return str(compiler.process(element.clauses, **kw))
+
+
 def _contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
-    return column.icontains(text, autoescape=True)
+    escaped = text.translate({ord(sign): f"{_ESCAPE}{sign}" for sign in (_ESCAPE, "%", "_")})
+    # One value, and not a text that each row puts together again.
+    return _CaseFolded(column).like(_CaseFolded(sa.literal(f"%{escaped}%")), escape=_ESCAPE)
 
 
 def _holds(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
