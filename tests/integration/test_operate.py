@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import io
 import json
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from flask import Flask
 from flask_bgjobs import Job, JobStatus, QueueNotFound, actions, run_background_job
 from flask_bgjobs.app_state import AppState
 from flask_bgjobs.cli.output import progress_bar
+from flask_bgjobs.dashboard.queries import queue_stats, service_now
 from flask_bgjobs.enqueue import enqueue
 from flask_bgjobs.models import Queue, Worker
 from flask_bgjobs.options import JobOptions
@@ -60,6 +62,23 @@ def read(run: Any, *words: str, code: int = 0) -> Any:
 
 
 # Numbers
+
+
+@pytest.mark.parametrize("most", [1, None])
+def test_the_oldest_is_one_that_others_overtake(state: AppState, most: int | None) -> None:
+    """A queue's oldest pending job is told, whatever its priority and however few are counted."""
+    chance = random.Random(11)
+    now = service_now(state).now
+    oldest: dict[str, dt.datetime] = {}
+    for priority in range(-3, 4):
+        for _ in range(6):
+            queue = chance.choice(["default", "mail", "reports"])
+            due = now - dt.timedelta(seconds=chance.randrange(10_000))
+            add(state, queue=queue, priority=priority, claim_rank=-priority, run_at=due)
+            oldest[queue] = min(due, oldest.get(queue, due))
+    add(state, queue="later", status="scheduled", run_at=now)
+    found = {each.name: each.oldest_pending_at for each in queue_stats(state, most=most)}
+    assert found == {**oldest, "later": None}
 
 
 def test_stats(state: AppState, run: Any) -> None:

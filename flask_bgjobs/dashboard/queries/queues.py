@@ -20,6 +20,9 @@ COUNTED_IN_QUEUES = 10_000
 """How far the pages count what waits in a queue."""
 _AT_ONCE = 50
 """Queues per statement."""
+_OLDEST = "oldest"
+_MOST_PRIORITIES = 1_000
+"""Of all queues together, of each of which the oldest pending job is looked up."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class QueueStats:
     retrying: int
     running: int
     oldest_pending_at: dt.datetime | None
-    """When the pending job that has waited longest was due, of those that are counted."""
+    """When the pending job that has waited longest was due."""
     oldest_pending_seconds: float | None
     paused_at: dt.datetime | None
     workers: int
@@ -62,7 +65,7 @@ def queues_of(state: AppState, service: Service, *, most: int | None = None) -> 
             some = names[begin : begin + _AT_ONCE]
             counts = [_count(name, status, most) for name in some for status in _WAITING]
             if begin == 0:
-                counts.append(_running_by_queue())
+                counts += [_running_by_queue(), _oldest_by_queue(state)]
             for name, status, number, oldest in connection.execute(sa.union_all(*counts)):
                 live[name, status] = (number, oldest)
     known = sorted({*names, *(name for name, _ in live)})
@@ -94,13 +97,55 @@ def _running_by_queue() -> sa.Select[Any]:
     return running.where(has_status(JobStatus.RUNNING)).group_by(_job.c.queue)
 
 
+def _oldest_by_queue(state: AppState) -> sa.Select[Any]:
+    """When the first pending job of each queue was due: jobs that others overtake are the oldest.
+
+    Within one priority the index has the oldest first, so that one of each priority is read.
+    """
+    firsts = _walked_firsts() if state.store.seeks_ranges else _grouped_firsts()
+    oldest = sa.func.min(firsts.c.run_at)
+    row = sa.select(firsts.c.queue, sa.literal(_OLDEST, sa.String), sa.literal(0), oldest)
+    return row.group_by(firsts.c.queue)
+
+
+def _walked_firsts() -> sa.Subquery:
+    """By one index seek for each, where grouping would read all pending jobs."""
+    here = _job.alias()
+    first = _first_pending().label("id")
+    walk = sa.select(first, sa.literal(1).label("step")).cte("walk", recursive=True)
+    following = sa.func.coalesce(
+        _first_pending(_job.c.queue == here.c.queue, _job.c.claim_rank > here.c.claim_rank),
+        _first_pending(_job.c.queue > here.c.queue),
+    )
+    step = sa.select(following, walk.c.step + 1).join_from(walk, here, here.c.id == walk.c.id)
+    walk = walk.union_all(step.where(walk.c.step < _MOST_PRIORITIES))
+    found = sa.select(_job.c.queue, _job.c.run_at).join_from(walk, _job, _job.c.id == walk.c.id)
+    return found.subquery()
+
+
+def _first_pending(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
+    """The id of the first pending job by queue and claim, of those for which this is true."""
+    found = sa.select(_job.c.id).where(has_status(JobStatus.PENDING), *conditions)
+    order = _job.c.queue, _job.c.claim_rank, _job.c.run_at, _job.c.id
+    return found.order_by(*order).limit(1).correlate_except(_job).scalar_subquery()
+
+
+def _grouped_firsts() -> sa.Subquery:
+    """The same where it is this that the database does by seeks, if the status is in the groups."""
+    first = sa.func.min(_job.c.run_at).label("run_at")
+    found = sa.select(_job.c.queue, first).where(has_status(JobStatus.PENDING))
+    groups = _job.c.status, _job.c.queue, _job.c.claim_rank
+    return found.group_by(*groups).limit(_MOST_PRIORITIES).subquery()
+
+
 def _one_queue(
     name: str,
     service: Service,
     live: Mapping[tuple[str, str], tuple[int, dt.datetime | None]],
 ) -> QueueStats:
     counts = {status: live.get((name, status.value), (0, None)) for status in JobStatus}
-    oldest = counts[JobStatus.PENDING][1]
+    times = [counts[JobStatus.PENDING][1], live.get((name, _OLDEST), (0, None))[1]]
+    oldest = min((when for when in times if when is not None), default=None)
     return QueueStats(
         name=name,
         pending=counts[JobStatus.PENDING][0],
