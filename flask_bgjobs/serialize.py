@@ -77,7 +77,8 @@ def _readable(value: object) -> object:
         return sorted(value, key=repr)
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return str(value)
+    # As it is stored, so that a search for what is shown finds it.
+    return value.isoformat() if isinstance(value, dt.datetime) else str(value)
 
 
 def _encode(value: object, path: str, parents: tuple[int, ...]) -> object:

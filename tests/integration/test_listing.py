@@ -176,7 +176,8 @@ class TestWords:
         """A few jobs with something to find, by a name for each."""
         made = {
             "order": run_background_job(
-                "tests.jobs.echo", parameters={"value": {"order": {"id": 7, "ok": True}}}
+                "tests.jobs.echo",
+                parameters={"value": {"order": {"id": 7, "ok": True, "at": START}}},
             ),
             "secret": run_background_job("tests.jobs.login", parameters=["x", "hunter2"]),
             "mail": run_background_job(
@@ -201,6 +202,8 @@ class TestWords:
             ("parameters.value.order.id:7", {"order"}),
             ("parameters.value.order.ok:true", {"order"}),
             ("parameters.value.order.id:8", set()),
+            ('parameters.value.order.at:"2026-01-01T12:00:00"', {"order"}),
+            ("2026-01-01t12:00", {"order"}),
             ("parameters.value.order:7", set()),
             ("parameters.0:Grüße", {"mail"}),
             ("parameters.0:Grüße,y", {"mail", "failed"}),

@@ -420,7 +420,7 @@ def test_plain_text_for_people() -> None:
         "text": "Grüße",
     }
     assert json.loads(dumps_plain(value)) == {
-        "at": "2026-01-02 03:04:00",
+        "at": "2026-01-02T03:04:00",
         "price": "9.90",
         "id": "00000000-0000-0000-0000-000000000001",
         "pair": [1, 2],
