@@ -97,7 +97,7 @@ def bulk(verb: str) -> ResponseReturnValue:
         if not plan.must_be_typed or typed == str(plan.count):
             _carry_out(state, plan)
             return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
-        wrong_number = f"Type {plan.count} to go on."
+        wrong_number = f"{typed or 'No number'} is not {plan.count:,}: nothing was changed."
     page = render_template(
         "bgjobs/_confirm.html" if access.wants_fragment() else "bgjobs/confirm.html",
         plan=plan,
@@ -138,7 +138,8 @@ def _carry_out(state: AppState, plan: Plan) -> None:
             flash("That is as much as one request does. Do it again for the rest.", "warning")
             break
     changed = total.done or total.requested
-    flash(f"{total.in_words(DONE[plan.verb]).capitalize()}.", "success" if changed else "warning")
+    if changed:
+        flash(f"{total.in_words(DONE[plan.verb]).capitalize()}.", "success")
     reasons = collections.Counter(total.skipped.values())
     for reason, number in reasons.most_common(5):
         flash(f"{number:,} skipped: {reason}.", "warning")

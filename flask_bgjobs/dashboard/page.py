@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from flask import request, url_for
@@ -103,12 +104,13 @@ class Helpers:
         """The periods of charts: names and words."""
         return [(name, period.words) for name, period in queries.PERIODS.items()]
 
-    @property
-    def verbs(self) -> list[str]:
-        """What the visitor may do to many jobs."""
+    def verbs_for(self, statuses: Collection[str]) -> list[str]:
+        """What the visitor may do to many jobs of these statuses; of all where none is given."""
         if self.csrf_token is None:
             return []
-        return [verb for verb in _VERBS if self.may(verb)]
+        wanted = set(statuses or JobStatus)
+        can = (verb for verb in _VERBS if wanted.intersection(CAN_CHANGE[verb]))
+        return [verb for verb in can if self.may(verb)]
 
     @staticmethod
     def utc(when: dt.datetime) -> str:

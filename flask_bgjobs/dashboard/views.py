@@ -32,6 +32,8 @@ from .page import Helpers
 
 _logger = logging.getLogger("flask_bgjobs")
 
+_MOST_QUEUES = 8
+"""On the overview."""
 _TIME_TEXT = re.compile(r"(<time[^>]*>)[^<]*")
 
 
@@ -57,11 +59,13 @@ def overview() -> ResponseReturnValue:
     """What is broken, and how it goes: counts, warnings, queues, charts and recent failures."""
     state = current_state()
     service = queries.service_now(state)
+    queues = queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES)
     return _live_page(
         "overview",
         counts=queries.count_by_status(state),
         service=service,
-        queues=queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES),
+        queues=queries.urgent_first(queues, service),
+        most_queues=_MOST_QUEUES,
         chart=queries.chart(state, service.now, asked.period()),
         failures=queries.recent_failures(state, visible=access.visible_filter()),
     )
@@ -71,7 +75,7 @@ def list_jobs() -> ResponseReturnValue:
     """A page of the jobs that the address filters."""
     state = current_state()
     is_first = not ({"after", "before"} & request.args.keys())
-    page = wrong = None
+    page = wrong = late = None
     code = HTTPStatus.OK
     try:
         filters = asked.filters(with_words=False)
@@ -88,7 +92,8 @@ def list_jobs() -> ResponseReturnValue:
         # Told beside the box, where it can be mended.
         wrong, code = f"{sentence(str(error))}.", HTTPStatus.BAD_REQUEST
     except QueryTimeout as error:
-        wrong, code = _too_long(error), HTTPStatus.SERVICE_UNAVAILABLE
+        late = f"{_too_long(error)} Narrow the filter, or try again."
+        code = HTTPStatus.SERVICE_UNAVAILABLE
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
     response = _live_page(
@@ -98,14 +103,15 @@ def list_jobs() -> ResponseReturnValue:
         filters=filters,
         page=page,
         wrong=wrong,
+        late=late,
         q=asked.text("q"),
         per=asked.unusual_per_page(),
         is_first=is_first,
         news_url=None if page is None or is_first else _news_url(state, filters),
         # A search that reads many rows is not repeated every few seconds.
-        is_live=is_first and wrong is None and not filters.terms,
+        is_live=is_first and page is not None and not filters.terms,
     )
-    if wrong is not None:
+    if page is None:
         response.status_code = code
     return response
 
@@ -255,17 +261,15 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
 
 
 def _show_timeout(error: QueryTimeout) -> ResponseReturnValue:
-    return _show_error(ServiceUnavailable(_too_long(error)))
+    advice = "Narrow the filter, or try again." if access.is_api() else "Try again in a moment."
+    return _show_error(ServiceUnavailable(f"{_too_long(error)} {advice}"))
 
 
 def _too_long(error: QueryTimeout) -> str:
     """What to tell the visitor; the operator reads in the log which query it was."""
     query = one_line(error.statement or "")
     _logger.warning("Query of the dashboard ended | Path: %s | Query: %s", request.path, query)
-    return (
-        f"The database took longer than {access.QUERY_SECONDS:g} s. Narrow the filter, or try "
-        "again."
-    )
+    return f"The database took longer than {access.QUERY_SECONDS:g} s."
 
 
 def _template_values() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .errors import ErrorGroup, Errors, errors_in
 from .filters import DEFAULT_ORDER, ORDERS, JobFilters
 from .listing import MAX_PER_PAGE, Page, count_new, jobs_to_judge, list_jobs, recent_failures
 from .matching import count_matching, highest_id, matching_ids
-from .queues import COUNTED_IN_QUEUES, QueueStats, queue_stats, queues_of
+from .queues import COUNTED_IN_QUEUES, QueueStats, queue_stats, queues_of, urgent_first
 from .rows import JobRow
 from .search import InvalidSearch
 from .service import HEALTH_SECONDS, Service, WorkerRow, service_now
@@ -73,4 +73,5 @@ __all__ = [
     "service_now",
     "stats_now",
     "time_text",
+    "urgent_first",
 ]

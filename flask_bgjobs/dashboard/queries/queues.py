@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -54,6 +54,15 @@ def queue_stats(state: AppState, *, most: int | None = None) -> list[QueueStats]
         there are more.
     """
     return queues_of(state, service_now(state), most=most)
+
+
+def urgent_first(queues: Iterable[QueueStats], service: Service) -> list[QueueStats]:
+    """Queues that nobody serves, then those in which a job waits longest."""
+
+    def urgency(queue: QueueStats) -> tuple[bool, float, str]:
+        return queue.name not in service.unserved, -(queue.oldest_pending_seconds or 0), queue.name
+
+    return sorted(queues, key=urgency)
 
 
 def queues_of(state: AppState, service: Service, *, most: int | None = None) -> list[QueueStats]:

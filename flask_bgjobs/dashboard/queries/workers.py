@@ -15,6 +15,8 @@ from .service import HEALTH_SECONDS
 
 _job = Job.__table__
 _worker = Worker.__table__
+_ORDER = "silent", "alive", "stopped", "dead"
+"""Of a list: first what somebody should look at."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class WorkerDetail:
 
 
 def list_workers(state: AppState, *, ended: bool = False) -> list[WorkerDetail]:
-    """The workers that hold a lease, oldest first.
+    """The workers that hold a lease, silent ones first, then the oldest.
 
     :param ended: adds those that stopped or died, as long as their rows are kept.
     """
@@ -58,7 +60,8 @@ def list_workers(state: AppState, *, ended: bool = False) -> list[WorkerDetail]:
     with state.store.read() as connection:
         rows = connection.execute(statement).all()
         held = {row.worker_id: row.running for row in connection.execute(running)}
-    return [_detail(row, held.get(row.id, 0), state.config.lease) for row in rows]
+    workers = [_detail(row, held.get(row.id, 0), state.config.lease) for row in rows]
+    return sorted(workers, key=lambda worker: _ORDER.index(worker.status))
 
 
 def count_live_workers(state: AppState) -> int:

@@ -44,11 +44,17 @@
     const words = `${Math.floor(Math.abs(seconds) / size)} ${unit}`;
     return seconds > 0 ? `in ${words}` : `${words} ago`;
   }
-  function age(live) {
+  const CLOCK = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "long" });
+  function age() {
     const now = Date.now() + ahead;
-    for (const time of live.querySelectorAll("time")) {
-      const words = relative((Date.parse(time.dateTime) - now) / 1000);
+    for (const time of document.querySelectorAll(".bgj time")) {
+      const moment = Date.parse(time.dateTime);
+      // In the visitor's zone, which stands behind it.
+      const clock = CLOCK.format(moment);
+      const isClock = "bgjobsClock" in time.dataset;
+      const words = isClock ? clock : relative((moment - now) / 1000);
       if (time.textContent !== words) time.textContent = words;
+      if (!isClock && time.title !== clock) time.title = clock;
     }
   }
 
@@ -61,7 +67,11 @@
   function morph(element, html) {
     Idiomorph.morph(element, html, {
       morphStyle: "innerHTML",
-      callbacks: { beforeAttributeUpdated: (name, node) => !isMadeByVisitor(name, node) },
+      callbacks: {
+        beforeAttributeUpdated: (name, node) => !isMadeByVisitor(name, node),
+        // It may say for a moment that it has copied.
+        beforeNodeMorphed: (node) => !(node instanceof HTMLElement && "bgjobsCopy" in node.dataset),
+      },
     });
   }
 
@@ -96,12 +106,26 @@
       try {
         await refresh(live);
         failures = 0;
+        refreshed = new Date();
       } catch {
         failures += 1;
       }
     }
-    age(live);
+    age();
+    tellFreshness();
     schedule(live);
+  }
+  // Where a page does not refresh, or cannot, it says so: old figures look like new ones.
+  let refreshed = new Date();
+  function tellFreshness() {
+    const note = document.querySelector("[data-bgjobs-fresh]");
+    if (!note) return;
+    const time = refreshed.toLocaleTimeString([], { timeStyle: "medium" });
+    let words = "";
+    if (failures > 1) words = `Not refreshed since ${time}: the server does not answer`;
+    else if (chosen().length) words = "Not refreshed while jobs are chosen";
+    note.classList.toggle("bgj-stale", failures > 1);
+    if (note.textContent !== words) note.textContent = words;
   }
   const seconds = () => Number(recall("bgjobs-seconds") ?? USUAL_SECONDS);
   function schedule(live) {
@@ -127,6 +151,12 @@
   const chosen = () => boxes().filter((box) => box.checked);
   function choosePage(all) {
     for (const box of boxes()) box.checked = all.checked;
+  }
+  function countChosen() {
+    const number = chosen().length;
+    const output = document.querySelector("[data-bgjobs-chosen]");
+    if (output) output.textContent = number ? `${number} chosen` : "";
+    tellFreshness();
   }
   async function ask(form, button) {
     const body = new FormData(form, button);
@@ -162,6 +192,7 @@
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
+    if (event.target.form?.id === "bgjobs-bulk") countChosen();
   });
 
   // Tells who listens what the eye sees.
@@ -198,9 +229,13 @@
   const KEYS = [["/", "go to the search box"], ["j", "next row"], ["k", "row before"],
     ["x", "choose the row"], ["r", "refresh"], ["?", "these keys"]];
   function go(step) {
-    const links = [...document.querySelectorAll(".bgj-table tbody tr")].map((row) => row.querySelector("a"));
-    const at = links.findIndex((link) => link?.closest("tr").contains(document.activeElement));
-    links[Math.min(Math.max(at + step, 0), links.length - 1)]?.focus();
+    const rows = [...document.querySelectorAll(".bgj-table tbody tr")];
+    const at = rows.findIndex((row) => row.contains(document.activeElement));
+    const row = rows[Math.min(Math.max(at + step, 0), rows.length - 1)];
+    if (!row) return;
+    const link = row.querySelector("a");
+    if (!link) row.tabIndex = -1;
+    (link || row).focus();
   }
   function tellKeys() {
     const template = document.createElement("template");
@@ -214,7 +249,15 @@
     }
     show(template.content.childNodes);
   }
+  function closeMenus(except) {
+    for (const menu of document.querySelectorAll(".bgj-choice[open]")) {
+      if (menu.contains(except)) continue;
+      if (menu.contains(document.activeElement)) menu.querySelector("summary").focus();
+      menu.open = false;
+    }
+  }
   document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") closeMenus();
     const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
     if (typing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
     if (!("bgjobs" in root.dataset)) return; // In a host's layout the keys are the host's.
@@ -231,14 +274,17 @@
   document.addEventListener("DOMContentLoaded", () => {
     if ("bgjobs" in root.dataset) paint();
     document.querySelector("[data-bgjobs-theme]")?.addEventListener("click", toggle);
+    const keys = document.querySelector("[data-bgjobs-keys]");
+    if (keys) {
+      keys.hidden = false;
+      keys.addEventListener("click", tellKeys);
+    }
+    age();
+    document.querySelector('[aria-invalid="true"]')?.focus();
     const live = document.querySelector("[data-bgjobs-live]");
     if (!live) return;
     offerInterval(live);
     schedule(live);
   });
-  document.addEventListener("click", (event) => {
-    for (const menu of document.querySelectorAll(".bgj-choice[open]")) {
-      if (!menu.contains(event.target)) menu.open = false;
-    }
-  });
+  document.addEventListener("click", (event) => closeMenus(event.target));
 })();
