@@ -312,17 +312,22 @@ class Worker:
     def _follow_running(self) -> None:
         """Write what running jobs told, stop what was cancelled or is no longer ours."""
         now = time.monotonic()
-        busy = self._pools.running() or self._pools.unstarted()
+        busy = self._pools.running() or self._pools.unstarted() or self._suspects
         if not busy or now - self._followed < _FOLLOW_SECONDS:
             return
         self._followed = now
         self._show_started()
         view = self._write_told()
-        for spec in [*self._pools.running_specs(), *self._pools.unstarted_specs()]:
+        held = self._pools.running_specs(), self._pools.unstarted_specs(), self._suspects
+        for spec in [spec for specs in held for spec in specs]:
             lost = view.attempts.get(spec.id) != spec.attempt
             if not lost and spec.id not in view.cancelling:
                 continue
-            self._pools.cancel(spec)
+            if spec in self._suspects:
+                self._suspects.remove(spec)
+                self._outbox.put(spec, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
+            else:
+                self._pools.cancel(spec)
 
     def _write_told(self) -> LeaseView:
         """Write what running jobs told; where that fails, it waits for the next time."""

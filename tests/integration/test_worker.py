@@ -35,7 +35,7 @@ from flask_bgjobs.models import Attempt, JobLog
 from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.worker import Worker, WorkerOptions
-from tests.conftest import stored, wait_until
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 
 @contextmanager
@@ -574,6 +574,22 @@ class TestLease:
         events = [line.split()[0] for line in lines(journal)]
         assert events == ["start", "end"] * 3
         assert not any(job.suspect for job in jobs)
+
+    def test_a_suspect_that_waits_for_its_turn_is_cancelled_at_once(
+        self, app: Flask, state: AppState, journal: Path
+    ) -> None:
+        """A cancel does not wait for the suspects ahead, and the job's code never begins."""
+        with working(app, concurrency=2):
+            first, second = (_suspect(state, "hold", str(journal)) for _ in range(2))
+            wait_until(lambda: stored(app, second).status == "running", "the claim")
+            wait_until(journal.exists, "the start of the first")
+            second.cancel()
+            assert second.wait(DEADLINE_SECONDS).status == "cancelled"
+            assert stored(app, first).status == "running"
+            first.cancel()
+            assert first.wait(DEADLINE_SECONDS).status == "cancelled"
+        assert [line.split()[:2] for line in lines(journal)][0] == ["start", str(first.id)]
+        assert not any(line.startswith(f"start {second.id} ") for line in lines(journal))
 
     def test_a_suspect_keeps_its_turn_through_an_outage(
         self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch

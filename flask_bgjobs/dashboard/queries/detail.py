@@ -135,6 +135,11 @@ def _running_trouble(job: Job, service: Service, worker_name: str | None) -> Ite
             f"Its worker {holder.name} is silent; another worker takes the job over once it "
             "finds the lease run out."
         )
+    elif job.started_at is None and job.suspect:
+        yield (
+            f"A worker died with it. The worker {worker_name or job.worker_id} runs such jobs one at "
+            "a time, and starts this one in its turn."
+        )
     elif job.started_at is None:
         yield f"The worker {worker_name or job.worker_id} has claimed it and starts it next."
 
