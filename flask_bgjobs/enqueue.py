@@ -19,6 +19,7 @@ from .durations import Duration
 from .errors import BgJobsError, DatabaseUnusable, InvalidJob
 from .models import Job
 from .options import JobOptions, column_values, first_run
+from .redact import signature_text
 from .registry import Target
 from .signals import emit_each, job_enqueued, job_refused
 from .states import JobStatus
@@ -211,7 +212,8 @@ def _check_signature(target: Target, parameters: Parameters, name: str) -> None:
     try:
         target.check(parameters)
     except TypeError as error:
-        raise InvalidJob(f"the parameters do not fit {name}{target.signature}: {error}") from None
+        wanted = signature_text(target.signature)
+        raise InvalidJob(f"the parameters do not fit {name}{wanted}: {error}") from None
 
 
 def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:

@@ -11,6 +11,7 @@ from .enqueue import AUTO, Parameters, SessionChoice, enqueue
 from .errors import InvalidJob
 from .models import Job
 from .options import JobOptions, OptionValues
+from .redact import signature_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,14 +86,15 @@ def _one_set(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Param
     if not args:
         return dict(kwargs)
     signature = current_state().registry.resolve(name).signature
+    wanted = f"{name}{signature_text(signature)}"
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InvalidJob(f"the parameters do not fit {name}{signature}: {error}") from None
+        raise InvalidJob(f"the parameters do not fit {wanted}: {error}") from None
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise InvalidJob(
-                f"{name}{signature} was given positional and keyword parameters, which are stored "
+                f"{wanted} was given positional and keyword parameters, which are stored "
                 f"as one dict; *{parameter.name} and positional-only parameters have no place in it"
             )
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)

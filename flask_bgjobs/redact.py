@@ -97,6 +97,20 @@ def _collect(value: Any, secrets: list[str]) -> None:
         secrets += [text, repr(text)[1:-1], json.dumps(text)[1:-1]]
 
 
+class _Default:
+    def __repr__(self) -> str:
+        return "…"
+
+
+def signature_text(signature: inspect.Signature) -> str:
+    """``signature`` without the values of its defaults, one of which may be a secret."""
+    parameters = [
+        each if each.default is each.empty else each.replace(default=_Default())
+        for each in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=parameters))
+
+
 def _positional_names(target: Callable[..., object] | None, count: int) -> list[str] | None:
     """The names that ``count`` positional values bind to, ``None`` when that is unknown."""
     if target is None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import functools
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 from flask.cli import AppGroup
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
 from .. import durations
 from ..config import check_queue
 from ..errors import BgJobsError
-from ..store import advice
+from ..store import database_sentence
 from ..text import one_line
 
 if TYPE_CHECKING:
@@ -49,26 +48,6 @@ def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
             raise click.ClickException(database_sentence(error)) from None
 
     return wrapped
-
-
-_MISSING_TABLE = re.compile(r"no such table|relation .* does not exist|Table .* doesn't exist")
-
-
-def database_sentence(error: SQLAlchemyError) -> str:
-    """What the database, or the way to it, has to say, on one line."""
-    said = error.orig if isinstance(error, DBAPIError) else error
-    match getattr(said, "args", ()):
-        case (int(), str(words)):
-            # PyMySQL has the server's number before them.
-            text = words
-        case _:
-            text = str(said)
-    # PostgreSQL adds lines with the place in the statement.
-    text = one_line(text.partition("\n")[0])
-    if _MISSING_TABLE.search(text):
-        return f"{text}: run `flask db upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
-    what_to_do = advice(error)
-    return f"the database refused: {text}{f' ({what_to_do})' if what_to_do else ''}"
 
 
 class QueueNames(_ParamType):

@@ -14,10 +14,10 @@ from .. import actions, durations
 from ..app_state import AppState, current_state
 from ..config import Config
 from ..states import FINAL, JobStatus
+from ..store import database_sentence
 from .group import (
     Duration,
     bgjobs_commands,
-    database_sentence,
     json_option,
     one_sentence,
     yes_option,

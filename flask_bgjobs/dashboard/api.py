@@ -6,7 +6,9 @@ carries in the header ``X-CSRFToken``, together with the session's cookie.
 
 from __future__ import annotations
 
+import functools
 import pathlib
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -22,6 +24,17 @@ from .changes import ACTS
 
 PREFIX = "/api/v1"
 _OPENAPI = pathlib.Path(__file__).with_name("openapi.json")
+_QUERY = {
+    "api_stats": ("period",),
+    "api_jobs": (
+        *("status", "queue", "job", "tag", "owner", "since", "until", "q", "sort"),
+        *("after", "before", "per"),
+    ),
+    "api_errors": ("period",),
+    "api_workers": ("ended",),
+    "api_audit": ("after", "per"),
+}
+"""The parameters that each view reads; none where it is not here."""
 _OPTIONS = frozenset(
     {
         "retries", "priority", "delay", "retry_delay", "run_at", "backoff", "max_retry_delay",
@@ -47,13 +60,30 @@ def register(blueprint: Blueprint) -> None:
         ("/workers/<any(drain):verb>", api_act_on_worker, "POST"),
         ("/audit", api_audit, "GET"),
     ):
-        blueprint.add_url_rule(PREFIX + path, view_func=view, methods=[method])
+        blueprint.add_url_rule(PREFIX + path, view_func=_checked(view), methods=[method])
+
+
+def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., ResponseReturnValue]:
+    """``view``, which answers with 400 to parameters that it would overlook."""
+
+    @functools.wraps(view)
+    def wrapped(**values: Any) -> ResponseReturnValue:
+        try:
+            asked.only(*_QUERY.get(view.__name__, ()))
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+        return view(**values)
+
+    return wrapped
 
 
 def answer_error(error: HTTPException) -> Response:
     """An error as the API tells it."""
     code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
-    response = jsonify(error={"status": code, "message": str(error.description)})
+    message = str(error.description)
+    if message == NotFound.description:
+        message = "there is no such job, or none that you may see"
+    response = jsonify(error={"status": code, "message": message})
     response.status_code = code
     return response
 

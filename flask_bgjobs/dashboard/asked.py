@@ -37,7 +37,7 @@ def filters(*, with_words: bool = True) -> queries.JobFilters:
         owner=text("owner"),
         since=_time("since"),
         until=_time("until"),
-        q=text("q") if with_words else "",
+        q=_words() if with_words else "",
         sort=text("sort") or queries.DEFAULT_ORDER,
     )
 
@@ -63,9 +63,32 @@ def query_string(filters: queries.JobFilters) -> str:
     return urlencode(given, doseq=True)
 
 
+def only(*names: str) -> None:
+    """Refuse parameters of the query that nobody would look at.
+
+    :raises ValueError: for the first of them.
+    """
+    unknown = sorted(request.args.keys() - set(names))
+    if unknown:
+        known = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"there is no parameter {unknown[0]!r}; there are {known}")
+    size, stretch = request.args.get("per"), request.args.get("period")
+    if size is not None and not 1 <= _number(size) <= queries.MAX_PER_PAGE:
+        raise ValueError(f"per must be 1 to {queries.MAX_PER_PAGE}, and not {size[:40]!r}")
+    if stretch is not None and stretch not in queries.PERIODS:
+        raise ValueError(f"period must be one of {', '.join(queries.PERIODS)}")
+
+
 def text(name: str) -> str:
     """A value of the address or form, cleaned."""
     return storable(request.values.get(name, "").strip()[:_MAX_VALUE])
+
+
+def _words() -> str:
+    """What is searched for: a part of it would find what does not match."""
+    if len(request.values.get("q", "").strip()) > _MAX_VALUE:
+        raise queries.InvalidSearch(f"a search has {_MAX_VALUE} characters at most")
+    return text("q")
 
 
 def number(name: str) -> int:

@@ -89,7 +89,8 @@ def bulk(verb: str) -> ResponseReturnValue:
     state = current_state()
     plan = _plan(state, verb)
     if not plan.count:
-        flash(f"There is no job to {verb}.", "warning")
+        nothing = f"There is no job to {verb}." if "all" in request.form else "Choose jobs first."
+        flash(nothing, "warning")
         return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
     wrong_number = None
     if "confirmed" in request.form:

@@ -19,12 +19,13 @@ from flask import (
     url_for,
 )
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from werkzeug.exceptions import BadRequest, HTTPException, ServiceUnavailable
 
 from ..app_state import AppState, current_state
 from ..models import Job
-from ..store import QueryTimeout
+from ..store import MAKE_TABLES, QueryTimeout, database_sentence, is_missing_table
 from ..text import one_line, sentence
 from . import access, api, asked, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
@@ -53,6 +54,8 @@ def register(blueprint: Blueprint) -> None:
     for code in (400, 401, 403, 404, 413):
         blueprint.register_error_handler(code, _show_error)
     blueprint.register_error_handler(QueryTimeout, _show_timeout)
+    for refusal in (InterfaceError, NoConnectionFree, OperationalError, ProgrammingError):
+        blueprint.register_error_handler(refusal, _show_refusal)
 
 
 def overview() -> ResponseReturnValue:
@@ -263,6 +266,24 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
 def _show_timeout(error: QueryTimeout) -> ResponseReturnValue:
     advice = "Narrow the filter, or try again." if access.is_api() else "Try again in a moment."
     return _show_error(ServiceUnavailable(f"{_too_long(error)} {advice}"))
+
+
+def _show_refusal(error: SQLAlchemyError) -> ResponseReturnValue:
+    """503 where the database is away, locked or without our tables; other errors are bugs."""
+    if isinstance(error, ProgrammingError) and not is_missing_table(error):
+        raise error
+    _logger.warning(
+        "Database not usable | Path: %s | Error: %s", request.path, database_sentence(error)
+    )
+    # Not what it said: the visitor may not even be known, and it may name hosts and users.
+    what = "The database does not answer. Try again in a moment; the app's log says more."
+    if is_missing_table(error):
+        what = f"The database lacks a table: {MAKE_TABLES}."
+    try:
+        return _show_error(ServiceUnavailable(what))
+    except SQLAlchemyError:
+        # The page asks the host who the visitor is, and the host asks the database.
+        return _plain(what, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def _too_long(error: QueryTimeout) -> str:

@@ -16,12 +16,14 @@ from .inserts import NewJobs, unique_hash
 from .mysql import MysqlStore
 from .postgresql import PostgresStore
 from .prunes import PruneCursor, Pruned, Retention
+from .refusals import MAKE_TABLES, database_sentence, is_missing_table
 from .runs import LeaseView
 from .selections import Conditions, Selection
 from .sqlite import SqliteStore, advice
 
 __all__ = [
     "DONE",
+    "MAKE_TABLES",
     "ActionResult",
     "Actor",
     "CommitInDoubt",
@@ -35,6 +37,8 @@ __all__ = [
     "Selection",
     "Store",
     "advice",
+    "database_sentence",
+    "is_missing_table",
     "make_store",
     "unique_hash",
 ]

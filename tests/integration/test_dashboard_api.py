@@ -336,3 +336,24 @@ class TestRights:
         dispatch = {"target": SAMPLE, "method": "execute", "parameters": ["x"], "unique_key": "k"}
         post(host, "/jobs", {**dispatch, "owner": "you"}, 201)
         assert "id" not in post(host, "/jobs", {**dispatch, "owner": "me"}, 409)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/jobs?statsu=failed", "there is no parameter 'statsu'; there are after, before, job"),
+        ("/jobs?per=0", "per must be 1 to 200, and not '0'"),
+        ("/jobs?per=many", "per must be 1 to 200"),
+        ("/stats?period=2h", "period must be one of 1h, 24h, 7d"),
+        ("/queues?period=1h", "there is no parameter 'period'; there are none"),
+    ],
+)
+def test_a_parameter_that_would_be_overlooked_is_refused(host: Host, path: str, says: str) -> None:
+    """Who misspells a filter must not get every job."""
+    assert says in json.loads(host.get(f"/api/v1{path}", 400))["error"]["message"]
+
+
+def test_a_job_that_is_not_there_is_told_in_words(host: Host) -> None:
+    """404 speaks of the job, not of an address."""
+    error = json.loads(host.get("/api/v1/jobs/99", 404))["error"]
+    assert error["message"] == "there is no such job, or none that you may see"

@@ -177,7 +177,7 @@ def test_nothing_chosen_is_said(host: Host) -> None:
     host.add()
     for data in ([], [("id", "x"), ("id", "-1"), ("id", "9" * 30)]):
         send(host, "/bulk/cancel", [("csrf_token", host.token()), *data], 303)
-        assert "There is no job to cancel." in host.get("/list")
+        assert "Choose jobs first." in host.get("/list")
 
 
 def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -103,3 +104,44 @@ def test_it_costs_one_statement(make_host: MakeHost) -> None:
     asked = [each for each in statements if not each.startswith("BEGIN")]
     assert len(asked) == 1
     assert "bgjobs_job" not in asked[0]
+
+
+@pytest.mark.parametrize("path", ["/", "/list", "/job/1", "/queues", "/api/v1/jobs"])
+@pytest.mark.parametrize("damage", ["no tables", "no file"])
+def test_pages_say_what_is_wrong_with_the_database(
+    make_host: MakeHost,
+    tmp_path: pathlib.Path,
+    damage: str,
+    path: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A page or the API is 503 and says what to do; what the database said is in the log alone."""
+    host = make_host()
+    says = "The database does not answer"
+    if damage == "no tables":
+        with host.app.app_context():
+            host.db.drop_all()
+        says = "flask bgjobs init-db"
+    else:
+        host.state.store.dispose()
+        (tmp_path / "host.db").unlink()
+        (tmp_path / "host.db").mkdir()
+    page = host.get(path, 503)
+    assert says in page
+    assert "sqlite3" not in page
+    assert "Database not usable | Path: /jobs" in caplog.text
+    if "api" in path:
+        assert json.loads(page)["error"]["status"] == 503
+
+
+def test_a_host_whose_layout_needs_the_database(make_host: MakeHost) -> None:
+    """The answer is 503 also where the page that would tell it cannot be made."""
+    host = make_host()
+
+    @host.app.context_processor
+    def visitors() -> dict[str, int | None]:
+        return {"visitors": host.db.session.scalar(sa.text("SELECT count(*) FROM visitor"))}
+
+    answer = host.client.get("/jobs/")
+    assert (answer.status_code, answer.mimetype) == (503, "text/plain")
+    assert "lacks a table" in answer.text

@@ -787,3 +787,68 @@ def test_two_apps_keep_their_own_settings(tmp_path: Any, make_host: MakeHost) ->
     open_host.add()
     assert listed_ids(open_host.get("/list")) == [1]
     closed.get("/list", 403)
+
+
+def test_the_worst_queues_come_first(host: Host) -> None:
+    """Of many queues the overview shows those that nobody serves, then those that wait longest."""
+    host.add_worker(queues='["a", "b", "c", "d", "e", "f", "g", "h", "i"]')
+    for number, queue in enumerate("abcdefghi"):
+        host.add(queue=queue, run_at=now(-10 * number))
+    host.add(queue="zz")
+    page = host.get("/")
+    shown = re.findall(r'<th scope="row"><a href="[^"]*">(\w+)</a>', page)
+    assert shown == ["zz", *"ihgfedc"]
+    assert "All 10 queues" in page
+    assert 'The queue <a href="/jobs/list?queue=zz">zz</a> has work' in page
+
+
+def test_many_queues_without_a_worker_are_one_warning(host: Host) -> None:
+    """A warning takes a line, however many queues it is about; a list tells its own alone."""
+    for queue in "abcde":
+        host.add(queue=queue)
+    page = host.get("/")
+    assert "5 queues have work" in page
+    assert "and 2 more" in page
+    assert page.count("alert-warning") == 1
+    assert 'The queue <a href="/jobs/list?queue=e">e</a> has work' in host.get("/list?queue=e")
+    host.add_worker()
+    assert "have work" not in host.get("/")
+
+
+def test_an_error_leads_to_the_jobs_that_have_it(host: Host) -> None:
+    """The list behind an exception has the failed and retrying jobs with it, and no others."""
+    wanted = []
+    for status in ("failed", "retrying", "completed"):
+        for kind in ("KeyError", "ValueError"):
+            job_id = host.add(status=status, error=f"{kind}: x", error_type=kind)
+            host.add_attempt(job_id, error=f"{kind}: x", error_type=kind)
+            if kind == "KeyError" and status != "completed":
+                wanted.append(job_id)
+    page = html.unescape(host.get("/errors"))
+    (address,) = re.findall(r'href="/jobs(/list\?[^"]*KeyError[^"]*)"', page)
+    assert listed_ids(host.get(address)) == wanted[::-1]
+
+
+def test_a_silent_worker_that_is_drained_stays_silent(host: Host) -> None:
+    """That somebody asked it to end does not hide that nobody hears of it."""
+    host.add_worker("lost", heartbeat_at=now(-3_600), drain_requested_at=now())
+    page = host.get("/workers")
+    assert ">silent<" in page
+    assert ">draining…<" in page
+    assert "is silent" in page
+
+
+def test_a_job_that_was_cancelled_between_two_attempts_did_not_run_until_then(host: Host) -> None:
+    """The time from the last attempt's start to the cancel is no duration."""
+    job_id = host.add(
+        status="cancelled", started_at=now(-100), run_at=now(500), finished_at=now(), attempt=1
+    )
+    assert " ran " not in host.get("/list")
+    assert "ran " not in re.sub(r"<script.*|<style.*", "", host.get(f"/job/{job_id}"))
+
+
+def test_a_search_that_is_too_long_is_refused(host: Host) -> None:
+    """A part of the words would find what does not match."""
+    host.add()
+    page = host.get(f"/list?q={'SampleJob+' * 20}nothing", 400)
+    assert "A search has 200 characters at most." in page

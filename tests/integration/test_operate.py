@@ -151,12 +151,12 @@ def test_workers(state: AppState, run: Any) -> None:
     state.store.stop_worker(stopped)
     found = read(run, "workers")
     assert [(each["name"], each["status"]) for each in found] == [
-        ("first", "alive"),
         ("second", "silent"),
+        ("first", "alive"),
     ]
-    assert (found[0]["queues"], found[0]["concurrency"]) == (["mail", "low"], 4)
-    assert (found[0]["running"], found[1]["running"]) == (3, 0)
-    assert found[1]["heartbeat_age_seconds"] >= 3_600
+    assert (found[1]["queues"], found[1]["concurrency"]) == (["mail", "low"], 4)
+    assert (found[1]["running"], found[0]["running"]) == (3, 0)
+    assert found[0]["heartbeat_age_seconds"] >= 3_600
     assert [each["status"] for each in read(run, "workers", "--all")][2:] == ["stopped"]
     output = run("workers", "--all")
     for text in ("mail,low", "1 h ago", "silent", "stopped"):

@@ -137,8 +137,8 @@ def _running_trouble(job: Job, service: Service, worker_name: str | None) -> Ite
         )
     elif job.started_at is None and job.suspect:
         yield (
-            f"A worker died with it. The worker {worker_name or job.worker_id} runs such jobs one at "
-            "a time, and starts this one in its turn."
+            f"A worker died with it. The worker {worker_name or job.worker_id} runs such jobs one "
+            "at a time, and starts this one in its turn."
         )
     elif job.started_at is None:
         yield f"The worker {worker_name or job.worker_id} has claimed it and starts it next."

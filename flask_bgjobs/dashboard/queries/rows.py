@@ -48,7 +48,8 @@ class JobRow:
     @property
     def run_seconds(self) -> float | None:
         """How long the code of the last attempt took; ``None`` as long as it has not ended."""
-        if self.started_at is None or self.finished_at is None:
+        if self.started_at is None or self.finished_at is None or self.run_at > self.started_at:
+            # One that was due again when it was cancelled: it had ended long before.
             return None
         return max(0.0, (self.finished_at - self.started_at).total_seconds())
 
