@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import shutil
@@ -230,6 +231,70 @@ def test_a_text_is_copied(host: Host, open_page: Browsing) -> None:
     page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject() }")
     page.click("text=Copy parameters")
     page.wait_for_function("getSelection().toString().includes('order_id')")
+
+
+def test_a_page_that_cannot_be_refreshed_says_so(host: Host, open_page: Browsing) -> None:
+    """Old figures do not look like new ones; when the server answers again the note is gone."""
+    host.add()
+    page = open_page("/list")
+    page.route("**/list", lambda route: route.fulfill(status=500))
+    note = page.locator("[data-bgjobs-fresh]")
+    playwright_api.expect(note).to_contain_text("the server does not answer", timeout=30_000)
+    open_page.forget_answers(500)
+    page.unroute("**/list")
+    playwright_api.expect(note).to_be_empty(timeout=30_000)
+
+
+def test_chosen_rows_are_counted(host: Host, open_page: Browsing) -> None:
+    """The visitor sees how many are chosen, and that the page stands still meanwhile."""
+    host.add(count=3)
+    page = open_page("/list")
+    number, note = page.locator("[data-bgjobs-chosen]"), page.locator("[data-bgjobs-fresh]")
+    page.check("[data-bgjobs-all]")
+    playwright_api.expect(number).to_have_text("3 chosen")
+    page.uncheck("#job-2 [name=id]")
+    playwright_api.expect(number).to_have_text("2 chosen")
+    playwright_api.expect(note).to_contain_text("while jobs are chosen")
+    page.uncheck("#job-1 [name=id]")
+    page.uncheck("#job-3 [name=id]")
+    playwright_api.expect(note).to_be_empty()
+
+
+def test_escape_closes_a_menu(host: Host, open_page: Browsing) -> None:
+    """Without a mouse a menu is left by Escape, and the focus is where it was opened."""
+    host.add()
+    page = open_page("/list")
+    page.focus("#bgjobs-by-status summary")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Escape")
+    assert not page.evaluate("document.querySelector('#bgjobs-by-status').open")
+    assert page.evaluate("document.activeElement.parentElement.id") == "bgjobs-by-status"
+
+
+def test_the_keys_are_told(host: Host, open_page: Browsing) -> None:
+    """A button on each page shows the keys; rows without a link are reached by them as well."""
+    for name in ("first", "second"):
+        host.add_worker(name, status="stopped")
+    page = open_page("/workers?ended=1")
+    page.click("[data-bgjobs-keys]")
+    page.wait_for_selector("dialog[open] >> text=next row")
+    page.keyboard.press("Escape")
+    for _ in range(2):
+        page.keyboard.press("j")
+    assert page.evaluate("document.activeElement.id") == "worker-2"
+
+
+def test_times_are_in_the_visitors_zone(host: Host, open_page: Browsing) -> None:
+    """What the server writes in UTC is read in the zone of the browser."""
+    moment = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+    job_id = host.add(created_at=moment, run_at=moment)
+    page = open_page(f"/job/{job_id}", timezone_id="America/New_York")
+    clock = page.locator(".bgj-timeline li:first-child small time")
+    playwright_api.expect(clock).to_contain_text("2026-01-01 22:04:05")
+    assert "UTC" not in clock.inner_text()
+    title = page.locator(".bgj-timeline li:first-child > time").get_attribute("title")
+    assert title.startswith("2026-01-01 22:04:05")
 
 
 def test_selected_text_is_left_alone(host: Host, open_page: Browsing) -> None:

@@ -852,3 +852,15 @@ def test_a_search_that_is_too_long_is_refused(host: Host) -> None:
     host.add()
     page = host.get(f"/list?q={'SampleJob+' * 20}nothing", 400)
     assert "A search has 200 characters at most." in page
+
+
+def test_lines_that_are_not_shown_are_told(host: Host) -> None:
+    """Of a job that wrote very much the newest lines are shown, and that there are others."""
+    job_id = host.add(status="running", attempt=1)
+    for number in range(501):
+        host.add_line(job_id, f"line {number}.")
+    page = host.get(f"/job/{job_id}")
+    assert "(older lines are not shown)" in page
+    assert "line 1." in page
+    assert "line 0." not in page
+    assert page.index("older lines") < page.index("line 1.")

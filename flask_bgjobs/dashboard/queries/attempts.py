@@ -91,13 +91,16 @@ def lines_of(connection: sa.Connection, job: Job, shown: Shown) -> list[LogLine]
         sa.select(JobLog.attempt, JobLog.created_at, JobLog.message)
         .where(JobLog.job_id == job.id)
         .order_by(JobLog.id.desc())
-        .limit(_MOST)
+        .limit(_MOST + 1)
     )
     rows = connection.execute(newest).all()
-    return [
+    lines = [
         LogLine(row.attempt, row.created_at, shown.text(row.message) or "")
-        for row in reversed(rows)
+        for row in reversed(rows[:_MOST])
     ]
+    if len(rows) > _MOST:
+        lines.insert(0, dataclasses.replace(lines[0], message="(older lines are not shown)"))
+    return lines
 
 
 def runs_of(

@@ -192,7 +192,8 @@
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
-    if (event.target.form?.id === "bgjobs-bulk") countChosen();
+    // By its attribute: the form's own `id` is hidden by the boxes of that name.
+    if (event.target.form?.matches("#bgjobs-bulk")) countChosen();
   });
 
   // Tells who listens what the eye sees.
