@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 
 from ...models import Job
+from ...states import JobStatus
 from .shown import Shown
 
 
@@ -48,8 +49,10 @@ class JobRow:
     @property
     def run_seconds(self) -> float | None:
         """How long the code of the last attempt took; ``None`` as long as it has not ended."""
-        if self.started_at is None or self.finished_at is None or self.run_at > self.started_at:
-            # One that was due again when it was cancelled: it had ended long before.
+        if self.started_at is None or self.finished_at is None:
+            return None
+        if self.status == JobStatus.CANCELLED and self.run_at > self.started_at:
+            # It was cancelled while it waited for another attempt: this one had ended before.
             return None
         return max(0.0, (self.finished_at - self.started_at).total_seconds())
 
