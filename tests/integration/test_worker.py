@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from flask import Flask
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DisconnectionError, OperationalError
 
 from flask_bgjobs import (
     BgJobsError,
@@ -199,20 +199,26 @@ class TestOutcomes:
         self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An error of the host's own way to connect is an outage, and no end of the worker."""
-        engine, refused = state.store.host_engine, iter(range(3))
+        engine, refused, dropped = state.store.host_engine, iter(range(3)), iter(range(1))
 
         def refuse(*_: object) -> None:
             if next(refused, None) is not None:
                 raise RuntimeError("no token")
 
+        def drop(*_: object) -> None:
+            # The pool closes the connection, and makes another one.
+            if next(dropped, None) is not None:
+                raise DisconnectionError
+
         with working(app) as worker:
             assert enqueue("echo", 1).wait(30).result == 1
             sa.event.listen(engine, "do_connect", refuse)
+            sa.event.listen(worker._store.engine, "checkout", drop)
             try:
-                worker._store.dispose()
                 wait_until(lambda: "no token" in caplog.text, "the outage")
                 assert enqueue("echo", 2).wait(30).result == 2
             finally:
+                sa.event.remove(worker._store.engine, "checkout", drop)
                 sa.event.remove(engine, "do_connect", refuse)
 
     def test_a_result_that_is_no_json_fails_at_once(self, app: Flask, state: AppState) -> None:
