@@ -280,8 +280,13 @@ def test_the_keys_are_told(host: Host, open_page: Browsing) -> None:
     page.click("[data-bgjobs-keys]")
     page.wait_for_selector("dialog[open] >> text=next row")
     page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
     for _ in range(2):
         page.keyboard.press("j")
+    assert page.evaluate("document.activeElement.id") == "worker-2"
+    # The place in the table outlives a refresh.
+    host.add_worker("third", status="stopped")
+    page.wait_for_selector("#worker-3")
     assert page.evaluate("document.activeElement.id") == "worker-2"
 
 

@@ -59,7 +59,9 @@
   }
 
   // Turns what stands in an element into `html`. What the visitor has typed, checked and opened stays.
-  const MADE_BY_VISITOR = { DETAILS: ["open"], INPUT: ["checked"], OPTION: ["selected"] };
+  const MADE_BY_VISITOR = {
+    DETAILS: ["open"], INPUT: ["checked"], OPTION: ["selected"], TR: ["tabindex"],
+  };
   const TYPED = "input:not([type=hidden], [type=checkbox], [type=radio]), textarea";
   function isMadeByVisitor(name, node) {
     return MADE_BY_VISITOR[node.nodeName]?.includes(name) || (name === "value" && node.matches(TYPED));
