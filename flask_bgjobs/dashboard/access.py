@@ -211,7 +211,7 @@ def _refuse_job(action: str, job_id: int) -> ResponseReturnValue | None:
         # The same answers as to an id that does not exist, whichever it is.
         refusal = _refuse(VIEW)
         if refusal is None:
-            abort(404)
+            abort(404, "there is no such job, or none that you may see")
         return refusal
     g.bgjobs_job = job
     return None if action == VIEW else _refuse(action, job)

@@ -80,10 +80,7 @@ def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., Response
 def answer_error(error: HTTPException) -> Response:
     """An error as the API tells it."""
     code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
-    message = str(error.description)
-    if message == NotFound.description:
-        message = "there is no such job, or none that you may see"
-    response = jsonify(error={"status": code, "message": message})
+    response = jsonify(error={"status": code, "message": str(error.description)})
     response.status_code = code
     return response
 
