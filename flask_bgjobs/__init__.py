@@ -21,6 +21,7 @@ from .errors import (
     Snooze,
     UniqueKeyTaken,
     WaitTimeout,
+    WorkerFailed,
 )
 from .extension import BgJobs
 from .models import Job
@@ -58,6 +59,7 @@ __all__ = [
     "Snooze",
     "UniqueKeyTaken",
     "WaitTimeout",
+    "WorkerFailed",
     "__version__",
     "current_job",
     "job_cancelled",

@@ -68,10 +68,15 @@ def act_on_selected(
 ) -> Iterator[ActionResult]:
     """What ``act`` did to the jobs that are selected, batch by batch.
 
+    Each batch has an application context of its own. A transaction that a receiver of its signals
+    leaves open ends with it, and cannot block the next batch.
+
     :param act: :func:`cancel`, :func:`retry` or :func:`delete`.
     """
     for ids in state.store.selected_ids(selection, _AT_ONCE):
-        yield act(state, ids, by)
+        with state.app.app_context():
+            result = act(state, ids, by)
+        yield result
 
 
 def pause(state: AppState, queue: str, by: Actor | None = None) -> bool:

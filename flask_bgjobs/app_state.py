@@ -15,9 +15,12 @@ from .config import Config
 from .errors import ConfigError
 from .models import Job
 from .redact import Redactor
-from .registry import Registry
-from .signals import emit, job_cancelled
+from .registry import Registry, named_after
+from .safe_logging import SafeLogger
+from .signals import emit, emit_in_worker, emit_settled, job_cancelled
+from .spec import JobSpec, Settled
 from .store import ActionResult, Actor, Store
+from .threading_patches import patched_by, refusal
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -51,6 +54,16 @@ class AppState:
         """Send a signal with this app as sender."""
         emit(signal, self.app, **values)
 
+    def emit_in_worker(self, signal: Any, **values: object) -> None:
+        """The same where the session is nobody's: what its receivers leave in it is rolled back."""
+        emit_in_worker(signal, self.app, **values)
+        self._leave_no_session()
+
+    def emit_settled(self, settled: Settled) -> None:
+        """Send the signals of what was recorded of an attempt, as :meth:`emit_in_worker` does."""
+        emit_settled(self.app, settled)
+        self._leave_no_session()
+
     def check_can_work(self, pools: Collection[str], app: str | None) -> None:
         """Refuse a worker that could not work in any process.
 
@@ -65,10 +78,18 @@ class AppState:
                 "the process pool builds the app anew in each child process: set "
                 "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"
             )
+        if (library := patched_by()) is not None:
+            raise ConfigError(refusal(library))
         if self.store.always_joins:
             raise ConfigError(
                 "an in-memory SQLite database cannot be shared with a worker; use a file, or "
                 "flask_bgjobs.testing in tests"
+            )
+
+        if self.store.outer_connection is not None:
+            raise ConfigError(
+                "db.session is bound to one connection, as in a test that rolls back, and a worker "
+                "uses several: use flask_bgjobs.testing"
             )
 
     def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
@@ -80,6 +101,22 @@ class AppState:
         for job in self.store.get_many(result.done) if result.done else ():
             self.emit(job_cancelled, job=job)
         return result
+
+    def logged_parameters(
+        self, job: Job | JobSpec, parameters: Any, names: tuple[str, ...] | None
+    ) -> Any:
+        """The parameters of a job as they may stand in a log line; nothing is imported for it.
+
+        :param names: as ``Outcome.parameter_names``. Where they are neither given nor known in
+            this process, all positional values are masked.
+        """
+        return self.redactor.parameters(parameters, self._known(job, names))
+
+    def logged_text(
+        self, text: str, job: Job | JobSpec, parameters: Any, names: tuple[str, ...] | None
+    ) -> str:
+        """An error of a job as it may stand in a log line; as :meth:`logged_parameters`."""
+        return self.redactor.text(text, parameters, self._known(job, names))
 
     def masked_parameters(self, target: str, method: str | None, parameters: Any) -> Any:
         """The parameters of a job as they may be shown."""
@@ -94,7 +131,24 @@ class AppState:
         try:
             self.db.session.remove()
         except Exception:
-            self.app.logger.exception("The session could not be removed cleanly")
+            SafeLogger(self.app.logger).exception("The session could not be removed cleanly")
+
+    def _leave_no_session(self) -> None:
+        # Most receivers use none, and to make one in order to remove it would cost more.
+        if self.db.session.registry.has():
+            self.remove_session()
+
+    def _known(
+        self, job: Job | JobSpec, names: tuple[str, ...] | None
+    ) -> Callable[..., Any] | None:
+        # In a worker with a process pool a module that crashes or hangs would do so in the worker.
+        try:
+            if names is not None:
+                return named_after(names)
+            found = self.registry.known(job.target, job.method)
+            return None if found is None else found.named
+        except Exception:
+            return None
 
     def _named(self, target: str, method: str | None) -> Callable[..., Any] | None:
         try:
@@ -127,13 +181,28 @@ def current_state() -> AppState:
 def import_jobs(state: AppState) -> None:
     """Import the modules in ``BGJOBS_IMPORTS``, so that their decorated jobs are known.
 
+    They are imported in an application context of their own, which ends what they leave open.
+
     :raises ConfigError: names the module that cannot be imported, and why.
     """
     for module in state.config.imports:
+        failure: Exception | None = None
+        is_imported = False
         try:
-            importlib.import_module(module)
-        except Exception as error:
+            with state.app.app_context():
+                try:
+                    importlib.import_module(module)
+                except Exception as error:
+                    failure = error
+                is_imported = True
+        except Exception:
+            if not is_imported:
+                # Such as a receiver of the context's signals.
+                raise
+            logger = SafeLogger(state.app.logger)
+            logger.exception("Teardown after the import of %s raised", module)
+        if failure is not None:
             raise ConfigError(
                 f"BGJOBS_IMPORTS names {module!r}, which cannot be imported: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"{type(failure).__name__}: {failure}"
+            ) from failure

@@ -19,6 +19,7 @@ from typing import Any
 from . import durations
 from .errors import ConfigError
 from .states import JobStatus
+from .text import shown
 
 AllowedJobs = Mapping[str, frozenset[str] | None]
 """Dotted name to the methods allowed, or ``None`` for all public methods (or a function)."""
@@ -29,6 +30,8 @@ MAX_INTEGER = 2**31 - 1
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _DAY = 86_400.0
 _THREADS = 10
+_MOST_PAYLOAD_BYTES = 128 * 1024 * 1024
+"""An outcome with a result and meta of this size still fits into a message of a child process."""
 _DEFAULT_PRIORITIES = MappingProxyType({"high": 3, "medium": 2, "low": 0})
 _DEFAULT_RETENTION = MappingProxyType(
     {
@@ -161,7 +164,7 @@ def check_queue(value: object, name: str = "queue") -> str:
     if not isinstance(value, str) or not _QUEUE.fullmatch(value):
         raise ValueError(
             f"{name} must be 1 to 64 characters of a-z, 0-9, '_', '-' or '.', "
-            f"starting with a letter or digit, not {value!r}"
+            f"starting with a letter or digit, not {shown(value)}"
         )
     return value
 
@@ -375,7 +378,7 @@ _KEYS = {
     "BGJOBS_LEASE": _Key("lease", _duration(0.1)),
     "BGJOBS_SHUTDOWN_TIMEOUT": _Key("shutdown_timeout", _duration()),
     "BGJOBS_MAX_CRASHES": _Key("max_crashes", _integer(1)),
-    "BGJOBS_MAX_PAYLOAD": _Key("max_payload", _integer(64)),
+    "BGJOBS_MAX_PAYLOAD": _Key("max_payload", _integer(64, _MOST_PAYLOAD_BYTES)),
     "BGJOBS_RETENTION": _Key("retention", _retention),
     "BGJOBS_REDACT": _Key("redact", _redact),
     "BGJOBS_SCHEDULE": _Key("schedule", _schedule),

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextvars
 import math
+import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 from werkzeug.local import LocalProxy
 
 from . import serialize
 from .errors import JobCancelled
+from .redact import MASK
 from .spec import MAX_LINES, JobSpec, Report
 from .text import storable
 
 _NO_META = "{}"
+_MOST_MASKED = 2**20
+"""Characters of a text that are looked through for secrets."""
 
 
 class CurrentJob:
@@ -35,6 +40,8 @@ class CurrentJob:
         self._note: str | None = None
         self._written_meta = spec.meta_json or _NO_META
         self._cancelled = False
+        self._make_masker: Callable[[], Callable[[str], str]] | None = None
+        self._masker: Callable[[str], str] | None = None
         self.meta: dict[str, Any] = _readable_meta(self._written_meta)
         """A dict of yours, kept with the job over all its attempts."""
 
@@ -84,15 +91,41 @@ class CurrentJob:
         with self._lock:
             self._progress = min(max(fraction, 0.0), 1.0)
             if note is not None:
-                self._note = storable(str(note))[:255]
+                self._note = storable(self.masked(str(note)))[:255]
 
     def log(self, message: object) -> None:
         """Keep a line with the job, for its page on the dashboard."""
-        line = storable(str(message))
+        line = storable(self.masked(str(message)))
         with self._lock:
             if len(self._lines) == MAX_LINES:
                 self._dropped += 1
             self._lines.append(line)
+
+    def mask_with(self, make_masker: Callable[[], Callable[[str], str]]) -> None:
+        """Mask what is told from now on; for :mod:`.execute`.
+
+        :param make_masker: called when the first text comes, as most jobs tell nothing.
+        """
+        self._make_masker, self._masker = make_masker, None
+
+    def masked(self, text: str) -> str:
+        """``text`` without the job's secrets; before it is cut, or a part of one would be left."""
+        if self._make_masker is None:
+            return text
+        if len(text) > _MOST_MASKED:
+            # Far more than is kept of any text; nothing of what is left out is shown.
+            text = f"{text[: _MOST_MASKED // 2]}…{text[-_MOST_MASKED // 2 :]}"
+        try:
+            if self._masker is None:
+                self._masker = self._make_masker()
+            return self._masker(text)
+        except Exception:
+            # Rather nothing than a secret; an attempt must not fail for it.
+            return MASK
+
+    def after_fork_in_child(self) -> None:
+        """Take a new lock: another thread of the parent may have held the old one."""
+        self._lock = threading.Lock()
 
     def request_cancel(self) -> None:
         """Make :attr:`cancelled` true; for pools."""
@@ -114,11 +147,11 @@ class CurrentJob:
             return report
 
     def _changed_meta(self) -> str | None:
-        if self.meta == {} and self._written_meta == _NO_META:
-            return None
         try:
+            if self._has_no_meta() and self._written_meta == _NO_META:
+                return None
             text = serialize.dumps(self.meta, name="meta", max_bytes=self._max_payload)
-        except (serialize.NotSerializable, RuntimeError):
+        except serialize.NotSerializable:
             # Changed by the job at this moment, or not storable: the attempt's end checks it.
             return None
         if text == self._written_meta:
@@ -131,8 +164,12 @@ class CurrentJob:
 
         :raises NotSerializable: names what cannot.
         """
-        if self.meta != {}:
+        if not self._has_no_meta():
             serialize.dumps(self.meta, name="current_job.meta", max_bytes=self._max_payload)
+
+    def _has_no_meta(self) -> bool:
+        # A job may put anything there, also an object whose comparison raises.
+        return type(self.meta) is dict and not self.meta
 
 
 def _readable_meta(text: str) -> dict[str, Any]:
@@ -165,3 +202,13 @@ def enter(job: CurrentJob) -> contextvars.Token[CurrentJob]:
 def leave(token: contextvars.Token[CurrentJob]) -> None:
     """Undo :func:`enter`."""
     _current.reset(token)
+
+
+def _after_fork_in_child() -> None:
+    job = _current.get(None)
+    if job is not None:
+        job.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -7,6 +7,7 @@ import math
 import re
 
 from .retry import MAX_DELAY_SECONDS
+from .text import shown
 
 Duration = int | float | dt.timedelta
 
@@ -31,12 +32,14 @@ def seconds(value: object, name: str, *, minimum: float = 0.0, above: bool = Fal
         except OverflowError:
             number = math.inf
     else:
-        raise ValueError(f"{name} must be seconds (int or float) or a timedelta, not {value!r}")
+        raise ValueError(
+            f"{name} must be seconds (int or float) or a timedelta, not {shown(value)}"
+        )
     too_small = number <= minimum if above else number < minimum
     if math.isnan(number) or too_small or number > MAX_DELAY_SECONDS:
         bound = "more than" if above else "at least"
         raise ValueError(
-            f"{name} must be {bound} {minimum:g} s and at most a hundred years, not {value!r}"
+            f"{name} must be {bound} {minimum:g} s and at most a hundred years, not {shown(value)}"
         )
     return number
 
@@ -49,7 +52,7 @@ def parse(text: str, name: str) -> float:
     """
     found = _TEXT.fullmatch(text)
     if found is None:
-        raise ValueError(f"{name} must be seconds or like 90s, 15m, 2h or 7d, not {text!r}")
+        raise ValueError(f"{name} must be seconds or like 90s, 15m, 2h or 7d, not {shown(text)}")
     return seconds(float(found[1]) * _UNIT_SECONDS[found[2]], name)
 
 

@@ -9,9 +9,9 @@ certain that this process serves.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -22,14 +22,18 @@ from sqlalchemy.exc import DBAPIError
 from .app_state import AppState
 from .errors import BgJobsError
 from .pools import is_child
+from .restarts import Restarts
+from .safe_logging import logger as _logger
+from .threading_patches import Lock, patched_by, refusal
 
 if TYPE_CHECKING:
     from .worker import Worker
 
-_logger = logging.getLogger("flask_bgjobs")
 
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 1.0, 60.0
-"""Before another try, when the worker could not start."""
+_LEAST_PAUSE_SECONDS = 1.0
+"""Before another try, when the worker could not start or has failed."""
+_LOOK_SECONDS = 1.0
+"""How often a failed worker is asked whether code of its jobs still runs."""
 _END_SECONDS = 5.0
 """For the worker to record what it did, beyond the grace of its jobs."""
 
@@ -57,7 +61,7 @@ class EmbeddedWorker:
         self._state = state
         self._options = options
         self._pid = 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._thread: threading.Thread | None = None
         self._worker: Worker | None = None
         self._stopping = threading.Event()
@@ -71,13 +75,21 @@ class EmbeddedWorker:
         return self._pid == os.getpid() and thread is not None and thread.is_alive()
 
     def start(self) -> None:
-        """Start it in this process, unless it has been started; for a server's own hooks."""
+        """Start it in this process, unless it has been started; for a server's own hooks.
+
+        Where gevent or eventlet has patched threads, it does not start, which is logged.
+        """
         if self._pid == os.getpid():
             return
         with self._lock:
             if self._pid == os.getpid():
                 return
             self._pid = os.getpid()
+            # A pre-fork server may have patched threads after `start_worker` was called.
+            if (library := patched_by()) is not None:
+                why = refusal(library)
+                _logger.error("The worker inside this process could not start: %s", why)
+                return
             self._stopping = threading.Event()
             self._worker = None
             self._thread = threading.Thread(target=self._run, name="bgjobs-worker", daemon=True)
@@ -119,8 +131,9 @@ class EmbeddedWorker:
     def _run(self) -> None:
         from .worker import Worker, WorkerOptions
 
-        pause = _FIRST_PAUSE_SECONDS
+        restarts = Restarts()
         while not self._stopping.is_set():
+            began = time.monotonic()
             try:
                 with self._state.app.app_context():
                     self._worker = Worker(self._state, WorkerOptions(**self._options))
@@ -129,9 +142,21 @@ class EmbeddedWorker:
                     self._worker.run()
                     return
             except (BgJobsError, DBAPIError) as error:
-                _logger.error("The worker inside this process could not start: %s", error)
-            self._stopping.wait(pause)
-            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+                _logger.error("The worker inside this process ended: %s", error)
+            except (Exception, SystemExit):
+                _logger.exception("The worker inside this process ended")
+            pause = restarts.pause(time.monotonic() - began, failed=True)
+            self._wait_for_code()
+            self._stopping.wait(max(pause, _LEAST_PAUSE_SECONDS))
+
+    def _wait_for_code(self) -> None:
+        """Wait for code that could not be stopped, or the next worker would run beside it."""
+        worker = self._worker
+        if worker is None or not worker.has_threads_running:
+            return
+        _logger.warning("It starts again when the code of its jobs has ended")
+        while worker.has_threads_running and not self._stopping.is_set():
+            self._stopping.wait(_LOOK_SECONDS)
 
     def _stop_at_exit(self, pid: int) -> None:
         if pid != os.getpid():

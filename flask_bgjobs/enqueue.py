@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,11 +20,11 @@ from .models import Job
 from .options import JobOptions, column_values, first_run
 from .redact import signature_text
 from .registry import Target
+from .safe_logging import logger as _logger
 from .signals import emit_each, job_enqueued, job_refused
 from .states import JobStatus
 from .store import NewJobs, advice, unique_hash
-
-_logger = logging.getLogger("flask_bgjobs")
+from .text import shown
 
 
 class _Auto(enum.Enum):
@@ -136,14 +135,15 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
     """Insert checked jobs by the transaction rule."""
     joined = _session_to_join(state, session)
     if joined is None:
-        saved = _save(state, jobs)
-        _announce(state, _new_among(saved))
-        return saved
-    commits = state.commits_clean_sessions and not joining.holds_writes(
-        joined, state.store.host_engine
-    )
-    joined.flush()
-    saved = state.store.insert(_connection_of(state, joined), jobs)
+        return _save(state, jobs)
+    # A session that the caller names is the caller's to commit.
+    may_commit = state.commits_clean_sessions and (session is AUTO or session is None)
+    commits = may_commit and not joining.holds_writes(joined, state.store.host_engine)
+    joining.flush(joined)
+    connection = joining.connection_to_join(joined, state.table, state.store.host_engine)
+    if connection is None:
+        return _save(state, jobs)
+    saved = state.store.insert(connection, jobs)
     joining.follow(joined, _new_among(saved), lambda job: _announce(state, [job]))
     if commits:
         joined.commit()
@@ -151,13 +151,16 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
 
 
 def _save(state: AppState, jobs: NewJobs) -> list[Job]:
+    """Insert jobs in a transaction of their own, and announce them."""
     try:
-        return state.store.save(jobs)
+        saved = state.store.save(jobs)
     except DBAPIError as error:
         what_to_do = advice(error)
         if what_to_do is None:
             raise
         raise DatabaseUnusable(f"the job was not enqueued: {error.orig} ({what_to_do})") from error
+    _announce(state, _new_among(saved))
+    return saved
 
 
 def _new_jobs(
@@ -220,9 +223,14 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
     if isinstance(choice, scoped_session):
         choice = choice()
     if isinstance(choice, Session):
+        if joining.was_rolled_back(choice):
+            raise InvalidJob(
+                "the transaction of this session was rolled back, and the job would be lost with "
+                "it: pass session=None, or no session, to save the job by itself"
+            )
         return choice
     if choice is not None and choice is not AUTO:
-        raise InvalidJob(f"session must be a SQLAlchemy session or None, not {choice!r}")
+        raise InvalidJob(f"session must be a SQLAlchemy session or None, not {shown(choice)}")
     session: Session = state.db.session()
     bind = session.get_bind(clause=state.table)
     one_connection = isinstance(bind, sa.Connection) or isinstance(session.bind, sa.Connection)
@@ -236,19 +244,6 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
             "writer at a time: commit db.session first, or let the job join it"
         )
     return None
-
-
-def _connection_of(state: AppState, session: Session) -> sa.Connection:
-    """The session's connection to the tables' database, whatever else the session is bound to."""
-    bind = session.bind
-    if not isinstance(bind, sa.Connection):
-        try:
-            bind = session.get_bind(clause=state.table)
-        except sa.exc.UnboundExecutionError:
-            bind = None
-    if bind is None or bind.engine.url != state.store.host_engine.url:
-        bind = state.store.host_engine
-    return session.connection(bind_arguments={"bind": bind})
 
 
 def _new_among(jobs: Sequence[Job]) -> list[Job]:

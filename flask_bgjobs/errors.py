@@ -12,6 +12,7 @@
     ├── JobNotCommitted        the job's transaction has not committed
     ├── WaitTimeout            job.wait() gave up
     ├── DatabaseUnusable       the database is locked for too long, full or read-only
+    ├── WorkerFailed           a worker cannot go on, and has given its jobs back
     └── DatabaseNotSupported   no store is written for that database, or it is too old
 
     Exception
@@ -67,6 +68,10 @@ class WaitTimeout(BgJobsError, TimeoutError):
 
 class DatabaseUnusable(BgJobsError):
     """The database is locked for too long, full or read-only; nothing was changed."""
+
+
+class WorkerFailed(BgJobsError):
+    """A worker cannot go on: one of its threads has ended, or no thread of its pool is free."""
 
 
 class DatabaseNotSupported(BgJobsError):

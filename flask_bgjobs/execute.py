@@ -6,17 +6,22 @@ does may raise out of here.
 
 from __future__ import annotations
 
+import contextvars
+import decimal
 import inspect
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from . import context, durations, serialize
+from . import context, durations, forks, serialize
 from .app_state import AppState
 from .context import CurrentJob
-from .errors import Fail, InvalidJob, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
+from .errors import Fail, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
+from .leftovers import ThreadState
 from .registry import Target
+from .safe_logging import SafeLogger
 from .signals import job_started
 from .spec import JobSpec, Outcome
 from .states import OutcomeKind
@@ -34,20 +39,40 @@ def execute(
 ) -> Outcome:
     """How the attempt ended.
 
+    A copy of the process that a job forks ends here, as soon as the job's code ends in it.
+
     :param spec: the claimed job.
     :param job: what its code sees as ``current_job``.
     :param window: through which it may be stopped.
     :param claimed: when it was claimed, by ``time.monotonic()``.
     """
+    with forks.CopiesEnd():
+        # A copy of the context: what the job sets in it is gone when it ends.
+        context_of_job = contextvars.copy_context()
+        try:
+            return context_of_job.run(_execute, state, spec, job, window, claimed)
+        except BaseException as error:
+            # Such as an alarm of the job's after its code had ended, or no memory.
+            return _failure(job, spec, OutcomeKind.FAILED, error)
+
+
+def _execute(
+    state: AppState, spec: JobSpec, job: CurrentJob, window: Window, claimed: float
+) -> Outcome:
+    # The one of the caller is an object that both contexts hold.
+    decimal.setcontext(decimal.getcontext().copy())
+    job.mask_with(lambda: state.redactor.forms)
     try:
         target = state.registry.resolve(spec.target, spec.method)
         parameters = spec.parameters
         if not isinstance(parameters, list | dict):
             raise ValueError("the parameters in the row are neither a list nor a dict")
+        job.mask_with(lambda: state.redactor.masker(parameters, _named(target)))
     except JobNotAllowed as error:
-        return _failure(spec, OutcomeKind.REFUSED, error)
-    except (InvalidJob, ValueError) as error:
-        return _failure(spec, OutcomeKind.FAILED_FINALLY, error)
+        return _failure(job, spec, OutcomeKind.REFUSED, error)
+    except BaseException as error:
+        # A module may raise anything when it is imported, KeyboardInterrupt as well.
+        return _failure(job, spec, OutcomeKind.FAILED_FINALLY, error)
     started = time.monotonic()
     outcome: dict[str, Any] = {}
     try:
@@ -56,17 +81,26 @@ def execute(
     except BaseException as error:
         # A teardown of the host's raised, after the code had ended.
         if not outcome:
-            outcome = _of_exception(error)
+            outcome = _of_exception(job, error)
         else:
-            state.app.logger.exception("Teardown after job %s raised", spec.id)
+            SafeLogger(state.app.logger).exception("Teardown after job %s raised", spec.id)
     return Outcome(
         spec.id,
         spec.attempt,
         wait_seconds=started - claimed,
         run_seconds=time.monotonic() - started,
         report=job.take_report(),
+        parameter_names=target.positional_names if isinstance(parameters, list) else None,
         **outcome,
     )
+
+
+def _named(target: Target) -> Callable[..., Any] | None:
+    try:
+        return target.named
+    except Exception:
+        # A function that tells nothing of its parameters: any of them may be the secret.
+        return None
 
 
 def _attempt(
@@ -79,29 +113,33 @@ def _attempt(
 ) -> dict[str, Any]:
     token = context.enter(job)
     try:
-        state.emit(job_started, job=spec)
-        result = window.run(lambda: _call(window, target, parameters))
+        state.emit_in_worker(job_started, job=spec)
+        with ThreadState():
+            result = window.run(lambda: _call(window, target, parameters))
         job.check_meta()
         text = serialize.dumps(result, name="result", max_bytes=state.config.max_payload)
         return {"kind": OutcomeKind.COMPLETED, "result_json": text}
     except JobTimeout as error:
-        return {**_of_exception(error), "error": f"JobTimeout: it ran longer than {spec.timeout} s"}
+        timeout = f"JobTimeout: it ran longer than {spec.timeout} s"
+        return {**_of_exception(job, error), "error": timeout}
     except BaseException as error:
-        return _of_exception(error)
+        return _of_exception(job, error)
     finally:
         context.leave(token)
         state.remove_session()
 
 
 def _call(window: Window, target: Target, parameters: Any) -> Any:
-    if isinstance(parameters, dict):
-        result = target.call((), parameters)
-    else:
-        result = target.call(parameters, {})
+    # Before anything of ours runs in a copy, as that would use what it shares with its parent.
+    with forks.CopiesEnd():
+        if isinstance(parameters, dict):
+            result = target.call((), parameters)
+        else:
+            result = target.call(parameters, {})
     return window.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
-def _of_exception(error: BaseException) -> dict[str, Any]:
+def _of_exception(job: CurrentJob, error: BaseException) -> dict[str, Any]:
     """What an exception says about the attempt: the one place where that is decided."""
     match error:
         case Retry():
@@ -116,7 +154,7 @@ def _of_exception(error: BaseException) -> dict[str, Any]:
             kind, delay = OutcomeKind.TIMEOUT, None
         case _:
             kind, delay = OutcomeKind.FAILED, None
-    return {"kind": kind, "delay_seconds": delay, **_described(error)}
+    return {"kind": kind, "delay_seconds": delay, **_described(job, error)}
 
 
 def _asked_delay(delay: object) -> float | None:
@@ -129,11 +167,11 @@ def _asked_delay(delay: object) -> float | None:
         return None
 
 
-def _failure(spec: JobSpec, kind: OutcomeKind, error: Exception) -> Outcome:
-    return Outcome(spec.id, spec.attempt, kind, **_described(error))
+def _failure(job: CurrentJob, spec: JobSpec, kind: OutcomeKind, error: BaseException) -> Outcome:
+    return Outcome(spec.id, spec.attempt, kind, **_described(job, error))
 
 
-def _described(error: BaseException) -> dict[str, Any]:
+def _described(job: CurrentJob, error: BaseException) -> dict[str, Any]:
     """Type, message and traceback of an exception, fit for any database, whatever it is."""
     kind = storable(type(error).__qualname__)[:255]
     try:
@@ -142,8 +180,8 @@ def _described(error: BaseException) -> dict[str, Any]:
         message = f"(its message cannot be read: {type(broken).__name__})"
     return {
         "error_type": kind,
-        "error": storable(f"{kind}: {message}" if message else kind),
-        "traceback": _traceback(error),
+        "error": storable(job.masked(f"{kind}: {message}" if message else kind)),
+        "traceback": storable(job.masked(_traceback(error)), MAX_TRACEBACK_CHARS),
     }
 
 
@@ -159,7 +197,7 @@ def _traceback(error: BaseException) -> str:
     except BaseException as broken:
         frames = "".join(traceback.format_tb(frames_of_job, limit=-_MAX_FRAMES))
         text = f"{frames}{type(error).__qualname__} (cannot be shown: {type(broken).__name__})"
-    return storable(text, MAX_TRACEBACK_CHARS)
+    return text
 
 
 def _without_our_frames(frames: TracebackType | None) -> TracebackType | None:

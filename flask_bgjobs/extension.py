@@ -14,6 +14,7 @@ from .embedded import EmbeddedOptions, EmbeddedWorker
 from .enqueue import Parameters
 from .errors import ConfigError
 from .functions import BoundJob, JobFunction
+from .hooks import require_plain_function
 from .models import Job, copy_tables
 from .options import JobOptions, OptionValues
 from .redact import Redactor
@@ -140,8 +141,13 @@ class BgJobs:
 
         It is called with the action (``"view"``, ``"dispatch"``, ``"cancel"``, ``"retry"``,
         ``"delete"``, ``"pause"``, ``"resume"``, ``"drain"``, ``"audit"``) and the job, or ``None``
-        where there is none, and returns whether the current user may.
+        where there is none. It returns ``True`` when the current user may. Any other answer means
+        no; it may also call :func:`flask.abort`, with a redirect to a login page for instance.
+
+        :raises ConfigError: when it is not a plain function of two arguments, such as an
+            ``async def``.
         """
+        require_plain_function(authorizer, "authorize_dashboard", "view", None)
         self._authorizer = authorizer
         return authorizer
 
@@ -150,7 +156,11 @@ class BgJobs:
 
         It is called without arguments and returns the name. Without one, it is what Flask-Login's
         ``current_user.get_id()`` gives, or the visitor's address where nobody is logged in.
+
+        :raises ConfigError: when it is not a plain function without arguments, such as an
+            ``async def``.
         """
+        require_plain_function(identifier, "identify_visitor")
         self._identifier = identifier
         return identifier
 
@@ -159,8 +169,10 @@ class BgJobs:
         metadata = db.metadatas[config.bind_key]
         copy_tables(metadata)
         schema = metadata.schema
-        store = make_store(engine, db.session, schema=schema, max_crashes=config.max_crashes)
-        joining.watch(engine, db.session)
+        host = joining.HostSessions(app, db, engine, config.bind_key)
+        store = make_store(engine, host, schema=schema, max_crashes=config.max_crashes)
+        joining.watch(engine)
+        joining.tell_binds_apart(app, db)
         job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"
         return AppState(
             app=app,
@@ -212,6 +224,8 @@ def _add_commands(app: Flask) -> None:
 
 
 def _add_dashboard(app: Flask, config: Config) -> None:
-    from .dashboard import create_blueprint
+    from .dashboard import answer_health_check, create_blueprint
 
     app.register_blueprint(create_blueprint(config))
+    # First of all, also before a function of the host's that sends everybody to log in.
+    app.before_request_funcs.setdefault(None, []).insert(0, answer_health_check)

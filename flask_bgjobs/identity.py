@@ -23,20 +23,43 @@ class ProcessIdentity:
 def this_process() -> ProcessIdentity:
     """The identity of the calling process."""
     pid = os.getpid()
-    machine, started = _machine(), _start_time(pid)
-    process = f"{machine}/{pid}/{started}" if machine and started else None
+    machine, stat = _machine(), _stat(pid)
+    process = f"{machine}/{pid}/{stat[1]}" if machine and stat else None
     return ProcessIdentity(socket.gethostname()[:255], pid, process)
 
 
 def is_gone(process: str | None) -> bool:
-    """Whether a process is known to have ended; ``False`` for one that is out of sight.
+    """Whether a process is known to have ended; ``False`` where that cannot be found out.
 
-    A host name would not do: containers that share one do not see each other's processes.
+    A host name would not do: containers that share one do not see each other's processes. Nor does
+    a missing file in ``/proc``: it may hide the processes of other users, and a process that has
+    used up its descriptors cannot read it.
     """
     if process is None:
         return False
-    machine, pid, started = process.rsplit("/", 2)
-    return machine == _machine() and _start_time(int(pid)) != started
+    try:
+        machine, pid_text, started = process.rsplit("/", 2)
+        pid = int(pid_text)
+    except ValueError:
+        # The column was edited by hand.
+        return False
+    if pid <= 0 or machine != _machine():
+        return False
+    if not _exists(pid):
+        return True
+    stat = _stat(pid)
+    return stat is not None and (stat[0] in "ZX" or stat[1] != started)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        # It belongs to another user.
+        return True
+    return True
 
 
 def _machine() -> str | None:
@@ -47,12 +70,11 @@ def _machine() -> str | None:
         return None
 
 
-def _start_time(pid: int) -> str | None:
-    """In clock ticks since boot; ``None`` when there is no such process, or only its shell."""
+def _stat(pid: int) -> tuple[str, str] | None:
+    """State, and start time in clock ticks since boot; ``None`` when they cannot be read."""
     try:
         # The command's name stands in parentheses and may itself hold spaces and parentheses.
         fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        return fields[0], fields[19]
+    except (OSError, IndexError):
         return None
-    state, start_time = fields[0], fields[19]
-    return None if state in "ZX" else start_time

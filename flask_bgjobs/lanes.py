@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from .errors import JobTimeout
 from .pace import Pace, Throughput
 from .pools.process import ProcessPool
 from .pools.thread import ThreadPool
-from .spec import JobSpec, Outcome, Report
+from .spec import JobSpec, Key, Outcome, Report
 
 _PREFETCH_SECONDS = 0.1
 """Work claimed ahead: more would keep a new high-priority job waiting."""
@@ -72,12 +74,15 @@ class Lane:
 
     def room(self) -> int:
         """How many jobs to claim: as many as the pool can take, and a little work ahead."""
+        capacity = self.pool.capacity()
+        if capacity == 0:
+            return 0
         unstarted, running = self.pool.unstarted(), self.pool.running()
         self._throughput.look(unstarted, running)
         ahead = self._prefetch()
         if unstarted > ahead // 2:
             return 0
-        return min(self.route.size + ahead - running - unstarted, _MAX_CLAIM)
+        return min(capacity + ahead - running - unstarted, _MAX_CLAIM)
 
     def _prefetch(self) -> int:
         if self._pace.seconds is None:
@@ -106,6 +111,11 @@ class Lanes:
         """Within which code that was cancelled has stopped, unless it ignores that."""
         return max(lane.pool.stop_seconds for lane in self._lanes)
 
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live until the pools are closed."""
+        return [thread for lane in self._lanes for thread in lane.pool.threads]
+
     def expect_jobs(self) -> None:
         """Note that there may be jobs to claim for any of them."""
         for lane in self._lanes:
@@ -118,6 +128,15 @@ class Lanes:
     def can_begin(self, spec: JobSpec) -> bool:
         """Whether the job would begin at once where its queue belongs."""
         return self._lane_of(spec).pool.idle() > 0
+
+    def has_own_process(self, spec: JobSpec) -> bool:
+        """Whether the job runs in a process that runs nothing else meanwhile."""
+        return self._lane_of(spec).route.pool == "process"
+
+    def timed_out(self) -> set[Key]:
+        """The jobs that hold a thread although their time was up."""
+        overdue = (each for lane in self._lanes for each in lane.pool.overdue())
+        return {each.spec.key for each in overdue if each.interruption is JobTimeout}
 
     def unstarted(self) -> int:
         """How many jobs wait in the pools."""

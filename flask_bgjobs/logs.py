@@ -17,13 +17,13 @@ from flask import Flask
 from . import serialize, signals
 from .app_state import AppState, state_of
 from .models import Job
+from .safe_logging import logger as _logger
 from .spec import JobSpec, Settled
 from .states import OutcomeKind
-from .text import one_line
-
-_logger = logging.getLogger("flask_bgjobs")
+from .text import one_line, shown
 
 _MAX_PARAMETERS = 2_000
+_MAX_NAME = 255
 """Characters of parameters in a line; the dashboard shows them whole."""
 
 
@@ -37,8 +37,13 @@ def _on_refused(app: Flask, target: object, method: object, error: Exception) ->
     _write(
         logging.ERROR,
         "Unauthorized or invalid job class/method",
-        {"Class": target, "Method": method or "-", "Error": error},
+        {"Class": _name(target), "Method": _name(method or "-"), "Error": error},
     )
+
+
+def _name(name: object) -> str:
+    """What somebody gave as a name, which may be of any kind and length."""
+    return name if isinstance(name, str) and len(name) <= _MAX_NAME else shown(name)
 
 
 def _on_enqueued(app: Flask, job: Job) -> None:
@@ -55,14 +60,14 @@ def _on_started(app: Flask, job: JobSpec) -> None:
 def _on_completed(app: Flask, job: JobSpec, settled: Settled) -> None:
     if _logger.isEnabledFor(logging.INFO):
         seconds = f"{settled.outcome.run_seconds:.3f} s"
-        fields = {**_job_fields(state_of(app), job), "Duration": seconds}
+        fields = {**_job_fields(state_of(app), job, settled), "Duration": seconds}
         _write(logging.INFO, "Job completed successfully", fields)
 
 
 def _on_retrying(app: Flask, job: JobSpec, settled: Settled) -> None:
     next_run = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=settled.delay_seconds or 0)
     fields = {
-        **_job_fields(state_of(app), job),
+        **_job_fields(state_of(app), job, settled),
         "Error": _masked_error(app, job, settled),
         "Retry": f"{settled.retry_count}/{job.retries}",
         "Next run": _clock_text(next_run),
@@ -75,7 +80,7 @@ def _on_failed(app: Flask, job: JobSpec, settled: Settled) -> None:
     if settled.outcome.kind is OutcomeKind.REFUSED:
         stage = "Unauthorized or invalid job class/method"
     fields = {
-        **_job_fields(state_of(app), job),
+        **_job_fields(state_of(app), job, settled),
         "Error": _masked_error(app, job, settled),
         "Retry": f"{settled.retry_count}/{job.retries}",
     }
@@ -83,7 +88,7 @@ def _on_failed(app: Flask, job: JobSpec, settled: Settled) -> None:
 
 
 def _on_cancelled(app: Flask, job: JobSpec | Job, settled: Settled | None = None) -> None:
-    _write(logging.INFO, "Job cancelled", _job_fields(state_of(app), job))
+    _write(logging.INFO, "Job cancelled", _job_fields(state_of(app), job, settled))
 
 
 def _on_rescued(app: Flask, job: JobSpec, settled: Settled) -> None:
@@ -99,22 +104,28 @@ def _on_worker_stopped(app: Flask, worker: str) -> None:
     _write(logging.INFO, "Worker stopped", {"Worker": worker})
 
 
-def _job_fields(state: AppState, job: Job | JobSpec) -> dict[str, object]:
+def _job_fields(
+    state: AppState, job: Job | JobSpec, settled: Settled | None = None
+) -> dict[str, object]:
     return {
         "Class": job.target,
         "Method": job.method or "-",
-        "Parameters": _parameters(state, job),
+        "Parameters": _parameters(state, job, _names(settled)),
         "Attempt": job.attempt,
         "Job": job.id,
     }
 
 
-def _parameters(state: AppState, job: Job | JobSpec) -> str:
+def _names(settled: Settled | None) -> tuple[str, ...] | None:
+    return None if settled is None else settled.outcome.parameter_names
+
+
+def _parameters(state: AppState, job: Job | JobSpec, names: tuple[str, ...] | None) -> str:
     try:
-        masked = state.masked_parameters(job.target, job.method, job.parameters)
-    except ValueError:
+        masked = state.logged_parameters(job, job.parameters, names)
+        text = serialize.dumps_plain(masked)
+    except (ValueError, RecursionError):
         return "(not readable)"
-    text = serialize.dumps_plain(masked)
     return text if len(text) <= _MAX_PARAMETERS else f"{text[:_MAX_PARAMETERS]}…"
 
 
@@ -123,7 +134,7 @@ def _masked_error(app: Flask, job: JobSpec, settled: Settled) -> str:
         parameters: Any = job.parameters
     except ValueError:
         parameters = []
-    return state_of(app).masked_text(settled.error or "", job.target, job.method, parameters)
+    return state_of(app).logged_text(settled.error or "", job, parameters, _names(settled))
 
 
 def _write(level: int, stage: str, fields: dict[str, object]) -> None:

@@ -343,10 +343,14 @@ class Queue(Base):
     """A queue that has had work, and whether it is paused."""
 
     __tablename__ = "bgjobs_queue"
-    __table_args__ = _TABLE
+    __table_args__ = (
+        _index("ix_bgjobs_queue_paused", "paused_at", where="paused_at IS NOT NULL"),
+        _TABLE,
+    )
 
     name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
+    """When a worker has last registered it: within the last day, while it has work."""
     paused_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
 
 

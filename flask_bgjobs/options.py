@@ -12,7 +12,7 @@ from . import durations
 from .config import MAX_INTEGER, Config, check_queue, retry_delays
 from .errors import InvalidJob
 from .retry import BACKOFFS, MAX_DELAY_SECONDS
-from .text import storable
+from .text import shown, storable
 
 MAX_TAGS = 20
 _MAX_RETRIES = 10_000
@@ -115,14 +115,14 @@ def priority_number(value: int | str, priorities: Mapping[str, int]) -> int:
     if isinstance(value, str):
         if value not in priorities:
             raise ValueError(
-                f"priority {value!r} is not known; BGJOBS_PRIORITIES names "
+                f"priority {shown(value)} is not known; BGJOBS_PRIORITIES names "
                 f"{', '.join(priorities)}, and any whole number will do"
             )
         return priorities[value]
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INTEGER:
         raise ValueError(
             f"priority must be a whole number from -{MAX_INTEGER:,} to {MAX_INTEGER:,} or a "
-            f"name, not {value!r}"
+            f"name, not {shown(value)}"
         )
     return value
 
@@ -138,7 +138,7 @@ def _utc(value: object) -> dt.datetime:
     if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
         raise InvalidJob(
             f"run_at must be a datetime with a time zone, such as "
-            f"datetime.now(UTC) + timedelta(hours=1), not {value!r}"
+            f"datetime.now(UTC) + timedelta(hours=1), not {shown(value)}"
         )
     try:
         utc = value.astimezone(dt.UTC)
@@ -162,7 +162,7 @@ def _retries(options: JobOptions, config: Config) -> int:
         return config.retries
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_RETRIES:
         raise ValueError(
-            f"retries must be a whole number from 0 to {_MAX_RETRIES:,}, not {value!r}"
+            f"retries must be a whole number from 0 to {_MAX_RETRIES:,}, not {shown(value)}"
         )
     return value
 
@@ -175,7 +175,7 @@ def _retry_delay(options: JobOptions, config: Config) -> str:
 def _backoff(options: JobOptions, config: Config) -> str:
     value = "fixed" if options.backoff is None else options.backoff
     if value not in BACKOFFS:
-        raise ValueError(f"backoff must be one of {', '.join(BACKOFFS)}, not {value!r}")
+        raise ValueError(f"backoff must be one of {', '.join(BACKOFFS)}, not {shown(value)}")
     return value
 
 
@@ -187,7 +187,7 @@ def _max_retry_delay(options: JobOptions, config: Config) -> float | None:
 def _jitter(options: JobOptions, config: Config) -> float:
     value = 0.0 if options.jitter is None else options.jitter
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"jitter must be a number from 0 to 1, not {value!r}")
+        raise ValueError(f"jitter must be a number from 0 to 1, not {shown(value)}")
     return float(value)
 
 
@@ -204,7 +204,9 @@ def _tags(options: JobOptions, config: Config) -> str | None:
     if options.tags is None:
         return None
     if not isinstance(options.tags, list | tuple | set | frozenset) or len(options.tags) > MAX_TAGS:
-        raise ValueError(f"tags must be a list of at most {MAX_TAGS} words, not {options.tags!r}")
+        raise ValueError(
+            f"tags must be a list of at most {MAX_TAGS} words, not {shown(options.tags)}"
+        )
     tags = [_text(tag, "a tag", 64) for tag in options.tags]
     return json.dumps(tags) if tags else None
 
@@ -221,7 +223,7 @@ def _text(value: object, name: str, longest: int) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= longest or value != storable(value):
         raise ValueError(
             f"{name} must be a str of 1 to {longest} characters without NUL or lone surrogates, "
-            f"not {value!r}"
+            f"not {shown(value)}"
         )
     return value
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from .safe_logging import logger as _logger
 from .text import one_line
-
-_logger = logging.getLogger("flask_bgjobs")
 
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 30.0
 

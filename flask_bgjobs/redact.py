@@ -1,7 +1,10 @@
 """Masking: values whose key sounds like a secret are shown as ``***``.
 
 The same functions serve log lines, dashboard and CLI, so that nothing is shown in one place
-that is hidden in another.
+that is hidden in another. What a job's code says is masked before it is cut and stored: of a secret
+that was cut, nobody can find the rest.
+
+Every pattern here takes time in proportion to the length of the text.
 """
 
 from __future__ import annotations
@@ -9,12 +12,29 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 MASK = "***"
 _MIN_SECRET = 3
 """Shorter secrets are not searched for in other text: they would mask half of every word."""
+_MANY_SECRETS = 500
+"""Of more, only those are searched for whose first and last letters the text holds."""
+_LONG_PART = 8
+_URL_WITH_PASSWORD = re.compile(r"(://[^\s/@:\"']*+:)[^\s/@\"']++(?=@)")
+_CREDENTIALS = re.compile(r"\b(Bearer|Basic)([ \t]++)[A-Za-z0-9._~+/=-]{8,}+", re.IGNORECASE)
+_PAIR = re.compile(
+    r"""
+    (?<![\w-])(?P<key>[\w-]++)
+    (?P<between>["']?[ \t]*+[=:][ \t]*+(?:[bBrRuUfF]{1,2}(?=["']))?)
+    (?P<value>
+        (?:(?:Bearer|Basic|Digest|Token|Negotiate)[ \t]++(?=[^\s"']))?
+        (?:"[^"\n]*+"?|'[^'\n]*+'?|[^\s,;&"'(){}<>\[\]]++)
+    )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""``password=x``, ``token: x``, ``'Authorization': 'Bearer x'``."""
 
 
 class Redactor:
@@ -46,19 +66,42 @@ class Redactor:
         return self._parameters(parameters, target, [])
 
     def text(self, text: str, parameters: Any, target: Callable[..., object] | None) -> str:
-        """``text`` (an error, a traceback) without the values masked in ``parameters``."""
+        """``text`` (an error, a traceback) without the values masked in ``parameters``, and without
+        what looks like a secret."""
+        return self.masker(parameters, target)(text)
+
+    def masker(self, parameters: Any, target: Callable[..., object] | None) -> Callable[[str], str]:
+        """The same as :meth:`text`, for several texts of one job."""
         secrets: list[str] = []
         self._parameters(parameters, target, secrets)
-        for secret in sorted(set(secrets), key=len, reverse=True):
-            if len(secret) >= _MIN_SECRET:
-                text = text.replace(secret, MASK)
-        return text
+        wanted = {secret for secret in secrets if len(secret) >= _MIN_SECRET}
+        longest_first = sorted(wanted, key=len, reverse=True)
+        return lambda text: self.forms(_without(longest_first, text))
+
+    def forms(self, text: str) -> str:
+        """``text`` without what looks like a secret by itself: passwords in URLs, credentials of
+        HTTP, and the values of keys that are masked."""
+        if not self._words:
+            return text
+        text = _URL_WITH_PASSWORD.sub(rf"\1{MASK}", text)
+        text = _PAIR.sub(self._masked_pair, text)
+        return _CREDENTIALS.sub(rf"\1\2{MASK}", text)
+
+    def _masked_pair(self, pair: re.Match[str]) -> str:
+        if not self.is_secret(pair["key"]):
+            return pair[0]
+        quote = pair["value"][0] if pair["value"][0] in "\"'" else ""
+        return f"{pair['key']}{pair['between']}{quote}{MASK}{quote}"
 
     def _parameters(
         self, parameters: Any, target: Callable[..., object] | None, secrets: list[str]
     ) -> Any:
         if isinstance(parameters, Mapping):
             return self._mask(parameters, secrets)
+        if not isinstance(parameters, list | tuple):
+            # Only a row that was edited holds anything else.
+            _collect(parameters, secrets)
+            return MASK
         names = _positional_names(target, len(parameters))
         if names is None:
             _collect(parameters, secrets)
@@ -81,6 +124,24 @@ class Redactor:
         return MASK
 
 
+def _without(secrets: Sequence[str], text: str) -> str:
+    if len(secrets) > _MANY_SECRETS:
+        parts = {
+            size: {text[i : i + size] for i in range(len(text) - size + 1)}
+            for size in (_MIN_SECRET, _LONG_PART)
+        }
+        secrets = [secret for secret in secrets if _may_hold(parts, secret)]
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    return text
+
+
+def _may_hold(parts: Mapping[int, set[str]], secret: str) -> bool:
+    """Whether a text may hold ``secret``, whose parts of some sizes are these."""
+    size = _LONG_PART if len(secret) >= _LONG_PART else _MIN_SECRET
+    return secret[:size] in parts[size] and secret[-size:] in parts[size]
+
+
 def _letters(key: str) -> str:
     return re.sub(r"[\W_]", "", key).lower()
 
@@ -95,6 +156,11 @@ def _collect(value: Any, secrets: list[str]) -> None:
         text = str(value)
         # As it stands, and as an error or a log shows it: by repr, and as JSON.
         secrets += [text, repr(text)[1:-1], json.dumps(text)[1:-1]]
+        # Its lines as well, each of which may be indented or have something before it.
+        lines = text.splitlines()
+        if len(lines) > 1:
+            for line in map(str.strip, lines):
+                secrets += [line, repr(line)[1:-1], json.dumps(line)[1:-1]]
 
 
 class _Default:

@@ -19,6 +19,7 @@ from typing import Any
 from .config import AllowedJobs, is_dotted_name
 from .errors import ConfigError, InvalidJob, JobNotAllowed
 from .options import NO_OPTIONS, JobOptions
+from .text import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,17 @@ class Target:
         has_rest = any(p.kind is p.VAR_POSITIONAL for p in each)
         return range(least, sys.maxsize if has_rest else len(positional) + 1)
 
+    @functools.cached_property
+    def positional_names(self) -> tuple[str, ...] | None:
+        """The names of positional parameters, ``*rest`` last; ``None`` when they are not known."""
+        try:
+            each = self.signature.parameters.values()
+        except Exception:
+            # Such as a function written in C, or one that says anything about itself.
+            return None
+        names = [p.name for p in each if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return (*names, *(f"*{p.name}" for p in each if p.kind is p.VAR_POSITIONAL))
+
     @property
     def named(self) -> Callable[..., Any]:
         """Something with the signature of the job's parameters, for looking up their names."""
@@ -73,6 +85,24 @@ class Target:
 
         job.__signature__ = self.signature  # type: ignore[attr-defined]  # read by inspect
         return job
+
+
+@functools.lru_cache(maxsize=1_000)
+def named_after(names: tuple[str, ...]) -> Callable[..., Any]:
+    """Something with such a signature, as :attr:`Target.named`, from ``positional_names``."""
+
+    def job(*args: Any, **kwargs: Any) -> None: ...
+
+    parameter = inspect.Parameter
+    job.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by inspect
+        [
+            parameter(name[1:], parameter.VAR_POSITIONAL)
+            if name.startswith("*")
+            else parameter(name, parameter.POSITIONAL_ONLY)
+            for name in names
+        ]
+    )
+    return job
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,13 +168,13 @@ class Registry:
             return
         if not isinstance(method, str) or not _is_public(method):
             raise JobNotAllowed(
-                f"{method!r} is not the name of a public method; jobs are run by methods whose "
-                "name does not start with an underscore"
+                f"{shown(method)} is not the name of a public method; jobs are run by methods "
+                "whose name does not start with an underscore"
             )
         methods = self._allowed.get(str(name))
         if methods is not None and method not in methods:
             raise JobNotAllowed(
-                f"method {method!r} of {name} is not allowed: BGJOBS_ALLOWED_JOBS allows "
+                f"method {shown(method)} of {name} is not allowed: BGJOBS_ALLOWED_JOBS allows "
                 f"{', '.join(sorted(methods)) or 'none'}"
             )
 
@@ -162,18 +192,33 @@ class Registry:
         self._resolved[name, method] = target
         return target
 
+    def known(self, name: str, method: str | None = None) -> Target | None:
+        """What ``name`` and ``method`` stand for, as far as that is known; nothing is imported.
+
+        :raises JobNotAllowed: when they are not allowed.
+        :raises InvalidJob: when they do not exist.
+        """
+        self.check(name, method)
+        if (name, method) in self._resolved or name in self._decorated:
+            return self.resolve(name, method)
+        module, _, attribute = name.rpartition(".")
+        # One that is just being imported may not have it yet.
+        thing = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
+        return None if thing is None else _target_of(thing, name, method)
+
     def _check_name(self, name: object) -> None:
         if not isinstance(name, str):
             raise JobNotAllowed(
-                f"a job is named by its dotted name, such as 'shop.jobs.SampleJob', not {name!r}"
+                "a job is named by its dotted name, such as 'shop.jobs.SampleJob', not "
+                f"{shown(name)}"
             )
         if name in self._allowed or name in self._decorated:
             return
         close = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise JobNotAllowed(
-            f"{name!r} is not allowed to run as a job: BGJOBS_ALLOWED_JOBS does not hold it and "
-            f"no function decorated with @bgjobs.job has that name.{hint}"
+            f"{shown(name)} is not allowed to run as a job: BGJOBS_ALLOWED_JOBS does not hold it "
+            f"and no function decorated with @bgjobs.job has that name.{hint}"
         )
 
     def _find(self, name: str, method: str | None) -> Target:
@@ -181,15 +226,7 @@ class Registry:
             thing: Any = self._decorated[name].function
         else:
             thing = _import(name)
-        if isinstance(thing, type):
-            return _method_of(thing, name, method)
-        if method is not None:
-            raise InvalidJob(f"{name} is a function and has no method {method!r}: leave method out")
-        if not callable(thing):
-            raise InvalidJob(
-                f"{name} is neither a class nor a function, but {type(thing).__name__}"
-            )
-        return Target(thing)
+        return _target_of(thing, name, method)
 
 
 def stored_name(function: Callable[..., Any], name: str | None) -> str:
@@ -200,7 +237,7 @@ def stored_name(function: Callable[..., Any], name: str | None) -> str:
     if name is not None:
         if not is_dotted_name(name, parts=1):
             raise ConfigError(
-                f"name={name!r} must be identifiers joined by dots, 255 characters at most"
+                f"name={shown(name)} must be identifiers joined by dots, 255 characters at most"
             )
         return name
     qualified = function.__qualname__
@@ -234,12 +271,24 @@ def _import(name: str) -> Any:
         raise InvalidJob(f"{name} is allowed, but {module_name} defines no {attribute}") from None
 
 
+def _target_of(thing: Any, name: str, method: str | None) -> Target:
+    if isinstance(thing, type):
+        return _method_of(thing, name, method)
+    if method is not None:
+        raise InvalidJob(
+            f"{name} is a function and has no method {shown(method)}: leave method out"
+        )
+    if not callable(thing):
+        raise InvalidJob(f"{name} is neither a class nor a function, but {type(thing).__name__}")
+    return Target(thing)
+
+
 def _method_of(cls: type, name: str, method: str | None) -> Target:
     if method is None:
         raise InvalidJob(f"{name} is a class: name the method to call, such as 'execute'")
     found = _find_method(cls, method)
     if found is None:
-        raise InvalidJob(f"{name} has no method {method!r}")
+        raise InvalidJob(f"{name} has no method {shown(method)}")
     if isinstance(found, staticmethod | classmethod):
         return Target(found.__get__(None, cls))
     return Target(found, cls)

@@ -11,18 +11,19 @@ import datetime as dt
 import logging
 import math
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from apscheduler.executors.base import BaseExecutor, run_job
+from apscheduler.executors.base import BaseExecutor
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 
-_logger = logging.getLogger("flask_bgjobs")
+from .safe_logging import SafeLogger
+from .safe_logging import logger as _logger
+from .threads import WorkerThread
 
 STEP_SECONDS = 0.05
 """Due times are rounded up to this, so that ten thousand retries cost a few triggers."""
@@ -45,12 +46,22 @@ class Clock:
         self._poll_interval = poll_interval
         self._triggers: dict[int, str] = {}
         self._offset = _wall_minus_monotonic()
+        self._executor = _OneThread()
         self._scheduler = BackgroundScheduler(
             daemon=True,
+            # At INFO it would log each trigger that comes and goes.
+            logger=SafeLogger(
+                logging.getLogger("apscheduler.scheduler"), least_level=logging.WARNING
+            ),
             timezone=dt.UTC,
-            executors={"default": _OneThread()},
+            executors={"default": self._executor},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live while it runs."""
+        return [self._executor.thread, self._scheduler._thread]
 
     def start(self) -> None:
         """Begin to call."""
@@ -68,7 +79,7 @@ class Clock:
         stopping.join(_STOP_SECONDS)
         self.hangs = stopping.is_alive()
         if self.hangs:
-            _logger.warning("The scheduler hangs; it is left behind")
+            _logger.warning("The scheduler did not stop in time; its thread still runs")
 
     def _shut_down(self) -> None:
         # Paused and emptied first: APScheduler breaks when it is shut down while its thread
@@ -130,38 +141,41 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
 
 
 class _OneThread(BaseExecutor):  # type: ignore[misc]  # APScheduler ships no types
-    """Calls in one daemon thread.
+    """Calls in one daemon thread, and logs nothing but errors.
 
     The end of the interpreter turns APScheduler's own thread pool away before this is stopped, and
-    waits for its threads.
+    waits for its threads. Its ``run_job`` logs two lines for each call.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="bgjobs-clock", daemon=True)
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.thread = WorkerThread(self._work, "bgjobs-clock")
 
     def start(self, scheduler: Any, alias: str) -> None:
         super().start(scheduler, alias)
-        self._thread.start()
+        self.thread.start()
 
     def shutdown(self, wait: bool = True) -> None:
         self._calls.put(None)
         if wait:
-            self._thread.join()
+            self.thread.join()
 
-    def _do_submit_job(self, job: Any, run_times: Any) -> None:
-        self._calls.put((job, run_times))
+    def submit_job(self, job: Any, run_times: Any) -> None:
+        # One call that waits is enough; APScheduler would log that as a warning.
+        if self._instances[job.id] < job.max_instances:
+            super().submit_job(job, run_times)
+
+    def _do_submit_job(self, job: Any, _run_times: Any) -> None:
+        self._calls.put(job)
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            job, run_times = call
+        while (job := self._calls.get()) is not None:
             try:
-                events = run_job(job, job._jobstore_alias, run_times, self._logger.name)
-            except BaseException:
-                self._run_job_error(job.id, *sys.exc_info()[1:])
-            else:
-                self._run_job_success(job.id, events)
+                job.func(*job.args, **job.kwargs)
+            except Exception:
+                _logger.exception("A call of the scheduler failed")
+            self._run_job_success(job.id, [])
 
 
 def _wall_minus_monotonic() -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from . import joining
 from .app_state import AppState
 from .models import Base, copy_tables
 
@@ -20,7 +21,7 @@ def create_tables(state: AppState) -> list[str]:
 def missing_tables(state: AppState) -> list[str]:
     """The names of the tables that the database lacks."""
     with state.store.read() as connection:
-        present = set(sa.inspect(connection).get_table_names(schema=state.table.schema))
+        present = set(sa.inspect(connection).get_table_names(schema=state.store.schema))
     return sorted(name for name in Base.metadata.tables if name not in present)
 
 
@@ -34,7 +35,7 @@ def differences(state: AppState) -> list[str]:
     with state.store.read() as connection:
         default_schema = sa.inspect(connection).default_schema_name
         # Alembic knows the default schema by no name.
-        schema = None if state.table.schema == default_schema else state.table.schema
+        schema = None if state.store.schema == default_schema else state.store.schema
 
         def ours_only(name: str | None, kind: str, parents: Any) -> bool:
             return name == schema if kind == "schema" else kind != "table" or name in names
@@ -46,6 +47,24 @@ def differences(state: AppState) -> list[str]:
     changes = [change for group in found for change in _flat(group)]
     missing = {change[1].name for change in changes if change[0] == "add_table"}
     return [_sentence(c) for c in changes if c[0] != "add_index" or c[1].table.name not in missing]
+
+
+def session_differences(state: AppState) -> list[str]:
+    """A sentence for each way in which ``db.session`` uses another database than workers do."""
+    if state.store.always_joins:
+        return []
+    with state.store.read() as connection:
+        ours = state.store.seen_by(connection)
+    # Another one than that of this context, which may hold changes.
+    with state.db.session.session_factory() as session:
+        joined = joining.connection_to_join(session, state.table, state.store.host_engine)
+        assert joined is not None, "its transaction has just begun"
+        theirs = state.store.seen_by(joined)
+    return [
+        f"{what}: db.session has {theirs[what]}, and flask-bgjobs has {ours[what]}"
+        for what in ours
+        if ours[what] != theirs[what]
+    ]
 
 
 def _flat(group: Any) -> list[tuple[Any, ...]]:

@@ -47,6 +47,9 @@ def dumps(value: object, *, name: str = "value", max_bytes: int | None = None) -
     except (ValueError, RecursionError) as error:
         # An integer beyond Python's own limit of digits ends here.
         raise NotSerializable(f"{name}: {error}") from None
+    except Exception as error:
+        # A time zone or a key of the caller's own raises, or another thread changes a dict.
+        raise NotSerializable(f"{name}: reading it raised {type(error).__name__}") from error
     if max_bytes is not None and len(text) > max_bytes:
         raise NotSerializable(
             f"{name}: {len(text):,} bytes of JSON; BGJOBS_MAX_PAYLOAD allows {max_bytes:,}. "
@@ -132,8 +135,10 @@ def _encode_container(value: Any, path: str, parents: tuple[int, ...]) -> object
             for key, item in value.items()
         }
         return {TAG: "dict", "v": plain} if TAG in plain else plain
-    items = sorted(value, key=repr) if isinstance(value, set) else value
-    encoded = [_encode(item, f"{path}[{index}]", parents) for index, item in enumerate(items)]
+    encoded = [_encode(item, f"{path}[{index}]", parents) for index, item in enumerate(value)]
+    if isinstance(value, set):
+        # Equal sets give equal texts. No code of the items runs here, not even their repr().
+        encoded.sort(key=_encoder.encode)
     return encoded if isinstance(value, list) else {TAG: type(value).__name__, "v": encoded}
 
 

@@ -11,13 +11,17 @@ import json
 from typing import Any, NamedTuple
 
 from . import serialize
+from .config import MAX_INTEGER
 from .retry import RetryPolicy
 from .states import JobStatus, OutcomeKind
 
 MAX_LINES = 1_000
 """Log lines of an attempt that are kept until they are written."""
-_UNREADABLE_DELAYS = (5.0,)
-"""Seconds before a retry of a job whose own delays cannot be read."""
+MAX_ATTEMPT = MAX_INTEGER
+"""A claim does not raise the attempt above it; a row that has reached it is failed."""
+UNREADABLE_TIME = dt.datetime(1970, 1, 1)
+"""Stands for a time in a row that Python cannot express, such as PostgreSQL's ``infinity``. Compare
+it with ``is``."""
 
 
 Key = tuple[int, int]
@@ -66,14 +70,8 @@ class JobSpec(NamedTuple):
     @property
     def retry_policy(self) -> RetryPolicy:
         """The waits between the job's attempts."""
-        try:
-            delays = tuple(float(delay) for delay in json.loads(self.retry_delay))
-        except (TypeError, ValueError):
-            # Edited by hand: that must not keep other jobs' outcomes from being recorded.
-            delays = ()
-        return RetryPolicy(
-            delays or _UNREADABLE_DELAYS, self.backoff, self.max_retry_delay, self.jitter
-        )
+        delays = tuple(json.loads(self.retry_delay))
+        return RetryPolicy(delays, self.backoff, self.max_retry_delay, self.jitter)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +111,23 @@ class Outcome(NamedTuple):
     """Between the claim and the start of the code; ``None``: it never started."""
     run_seconds: float = 0.0
     report: Report | None = None
+    parameter_names: tuple[str, ...] | None = None
+    """Of the positional parameters, with ``*rest`` last, by which secrets are masked in the log.
+    ``None``: there are none, or they are not known."""
+
+
+def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcome:
+    """The outcome of a job whose worker, or whose pool's processes, died with it.
+
+    :param kind: from :func:`flask_bgjobs.states.lost_kind`.
+    :param what_happened: a clause, such as ``worker w1 died``.
+    """
+    if kind is OutcomeKind.CRASHED:
+        error_type, reason = "Crashed", f"{what_happened} while this was its only suspect"
+    else:
+        error_type, reason = "WorkerLost", what_happened
+    error = f"{error_type}: {reason}"
+    return Outcome(spec.id, spec.attempt, kind, error_type=error_type, error=error)
 
 
 class Settled(NamedTuple):

@@ -65,8 +65,11 @@ class OutcomeKind(enum.StrEnum):
     """The worker stopped before the attempt ended; no retry is used."""
     LOST = "lost"
     """The worker died before this job was known to have started; it is not blamed."""
+    LOST_AMONG = "lost among"
+    """The worker died while it ran several suspects that had started. None is blamed; each runs
+    with no other suspect beside it next time."""
     CRASHED = "crashed"
-    """The job's process died after its start was committed."""
+    """The job's process died after its start was committed, and no other suspect ran there."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Settlement:
     retry_count: int
     crash_count: int
     suspect: bool = False
-    """Claimed alone from now on, because its last worker died with it."""
+    """Its last worker died with it."""
     delay_seconds: float | None = None
     """Seconds until the job is due again, by the database's clock."""
 
@@ -127,10 +130,21 @@ def settlement(
         case OutcomeKind.GIVEN_BACK:
             # Nothing was learnt about it.
             return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=suspect)
-        case OutcomeKind.LOST:
+        case OutcomeKind.LOST | OutcomeKind.LOST_AMONG:
             return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=True)
         case OutcomeKind.CRASHED:
             crashes = crash_count + 1
             if crashes >= max_crashes:
                 return Settlement(JobStatus.FAILED, retry_count, crashes)
             return Settlement(JobStatus.PENDING, retry_count, crashes, suspect=True)
+
+
+def lost_kind(*, is_started_suspect: bool, started_suspects: int) -> OutcomeKind:
+    """The outcome of an attempt whose worker, or whose pool's processes, died with it.
+
+    :param is_started_suspect: whether the job is a suspect whose start had been committed.
+    :param started_suspects: how many of those the worker ran, this one included.
+    """
+    if not is_started_suspect:
+        return OutcomeKind.LOST
+    return OutcomeKind.CRASHED if started_suspects == 1 else OutcomeKind.LOST_AMONG

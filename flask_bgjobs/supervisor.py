@@ -20,16 +20,17 @@ from collections.abc import Iterator, Sequence
 from . import sd_notify
 from .exits import described
 from .restarts import Restarts
+from .safe_logging import logger as _logger
 from .signal_handlers import STOP_SIGNALS, handled
 from .supervised import OPTION, STOP
 
-_logger = logging.getLogger("flask_bgjobs")
-
 _TRIES = 3
 """Starts of each child, until a service of which none ever took jobs is given up."""
-_END_SECONDS = 13.0
+END_SECONDS = 13.0
 """For a child to end, beyond the grace of its jobs: longer than it takes by itself."""
 _SOME_BYTES = 4096
+_MAX_SELECT_SECONDS = 86_400.0
+"""epoll waits for 24 days at most."""
 
 
 class Supervisor:
@@ -158,7 +159,8 @@ class Supervisor:
         due = [slot.start_at for slot in self._slots if self._is_to_start(slot)]
         due += [slot.child.kill_at for slot in self._slots if slot.child]
         at = min(due, default=math.inf)
-        seconds = None if at == math.inf else max(0.0, at - time.monotonic())
+        left = max(0.0, at - time.monotonic())
+        seconds = None if at == math.inf else min(left, _MAX_SELECT_SECONDS)
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self._awake.recv(_SOME_BYTES)
@@ -223,7 +225,7 @@ class Supervisor:
             is_first = self._stops_passed_on == 1
             if is_first:
                 self._tell_of_stop()
-            seconds = _END_SECONDS + (self._grace_seconds if is_first else 0.0)
+            seconds = END_SECONDS + (self._grace_seconds if is_first else 0.0)
             for slot in self._slots:
                 if slot.child:
                     slot.child.stop(time.monotonic() + seconds)

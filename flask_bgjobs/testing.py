@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from flask import Flask
+from flask import Flask, has_app_context
 
 from . import joining
 from .app_state import AppState, import_jobs, state_of
@@ -14,8 +14,8 @@ from .context import CurrentJob
 from .errors import BgJobsError
 from .execute import execute
 from .models import Job
-from .signals import emit_settled
-from .spec import JobSpec, Outcome, Settled
+from .row_check import bad_row, checked
+from .spec import JobSpec, Settled
 from .window import Window
 from .worker import register
 
@@ -25,11 +25,15 @@ def inline(app: Flask) -> Iterator[None]:
     """Within it, each job runs in this thread as soon as its enqueue has committed.
 
     A job that is saved at once has run when the enqueue returns. One that joined uncommitted
-    changes runs when they commit; on in-memory SQLite, where every job joins, a session
-    without changes is committed for it. Delays are not waited for; a failed job is left
-    ``retrying``.
+    changes, or the session given as ``session=``, runs when that commits. On in-memory SQLite, and
+    where ``db.session`` is bound to a connection, every job joins; there a session without changes
+    is committed for it. Delays are not waited for; a failed job is left ``retrying``.
+
+    :raises BgJobsError: when ``db.session`` holds uncommitted changes that keep the database, or
+        the connection, from being used.
     """
     state = state_of(app)
+    _refuse_uncommitted(state, "inline")
     worker_id = _register(state, "inline")
 
     def run(job: Job) -> None:
@@ -43,8 +47,10 @@ def inline(app: Flask) -> Iterator[None]:
             yield
     finally:
         state.enqueued.remove(run)
-        with app.app_context():
-            state.store.stop_worker(worker_id)
+        # It would wait for those changes, or commit them.
+        if not _holds_changes(state):
+            with app.app_context():
+                state.store.stop_worker(worker_id)
 
 
 def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
@@ -54,10 +60,11 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
     Timeouts are not enforced.
 
     :param queues: only these, in strict order; all by default.
-    :raises BgJobsError: when the session holds uncommitted changes on in-memory SQLite.
+    :raises BgJobsError: when ``db.session`` holds uncommitted changes on SQLite, or on a connection
+        that the test has bound it to.
     """
     state = state_of(app)
-    _refuse_uncommitted(state)
+    _refuse_uncommitted(state, "drain")
     import_jobs(state)
     outcomes: list[Settled] = []
     with app.app_context(), _commits_clean_sessions(state):
@@ -85,18 +92,30 @@ def _register(state: AppState, name: str) -> int:
         return register(state, name)
 
 
-def _refuse_uncommitted(state: AppState) -> None:
-    if not state.store.always_joins or not state.db.session.registry.has():
-        return
-    if joining.holds_writes(state.db.session(), state.store.host_engine):
-        raise BgJobsError("db.session holds uncommitted changes: commit before drain(app)")
+def _refuse_uncommitted(state: AppState, helper: str) -> None:
+    if _holds_changes(state):
+        raise BgJobsError(f"db.session holds uncommitted changes: commit before {helper}(app)")
+
+
+def _holds_changes(state: AppState) -> bool:
+    """Whether the test's session has written what nobody else can write beside."""
+    store = state.store
+    if not (store.has_one_writer or store.outer_connection is not None):
+        return False
+    if not has_app_context() or not state.db.session.registry.has():
+        return False
+    return joining.has_written(state.db.session(), store.host_engine)
 
 
 def _run(state: AppState, worker_id: int, specs: list[JobSpec]) -> list[Settled]:
     settled: list[Settled] = []
-    for spec in specs:
-        outcome: Outcome = execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+    for claimed in specs:
+        spec, flaw = checked(claimed)
+        if flaw is None:
+            outcome = execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+        else:
+            outcome = bad_row(spec, flaw)
         settled += state.store.settle(worker_id, "testing", [(spec, outcome)])
     for entry in settled:
-        emit_settled(state.app, entry)
+        state.emit_settled(entry)
     return settled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 
 MAX_TRACEBACK_CHARS = 64 * 1024
 MAX_MESSAGE_CHARS = 2_000
@@ -11,8 +12,13 @@ MAX_MESSAGE_CHARS = 2_000
 _NOTICE_CHARS = 60
 """Room for saying how much was left out."""
 
+_SHOWN_CHARACTERS = 255
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN_CHARACTERS
+
 _NOT_STORABLE = re.compile("[\x00\ud800-\udfff]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What steers a terminal or turns the direction of the text around it, and line breaks."""
 
 
 def storable(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
@@ -35,3 +41,21 @@ def sentence(text: str) -> str:
 def one_line(text: str) -> str:
     """``text`` with control characters and line breaks written as escapes."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """``text`` with its line breaks, and all other control characters written as escapes."""
+    return "\n".join(one_line(line) for line in text.split("\n"))
+
+
+def printable_json(text: str) -> str:
+    """JSON of the same value, with control characters written as its own escapes."""
+    # Between values there are none but line breaks.
+    return "\n".join(
+        _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line) for line in text.split("\n")
+    )
+
+
+def shown(value: object) -> str:
+    """A value in an error: its ``repr``, at most some hundred characters of it."""
+    return _SHORT.repr(value)

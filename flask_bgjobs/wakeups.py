@@ -7,7 +7,6 @@ look that a wake-up spares comes with the next poll.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -15,9 +14,9 @@ from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from .safe_logging import logger as _logger
 from .store import Store
-
-_logger = logging.getLogger("flask_bgjobs")
+from .threads import WorkerThread
 
 _QUICK_POLL_SECONDS = 0.02
 _SILENCE_SECONDS = 30.0
@@ -62,8 +61,13 @@ class WakeUps:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if store.can_listen:
-            self._thread = threading.Thread(target=self._listen, name="bgjobs-ears", daemon=True)
+            self._thread = WorkerThread(self._listen, "bgjobs-listener")
             self._thread.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live until it is stopped."""
+        return [] if self._thread is None else [self._thread]
 
     def note_work(self) -> None:
         """Note that there was work to do."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from . import forks
 from .errors import JobCancelled, JobTimeout
 
 T = TypeVar("T")
@@ -42,6 +43,10 @@ class Window:
         self._sent_at = -math.inf
         self.interruption: Interruption | None = None
         """What was sent into the code, if anything."""
+        self.overdue_since: float | None = None
+        """When it was interrupted, or else when its code ended, by ``time.monotonic()``."""
+        self.thread_id: int | None = None
+        """Of the thread that runs the code."""
 
     @property
     def is_closed(self) -> bool:
@@ -54,7 +59,7 @@ class Window:
         :raises JobCancelled: or :class:`JobTimeout`, when interrupted with it.
         """
         try:
-            self._thread = threading.get_ident()
+            self._thread = self.thread_id = threading.get_ident()
             if self.interruption is not None:
                 raise self.interruption
             return function()
@@ -65,7 +70,8 @@ class Window:
             while self._thread != _CLOSED:
                 try:  # noqa: SIM105 - it may arrive in the code of suppress() as well
                     self._close()
-                except (JobCancelled, JobTimeout):
+                except BaseException:
+                    # Also what a signal handler of the job raises, such as that of its alarm.
                     pass
 
     def run_coroutine(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -84,7 +90,8 @@ class Window:
             assert task is not None
             self._interrupt_through(lambda: loop.call_soon_threadsafe(task.cancel))
             try:
-                return await coroutine
+                with forks.CopiesEnd():
+                    return await coroutine
             finally:
                 # From here on the loop ends, and must not be disturbed.
                 self._interrupt_through(_nothing)
@@ -107,8 +114,9 @@ class Window:
         with self._lock:
             if self.is_closed:
                 return False
-            self.interruption = self.interruption or interruption
             now = time.monotonic()
+            if self.interruption is None:
+                self.interruption, self.overdue_since = interruption, now
             if self._thread is not None and now - self._sent_at >= _AGAIN_SECONDS:
                 self._sent_at = now
                 self._send()
@@ -141,6 +149,8 @@ class Window:
             if self._thread is not None and self.interruption is not None:
                 _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
             self._thread = _CLOSED
+            if self.overdue_since is None:
+                self.overdue_since = time.monotonic()
 
 
 def _nothing() -> None:

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs
-from tests import jobs
+from tests import hosts, jobs, process_jobs
 
 
 def build_app(database_url: str, **config: Any) -> Flask:
-    """An app with the test jobs allowed; the tables are not made."""
+    """An app with the test jobs allowed; the tables are not made.
+
+    :param config: ``TEST_SET_UP`` names a function of ``tests.hosts`` that is called with the app.
+    """
     app = Flask("shop")
     app.config.update(
         SECRET_KEY="test",
         SQLALCHEMY_DATABASE_URI=database_url,
-        BGJOBS_ALLOWED_JOBS=jobs.NAMES,
+        BGJOBS_ALLOWED_JOBS=[*jobs.NAMES, *process_jobs.NAMES],
         BGJOBS_POLL_INTERVAL=0.1,
         BGJOBS_RETRY_DELAY=0.05,
         BGJOBS_HEARTBEAT_INTERVAL=0.2,
         BGJOBS_LEASE=2,
+        # Its routes take longer to make than all else.
+        BGJOBS_DASHBOARD=False,
     )
     app.config.update(config)
     db = SQLAlchemy()
     db.init_app(app)
     BgJobs(app)
+    if set_up := app.config.get("TEST_SET_UP"):
+        getattr(hosts, set_up)(app)
     return app
+
+
+def create_tables(app: Flask) -> None:
+    """Create the app's tables where the database has none of them."""
+    with app.app_context():
+        db = app.extensions["sqlalchemy"]
+        if not sa.inspect(db.engine).has_table("bgjobs_job"):
+            db.create_all()

@@ -16,10 +16,13 @@ from flask_bgjobs import Job
 from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.store import Store
 from tests import databases
-from tests.apps import build_app
+from tests.apps import build_app, create_tables
+from tests.prepared_databases import PreparedDatabases
 
 EXPORT = "CREATE TABLE export (job_id BIGINT, FOREIGN KEY (job_id) REFERENCES bgjobs_job(id))"
 """Makes a host's table whose rows hold jobs."""
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.01, 0.1
+"""Between two looks at what must come."""
 DEADLINE_SECONDS = 60.0
 """How long a test waits for something that must come; machines are slow and noisy."""
 
@@ -29,9 +32,13 @@ def wait_until(
 ) -> Any:
     """The first true value of ``condition``, or a failure that says what did not come."""
     deadline = time.monotonic() + seconds
+    pause = _FIRST_PAUSE_SECONDS
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not come in {seconds:g} s"
-        time.sleep(0.01)
+        time.sleep(pause)
+        # What takes longer is looked for less often: the processes that are to bring it need the
+        # processors.
+        pause = min(1.2 * pause, _LAST_PAUSE_SECONDS)
     return value
 
 
@@ -69,9 +76,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("database_kind", [kind for kind in kinds if kind not in missing])
 
 
+@pytest.fixture(scope="session")
+def prepared_databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreparedDatabases]:
+    """The databases with tables of this test process."""
+    prepared = PreparedDatabases(tmp_path_factory.mktemp("databases"))
+    yield prepared
+    prepared.close()
+
+
 @pytest.fixture
-def database_url(database_kind: str, tmp_path: Path) -> Iterator[str]:
-    """A database of the test's own."""
+def database_url(
+    database_kind: str, tmp_path: Path, prepared_databases: PreparedDatabases
+) -> Iterator[str]:
+    """A database of the test's own; its tables are there, and empty."""
+    with prepared_databases.use(database_kind, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database_url(database_kind: str, tmp_path: Path) -> Iterator[str]:
+    """A database of the test's own without tables."""
     with databases.new_database(database_kind, tmp_path) as url:
         yield url
 
@@ -83,8 +107,7 @@ def make_app(database_url: str) -> Iterator[Callable[..., Flask]]:
 
     def make(**config: Any) -> Flask:
         app = build_app(config.pop("database_url", database_url), **config)
-        with app.app_context():
-            app.extensions["sqlalchemy"].create_all()
+        create_tables(app)
         made.append(app)
         return app
 

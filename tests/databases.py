@@ -12,8 +12,10 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
+VARIABLES = {"postgresql": "BGJOBS_TEST_POSTGRES_URL", "mysql": "BGJOBS_TEST_MYSQL_URL"}
+"""Where the environment may name another server."""
 URLS = {
-    kind: sa.make_url(os.environ.get(f"BGJOBS_TEST_{kind.upper()}_URL", url))
+    kind: sa.make_url(os.environ.get(VARIABLES[kind], url))
     for kind, url in (
         ("postgresql", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"),
         # Without TLS: PyMySQL reads the certificates of the system anew for each connection.
@@ -40,7 +42,7 @@ def _missing(kind: str) -> str | None:
     except OperationalError as error:
         where = URLS[kind].render_as_string()
         said = str(error.orig).partition("\n")[0]
-        return f"no {kind} at {where} (BGJOBS_TEST_{kind.upper()}_URL): {said}"
+        return f"no {kind} at {where} ({VARIABLES[kind]}): {said}"
 
 
 @contextlib.contextmanager
@@ -49,30 +51,41 @@ def new_database(kind: str, folder: Path) -> Iterator[str]:
     if kind == "sqlite":
         yield f"sqlite:///{folder / 'test.db'}"
         return
+    name = create(kind)
+    try:
+        yield url(kind, name)
+    finally:
+        drop(kind, name)
+
+
+def create(kind: str) -> str:
+    """The name of a new database on a server."""
     name = f"bgjobs_test_{uuid.uuid4().hex}"
     run(kind, f"CREATE DATABASE {name}")
-    try:
-        yield URLS[kind].set(database=name).render_as_string(hide_password=False)
-    finally:
-        _drop(kind, name)
+    return name
 
 
-def _drop(kind: str, name: str) -> None:
+def url(kind: str, name: str) -> str:
+    """The URL of a database on a server."""
+    return URLS[kind].set(database=name).render_as_string(hide_password=False)
+
+
+def drop(kind: str, name: str) -> None:
     """Drop a database, whoever still uses it."""
-    if kind == "postgresql":
-        run(kind, f"DROP DATABASE {name} WITH (FORCE)")
-        return
-    for connection in _mysql_connections(name):
-        with contextlib.suppress(OperationalError):
-            run(kind, f"KILL {connection}")
-    run(kind, f"DROP DATABASE {name}")
+    end_connections(kind, name)
+    run(kind, f"DROP DATABASE {name}" + (" WITH (FORCE)" if kind == "postgresql" else ""))
 
 
-def _mysql_connections(name: str) -> list[int]:
-    """The ids of the connections to a database."""
-    found = f"SELECT id FROM information_schema.processlist WHERE db = '{name}'"
-    with _server("mysql").connect() as connection:
-        return list(connection.exec_driver_sql(found).scalars())
+def end_connections(kind: str, name: str) -> None:
+    """End all connections to a database."""
+    ids = {
+        "postgresql": f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}'",
+        "mysql": f"SELECT id FROM information_schema.processlist WHERE db = '{name}'",
+    }[kind]
+    with _server(kind).connect() as connection:
+        for number in connection.exec_driver_sql(ids).scalars():
+            with contextlib.suppress(OperationalError):
+                connection.exec_driver_sql(END_CONNECTION[kind].format(number))
 
 
 def product_of(*sizes: int) -> str:

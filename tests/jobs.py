@@ -104,6 +104,12 @@ def wait_for_file(path: str) -> bool:
     return True
 
 
+def read_pipe(path: str) -> str:
+    """Wait in a system call that nothing interrupts, until somebody writes into a named pipe."""
+    with open(path) as pipe:
+        return pipe.read()
+
+
 def ask_cancelled(path: str) -> str:
     """Look at the request by itself and finish tidily."""
     record(path, "start")
@@ -173,6 +179,13 @@ def ignore_term(path: str) -> None:
     """Run for ever, deaf to SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     record(path, f"deaf {current_job.id} {os.getpid()}")
+    while True:
+        time.sleep(0.05)
+
+
+def close_descriptors() -> None:
+    """Close the child's end of everything, as a careless daemonization does, and go on."""
+    os.closerange(3, 256)
     while True:
         time.sleep(0.05)
 
@@ -279,6 +292,18 @@ def tell_slowly(lines: int, seconds: float) -> None:
     for number in range(lines):
         current_job.log(f"line {number}")
         time.sleep(seconds)
+
+
+def keep_own_row(journal: str, end: str, how: str) -> None:
+    """Keep the row of this job locked until there is a file ``end``."""
+    lock = "SELECT id FROM bgjobs_job WHERE id = {} FOR UPDATE"
+    statement = lock if how == "locks" else "INSERT INTO export VALUES ({})"
+    with current_app.extensions["sqlalchemy"].engine.begin() as connection:
+        connection.execute(sa.text(statement.format(current_job.id)))
+        current_job.log("locked")
+        record(journal, "locked")
+        while not Path(end).exists():
+            time.sleep(0.01)
 
 
 def brief(path: str, name: str) -> None:
@@ -407,6 +432,7 @@ NAMES = [
             snooze_once,
             hold,
             wait_for_file,
+            read_pipe,
             ask_cancelled,
             async_hold,
             in_a_thread,
@@ -418,6 +444,7 @@ NAMES = [
             tell_pid_and_hold_at_first,
             exit_quietly,
             ignore_term,
+            close_descriptors,
             stuck_in_c,
             with_subprocess,
             too_much_memory,
@@ -432,6 +459,7 @@ NAMES = [
             hang_scheduler,
             tell_slowly,
             brief,
+            keep_own_row,
             hold_at_first,
             hold_gil_at_first,
             give,

@@ -25,15 +25,27 @@ def init_db_command() -> None:
 @bgjobs_commands.command("check")
 @one_sentence
 def check_command() -> None:
-    """Compare the database with the models; exit code 1 when they differ."""
+    """Compare the database with the models, and what db.session sees with what we see.
+
+    The exit code is 1 when they differ.
+    """
     from .. import schema
 
-    found = schema.differences(current_state())
-    for sentence in found:
+    state = current_state()
+    found = schema.differences(state)
+    elsewhere = schema.session_differences(state)
+    for sentence in [*found, *elsewhere]:
         click.echo(sentence)
+    if elsewhere:
+        raise click.ClickException(
+            "db.session writes jobs where workers do not look: set the schema, role or database "
+            "in a `connect` listener on the engine, which runs for flask-bgjobs as well"
+        )
     if found:
         raise click.ClickException(
             f"{len(found)} difference(s); run `flask db migrate` and `flask db upgrade` (without "
             "Flask-Migrate, `flask bgjobs init-db` makes missing tables)"
         )
     click.echo("The database matches the models")
+    if note := state.store.link_advice():
+        click.echo(f"Note: {note}")

@@ -12,7 +12,7 @@ from .. import actions, serialize
 from ..app_state import current_state, import_jobs
 from ..errors import JobNotFound
 from ..states import JobStatus
-from ..text import one_line
+from ..text import one_line, printable_lines
 from .group import MAX_ID, bgjobs_commands, json_option, one_sentence
 from .output import print_json, print_table
 from .selection import Verb, act_on_chosen, chosen_jobs
@@ -90,11 +90,14 @@ def list_command(
     status: Sequence[str], queue: Sequence[str], search: str, limit: int, as_json: bool
 ) -> None:
     """List jobs, newest first."""
-    from ..dashboard.queries import JobFilters, job_data, list_jobs
+    from ..dashboard.queries import InvalidSearch, JobFilters, job_data, list_jobs
 
     import_jobs(current_state())
-    filters = JobFilters(statuses=tuple(status), queues=tuple(queue), q=search)
-    rows = list_jobs(current_state(), filters, per=limit).jobs
+    try:
+        filters = JobFilters(statuses=tuple(status), queues=tuple(queue), q=search)
+        rows = list_jobs(current_state(), filters, per=limit).jobs
+    except InvalidSearch as error:
+        raise click.BadParameter(one_line(str(error)), param_hint="--search") from None
     if as_json:
         print_json([job_data(row) for row in rows])
     else:
@@ -156,7 +159,7 @@ def _print_job(data: Mapping[str, Any]) -> None:
     for attempt in data["attempts"]:
         error = one_line(attempt["error"] or "")
         click.echo(f"\nAttempt {attempt['attempt']} {attempt['outcome']}: {error}")
-        click.echo(attempt["traceback"] or "")
+        click.echo(printable_lines(attempt["traceback"] or ""))
 
 
 def _print_rows(jobs: Sequence[JobRow]) -> None:

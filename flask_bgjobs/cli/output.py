@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .. import serialize
-from ..text import one_line
+from ..text import one_line, printable_json
 
 _COLUMN_WIDTH = 60
 
@@ -27,7 +27,8 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 def print_json(data: Any) -> None:
     """Print ``data`` as indented JSON."""
-    click.echo(json.dumps(json.loads(serialize.dumps_plain(data)), indent=2, ensure_ascii=False))
+    plain = json.loads(serialize.dumps_plain(data))
+    click.echo(printable_json(json.dumps(plain, indent=2, ensure_ascii=False)))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import sys
 import threading
 import time
@@ -14,18 +15,24 @@ from typing import TYPE_CHECKING, Any
 import click
 from flask import Flask
 from flask.cli import ScriptInfo
+from sqlalchemy.exc import DBAPIError
 
 from .. import sd_notify
 from ..app_state import AppState, current_state
 from ..console import show_logs
+from ..errors import BgJobsError
+from ..leftovers import owning_process
 from ..reload import run_with_reload, watched_folders
+from ..safe_logging import logger as _logger
 from ..signal_handlers import STOP_SIGNALS, handled
 from ..signals import worker_started
 from ..states import JobStatus
+from ..store import database_sentence
 from ..supervised import OPTION, Supervised
 from ..supervisor import Supervisor
+from ..text import one_line
 from ..version import __version__
-from .group import QueueNames, bgjobs_commands, one_sentence
+from .group import NumberRange, QueueNames, bgjobs_commands, one_sentence
 
 if TYPE_CHECKING:
     from ..worker import Worker
@@ -35,7 +42,10 @@ _FLASKS_OWN_CHOICE = ("wsgi.py", "app.py")
 _YEARS = 1e9
 """Seconds or MiB: more than anybody means, and not infinite."""
 _MOST_PROCESSES = 1_000
-_positive = click.FloatRange(min=0, min_open=True, max=_YEARS)
+_FORCED_END_SECONDS = 11.0
+"""Beyond the grace of its jobs, for a worker to end; a supervisor waits for longer. A worker whose
+database and child processes all hang would need more."""
+_positive = NumberRange(min=0, min_open=True, max=_YEARS)
 _DID = {status: status.value for status in JobStatus} | {JobStatus.PENDING: "put back"}
 _POOL_UNITS = {"thread": "threads", "process": "child processes"}
 
@@ -71,7 +81,9 @@ _POOL_UNITS = {"thread": "threads", "process": "child processes"}
 @click.option("--no-scheduler", is_flag=True, help="No pruning; the rest goes on as without it.")
 @click.option("--reload", "reloads", is_flag=True, help="Start anew when code changes.")
 @click.option("-n", "--name", help="Name shown on the dashboard; default: host and pid.")
-@click.option("--shutdown-timeout", type=click.FloatRange(min=0), help="Grace of a stop, seconds.")
+@click.option(
+    "--shutdown-timeout", type=NumberRange(min=0, max=_YEARS), help="Grace of a stop, seconds."
+)
 @one_sentence
 def worker_command(
     reloads: bool, processes: int | None, supervised: int | None, **options: Any
@@ -113,13 +125,13 @@ def _supervise(state: AppState, processes: int, options: dict[str, Any]) -> int:
         burst=options["burst"],
         grace_seconds=state.config.shutdown_timeout if grace is None else grace,
     )
-    click.echo(
+    _say(
         f"flask-bgjobs {__version__} supervisor {os.getpid()} for the app {state.app.name}, "
         f"worker processes: {processes}"
     )
     began = time.monotonic()
     code = supervisor.run()
-    click.echo(
+    _say(
         f"Supervisor {os.getpid()} stopped after {time.monotonic() - began:.1f} s: worker "
         f"processes started: {supervisor.started:,}, of these as replacements: "
         f"{supervisor.replacements:,}"
@@ -136,16 +148,47 @@ def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **opti
         WorkerOptions(scheduler=not no_scheduler, app=_app_path(), show_logs=True, **options),
     )
     for line in _banner(state, worker):
-        click.echo(line)
+        _say(line)
     began = time.monotonic()
-    with _told_to_stop(worker, supervised):
-        worker.run()
-    click.echo(_summary(worker, time.monotonic() - began))
-    if worker.has_code_running or _other_threads_hold_the_process():
-        # Python would wait for them at its end, while their jobs run elsewhere already.
+    code = 1
+    try:
+        with owning_process(), _told_to_stop(worker, supervised):
+            worker.run()
+        code = 0
+    except BgJobsError as error:
+        click.echo(f"Error: {one_line(str(error))}", err=True)
+    except DBAPIError as error:
+        click.echo(f"Error: {database_sentence(error)}", err=True)
+    except (Exception, SystemExit):
+        # Such as sys.exit() in a listener of the host's: this is not the end that was asked for.
+        _logger.exception("Worker failed | Worker: %s", worker.name)
+    _say(_summary(worker, time.monotonic() - began))
+    _exit(code, at_once=worker.has_code_running or _other_threads_hold_the_process())
+
+
+def _exit(code: int, *, at_once: bool) -> None:
+    """End the process with an exit code.
+
+    :param at_once: without waiting for threads, as Python would; jobs of theirs already run
+        elsewhere.
+    """
+    if at_once:
         logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        _end_helpers()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _say(line: str) -> None:
+    """Print a line. Where nobody reads stdout any more, print nothing from now on."""
+    try:
+        click.echo(one_line(line))
+    except OSError:
+        # Python would try to write the rest when it ends, and exit with code 120.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process's life
 
 
 def _app_path() -> str | None:
@@ -154,6 +197,14 @@ def _app_path() -> str | None:
     if info is None or info.create_app is not None:
         return None
     return info.app_import_path or next(filter(os.path.exists, _FLASKS_OWN_CHOICE), None)
+
+
+def _end_helpers() -> None:
+    """End what jobs have started with ``multiprocessing``; Python does it at an ordinary end."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is not None:
+        for each in multiprocessing.active_children():
+            each.terminate()
 
 
 def _other_threads_hold_the_process() -> bool:
@@ -186,14 +237,20 @@ def _summary(worker: Worker, seconds: float) -> str:
 @contextlib.contextmanager
 def _told_to_stop(worker: Worker, supervised: int | None) -> Iterator[None]:
     """Let signals stop the worker, and let its supervisor or systemd know when it takes jobs."""
-    stop: Callable[[], None] = worker.stop
+    forced_end = _ForcedEnd(worker.grace_seconds)
     on_started = _tell_systemd_of_start
+
+    def stop() -> None:
+        forced_end.schedule()
+        worker.stop()
+
+    on_stop: Callable[[], None] = stop
     if supervised is not None:
-        tie = Supervised(supervised, worker.stop)
-        stop, on_started = tie.stop_once, tie.on_worker_started
+        tie = Supervised(supervised, stop)
+        on_stop, on_started = tie.stop_once, tie.on_worker_started
 
     def on_signal(*_: object) -> None:
-        stop()
+        on_stop()
         sd_notify.notify("STOPPING=1", "STATUS=Running jobs have their grace")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -202,6 +259,34 @@ def _told_to_stop(worker: Worker, supervised: int | None) -> Iterator[None]:
         handled(STOP_SIGNALS if in_main_thread else (), on_signal),
     ):
         yield
+
+
+class _ForcedEnd:
+    """Ends the process when its worker was asked to stop and cannot.
+
+    Its loop may stand still, in a signal receiver or a log handler that never returns. Then nothing
+    can be given back or logged: other workers take over when the heartbeat has stopped.
+
+    :param grace_seconds: of running jobs, after the first request.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        # A signal handler may put into it at any moment, which it could not do with a lock.
+        self._requests: queue.SimpleQueue[float] = queue.SimpleQueue()
+        threading.Thread(target=self._wait, name="bgjobs-forced-end", daemon=True).start()
+
+    def schedule(self) -> None:
+        """End the process after the grace; called again, without the grace."""
+        self._requests.put(time.monotonic() + self._grace_seconds + _FORCED_END_SECONDS)
+        self._grace_seconds = 0.0
+
+    def _wait(self) -> None:
+        end_at = self._requests.get()
+        while (left := end_at - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                end_at = min(end_at, self._requests.get(timeout=min(left, threading.TIMEOUT_MAX)))
+        os._exit(1)
 
 
 def _tell_systemd_of_start(_app: Flask, worker: str) -> None:

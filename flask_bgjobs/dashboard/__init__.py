@@ -6,6 +6,7 @@ from flask import Blueprint
 
 from ..config import Config
 from . import access, api, changes, views
+from .views import answer_health_check as answer_health_check
 
 
 def create_blueprint(config: Config) -> Blueprint:

@@ -8,22 +8,24 @@ forgotten.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from flask import Blueprint, Response, abort, current_app, g, request
+from flask import Blueprint, Response, abort, current_app, g, make_response, request, session
 from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import generate_csrf, validate_csrf
+from werkzeug.exceptions import HTTPException
+from werkzeug.sansio.response import Response as WerkzeugResponse
 from wtforms import ValidationError
 
+from .. import hooks
 from ..app_state import current_state
 from ..models import Job
+from ..safe_logging import logger as _logger
 from ..store import Actor
-from . import queries
-
-_logger = logging.getLogger("flask_bgjobs")
+from . import asked, queries
 
 VIEW, AUDIT, DISPATCH = "view", "audit", "dispatch"
 _ACTIONS = {
@@ -61,6 +63,8 @@ QUERY_SECONDS = 2.0
 """For each query of a page: a visitor waits, and asks again."""
 _READING = "bgjobs.reading"
 """Where the environment of a request holds what ends its reading."""
+_SAID = "bgjobs.said"
+"""Where the environment of a request holds the errors that were logged for it."""
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
 """Sent by our script: the answer is the part of the page that changes."""
@@ -83,8 +87,16 @@ def protect(blueprint: Blueprint) -> None:
 def is_allowed(action: str, job: Job | None = None) -> bool:
     """Whether the visitor may do ``action``, by configuration and the host's authorizer.
 
-    An authorizer that raises allows nothing.
+    Only ``True`` means yes. An authorizer that raises or aborts allows nothing.
     """
+    try:
+        return _is_allowed(action, job)
+    except HTTPException:
+        return False
+
+
+def _is_allowed(action: str, job: Job | None) -> bool:
+    """The same, but what the authorizer aborts with is raised: it is the answer to the request."""
     state = current_state()
     if action == VIEW:
         if state.config.dashboard_public:
@@ -95,10 +107,33 @@ def is_allowed(action: str, job: Job | None = None) -> bool:
     if authorizer is None:
         return False
     try:
-        return bool(authorizer(action, job))
+        answer: object = authorizer(action, job)
+    except HTTPException:
+        raise
     except Exception:
         _logger.exception("The dashboard's authorizer raised for %r; access is refused", action)
         return False
+    if not isinstance(answer, bool | None):
+        hooks.discard(answer)
+        _complain_once(
+            f"The dashboard's authorizer returned {_kind_of(answer)} for {action!r}; only True "
+            "allows anything"
+        )
+    return answer is True
+
+
+def _complain_once(sentence: str) -> None:
+    """Log an error once per request: a page asks for each job and button."""
+    said: set[str] = request.environ.setdefault(_SAID, set())
+    if sentence not in said:
+        said.add(sentence)
+        _logger.error(sentence)
+
+
+def _kind_of(answer: object) -> str:
+    """What was returned, without its value, which may be a secret."""
+    kind = type(answer)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def visible(job: Job) -> bool:
@@ -132,7 +167,15 @@ def _visitor_name() -> str:
     """As the host's own function says, or the id that Flask-Login knows, or the address."""
     identify = current_state().find_identifier()
     if identify is not None:
-        return str(identify())
+        name: object = identify()
+        if name is not None and not isinstance(name, str | int):
+            hooks.discard(name)
+            raise TypeError(
+                f"the function of identify_visitor returned {_kind_of(name)}; it must return a "
+                "string. Nothing was changed"
+            )
+        if name is not None:
+            return str(name)
     if hasattr(current_app, "login_manager"):
         from flask_login import current_user
 
@@ -219,18 +262,48 @@ def _refuse_job(action: str, job_id: int) -> ResponseReturnValue | None:
 
 def _refuse(action: str, job: Job | None = None) -> ResponseReturnValue | None:
     """The answer to who may not; ``None`` when the visitor may."""
-    if is_allowed(action, job):
-        return None
+    try:
+        if _is_allowed(action, job):
+            return None
+    except HTTPException as error:
+        if error.response is None:
+            raise
+        return _given(error.response)
     if current_state().find_authorizer() is not None and _is_anonymous():
         if is_api():
             abort(401, "Log in first.")
         if wants_fragment() or _prefers_json():
             return Response("Log in first.", 401, mimetype="text/plain")
-        answer: ResponseReturnValue = current_app.login_manager.unauthorized()  # type: ignore[attr-defined]  # set by Flask-Login
+        answer = make_response(current_app.login_manager.unauthorized())  # type: ignore[attr-defined]  # set by Flask-Login
+        if request.url_rule is not None and "GET" not in (request.url_rule.methods or ()):
+            _return_to(asked.next_page(), answer)
         return answer
     if current_state().config.read_only and action not in (VIEW, AUDIT):
         abort(403, "BGJOBS_READ_ONLY is set: nothing can be changed here.")
     abort(403, "You are not allowed to do this.")
+
+
+def _return_to(page: str, answer: Response) -> None:
+    """Let a login lead back to a page: Flask-Login knows only the address that was asked for, which
+    a browser cannot open after a form was sent to it."""
+    if "next" in session:
+        session["next"] = page
+    url = urlsplit(answer.headers.get("Location", ""))
+    query = parse_qsl(url.query, keep_blank_values=True)
+    if any(name == "next" for name, _ in query):
+        back = [(name, page if name == "next" else value) for name, value in query]
+        answer.headers["Location"] = url._replace(query=urlencode(back)).geturl()
+
+
+def _given(response: WerkzeugResponse) -> ResponseReturnValue:
+    """The answer that an authorizer has aborted with, such as a redirect to its login page.
+
+    A script would take that page for what it asked for.
+    """
+    is_redirect = HTTPStatus.MULTIPLE_CHOICES <= response.status_code < HTTPStatus.BAD_REQUEST
+    if is_redirect and (is_api() or wants_fragment()):
+        abort(401, "Log in first.")
+    return response
 
 
 def _is_anonymous() -> bool:
@@ -262,7 +335,7 @@ def _check_request_is_ours() -> None:
     try:
         validate_csrf(token)
     except ValidationError as error:
-        abort(400, f"{error} Go back, reload the page and try again; nothing was changed.")
+        abort(400, f"{error} Open the page again and repeat the change; nothing was changed.")
 
 
 def _add_headers(response: Response) -> Response:

@@ -19,6 +19,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 from .. import actions
 from ..app_state import current_state
 from ..errors import BgJobsError, JobNotAllowed, QueueNotFound
+from ..text import storable
 from . import access, asked, queries
 from .changes import ACTS
 
@@ -80,7 +81,9 @@ def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., Response
 def answer_error(error: HTTPException) -> Response:
     """An error as the API tells it."""
     code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
-    response = jsonify(error={"status": code, "message": str(error.description)})
+    # It may repeat what was sent, however long that is.
+    message = storable(str(error.description))
+    response = jsonify(error={"status": code, "message": message})
     response.status_code = code
     return response
 

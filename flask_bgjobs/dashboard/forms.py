@@ -176,9 +176,16 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
         place.append(sentence(text))
 
 
+def _delays_text(text: str) -> str:
+    """The delays before retries as the form takes them; empty when the row holds none."""
+    try:
+        return ", ".join(f"{delay:g}" for delay in json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return ""
+
+
 def form_like(state: AppState, job: Job) -> DispatchForm:
     """The form filled in with what ``job`` was dispatched with; secrets are masked."""
-    delays = json.loads(job.retry_delay)
     return DispatchForm(
         formdata=None,
         data={
@@ -187,7 +194,7 @@ def form_like(state: AppState, job: Job) -> DispatchForm:
             "queue": job.queue,
             "priority": str(job.priority),
             "retries": str(job.retries),
-            "retry_delay": ", ".join(f"{delay:g}" for delay in delays),
+            "retry_delay": _delays_text(job.retry_delay),
             "timeout": "" if job.timeout is None else f"{job.timeout:g}",
             "again": str(job.id),
         },

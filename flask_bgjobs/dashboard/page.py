@@ -6,6 +6,7 @@ import datetime as dt
 import functools
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Collection
 from typing import Any
@@ -20,6 +21,7 @@ from . import access, asked, queries
 from .queries import JobRow
 
 _STATIC = pathlib.Path(__file__).parent / "static"
+_MAX_DELAYS_CHARACTERS = 200
 _VERBS = ("retry", "cancel", "delete")
 """In the order of their buttons."""
 
@@ -129,6 +131,8 @@ class Helpers:
     @staticmethod
     def duration(seconds: float) -> str:
         """A duration in the unit that suits it."""
+        if not math.isfinite(seconds):
+            return str(seconds)
         if seconds < 1:
             return f"{seconds * 1000:.0f} ms"
         if seconds < 60:
@@ -140,11 +144,11 @@ class Helpers:
 
     @staticmethod
     def delays(text: str) -> str:
-        """The seconds before each retry, from their JSON."""
+        """The seconds before each retry, from their JSON; other text is shown as it is."""
         try:
             return ", ".join(f"{seconds:g}" for seconds in json.loads(text)) + " s"
-        except (ValueError, TypeError):
-            return text
+        except (ValueError, TypeError, RecursionError):
+            return text[:_MAX_DELAYS_CHARACTERS]
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from http import HTTPStatus
 from typing import Any
@@ -19,19 +18,24 @@ from flask import (
     url_for,
 )
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
-from werkzeug.exceptions import BadRequest, HTTPException, ServiceUnavailable
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, ServiceUnavailable
 
 from ..app_state import AppState, current_state
 from ..models import Job
+from ..safe_logging import logger as _logger
 from ..store import MAKE_TABLES, QueryTimeout, database_sentence, is_missing_table
 from ..text import one_line, sentence
 from . import access, api, asked, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
 from .page import Helpers
-
-_logger = logging.getLogger("flask_bgjobs")
 
 _MOST_QUEUES = 8
 """On the overview."""
@@ -207,6 +211,11 @@ def healthz() -> Response:
     return _plain("ok", HTTPStatus.OK)
 
 
+def answer_health_check() -> Response | None:
+    """The answer of :func:`healthz`, where it is asked for; runs before each request of the app."""
+    return healthz() if request.endpoint == "bgjobs.healthz" else None
+
+
 def _plain(text: str, status: HTTPStatus) -> Response:
     return Response(text, status, mimetype="text/plain")
 
@@ -223,12 +232,14 @@ def _fragment(name: str, **values: Any) -> Response:
     fragment = render_template(f"bgjobs/_{name}.html", **values)
     response = make_response(fragment)
     # "3 s ago" is brought up to date by the script, and is no news.
-    unaged = _TIME_TEXT.sub(r"\1", fragment)
+    news = _TIME_TEXT.sub(r"\1", fragment)
     token = access.csrf_token()
     if token is not None:
         # The page's own would expire while it stays open.
         response.headers["X-CSRFToken"] = token
-    response.set_etag(hashlib.sha256(unaged.encode()).hexdigest()[:32], weak=True)
+        # The token contains the time in seconds, so it is different for each request.
+        news = news.replace(token, "")
+    response.set_etag(hashlib.sha256(news.encode()).hexdigest()[:32], weak=True)
     response.make_conditional(request)
     return response
 
@@ -259,7 +270,9 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
     is_closed = error.code == HTTPStatus.FORBIDDEN and current_state().find_authorizer() is None
     if access.wants_fragment():
         return Response(str(error.description), error.code, mimetype="text/plain")
-    page = render_template("bgjobs/error.html", error=error, is_closed=is_closed)
+    # A form may have been open for too long: a fresh one is sent with that page.
+    again = asked.next_page() if request.method == "POST" and error.code == 400 else None
+    page = render_template("bgjobs/error.html", error=error, is_closed=is_closed, again=again)
     return page, error.code or HTTPStatus.INTERNAL_SERVER_ERROR
 
 
@@ -269,8 +282,10 @@ def _show_timeout(error: QueryTimeout) -> ResponseReturnValue:
 
 
 def _show_refusal(error: SQLAlchemyError) -> ResponseReturnValue:
-    """503 where the database is away, locked or without our tables; other errors are bugs."""
-    if isinstance(error, ProgrammingError) and not is_missing_table(error):
+    """503 where the database is away, locked or without our tables, and 403 where its user lacks a
+    right; other errors are bugs."""
+    is_denied = isinstance(error, DBAPIError) and current_state().store.is_denied(error)
+    if isinstance(error, ProgrammingError) and not (is_denied or is_missing_table(error)):
         raise error
     _logger.warning(
         "Database not usable | Path: %s | Error: %s", request.path, database_sentence(error)
@@ -279,11 +294,15 @@ def _show_refusal(error: SQLAlchemyError) -> ResponseReturnValue:
     what = "The database does not answer. Try again in a moment; the app's log says more."
     if is_missing_table(error):
         what = f"The database lacks a table: {MAKE_TABLES}."
+    answer: HTTPException = ServiceUnavailable(what)
+    if is_denied:
+        what = "The app's database user lacks the right to do this; the app's log says more."
+        answer = Forbidden(what)
     try:
-        return _show_error(ServiceUnavailable(what))
+        return _show_error(answer)
     except SQLAlchemyError:
         # The page asks the host who the visitor is, and the host asks the database.
-        return _plain(what, HTTPStatus.SERVICE_UNAVAILABLE)
+        return _plain(what, HTTPStatus(answer.code or HTTPStatus.SERVICE_UNAVAILABLE))
 
 
 def _too_long(error: QueryTimeout) -> str:

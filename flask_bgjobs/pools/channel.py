@@ -9,20 +9,27 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from .. import forks
+from ..safe_logging import logger as _logger
+
 _LENGTH = struct.Struct("!I")
 _CHUNK_BYTES = 256 * 1024
+_MAX_BYTES = 0x20202020 - 1
+"""Longer than any message, as ``BGJOBS_MAX_PAYLOAD`` is limited. Printable text that was written in
+place of a length reads as more."""
 
 
-class ParentEnd:
+class ParentEnd(forks.Forkable):
     """The worker's end: it never waits, or a child that does not read would stop all others."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
         self._socket = end
+        forks.watch(self)
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self.is_closed = False
-        """Whether the other end was closed."""
+        """Whether the other end was closed, or sent data that is not a message."""
 
     def fileno(self) -> int:
         """For a selector."""
@@ -67,25 +74,43 @@ class ParentEnd:
         """Close this end."""
         self._socket.close()
 
+    def after_fork_in_child(self) -> None:
+        """Close a copy's end."""
+        forks.close_in_copy(self._socket)
+
     def _whole_messages(self) -> Iterator[Any]:
         start = 0
         while len(self._incoming) >= start + _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
+            if length > _MAX_BYTES:
+                self._distrust()
+                return
             end = start + _LENGTH.size + length
             if len(self._incoming) < end:
                 break
             message = self._incoming[start + _LENGTH.size : end]
             start = end
-            yield json.loads(message)
+            try:
+                yield json.loads(message)
+            except ValueError:
+                self._distrust()
+                return
         del self._incoming[:start]
 
+    def _distrust(self) -> None:
+        """Read no further: where the next message would begin is not known."""
+        _logger.error("A child process sent data that is not a message; it is replaced")
+        self._incoming.clear()
+        self.is_closed = True
 
-class ChildEnd:
+
+class ChildEnd(forks.Forkable):
     """The child's end: it waits."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(True)
         self._socket = end
+        forks.watch(self)
         self._incoming = end.makefile("rb")
         self.lock = threading.Lock()
         """Held while something is told, so that what was told first also arrives first."""
@@ -108,6 +133,10 @@ class ChildEnd:
     def close(self) -> None:
         """Tell the worker that nothing more comes."""
         self._socket.shutdown(socket.SHUT_RDWR)
+
+    def after_fork_in_child(self) -> None:
+        """Close a copy's end: what the copy of a job says is not for the worker."""
+        forks.close_in_copy(self._socket)
 
 
 def _framed(message: Any) -> bytes:

@@ -13,12 +13,15 @@ from typing import Any
 
 from flask.cli import ScriptInfo
 
+from .. import forks
 from ..app_state import AppState, import_jobs, state_of
 from ..console import show_logs
 from ..context import CurrentJob
 from ..errors import JobCancelled, JobTimeout
 from ..execute import execute
+from ..leftovers import ProcessState
 from ..memory import memory_in_use
+from ..signal_handlers import reset_in_copies
 from ..spec import JobSpec
 from ..text import storable
 from ..window import Window
@@ -53,7 +56,8 @@ def run(descriptors: list[int], settings: dict[str, Any]) -> None:
     channel_end, tickets_end, marks_end = descriptors
     channel = ChildEnd(socket.socket(fileno=channel_end))
     try:
-        state = _build_app(settings)
+        with forks.CopiesEnd():
+            state = _build_app(settings)
     except BaseException as error:
         with channel.lock:
             channel.send([BROKEN, storable(f"{type(error).__name__}: {error}")])
@@ -82,7 +86,8 @@ class _Child:
         self._window: Window | None = None
 
     def run(self, limits: Limits) -> None:
-        signal.signal(signal.SIGTERM, self._on_term)
+        reset_in_copies({signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_term)})
+        self._process = ProcessState()
         threading.Thread(target=self._report, name="bgjobs-reports", daemon=True).start()
         with self._channel.lock:
             self._channel.send([READY])
@@ -109,11 +114,10 @@ class _Child:
             self._interrupt()
         outcome = execute(self._state, spec, job, window, claimed)
         self._number, self._job, self._window = 0, None, None
+        self._process.restore()
         with self._channel.lock:
             self._channel.send([OUTCOME, number, pack_outcome(outcome)])
         self._marks.finish(number)
-        if signal.getsignal(signal.SIGTERM) != self._on_term:
-            signal.signal(signal.SIGTERM, self._on_term)
         return window.interruption is not None
 
     def _data_of(self, number: int) -> tuple[float, JobSpec]:

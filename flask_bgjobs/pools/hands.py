@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from ..threads import WorkerThread
+
 _BRIEF_SECONDS = 0.0001
 """What takes longer is worth a thread of its own."""
 _SHARE_OF_NEWEST = 0.1
@@ -47,10 +49,13 @@ class Hands:
         self._share_of_long = 0.0
         self._all_until = 0.0
         self._watched: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        for number in range(size):
-            # Daemons: a job that ignores every request must not keep the process alive.
-            threading.Thread(target=self._serve, name=f"bgjobs-{number + 1}", daemon=True).start()
-        threading.Thread(target=self._watch, name="bgjobs-relay", daemon=True).start()
+        self.threads: list[threading.Thread] = [
+            *(WorkerThread(self._serve, f"bgjobs-{number + 1}") for number in range(size)),
+            WorkerThread(self._watch, "bgjobs-relay"),
+        ]
+        """The threads that must live until it is closed."""
+        for thread in self.threads:
+            thread.start()
 
     def call(self, pieces: int) -> None:
         """Let so many more pieces of work, which wait already, be done."""

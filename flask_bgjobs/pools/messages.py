@@ -11,7 +11,7 @@ from ..spec import JobSpec, Outcome, Report
 from ..states import OutcomeKind
 
 _TIMES = [JobSpec._fields.index(name) for name in ("run_at", "claimed_at", "started_at")]
-_KIND, _REPORT = Outcome._fields.index("kind"), Outcome._fields.index("report")
+_KIND, _REPORT, _NAMES = map(Outcome._fields.index, ("kind", "report", "parameter_names"))
 
 
 def pack_spec(spec: JobSpec) -> list[Any]:
@@ -42,6 +42,7 @@ def unpack_outcome(values: Sequence[Any]) -> Outcome:
     values = list(values)
     values[_KIND] = OutcomeKind(values[_KIND])
     values[_REPORT] = None if values[_REPORT] is None else unpack_report(values[_REPORT])
+    values[_NAMES] = None if values[_NAMES] is None else tuple(values[_NAMES])
     return Outcome(*values)
 
 

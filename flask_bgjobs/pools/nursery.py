@@ -6,7 +6,8 @@ no code of the host's, and forks: a new child is there in milliseconds, and buil
 itself. It is the children's parent, so only it can tell when one has ended, and can signal one
 without the risk of meeting another process that got its number since.
 
-When the worker dies, the nursery's connection closes, and it kills what it has borne.
+When the worker dies, the connection closes and Linux sends a signal; then it kills what it has
+borne.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
+
+from .. import forks
+from ..signal_handlers import reset_in_copies
 
 _MESSAGE = struct.Struct("=cqq")
 _FORK, _SIGNAL, _SIGNAL_GROUP = b"f", b"s", b"g"
-_BORN, _ENDED = b"b", b"e"
+_BORN, _NOT_BORN, _ENDED = b"b", b"n", b"e"
 _DESCRIPTORS = 3
 _LIBRARIES = (
     "flask_bgjobs.cli",
@@ -38,6 +43,7 @@ _LIBRARIES = (
     "sqlalchemy.dialects.sqlite",
 )
 """Imported before the first fork. None of them starts a thread."""
+_CLOSE_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
 _START += f"from {__name__} import main; main()"
@@ -52,6 +58,14 @@ class Born:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class NotBorn:
+    """The system refused to fork."""
+
+    slot: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
     """A child has ended."""
 
@@ -60,7 +74,7 @@ class Ended:
     """As ``os.waitpid`` gives it."""
 
 
-class Nursery:
+class Nursery(forks.Forkable):
     """The worker's side: starts the process, and tells it what to do.
 
     :param settings: what :func:`flask_bgjobs.pools.child.run` needs, as JSON can hold it.
@@ -77,19 +91,21 @@ class Nursery:
                     json.dumps(sys.path),
                     str(theirs.fileno()),
                     json.dumps(settings),
+                    str(os.getpid()),
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # Ctrl-C in a terminal is meant for the worker, which decides what it means here.
                 start_new_session=True,
             )
+        forks.watch(self)
 
     def fileno(self) -> int:
         """For a selector."""
         return self._control.fileno()
 
     def fork(self, slot: int, descriptors: list[int]) -> None:
-        """Ask for a child; :class:`Born` will answer.
+        """Ask for a child; :class:`Born` or :class:`NotBorn` will answer.
 
         :raises OSError: when the nursery is gone, as the others do.
         """
@@ -103,7 +119,12 @@ class Nursery:
         """Signal a child and all processes that it has started."""
         self._control.sendall(_MESSAGE.pack(_SIGNAL_GROUP, pid, number))
 
-    def next_event(self) -> Born | Ended:
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._control.fileno() < 0
+
+    def next_event(self) -> Born | NotBorn | Ended:
         """What has happened; waits for it.
 
         :raises EOFError: when the nursery is gone.
@@ -115,12 +136,30 @@ class Nursery:
         if len(data) < _MESSAGE.size:
             raise EOFError
         kind, first, second = _MESSAGE.unpack(data)
-        return Born(first, second) if kind == _BORN else Ended(first, second)
+        if kind == _BORN:
+            return Born(first, second)
+        return Ended(first, second) if kind == _ENDED else NotBorn(first, os.strerror(second))
 
     def close(self) -> None:
         """End the nursery and every child that is left."""
         self._control.close()
-        self._process.wait()
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            # It waits for a child that waits within the kernel.
+            self._process.kill()
+            self._process.wait()
+
+    def after_fork_in_child(self) -> None:
+        """Close a copy's connection, which would else keep children after the worker's death."""
+        forks.close_in_copy(self._control)
+
+
+def kill_groups(pids: Iterable[int]) -> None:
+    """End children, and the processes that they started, after the nursery itself was killed."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 # In the nursery's own process
@@ -130,28 +169,31 @@ def main() -> None:
     """Serve one worker; in the children, run jobs."""
     control = socket.socket(fileno=int(sys.argv[2]))
     settings = json.loads(sys.argv[3])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Service managers signal the whole group: what that means is the worker's decision.
-        signal.signal(number, signal.SIG_IGN)
+    # Service managers signal the whole group: what that means is the worker's decision.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     for name in _LIBRARIES:
         importlib.import_module(name)
     # Keeps the garbage collector from writing to pages that parent and children share.
     gc.freeze()
-    descriptors = _serve(control)
+    descriptors = _serve(control, worker=int(sys.argv[4]))
     if descriptors is not None:
+        reset_in_copies(former)
         from . import child
 
         child.run(descriptors, settings)
 
 
-def _serve(control: socket.socket) -> list[int] | None:
+def _serve(control: socket.socket, worker: int) -> list[int] | None:
     """Do what the worker asks until it is gone; in a child, the descriptors that it was given."""
     children: set[int] = set()
     awake, alarm = os.pipe()
     os.set_blocking(alarm, False)
     signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    while True:
+    # The connection does not close while a program that the worker started holds it open.
+    _signal_at_end_of_parent(signal.SIGCHLD)
+    while os.getppid() == worker:
         readable, _, _ = select.select([control.fileno(), awake], [], [])
         if awake in readable:
             os.read(awake, 4096)
@@ -166,26 +208,36 @@ def _serve(control: socket.socket) -> list[int] | None:
             # Killed before it had read what we told it.
             data = b""
         if len(data) < _MESSAGE.size:
-            _kill_all(children)
-            return None
+            break
         kind, first, second = _MESSAGE.unpack(data)
         if kind == _FORK:
-            pid = os.fork()
-            if pid == 0:
-                _leave_nursery(control, awake, alarm)
-                return descriptors
-            children.add(pid)
+            try:
+                pid = os.fork()
+            except OSError as error:
+                # No process or no memory is left: the children that live must not suffer for it.
+                _tell(control, _NOT_BORN, first, error.errno or 0)
+            else:
+                if pid == 0:
+                    _leave_nursery(control, awake, alarm)
+                    for descriptor in descriptors:
+                        # Programs that jobs start shall not have them.
+                        os.set_inheritable(descriptor, False)
+                    return descriptors
+                children.add(pid)
+                _tell(control, _BORN, first, pid)
             for descriptor in descriptors:
                 os.close(descriptor)
-            _tell(control, _BORN, first, pid)
         elif first in children:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if kind == _SIGNAL_GROUP else os.kill)(first, second)
+    _kill_all(children)
+    return None
 
 
 def _leave_nursery(control: socket.socket, awake: int, alarm: int) -> None:
     parent = os.getppid()
-    _die_with_parent()
+    # Also while C code keeps Python from noticing that the channel is closed.
+    _signal_at_end_of_parent(signal.SIGKILL)
     # A group of its own, so that a kill reaches the processes that its jobs start.
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -198,10 +250,10 @@ def _leave_nursery(control: socket.socket, awake: int, alarm: int) -> None:
         os._exit(1)
 
 
-def _die_with_parent() -> None:
-    """Also while C code keeps Python from noticing; only Linux can do that."""
+def _signal_at_end_of_parent(number: signal.Signals) -> None:
+    """Have this process sent a signal when its parent ends; only Linux can do that."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 def _reap(children: set[int], control: socket.socket) -> None:

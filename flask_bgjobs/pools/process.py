@@ -9,8 +9,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
-import logging
 import math
 import os
 import selectors
@@ -21,27 +21,31 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..errors import BgJobsError
+from ..errors import BgJobsError, JobCancelled, JobTimeout
 from ..exits import described
 from ..pace import Pace
-from ..spec import JobSpec, Outcome, Report
-from ..states import OutcomeKind
+from ..safe_logging import logger as _logger
+from ..spec import JobSpec, Outcome, Report, lost_outcome
+from ..states import OutcomeKind, lost_kind
+from ..text import one_line
+from ..threads import WorkerThread
 from . import child
 from .channel import ParentEnd
 from .child import Limits
 from .messages import pack_spec, unpack_outcome, unpack_report
-from .nursery import Born, Ended, Nursery
+from .nursery import Born, Ended, NotBorn, Nursery, kill_groups
 from .tickets import Marks, Tickets
-
-_logger = logging.getLogger("flask_bgjobs")
+from .trouble import Failing, Overdue
 
 STOP_SECONDS = 2.0
 """Between SIGTERM, which lets code clean up, and SIGKILL."""
 _AHEAD_SECONDS = 0.01
 """Work handed to a child ahead; behind a job that runs longer, it is taken back."""
 _MAX_AHEAD = 32
+_MAX_SELECT_SECONDS = 86_400.0
+"""epoll waits for 24 days at most."""
 _START_SECONDS = 60.0
-"""For the first child to build the app."""
+"""For a child to build the app."""
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
 _HOPELESS_FAILURES = 3
 """Children that died in a row while they built the app, for reasons they could not tell."""
@@ -77,7 +81,12 @@ class _Child:
     """What it was given and has not finished, by number, in order."""
     stopping: int = 0
     """The number of the job that it was told to stop; 0: none."""
+    killed_at: float = math.inf
     kill_at: float = math.inf
+    failure: str = ""
+    """Why it could not build the app."""
+    is_noted: bool = False
+    """Whether its failed start was counted before it ended."""
 
     def running(self) -> tuple[int, _Task] | None:
         """The job whose code runs, as far as the marks tell."""
@@ -128,17 +137,29 @@ class ProcessPool:
         self._done: list[tuple[JobSpec, Outcome]] = []
         self._pace = Pace()
         self._is_closed = False
+        self._leave_at = math.inf
+        """When a closed pool stops waiting for its children."""
         self._failures = 0
         self._failure = ""
+        """Why the last child could not start."""
+        self._is_hopeless = False
+        """Whether another try would change nothing."""
+        self._failing_since = self._failed_at = math.inf
+        """When the first child could not start while none was left, and the last one."""
         self._birth_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._awake, self._alarm = socket.socketpair()
         self._alarm.setblocking(False)
         self._selector.register(self._awake, selectors.EVENT_READ, self._on_alarm)
         self._open_nursery()
-        self._thread = threading.Thread(target=self._loop, name="bgjobs-children", daemon=True)
+        self._thread = WorkerThread(self._run, "bgjobs-children")
         self._thread.start()
         self._wait_for_first_child()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live until it is closed."""
+        return [self._thread]
 
     # The same methods as of the thread pool
 
@@ -168,6 +189,21 @@ class ProcessPool:
         with self._changed:
             idle = (c.is_ready and not c.stopping and not c.handed for c in self._living())
             return sum(idle) - len(self._waiting)
+
+    def capacity(self) -> int:
+        """How many jobs could run at once: all children, or those that are left while new ones
+        cannot start."""
+        with self._changed:
+            return sum(c.is_ready for c in self._living()) if self._failures else self.size
+
+    def failing(self) -> Failing | None:
+        """How children fail to start while none is left; ``None`` while one is there."""
+        with self._changed:
+            if self._failing_since == math.inf:
+                return None
+            # Up to the last failure: the child that is starting now may be a good one.
+            seconds = self._failed_at - self._failing_since
+            return Failing(seconds, self._failures >= _HOPELESS_FAILURES, self._failure)
 
     def take_unstarted(self) -> list[JobSpec]:
         """The jobs that no child has begun; they will not be run here."""
@@ -218,17 +254,60 @@ class ProcessPool:
             self._waiting.remove(waiting)
         self._on_finished(spec, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
 
+    def overdue(self) -> list[Overdue]:
+        """The jobs whose children were killed and have not ended: one that waits for a disk or a
+        network file system within the kernel may not."""
+        now = time.monotonic()
+        with self._changed:
+            return [
+                Overdue(
+                    each.handed[each.stopping].spec,
+                    now - each.killed_at,
+                    JobTimeout if each.marks.stop_for_timeout else JobCancelled,
+                    f"process {each.pid}",
+                )
+                for each in self._children.values()
+                if each.stopping in each.handed and each.killed_at <= now
+            ]
+
     def close(self) -> None:
         """End all children, at once where code still runs; nothing more can be submitted."""
         with self._changed:
             self._is_closed = True
+            self._leave_at = min(self._leave_at, time.monotonic() + 2 * STOP_SECONDS)
         self._ring()
         self._thread.join()
 
     # The loop, in a thread of its own
 
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._nursery.close()
+            self._selector.close()
+            self._awake.close()
+            self._alarm.close()
+
+    def _give_up(self) -> None:
+        """End all children; :meth:`take_unstarted` returns what they had, to be given back."""
+        self._nursery.close()
+        with self._changed:
+            self._is_closed = True
+            self._failure = "the thread that starts them has failed; the log says why"
+            self._is_hopeless = True
+            handed = [task for each in self._children.values() for task in each.handed.values()]
+            self._waiting.extendleft(reversed(handed))
+            self._children.clear()
+            self._changed.notify_all()
+        for spec, outcome in self._done:
+            self._on_finished(spec, outcome)
+
     def _loop(self) -> None:
-        while not (self._is_closed and not self._children):
+        while not self._is_over():
             for key, _ in self._selector.select(self._pause()):
                 with self._changed:
                     key.data()
@@ -239,10 +318,9 @@ class ProcessPool:
                 done, self._done = self._done, []
             for spec, outcome in done:
                 self._on_finished(spec, outcome)
-        self._nursery.close()
-        self._selector.close()
-        self._awake.close()
-        self._alarm.close()
+
+    def _is_over(self) -> bool:
+        return self._is_closed and (not self._children or time.monotonic() >= self._leave_at)
 
     def _ring(self) -> None:
         # Full, so it rings already; or the pool has ended.
@@ -261,7 +339,8 @@ class ProcessPool:
             )
             if len(self._living()) < self.size and not self._is_closed:
                 at = min(at, self._birth_at)
-            return None if at == math.inf else max(0.0, at - now)
+            at = min(at, self._leave_at)
+            return None if at == math.inf else min(max(0.0, at - now), _MAX_SELECT_SECONDS)
 
     def _look_at(self, each: _Child, now: float) -> float:
         at = each.kill_at
@@ -283,15 +362,27 @@ class ProcessPool:
             running = each.running()
             if running is not None and not each.stopping:
                 self._look_after_job(each, *running, now)
-            if now >= each.kill_at and each.pid is not None:
-                each.kill_at = math.inf
-                self._command(self._nursery.signal_group, each.pid, signal.SIGKILL)
+            if now >= each.kill_at:
+                self._kill(each, now)
         if self._is_closed:
             for each in self._living():
                 self._dismiss(each, now)
             return
         while len(self._living()) < self.size and now >= self._birth_at:
-            self._bear()
+            self._start_child()
+
+    def _kill(self, each: _Child, now: float) -> None:
+        each.kill_at, each.killed_at = math.inf, now
+        if each.pid is not None:
+            # Otherwise it is killed as soon as its number is known.
+            self._command(self._nursery.signal_group, each.pid, signal.SIGKILL)
+        if not (each.is_ready or each.is_leaving):
+            # Another one takes its place, also where this one cannot end.
+            each.is_leaving = each.is_noted = True
+            reason = f"it took longer than {_START_SECONDS:g} s to build the app"
+            if not self._is_watched(each):
+                reason = "it closed its connection and did not end"
+            self._note_failed_start(each.failure or reason)
 
     def _look_after_job(self, each: _Child, number: int, task: _Task, now: float) -> None:
         seconds = now - each.marks.started_at
@@ -324,6 +415,8 @@ class ProcessPool:
         each.tickets.give(number)
 
     def _flush(self, each: _Child) -> None:
+        if not self._is_watched(each):
+            return
         each.channel.flush()
         events = selectors.EVENT_READ
         if each.channel.has_outgoing:
@@ -331,6 +424,10 @@ class ProcessPool:
         key = self._selector.get_key(each.channel)
         if key.events != events:
             self._selector.modify(each.channel, events, key.data)
+
+    def _is_watched(self, each: _Child) -> bool:
+        """Whether its channel is still read."""
+        return each.channel in self._selector.get_map()
 
     def _take_back(self, each: _Child) -> None:
         """Put what the child has not begun before all that waits, in its old order."""
@@ -359,15 +456,31 @@ class ProcessPool:
         self._nursery = Nursery(self._settings)
         self._selector.register(self._nursery, selectors.EVENT_READ, self._on_nursery)
 
-    def _bear(self) -> None:
-        ours, theirs = socket.socketpair()
-        slot = next(self._slots)
-        each = _Child(slot, ParentEnd(ours), Tickets.create(), Marks.create())
+    def _start_child(self) -> None:
+        """Start a child, or try again after a pause: descriptors or processes may have run out."""
+        try:
+            if self._nursery.is_closed:
+                self._open_nursery()
+            self._request_child()
+        except OSError as error:
+            self._note_failed_start(f"{type(error).__name__}: {error}")
+
+    def _request_child(self) -> None:
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            with theirs:
+                tickets = Tickets.create()
+                undo.callback(tickets.close)
+                marks = Marks.create()
+                undo.callback(marks.close)
+                slot = next(self._slots)
+                self._nursery.fork(slot, [theirs.fileno(), tickets.read_end, marks.descriptor])
+            undo.pop_all()
+        each = _Child(slot, ParentEnd(ours), tickets, marks)
+        each.kill_at = time.monotonic() + _START_SECONDS
         self._children[slot] = each
         self._selector.register(each.channel, selectors.EVENT_READ, lambda: self._on_message(each))
-        descriptors = [theirs.fileno(), each.tickets.read_end, each.marks.descriptor]
-        self._command(self._nursery.fork, slot, descriptors)
-        theirs.close()
 
     def _command(self, command: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -382,37 +495,52 @@ class ProcessPool:
         except EOFError:
             self._on_nursery_lost()
             return
-        if isinstance(event, Born):
-            self._children[event.slot].pid = event.pid
-        else:
-            self._on_ended(event)
+        match event:
+            case Born():
+                each = self._children[event.slot]
+                each.pid = event.pid
+                if each.killed_at < math.inf:
+                    self._command(self._nursery.signal_group, each.pid, signal.SIGKILL)
+            case NotBorn():
+                self._forget(self._children[event.slot])
+                self._note_failed_start(event.reason)
+            case Ended():
+                self._on_ended(event)
 
     def _on_ended(self, event: Ended) -> None:
         each = next(c for c in self._children.values() if c.pid == event.pid)
         how = described(os.waitstatus_to_exitcode(event.status))
         self._bury(each, lambda task: self._crash_outcome(each, task, how))
-        if not (each.is_ready or self._is_closed):
-            self._on_failed_birth(how)
+        if not (each.is_ready or each.is_noted or self._is_closed):
+            self._note_failed_start(each.failure or f"its process {how} while it built the app")
 
-    def _on_failed_birth(self, how: str) -> None:
+    def _note_failed_start(self, failure: str) -> None:
         """Wait before the next one: what keeps one child from starting keeps all."""
         self._failures += 1
-        failure = self._failure or f"its process {how} while it built the app"
-        if self._failures >= _HOPELESS_FAILURES:
-            self._failure = failure
+        self._failure = failure
+        self._is_hopeless |= self._failures >= _HOPELESS_FAILURES
+        if not any(each.is_ready for each in self._living()):
+            self._failed_at = time.monotonic()
+            self._failing_since = min(self._failing_since, self._failed_at)
         backoff = _FIRST_BACKOFF_SECONDS * 2 ** min(self._failures, 20)
         self._birth_at = time.monotonic() + min(backoff, _LAST_BACKOFF_SECONDS)
-        _logger.error("A child of the process pool could not start: %s", failure)
+        _logger.error("A child of the process pool could not start: %s", one_line(failure))
         self._changed.notify_all()
 
     def _on_nursery_lost(self) -> None:
         """All children went with it, and nobody can tell which of them was to blame, if any."""
         _logger.error("The process that starts the children has ended; another one is started")
+        kill_groups(each.pid for each in self._children.values() if each.pid is not None)
+        is_start = any(not (each.is_ready or each.is_leaving) for each in self._children.values())
+        running = [found[1] for each in self._children.values() if (found := each.running())]
+        suspects = sum(task.spec.suspect for task in running)
         for each in list(self._children.values()):
-            self._bury(each, _lost_outcome)
+            self._bury(each, functools.partial(_outcome_of_lost, suspects))
         self._selector.unregister(self._nursery)
         self._nursery.close()
-        self._open_nursery()
+        if is_start and not self._is_closed:
+            # It may be the start of a child that ends it, each time.
+            self._note_failed_start("the process that starts the children has ended")
 
     def _bury(self, each: _Child, outcome_of: Callable[[_Task], Outcome]) -> None:
         """Hear what a dead child said last, and settle the job that died with it."""
@@ -428,7 +556,8 @@ class ProcessPool:
 
     def _forget(self, each: _Child) -> None:
         del self._children[each.slot]
-        self._selector.unregister(each.channel)
+        if self._is_watched(each):
+            self._selector.unregister(each.channel)
         each.channel.close()
         each.tickets.close()
         each.marks.close()
@@ -464,32 +593,51 @@ class ProcessPool:
     # Messages of children
 
     def _on_message(self, each: _Child) -> None:
-        if each.slot not in self._children:
-            # It was buried while this event waited for its turn.
+        if each.slot not in self._children or not self._is_watched(each):
+            # That happened while this event waited for its turn.
             return
         for message in each.channel.receive():
-            self._on_one_message(each, message)
-        if each.channel.is_closed and not each.is_leaving:
-            each.is_leaving = True
+            try:
+                self._on_one_message(each, message)
+            except (TypeError, ValueError, IndexError) as error:
+                _logger.warning("A message of a child process cannot be read: %s", error)
+        if not each.channel.is_closed:
+            self._flush(each)
+            return
+        # It would be readable for as long as the child takes to end.
+        self._selector.unregister(each.channel)
+        if not each.is_leaving:
+            # One that has failed to start keeps its place: the next one waits for a while.
+            each.is_leaving = each.is_ready
             each.kill_at = min(each.kill_at, time.monotonic() + STOP_SECONDS)
             self._take_back(each)
-        self._flush(each)
 
-    def _on_one_message(self, each: _Child, message: list[Any]) -> None:
+    def _on_one_message(self, each: _Child, message: Any) -> None:
         match message:
-            case [child.OUTCOME, number, values]:
+            case [child.OUTCOME, number, values] if number in each.handed:
                 self._on_outcome(each, number, unpack_outcome(values))
             case [child.REPORT, number, values] if number in each.handed:
                 each.handed[number].tell(unpack_report(values))
-            case [child.READY]:
+            case [child.READY] if each.killed_at == math.inf:
                 each.is_ready = True
-                self._failures, self._failure = 0, ""
+                each.kill_at = math.inf
+                self._failures, self._is_hopeless, self._failing_since = 0, False, math.inf
                 self._changed.notify_all()
             case [child.BROKEN, sentence]:
-                self._failure = sentence
+                each.failure = self._failure = sentence
+                self._is_hopeless = True
+                # A thread of the app's may keep it alive.
+                each.kill_at = min(each.kill_at, time.monotonic() + STOP_SECONDS)
                 self._changed.notify_all()
+            case [child.OUTCOME | child.REPORT, _, _] | [child.READY]:
+                # Of a job that has ended meanwhile, or of a child that is about to end.
+                pass
+            case _:
+                _logger.warning("A child process sent an unknown message, which is ignored")
 
     def _on_outcome(self, each: _Child, number: int, outcome: Outcome) -> None:
+        if (outcome.job_id, outcome.attempt) != each.handed[number].spec.key:
+            raise ValueError("it is the outcome of another job")
         task = each.handed.pop(number)
         if each.stopping == number:
             each.stopping, each.kill_at = 0, math.inf
@@ -507,7 +655,7 @@ class ProcessPool:
         with self._changed:
             while not any(each.is_ready for each in self._children.values()):
                 left = deadline - time.monotonic()
-                if self._failure or left <= 0:
+                if self._is_hopeless or left <= 0:
                     reason = self._failure or f"it took longer than {_START_SECONDS:g} s"
                     break
                 self._changed.wait(left)
@@ -525,11 +673,10 @@ def _number_of(each: _Child, spec: JobSpec) -> int:
     return next((number for number, task in each.handed.items() if task.spec is spec), 0)
 
 
-def _lost_outcome(task: _Task) -> Outcome:
-    return Outcome(
-        task.spec.id,
-        task.spec.attempt,
-        OutcomeKind.LOST,
-        error_type="WorkerLost",
-        error="WorkerLost: all children ended at once",
-    )
+def _outcome_of_lost(suspects: int, task: _Task) -> Outcome:
+    """The outcome of a job that ran when all children ended.
+
+    :param suspects: how many suspects ran then.
+    """
+    kind = lost_kind(is_started_suspect=task.spec.suspect, started_suspects=suspects)
+    return lost_outcome(task.spec, kind, "all child processes of its worker ended")

@@ -16,8 +16,10 @@ from ..errors import JobCancelled, JobTimeout
 from ..execute import execute
 from ..spec import JobSpec, Key, Outcome, Report
 from ..states import OutcomeKind
+from ..threads import WorkerThread, position_of
 from ..window import Window
 from .hands import Hands
+from .trouble import Overdue
 
 _COMPACT_FROM = 1_000
 """Deadlines kept before those of finished jobs are looked for."""
@@ -54,6 +56,11 @@ class ThreadPool:
         self._deadlines = _Deadlines()
         self._hands = Hands(size, self._run_next, lambda: bool(self._waiting))
 
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live until it is closed."""
+        return [*self._hands.threads, *self._deadlines.threads]
+
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
         """Run jobs, in this order, as threads become free.
 
@@ -78,6 +85,14 @@ class ThreadPool:
     def idle(self) -> int:
         """How many jobs would begin at once, were they submitted now."""
         return self.size - len(self._tasks)
+
+    def capacity(self) -> int:
+        """How many jobs could run at once."""
+        return self.size
+
+    def failing(self) -> None:
+        """Threads start when they are needed, and their end ends the worker."""
+        return
 
     def take_unstarted(self) -> list[JobSpec]:
         """The jobs that wait for a thread; they will not be run here."""
@@ -115,6 +130,20 @@ class ThreadPool:
             task.window.interrupt(JobCancelled)
         else:
             self._finish(task, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
+
+    def overdue(self) -> list[Overdue]:
+        """The jobs that hold a thread although they were asked to stop or their code has ended."""
+        now = time.monotonic()
+        return [
+            Overdue(
+                task.spec,
+                now - since,
+                task.window.interruption,
+                position_of(task.window.thread_id or 0),
+            )
+            for task in self._running_tasks()
+            if (since := task.window.overdue_since) is not None
+        ]
 
     def close(self) -> None:
         """Let threads end when they are idle; nothing more can be submitted."""
@@ -166,11 +195,16 @@ class _Deadlines:
             if len(self._heap) > self._compact_at:
                 self._compact()
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._watch, name="bgjobs-timeouts", daemon=True
-                )
-                self._thread.start()
+                thread = WorkerThread(self._watch, "bgjobs-timeouts")
+                thread.start()
+                # Not before: the worker takes a thread that has not started for one that has ended.
+                self._thread = thread
             self._changed.notify()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The thread, once it was needed."""
+        return [] if self._thread is None else [self._thread]
 
     def close(self) -> None:
         with self._changed:
@@ -193,5 +227,6 @@ class _Deadlines:
                 left = self._heap[0][0] - time.monotonic() if self._heap else None
                 if left is not None and left <= 0:
                     return heapq.heappop(self._heap)[2]
-                self._changed.wait(left)
+                # threading waits for less than 300 years at a time.
+                self._changed.wait(left and min(left, threading.TIMEOUT_MAX))
             return None

@@ -14,12 +14,14 @@ import select
 import struct
 import tempfile
 
+from .. import forks
+
 _TICKET = struct.Struct("=q")
 _AT_ONCE = 4096 // _TICKET.size
 """Tickets in one write: so many bytes a pipe takes whole."""
 
 
-class Tickets:
+class Tickets(forks.Forkable):
     """The pipe of one child's tickets; numbers rise and none is used twice."""
 
     def __init__(self, read_end: int, write_end: int | None = None) -> None:
@@ -27,6 +29,7 @@ class Tickets:
         os.set_blocking(read_end, False)
         self.read_end = read_end
         self._write_end = write_end
+        forks.watch(self)
 
     @classmethod
     def create(cls) -> Tickets:
@@ -63,13 +66,19 @@ class Tickets:
     def end(self) -> None:
         """Let the child end when it has taken the tickets that are left."""
         if self._write_end is not None:
-            os.close(self._write_end)
-            self._write_end = None
+            write_end, self._write_end = self._write_end, None
+            os.close(write_end)
 
     def close(self) -> None:
         """Close the ends that this process has."""
         self.end()
-        os.close(self.read_end)
+        read_end, self.read_end = self.read_end, -1
+        if read_end >= 0:
+            os.close(read_end)
+
+    def after_fork_in_child(self) -> None:
+        """Close a copy's ends: only the worker and its child may hold them."""
+        self.close()
 
 
 class Marks:

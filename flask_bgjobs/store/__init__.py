@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sqlalchemy as sa
-from sqlalchemy.orm import scoped_session
 
 from ..errors import DatabaseNotSupported
 from .audits import Actor
 from .base import Store
 from .by_hand import DONE, ActionResult
-from .database import CommitInDoubt, QueryTimeout
+from .database import CommitInDoubt, Host, QueryTimeout
 from .inserts import NewJobs, unique_hash
 from .mysql import MysqlStore
 from .postgresql import PostgresStore
@@ -19,7 +16,8 @@ from .prunes import PruneCursor, Pruned, Retention
 from .refusals import MAKE_TABLES, database_sentence, is_missing_table
 from .runs import LeaseView
 from .selections import Conditions, Selection
-from .sqlite import SqliteStore, advice
+from .sizes import batches, statement_bytes
+from .sqlite import SqliteStore, advice, is_in_memory
 
 __all__ = [
     "DONE",
@@ -28,6 +26,7 @@ __all__ = [
     "Actor",
     "CommitInDoubt",
     "Conditions",
+    "Host",
     "LeaseView",
     "NewJobs",
     "PruneCursor",
@@ -37,9 +36,12 @@ __all__ = [
     "Selection",
     "Store",
     "advice",
+    "batches",
     "database_sentence",
+    "is_in_memory",
     "is_missing_table",
     "make_store",
+    "statement_bytes",
     "unique_hash",
 ]
 
@@ -51,9 +53,7 @@ _STORES: dict[str, type[Store]] = {
 }
 
 
-def make_store(
-    engine: sa.Engine, session: scoped_session[Any], *, schema: str | None, max_crashes: int
-) -> Store:
+def make_store(engine: sa.Engine, host: Host, *, schema: str | None, max_crashes: int) -> Store:
     """The store for the engine's dialect; nothing is connected yet.
 
     :raises DatabaseNotSupported: when there is none.
@@ -65,4 +65,4 @@ def make_store(
             f"flask-bgjobs has no store for {engine.dialect.name} in this version; it runs on "
             f"{', '.join(_STORES)}. Name a bind on one of these with BGJOBS_BIND_KEY"
         ) from None
-    return store(engine, session, schema=schema, max_crashes=max_crashes)
+    return store(engine, host, schema=schema, max_crashes=max_crashes)

@@ -78,7 +78,10 @@ class Audits(Database):
         self.transaction(lambda c: self.audit(c, actor, action, subject=subject, jobs=jobs))
 
     def prune_audits(self, limit: int) -> int:
-        """Delete up to ``limit`` entries that are older than a year; how many it were."""
+        """Delete up to ``limit`` entries that are older than a year.
+
+        :returns: how many were deleted.
+        """
 
         def work(connection: sa.Connection) -> int:
             old = (

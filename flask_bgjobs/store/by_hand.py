@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from .prunes import delete_unheld
 
 DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
 """What becomes of a job, by action."""
+_LOCKED_SECONDS, _LOCKED_PAUSE_SECONDS = 2.0, 0.05
+"""How long a job is tried again whose row another transaction keeps locked, and how often."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -29,6 +33,12 @@ class ActionResult:
     """Running jobs that were asked to stop."""
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     """Why the others were left alone."""
+
+    def add(self, other: ActionResult) -> None:
+        """Add what was done to other jobs."""
+        self.done += other.done
+        self.requested += other.requested
+        self.skipped |= other.skipped
 
     def in_words(self, done: str) -> str:
         """What was done, as in ``3 cancelled, 2 skipped``.
@@ -121,7 +131,7 @@ class ByHand(Audits):
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
             idle = [job_id for job_id, status in found.items() if status != JobStatus.RUNNING]
-            held = delete_unheld(connection, idle)
+            held = delete_unheld(connection, idle, self.is_lock_timeout)
             for job_id, status in found.items():
                 if status == JobStatus.RUNNING:
                     result.skipped[job_id] = "it is running; cancel it first"
@@ -140,23 +150,48 @@ class ByHand(Audits):
         action: str,
         by: Actor | None,
     ) -> ActionResult:
-        def locked(connection: sa.Connection) -> ActionResult:
-            rows = connection.execute(
-                by_id(sa.select(JOBS.c.id, JOBS.c.status))
-                .where(JOBS.c.id.in_(ids))
-                .order_by(JOBS.c.id)
-                .with_for_update()
+        result = ActionResult()
+        ends = time.monotonic() + _LOCKED_SECONDS
+        left: Sequence[int] = ids
+        while left:
+            part, left = self.transaction(
+                functools.partial(self._act_on_unlocked, ids=left, work=work, action=action, by=by)
             )
-            found = {row.id: row.status for row in rows}
-            result = work(connection, found)
-            result.skipped.update({i: "it does not exist" for i in ids if i not in found})
-            changed = [*result.done, *result.requested]
-            if changed:
-                said = result.in_words(DONE[action])
-                self.audit(connection, by, action, jobs=changed, result=said)
-            return result
+            result.add(part)
+            if left and time.monotonic() >= ends:
+                result.skipped |= dict.fromkeys(left, "another transaction keeps it locked")
+                break
+            if left:
+                time.sleep(_LOCKED_PAUSE_SECONDS)
+        return result
 
-        return self.transaction(locked)
+    def _act_on_unlocked(
+        self,
+        connection: sa.Connection,
+        *,
+        ids: Sequence[int],
+        work: Callable[[sa.Connection, Mapping[int, str]], ActionResult],
+        action: str,
+        by: Actor | None,
+    ) -> tuple[ActionResult, list[int]]:
+        """What was done, and the jobs whose rows another transaction keeps locked."""
+        chosen = by_id(sa.select(JOBS.c.id, JOBS.c.status)).where(JOBS.c.id.in_(ids))
+        rows = connection.execute(chosen.order_by(JOBS.c.id).with_for_update(skip_locked=True))
+        found = {row.id: row.status for row in rows}
+        missing = [job_id for job_id in ids if job_id not in found]
+        locked: list[int] = []
+        if missing:
+            # Read without a lock: what is there nevertheless is locked.
+            there = sa.select(JOBS.c.id).where(JOBS.c.id.in_(missing))
+            locked = list(connection.scalars(there.order_by(JOBS.c.id)))
+        result = work(connection, found)
+        gone = (job_id for job_id in missing if job_id not in locked)
+        result.skipped |= dict.fromkeys(gone, "it does not exist")
+        changed = [*result.done, *result.requested]
+        if changed:
+            said = result.in_words(DONE[action])
+            self.audit(connection, by, action, jobs=changed, result=said)
+        return result, locked
 
     def _update_each(self, connection: sa.Connection, ids: Sequence[int], **values: Any) -> None:
         if ids:

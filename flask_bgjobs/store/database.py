@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -21,6 +21,7 @@ from sqlalchemy.orm import scoped_session
 
 from .. import forks
 from ..models import Attempt, Job, Queue, Rollup, Worker, by_index
+from ..threading_patches import Lock
 from .watchdog import Watchdog
 
 T = TypeVar("T")
@@ -35,9 +36,21 @@ READ_ONLY = "bgjobs_read_only"
 """The execution option of connections that only read."""
 ALONE = "bgjobs_alone"
 """The execution option of connections on which each statement is a transaction of its own."""
+_SCHEMAS = "schema_translate_map"
+"""SQLAlchemy's execution option by which statements name their schema."""
 _REDO_SECONDS = 30.0
 """How long a transaction that the database turned away is tried again."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.005, 0.5
+
+
+class Host(Protocol):
+    """What the store asks of the host's Flask-SQLAlchemy."""
+
+    def session(self) -> scoped_session[Any]:
+        """Its session."""
+
+    def outer_connection(self) -> sa.Connection | None:
+        """The connection to which its sessions are bound, if they are bound to one."""
 
 
 class CommitInDoubt(OperationalError):
@@ -52,7 +65,7 @@ class Database(abc.ABC):
     """One app's database, as far as the statements need it.
 
     :param engine: the host's engine for the tables.
-    :param session: the host's session, for databases that have only one connection.
+    :param host: finds the host's session and the connection that it may be bound to.
     :param schema: the schema of the host's metadata, if it has one.
     :param max_crashes: proved crashes at which a job is failed.
     :param deadline: seconds after which a connection in use is given up; ``None``: never.
@@ -71,27 +84,33 @@ class Database(abc.ABC):
     def __init__(
         self,
         engine: sa.Engine,
-        session: scoped_session[Any],
+        host: Host,
         *,
         schema: str | None,
         max_crashes: int,
         deadline: float | None = None,
     ) -> None:
         self.host_engine = engine
-        self.host_session = session
+        self._host = host
         self._schema = schema
+        self.schema = _translated(engine, schema)
+        """Where the tables are, when that is not the connection's default schema."""
         self.deadline = deadline
+        self._is_workers = False
+        """Whether a worker uses it, which does not start where the sessions share a connection."""
         self.give_up_at = math.inf
         """By ``time.monotonic()``: afterwards the database is not asked any more, and who waits
         for it then gets an error."""
+        self.on_attempt: Callable[[], object] = _nothing
+        """Called, in the thread that asks the database, before each attempt of a transaction."""
         self._watchdog = Watchdog(self.sever, lambda: self.give_up_at)
         self.execution_options: dict[str, Any] = (
-            {} if schema is None else {"schema_translate_map": {None: schema}}
+            {} if self.schema is None else {_SCHEMAS: {None: self.schema}}
         )
         self._max_crashes = max_crashes
         self._own_engine: sa.Engine | None = None
         self._own_engine_pid = 0
-        self._own_engine_lock = threading.Lock()
+        self._own_engine_lock = Lock()
         forks.watch(self)
 
     @abc.abstractmethod
@@ -125,16 +144,21 @@ class Database(abc.ABC):
 
     @abc.abstractmethod
     def make_engine(self) -> sa.Engine:
-        """A small engine of our own on the host's database."""
+        """A small engine of our own on the host's database.
 
-    def connect_as_host(self) -> Any:
+        Its errors hide the parameters of statements: these hold what jobs were given.
+        """
+
+    def connect_as_host(self, record: Any) -> Any:
         """A driver's connection, made in the host's own way, with its connect_args.
+
+        :param record: of our own pool.
 
         :raises OperationalError: also where code of the host's is in the way and fails.
         """
         dialect = self.host_engine.dialect
         try:
-            return self.host_engine.pool._creator()  # type: ignore[call-arg]  # also without a record
+            return self.host_engine.pool._invoke_creator(record)
         except (SQLAlchemyError, dialect.loaded_dbapi.Error):
             raise
         except Exception as error:
@@ -144,9 +168,34 @@ class Database(abc.ABC):
         """The execution options of a connection, with what the driver must be told for them."""
         return options
 
+    def seen_by(self, connection: sa.Connection) -> dict[str, str | None]:
+        """What decides which tables a connection sees, and as whom, by its name for people."""
+        return dict(connection.execute(self._seen).mappings().one())
+
+    @property
+    @abc.abstractmethod
+    def _seen(self) -> sa.Select[Any]:
+        """The query of :meth:`seen_by`."""
+
     @abc.abstractmethod
     def is_redoable(self, error: DBAPIError) -> bool:
         """Whether the same transaction may succeed when it is simply done again."""
+
+    def is_read_only(self, error: DBAPIError) -> bool:
+        """Whether the server takes no writes, as one does that is no longer the primary.
+
+        Nothing was done then, and the connections of our engine are not used any more: the next
+        one may lead to the new primary.
+        """
+        return False
+
+    def is_denied(self, error: DBAPIError) -> bool:
+        """Whether the database user lacks a right."""
+        return False
+
+    @abc.abstractmethod
+    def is_lock_timeout(self, error: DBAPIError) -> bool:
+        """Whether a row stayed locked by another transaction for too long."""
 
     @abc.abstractmethod
     def ending_queries(
@@ -157,6 +206,13 @@ class Database(abc.ABC):
     @abc.abstractmethod
     def is_timeout(self, error: DBAPIError) -> bool:
         """Whether the database has ended a query for that."""
+
+    def link_advice(self) -> str | None:
+        """What the host should set so that its own connections notice a dead link, in a sentence.
+
+        ``None``: nothing is known to be missing.
+        """
+        return None
 
     can_listen = False
     """Whether :meth:`listen` is there."""
@@ -184,6 +240,23 @@ class Database(abc.ABC):
         """Tell those that listen of jobs, as soon as the transaction commits."""
 
     @property
+    def host_session(self) -> scoped_session[Any]:
+        """The host's session, for databases that have only one connection."""
+        return self._host.session()
+
+    @property
+    def outer_connection(self) -> sa.Connection | None:
+        """The connection to which the host's sessions are bound, as in a test that rolls back.
+
+        All our statements then run on it: another connection would not see the host's rows.
+        """
+        return None if self._is_workers else self._host.outer_connection()
+
+    @property
+    def _shares_a_connection(self) -> bool:
+        return self.always_joins or self.outer_connection is not None
+
+    @property
     def always_joins(self) -> bool:
         """Whether there is only one connection, so that a commit of ours would be the host's."""
         return False
@@ -207,23 +280,53 @@ class Database(abc.ABC):
                 self._own_engine_pid = os.getpid()
             return self._own_engine
 
+    @contextlib.contextmanager
+    def in_our_schema(self, connection: sa.Connection) -> Iterator[None]:
+        """Let statements on the host's ``connection`` find our tables; afterwards its own again."""
+        theirs = connection.get_execution_options().get(_SCHEMAS)
+        ours = self.execution_options.get(_SCHEMAS)
+        if theirs == ours:
+            yield
+            return
+        connection.execution_options(**{_SCHEMAS: ours})
+        try:
+            yield
+        finally:
+            connection.execution_options(**{_SCHEMAS: theirs})
+
     def with_deadline(self, seconds: float) -> Self:
         """A store of the same database with connections of its own and a deadline.
 
         Whatever takes longer than ``seconds`` ends with an error, also where the link to the
         database is dead and says nothing.
         """
-        return type(self)(
+        return self._for_a_worker(seconds)
+
+    def _for_a_worker(self, deadline: float | None) -> Self:
+        store = type(self)(
             self.host_engine,
-            self.host_session,
+            self._host,
             schema=self._schema,
             max_crashes=self._max_crashes,
-            deadline=seconds,
+            deadline=deadline,
         )
+        store._is_workers = True
+        return store
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live while connections are in use."""
+        return self._watchdog.threads
 
     def seconds_left(self) -> float:
         """Until the database is not asked any more."""
         return self.give_up_at - time.monotonic()
+
+    def watched(self, driver_connection: Any) -> AbstractContextManager[None]:
+        """Sever a connection that a block uses for longer than this store's deadline."""
+        if self.deadline is None or driver_connection is None:
+            return contextlib.nullcontext()
+        return self._watchdog.watching(driver_connection, self.deadline)
 
     def leave_what_is_gone(self) -> None:  # noqa: B027  # only a file can be replaced
         """Close connections, the host's as well, that lead to a database no longer in use."""
@@ -245,7 +348,7 @@ class Database(abc.ABC):
 
     def after_fork_in_child(self) -> None:
         """Take a new lock: another thread of the parent may have held the old one."""
-        self._own_engine_lock = threading.Lock()
+        self._own_engine_lock = Lock()
 
     def transaction(self, work: Callable[[sa.Connection], T]) -> T:
         """What ``work`` returns, done in a transaction of our own.
@@ -258,7 +361,8 @@ class Database(abc.ABC):
 
         def attempt() -> T:
             with self._connected() as connection:
-                transaction = connection.begin()
+                is_within = connection.in_transaction()
+                transaction = connection.begin_nested() if is_within else connection.begin()
                 try:
                     result = work(connection)
                 except BaseException:
@@ -275,6 +379,7 @@ class Database(abc.ABC):
         pause = _FIRST_PAUSE_SECONDS
         was_cut_off = False
         while True:
+            self.on_attempt()
             try:
                 return attempt()
             except CommitInDoubt:
@@ -318,7 +423,7 @@ class Database(abc.ABC):
 
         :param seconds: after which the database ends a query; the reader gets ``QueryTimeout``.
         """
-        if self.always_joins:
+        if self._shares_a_connection:
             yield
             return
         shared = _SharedConnection(self, seconds)
@@ -335,6 +440,8 @@ class Database(abc.ABC):
         That spares the round trips that begin and end one. Redone like :meth:`transaction`, so a
         statement that changes something must bear being done twice.
         """
+        if self._shares_a_connection:
+            return self.transaction(work)
 
         def attempt() -> T:
             with self._connected(**{ALONE: True}) as connection:
@@ -349,13 +456,15 @@ class Database(abc.ABC):
 
         :raises CommitInDoubt: when the connection dies.
         """
+        if self._shares_a_connection:
+            return self.transaction(work)
 
         def attempt() -> T:
             with self._connected(**{ALONE: True}) as connection:
                 try:
                     return work(connection)
                 except DBAPIError as error:
-                    if not error.connection_invalidated:
+                    if not error.connection_invalidated or self.is_read_only(error):
                         raise
                     raise _in_doubt(error) from error
 
@@ -372,6 +481,10 @@ class Database(abc.ABC):
 
     @contextlib.contextmanager
     def _connected(self, *, within: float | None = None, **options: Any) -> Iterator[sa.Connection]:
+        if (outer := self.outer_connection) is not None:
+            with self._on_outer(outer):
+                yield outer
+            return
         deadline = self.deadline or within
         if self.seconds_left() <= 0:
             raise OperationalError("connect", None, TimeoutError("the time for it is over"))
@@ -383,6 +496,17 @@ class Database(abc.ABC):
                 driver_connection = connection.connection.driver_connection
                 stack.enter_context(self._watchdog.watching(driver_connection, deadline))
             yield connection
+
+    @contextlib.contextmanager
+    def _on_outer(self, outer: sa.Connection) -> Iterator[None]:
+        """Use the host's connection, and leave it in a transaction only if it was in one."""
+        is_within = outer.in_transaction()
+        with self.in_our_schema(outer):
+            try:
+                yield
+            finally:
+                if not is_within:
+                    outer.rollback()
 
 
 class _SharedConnection:
@@ -428,7 +552,17 @@ def by_id(jobs: sa.Select[Any]) -> sa.Select[Any]:
     return by_index(jobs, "PRIMARY")
 
 
-def _commit(transaction: sa.RootTransaction) -> None:
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _translated(engine: sa.Engine, schema: str | None) -> str | None:
+    """The schema that ``schema`` stands for in the execution options of the host's engine."""
+    schemas = engine.get_execution_options().get(_SCHEMAS) or {}
+    return cast("str | None", schemas.get(schema, schema))
+
+
+def _commit(transaction: sa.Transaction) -> None:
     try:
         transaction.commit()
     except DBAPIError as error:

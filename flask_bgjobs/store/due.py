@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from ..models import by_index, has_status
 from ..states import JobStatus
 from .database import JOBS, WORKERS, Database
+from .queues import any_job
 
 _PROMOTE_AT_ONCE = 1_000
 """Rows of a status per transaction: enqueues must not wait behind a long write."""
@@ -96,12 +97,6 @@ class Due(Database):
             yield (due - now).total_seconds()
             last = max(due, now) + dt.timedelta(seconds=step)
 
-    def unfinished(self, queues: Sequence[str] | None) -> bool:
-        """Whether any job is pending or running in ``queues``, or in all."""
-        pending, running = (_any(s, queues) for s in (JobStatus.PENDING, JobStatus.RUNNING))
-        with self.read() as connection:
-            return bool(connection.scalar(sa.select(sa.or_(pending, running))))
-
     def _promote_some(self, connection: sa.Connection) -> int:
         return connection.execute(self._promotion).rowcount
 
@@ -113,7 +108,7 @@ class Due(Database):
             .label(status.value)
             for status in _WITH_A_TIME
         )
-        pending = _any(JobStatus.PENDING, queues).label("pending")
+        pending = any_job(JobStatus.PENDING, queues).label("pending")
         drain = (
             sa.select(WORKERS.c.drain_requested_at)
             .where(WORKERS.c.id == sa.bindparam("looking"))
@@ -133,12 +128,6 @@ class Due(Database):
             due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
             due = by_index(due, "ix_bgjobs_job_due")
             yield self.first(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
-
-
-def _any(status: JobStatus, queues: Sequence[str] | None) -> sa.Exists:
-    """Whether there is a job with this status in ``queues``, or in all."""
-    found = sa.exists().where(has_status(status))
-    return found if queues is None else found.where(JOBS.c.queue.in_(queues))
 
 
 def promotion(ids: Any) -> sa.Update:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from ..errors import UniqueKeyTaken
 from ..models import Job, detached_job
 from .database import JOBS, Database
+from .sizes import batches, statement_bytes
 
 _UNIQUE_TRIES = 10
 _AT_ONCE = 5_000
@@ -51,11 +52,10 @@ class Inserts(Database):
 
         :param connection: of our own transaction or of the one that the jobs join.
         """
-        if self.execution_options:
-            connection = connection.execution_options(**self.execution_options)
-        if jobs.values["unique_hash"] is not None:
-            return [self._insert_unique(connection, jobs)]
-        return self.insert_all(connection, jobs)
+        with self.in_our_schema(connection):
+            if jobs.values["unique_hash"] is not None:
+                return [self._insert_unique(connection, jobs)]
+            return self.insert_all(connection, jobs)
 
     def save(self, jobs: NewJobs) -> list[Job]:
         """The same as :meth:`insert`, in a transaction of its own.
@@ -166,8 +166,8 @@ def unique_hash(unique_key: str) -> str:
 
 
 def _parts(jobs: NewJobs) -> Iterator[NewJobs]:
-    for begin in range(0, len(jobs.parameters), _AT_ONCE):
-        yield dataclasses.replace(jobs, parameters=jobs.parameters[begin : begin + _AT_ONCE])
+    for texts in batches(jobs.parameters, statement_bytes, most_items=_AT_ONCE):
+        yield dataclasses.replace(jobs, parameters=texts)
 
 
 def column_values(jobs: NewJobs) -> dict[str, Any]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from ..models import Worker
-from ..spec import JobSpec, Outcome, Settled
-from ..states import JobStatus, OutcomeKind
+from ..row_check import checked
+from ..spec import JobSpec, Settled, lost_outcome
+from ..states import JobStatus, OutcomeKind, lost_kind
 from .audits import Actor, Audits
 from .claims import SPEC_COLUMNS
-from .database import JOBS, WORKERS
+from .database import ATTEMPTS, JOBS, WORKERS
 from .settles import Settles
+
+_NO_WORKER = 0
+"""An id that no worker has."""
 
 
 class Leases(Settles, Audits):
@@ -92,33 +96,45 @@ class Leases(Settles, Audits):
         )
         return self.alone(lambda c: list(c.execute(living)))
 
-    def rescue(self, worker_id: int, beats: int) -> list[Settled]:
+    def rescue(self, worker_id: int, beats: int) -> list[Settled] | None:
         """Take the lease of a silent worker, and its running jobs, in one transaction.
 
-        :param beats: the last heartbeat seen; nothing happens when there was one since.
-        :returns: one per job taken from it.
+        Jobs whose rows another transaction keeps locked are left to :meth:`rescue_orphans`.
+
+        :param beats: the last heartbeat seen.
+        :returns: one per job taken from it; ``None`` where there was a heartbeat since, or where a
+            claim of the worker's is under way: its jobs must not be missing.
         """
         return self.transaction(lambda c: self._rescue(c, worker_id, beats))
 
-    def _rescue(self, connection: sa.Connection, worker_id: int, beats: int) -> list[Settled]:
-        taken = connection.execute(
+    def _rescue(
+        self, connection: sa.Connection, worker_id: int, beats: int
+    ) -> list[Settled] | None:
+        silent = sa.select(WORKERS.c.id).where(
+            WORKERS.c.id == worker_id, WORKERS.c.status == "alive", WORKERS.c.beats == beats
+        )
+        if connection.scalar(silent.with_for_update(skip_locked=True)) is None:
+            return None
+        connection.execute(
             sa.update(Worker)
-            .where(Worker.id == worker_id, Worker.status == "alive", Worker.beats == beats)
+            .where(Worker.id == worker_id)
             .values(status="dead", stopped_at=self.now)
         )
-        if not taken.rowcount:
-            return []
-        return self._free_jobs(connection, worker_id)
+        return self._free_jobs(connection, worker_id, is_first=True)
 
     def rescue_orphans(self) -> list[Settled]:
-        """Free running jobs that belong to no living worker: its row was deleted or edited.
+        """Free running jobs that belong to no living worker: its row was deleted or edited, or
+        their own rows were locked when it was rescued.
 
         :returns: one per job.
         """
         living = sa.select(WORKERS.c.id).where(WORKERS.c.status == "alive")
         orphans = (
             sa.select(JOBS.c.worker_id)
-            .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id.not_in(living))
+            .where(
+                JOBS.c.status == JobStatus.RUNNING.value,
+                sa.or_(JOBS.c.worker_id.not_in(living), JOBS.c.worker_id.is_(None)),
+            )
             .distinct()
         )
         owners = self.alone(lambda c: c.scalars(orphans).all())
@@ -132,10 +148,58 @@ class Leases(Settles, Audits):
         """The jobs that are running under a worker, started or not."""
         return self.alone(lambda c: self._held_by(c, worker_id))
 
-    def _free_jobs(self, connection: sa.Connection, worker_id: int) -> list[Settled]:
+    def lost_among_others(self, suspects: Sequence[JobSpec]) -> set[int]:
+        """The ids of the suspects whose last worker died while it ran several of them."""
+        # In order, the last one counts. An attempt that was only given back has no row.
+        attempts = (
+            sa.select(ATTEMPTS.c.job_id, ATTEMPTS.c.outcome)
+            .where(ATTEMPTS.c.job_id.in_([spec.id for spec in suspects]))
+            .order_by(ATTEMPTS.c.job_id, ATTEMPTS.c.attempt)
+        )
+        last = self.alone(lambda c: {row.job_id: row.outcome for row in c.execute(attempts)})
+        return {job_id for job_id, kind in last.items() if kind == OutcomeKind.LOST_AMONG.value}
+
+    def _count_started_suspects(self, connection: sa.Connection, worker_id: int) -> int:
+        started = sa.select(sa.func.count()).where(
+            JOBS.c.status == JobStatus.RUNNING.value,
+            JOBS.c.worker_id == worker_id,
+            JOBS.c.suspect,
+            JOBS.c.started_at.is_not(None),
+        )
+        return int(connection.scalar(started) or 0)
+
+    def _free_jobs(
+        self, connection: sa.Connection, worker_id: int | None, *, is_first: bool = False
+    ) -> list[Settled]:
+        if worker_id is None:
+            # An edited row names no worker. Give it one that does not exist, for the fence.
+            worker_id = _NO_WORKER
+            connection.execute(
+                sa.update(JOBS)
+                .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id.is_(None))
+                .values(worker_id=worker_id)
+            )
         name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
         specs = self._held_by(connection, worker_id, lock=True)
-        lost = [(spec, _lost_outcome(spec, name or str(worker_id))) for spec in specs]
+        started_suspects = self._count_started_suspects(connection, worker_id)
+        # What is left of a rescue, as its row was locked then, must not be judged by itself.
+        is_remainder = name is not None and not is_first
+        lost = [
+            (
+                spec,
+                lost_outcome(
+                    spec,
+                    OutcomeKind.LOST
+                    if is_remainder
+                    else lost_kind(
+                        is_started_suspect=_is_started_suspect(spec),
+                        started_suspects=started_suspects,
+                    ),
+                    f"worker {name or worker_id} died",
+                ),
+            )
+            for spec in specs
+        ]
         return self.settle_within(connection, worker_id, name or "", lost) if lost else []
 
     def _held_by(
@@ -146,24 +210,9 @@ class Leases(Settles, Audits):
             .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id)
             .order_by(JOBS.c.id)
         )
-        rows = connection.execute(held.with_for_update() if lock else held)
-        return [JobSpec._make(row) for row in rows]
+        rows = connection.execute(held.with_for_update(skip_locked=True) if lock else held)
+        return [checked(JobSpec._make(row))[0] for row in rows]
 
 
-def _lost_outcome(spec: JobSpec, worker_name: str) -> Outcome:
-    """The outcome of a dead worker's job: only a suspect that had started is to blame."""
-    if spec.suspect and spec.started_at is not None:
-        return Outcome(
-            spec.id,
-            spec.attempt,
-            OutcomeKind.CRASHED,
-            error_type="Crashed",
-            error=f"Crashed: worker {worker_name} died while it ran this job alone",
-        )
-    return Outcome(
-        spec.id,
-        spec.attempt,
-        OutcomeKind.LOST,
-        error_type="WorkerLost",
-        error=f"WorkerLost: worker {worker_name} died",
-    )
+def _is_started_suspect(spec: JobSpec) -> bool:
+    return spec.suspect and spec.started_at is not None

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import dataclasses
 import selectors
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
 _IDLE = "bgjobs_idle"
-_connecting = threading.local()
-"""What this thread limits while it connects for us, and not for the host."""
+_connecting = contextvars.ContextVar["_Limits | None"]("bgjobs_connecting", default=None)
+"""What is limited while this thread or greenlet connects for us, and not for the host."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Limits:
+    wanted: Mapping[str, float]
+    added: set[str] = dataclasses.field(default_factory=set)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -25,22 +33,26 @@ def limited(host_engine: sa.Engine, limits: Mapping[str, float]) -> Iterator[set
     """
     if limits and not sa.event.contains(host_engine, "do_connect", _add_limits):
         sa.event.listen(host_engine, "do_connect", _add_limits)
-    _connecting.limits, _connecting.added, _connecting.options = limits, set(), {}
+    connecting = _Limits(limits)
+    token = _connecting.set(connecting)
     try:
-        yield _connecting.added
+        yield connecting.added
     finally:
-        _connecting.limits = {}
-        for name in _connecting.added:
+        _connecting.reset(token)
+        for name in connecting.added:
             # The dictionary is the one of the host's engine: it is left as it was found.
-            _connecting.options.pop(name, None)
+            connecting.options.pop(name, None)
 
 
 def _add_limits(_dialect: object, _record: object, _args: object, options: dict[str, Any]) -> None:
-    for name, limit in getattr(_connecting, "limits", {}).items():
+    connecting = _connecting.get()
+    if connecting is None:
+        return
+    for name, limit in connecting.wanted.items():
         if name not in options:
             options[name] = limit
-            _connecting.added.add(name)
-            _connecting.options = options
+            connecting.added.add(name)
+            connecting.options = options
 
 
 def refuse_dead(engine: sa.Engine, descriptor: Callable[[Any], int]) -> None:

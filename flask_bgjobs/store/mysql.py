@@ -13,23 +13,34 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from ..errors import DatabaseNotSupported
-from ..models import Job, UtcTime
-from ..spec import JobSpec
+from ..errors import DatabaseNotSupported, InvalidJob
+from ..models import Job, UtcTime, has_status
+from ..spec import UNREADABLE_TIME, JobSpec
+from ..states import JobStatus
 from .base import Store
-from .claims import SPEC_COLUMNS, claimed_values
+from .claims import NEXT_ATTEMPT, SPEC_COLUMNS, claimed_values
 from .database import ALONE, JOBS, QUEUES, READ_ONLY, ROLLUPS
 from .due import promotion
 from .inserts import NewJobs, column_values, inserted_job
 from .links import limited, refuse_dead, shut_down
+from .pool_listeners import forward
+from .runs import by_key
 from .settles import COMPLETION_TYPES
+from .sizes import batches
 
 _DRIVER = "pymysql"
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
-_NO_SUCH_NAME, _SHUTDOWN = 1305, 1053
+_NO_SUCH_NAME, _SHUTDOWN, _PACKET_TOO_LARGE = 1305, 1053, 1153
 _QUERY_TIMEOUTS = frozenset({1969, 3024})
 """MariaDB's and MySQL's."""
+_OPTION_PREVENTS = 1290
+_READ_ONLY_ERRORS = frozenset({1792, 1836})
+"""A transaction that is read-only, and a server."""
+_DENIED = frozenset({1044, 1142, 1143})
+"""No right to a database, a table, or a column."""
 _CONNECT_SECONDS = 10.0
+_DATETIME_FIELD = 12
+"""The type of a DATETIME column in the protocol."""
 _SERVER_STATUS_IN_TRANS = 1
 """The flag of the protocol: the server is in a transaction."""
 _JSON_TYPES = {
@@ -40,8 +51,9 @@ _JSON_TYPES = {
     "new_result": "LONGTEXT PATH '$.new_result'",
 }
 """How MySQL reads the fields of a completion."""
-_LOCK_WAIT_SECONDS = 5
-"""The server's own wait for a row; then the transaction is redone."""
+_LOCK_WAIT_SECONDS = 1
+"""The server's own wait for a row, which it counts in whole seconds; then the transaction is
+redone, or does without the row."""
 _NEEDED = {"MySQL": (8, 0, 1), "MariaDB": (10, 6, 0)}
 """The first versions with SKIP LOCKED."""
 _BATCH_CHARACTERS = 200_000
@@ -83,6 +95,7 @@ class MysqlStore(Store):
         return candidates.with_for_update(of=JOBS, skip_locked=True)
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        _check_packets(connection, jobs)
         if len(jobs.parameters) == 1 and connection.dialect.insert_returning:
             # MariaDB can tell what it inserted.
             return super().insert_all(connection, jobs)
@@ -118,9 +131,15 @@ class MysqlStore(Store):
         types = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
         return sa.text(f"SELECT * FROM {table}").columns(*types).subquery("ended")
 
-    def register_queue(self, connection: sa.Connection, name: str) -> None:
-        row = mysql.insert(QUEUES).values(name=name, created_at=self.now)
-        connection.execute(row.on_duplicate_key_update(name=QUEUES.c.name))
+    @functools.cached_property
+    def _registration(self) -> Any:
+        row = mysql.insert(QUEUES).values(created_at=self.now)
+        return row.on_duplicate_key_update(created_at=row.inserted.created_at)
+
+    def queues_holding(self, status: JobStatus) -> sa.FromClause:
+        # The server itself groups by one index seek for each queue.
+        names = sa.select(JOBS.c.queue.label("name")).where(has_status(status))
+        return names.group_by(JOBS.c.queue).subquery(f"{status.value}_queue")
 
     @functools.cached_property
     def _addition(self) -> Any:
@@ -132,7 +151,7 @@ class MysqlStore(Store):
     ) -> list[JobSpec]:
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
         claimed = {
-            "attempt": JOBS.c.attempt + 1,
+            "attempt": NEXT_ATTEMPT,
             "worker_id": sa.literal(worker_id),
             "claimed_at": self.now,
             "started_at": sa.null(),
@@ -162,13 +181,14 @@ class MysqlStore(Store):
     ) -> list[JobSpec]:
         """The jobs that run under a worker.
 
-        They are found first and locked then: a search that locks would lock what it passes, and
-        wait for what other workers settle.
+        They are found first and locked then: a search that locks would lock what it passes.
         """
-        if lock:
-            ids = [spec.id for spec in super()._held_by(connection, worker_id)]
-            self._still_running(connection, worker_id, ids)
-        return super()._held_by(connection, worker_id)
+        held = super()._held_by(connection, worker_id)
+        if not (held and lock):
+            return held
+        keys = [spec.key for spec in held]
+        locked = by_key(self._still_running(connection, worker_id, keys))
+        return [spec for spec in super()._held_by(connection, worker_id) if spec.key in locked]
 
     def make_engine(self) -> sa.Engine:
         engine = sa.create_engine(
@@ -176,7 +196,12 @@ class MysqlStore(Store):
             creator=self._connect,
             isolation_level="READ COMMITTED",
             max_overflow=-1,
+            hide_parameters=True,
         )
+
+        # Before the host's listeners, which would use a connection that has ended.
+        refuse_dead(engine, _descriptor)
+        forward(self.host_engine, engine, self.watched)
 
         def prepare(connection: Any, _record: object) -> None:
             require_skip_locked(engine.dialect)
@@ -184,23 +209,24 @@ class MysqlStore(Store):
 
         sa.event.listen(engine, "connect", prepare)
         sa.event.listen(engine, "begin", _begin)
-        sa.event.listen(engine, "handle_error", _see_shutdown)
-        refuse_dead(engine, _descriptor)
+        sa.event.listen(engine, "handle_error", _see_end)
         return engine
 
-    def _connect(self) -> Any:
+    def _connect(self, record: Any) -> Any:
         """A connection made in the host's own way, with its connect_args, within some seconds."""
         # PyMySQL itself limits only the first step, and would wait for ever for a greeting.
         seconds = max(1.0, min(_CONNECT_SECONDS, self.seconds_left()))
         steps = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
         with limited(self.host_engine, steps) as added:
-            connection = self.connect_as_host()
+            connection = self.connect_as_host(record)
         for name in added - {"connect_timeout"}:
             # A statement may take longer.
             setattr(connection, f"_{name}", None)
         return connection
 
     def _prepare_session(self, connection: Any) -> None:
+        decode = connection.decoders[_DATETIME_FIELD]
+        connection.decoders[_DATETIME_FIELD] = lambda text: _time_or_unreadable(decode(text))
         # Whatever the host's connections can encode: an error's text may hold any letter.
         connection.set_character_set("utf8mb4")
         settings = {"innodb_lock_wait_timeout": _LOCK_WAIT_SECONDS}
@@ -211,10 +237,17 @@ class MysqlStore(Store):
         assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
         with connection.cursor() as cursor:
             cursor.execute(f"SET {assignments}")
+            cursor.execute("SELECT @@max_allowed_packet")
+            (largest,) = cursor.fetchone()
+        connection.query = _within_packet(connection, largest)
         # A statement alone needs no round trips to begin and end it, and transactions say so.
         connection.autocommit(True)
         for name in ("commit", "rollback"):
             setattr(connection, name, _within_transaction(connection, getattr(connection, name)))
+
+    @property
+    def _seen(self) -> sa.Select[Any]:
+        return sa.select(sa.func.database().label("database"), sa.func.current_user().label("user"))
 
     def sever(self, driver_connection: Any) -> None:
         with contextlib.suppress(Exception):
@@ -234,11 +267,28 @@ class MysqlStore(Store):
     def is_timeout(self, error: DBAPIError) -> bool:
         return _code(error) in _QUERY_TIMEOUTS
 
+    def is_read_only(self, error: DBAPIError) -> bool:
+        return _is_read_only(error.orig)
+
+    def is_denied(self, error: DBAPIError) -> bool:
+        return _code(error) in _DENIED
+
+    def is_lock_timeout(self, error: DBAPIError) -> bool:
+        return _code(error) == _LOCK_TIMEOUT
+
+    def is_too_large(self, error: DBAPIError) -> bool:
+        return _code(error) == _PACKET_TOO_LARGE
+
     def is_redoable(self, error: DBAPIError) -> bool:
         code = _code(error)
         # After a deadlock the server has undone everything, with the savepoint to go back to.
         no_savepoint = code == _NO_SUCH_NAME and "SAVEPOINT" in str(error.orig)
         return code in (_LOCK_TIMEOUT, _DEADLOCK) or no_savepoint
+
+
+def _time_or_unreadable(value: object) -> dt.datetime:
+    """A time that PyMySQL has read; it leaves an invalid one, such as ``0000-00-00``, as text."""
+    return value if isinstance(value, dt.datetime) else UNREADABLE_TIME
 
 
 def _begin(connection: sa.Connection) -> None:
@@ -269,6 +319,32 @@ def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[]
     return end_transaction
 
 
+def _is_read_only(error: BaseException | None) -> bool:
+    # With the same number a server refuses what other options forbid.
+    prevented = _code_of(error) == _OPTION_PREVENTS and "read-only" in str(error)
+    return prevented or _code_of(error) in _READ_ONLY_ERRORS
+
+
+def _within_packet(connection: Any, largest: int) -> Callable[..., int]:
+    """The connection's ``query``, refusing what the server would close the connection over."""
+    query: Callable[..., int] = connection.query
+
+    def send(sql: str | bytes, *args: Any, **kwargs: Any) -> int:
+        # A character takes four bytes at most. The packet begins with a byte of its own.
+        size = len(sql) + 1
+        if size * 4 >= largest:
+            size = len(sql.encode() if isinstance(sql, str) else sql) + 1
+            if size >= largest:
+                raise connection.DataError(
+                    _PACKET_TOO_LARGE,
+                    f"a statement of {size:,} bytes is larger than max_allowed_packet, "
+                    f"{largest:,} bytes",
+                )
+        return query(sql, *args, **kwargs)
+
+    return send
+
+
 def _descriptor(connection: Any) -> int:
     """The file descriptor of a connection of PyMySQL, which tells nobody."""
     return int(connection._sock.fileno())
@@ -294,26 +370,41 @@ def _dotted(version: Sequence[int]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def _see_shutdown(context: sa.engine.ExceptionContext) -> None:
-    """Let a server that is shutting down count as a connection that has ended."""
-    if _code_of(context.original_exception) == _SHUTDOWN:
+def _see_end(context: sa.engine.ExceptionContext) -> None:
+    """Let errors count as the end of a connection after which the server closes it, and those of a
+    server that is no longer the primary."""
+    error = context.original_exception
+    # It was not sent, where it is our own.
+    is_ours = isinstance(error, context.dialect.loaded_dbapi.DataError)
+    is_closed = _code_of(error) in (_SHUTDOWN, _PACKET_TOO_LARGE) and not is_ours
+    if is_closed or _is_read_only(error):
         context.is_disconnect = True
 
 
 def _batches(jobs: NewJobs) -> Iterator[list[str]]:
     """The parameters in groups that fit into one INSERT each."""
     common = sum(len(value) for value in jobs.values.values() if isinstance(value, str))
-    batch: list[str] = []
-    room = _BATCH_CHARACTERS
-    for text in jobs.parameters:
-        needed = _ROW_CHARACTERS + common + len(text)
-        if batch and needed > room:
-            yield batch
-            batch, room = [], _BATCH_CHARACTERS
-        batch.append(text)
-        room -= needed
-    if batch:
-        yield batch
+    fixed = _ROW_CHARACTERS + common
+    return batches(jobs.parameters, lambda text: fixed + len(text), limit=_BATCH_CHARACTERS)
+
+
+def _check_packets(connection: sa.Connection, jobs: NewJobs) -> None:
+    """Refuse parameters over which the server would close the connection, the host's as well.
+
+    :raises InvalidJob: names their size and the limit.
+    """
+    large = [text for text in jobs.parameters if len(text) > _BATCH_CHARACTERS]
+    if not large:
+        return
+    limit = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+    driver_connection: Any = connection.connection.driver_connection
+    for text in large:
+        size = len(driver_connection.escape(text).encode()) + _ROW_CHARACTERS
+        if size > limit:
+            raise InvalidJob(
+                f"the parameters take {size:,} bytes in a statement, and max_allowed_packet of "
+                f"the server is {limit:,} bytes"
+            )
 
 
 def _due(jobs: NewJobs, now: dt.datetime) -> dt.datetime:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import functools
+import importlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,11 +17,15 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from ..models import UtcTime
+from ..spec import UNREADABLE_TIME
 from .base import Store
+from .claims import ORDER_COLUMNS, pending_in
 from .database import ALONE, JOBS, READ_ONLY
 from .inserts import NewJobs
 from .links import is_readable, limited, refuse_dead, shut_down
+from .pool_listeners import forward
 from .settles import COMPLETION_TYPES
+from .sizes import StatementTooLarge
 
 _CONNECT_SECONDS = 10.0
 _LIBPQ_DRIVERS = ("psycopg", "psycopg2")
@@ -30,9 +35,21 @@ _STILL_THERE_SECONDS = 30.0
 """After so long without a notification it is asked whether the link still lives."""
 _GATHER_SECONDS = 0.005
 """After a notification, for those that follow it closely."""
-_REDO = frozenset({"40001", "40P01", "55P03"})
-"""Serialization failure, deadlock, lock not available."""
+_LOCK_NOT_AVAILABLE = "55P03"
+_REDO = frozenset({"40001", "40P01", _LOCK_NOT_AVAILABLE})
+"""Serialization failure, deadlock, and a lock that others keep."""
+_LOCK_WAIT_SECONDS = 0.5
+"""A worker's wait for a row; then the transaction is redone, or does without the row."""
 _QUERY_CANCELED = "57014"
+_TIMESTAMP_OID = 1114
+_LINK_OPTIONS = frozenset({"keepalives_idle", "tcp_user_timeout"})
+"""Options of libpq, each of which makes a dead link known in time."""
+_LIMIT_EXCEEDED = "54000"
+_READ_ONLY_TRANSACTION, _INSUFFICIENT_PRIVILEGE = "25006", "42501"
+_LARGEST_MESSAGE = 2**30 - 2
+"""Bytes that the server accepts at once."""
+_MESSAGE_OVERHEAD = 2**20
+"""More than all that stands beside the largest value of a statement."""
 
 
 class PostgresStore(Store):
@@ -42,6 +59,8 @@ class PostgresStore(Store):
     now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
     insert_into = staticmethod(postgresql.insert)
     can_listen = True
+    # The server closes the connection over a larger message.
+    largest_text = _LARGEST_MESSAGE - _MESSAGE_OVERHEAD
     _ears: Any = None
     """The driver's connection that listens."""
 
@@ -60,6 +79,24 @@ class PostgresStore(Store):
         # larger than the rows it believes in would let it read and sort them all.
         return ordered.limit(sa.select(sa.type_coerce(limit, sa.Integer)).scalar_subquery())
 
+    def _first_of_each(
+        self,
+        connection: sa.Connection,
+        in_order: sa.Select[Any],
+        names: Sequence[str],
+        depth: int,
+    ) -> Sequence[sa.Row[Any]]:
+        parameters = {"names": list(names), "depth": depth}
+        statement = self._built_once(self._first_of_named, in_order)
+        return connection.execute(statement, parameters).all()
+
+    def _first_of_named(self, in_order: sa.Select[Any]) -> sa.Select[Any]:
+        names = sa.func.unnest(sa.bindparam("names", type_=postgresql.ARRAY(sa.String)))
+        named = names.table_valued("name").render_derived(name="named")
+        pending = pending_in(named.c.name, in_order).add_columns(*ORDER_COLUMNS).correlate(named)
+        first = self.first(pending, sa.bindparam("depth", type_=sa.Integer)).lateral("first")
+        return sa.select(first).join_from(named, first, sa.true())
+
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
         # Materialized, or the planner might look for candidates more than once.
@@ -71,19 +108,40 @@ class PostgresStore(Store):
             creator=self._connect,
             isolation_level="READ COMMITTED",
             max_overflow=-1,
+            hide_parameters=True,
         )
+        # Before the host's listeners, which would use a connection that has ended.
         refuse_dead(engine, lambda connection: int(connection.fileno()))
+        forward(self.host_engine, engine, self.watched)
+        sa.event.listen(engine, "connect", _read_times_leniently)
+        sa.event.listen(engine, "handle_error", _see_end)
         if self.deadline is not None:
             sa.event.listen(engine, "begin", self._on_begin)
         return engine
 
-    def _connect(self) -> Any:
+    def _connect(self, record: Any) -> Any:
         """The same as :meth:`connect_as_host`, with an end to the waiting."""
         # libpq takes whole seconds, and waits for two of them at least.
         seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
         is_libpq = self.host_engine.driver in _LIBPQ_DRIVERS
         with limited(self.host_engine, {"connect_timeout": seconds} if is_libpq else {}):
-            return self.connect_as_host()
+            return self.connect_as_host(record)
+
+    def link_advice(self) -> str | None:
+        with self.host_engine.connect() as connection:
+            info: Any = getattr(connection.connection.driver_connection, "info", None)
+            if hasattr(info, "get_parameters"):
+                given = info.get_parameters()
+            else:
+                given = getattr(info, "dsn_parameters", {})
+        is_on_this_machine = given.get("host", "/").startswith(("/", "@"))
+        if is_on_this_machine or _LINK_OPTIONS & given.keys():
+            return None
+        return (
+            "the app's connections to PostgreSQL notice a dead link only after two hours, and a "
+            "job that waits for one holds its thread for as long: set keepalives_idle and "
+            "tcp_user_timeout in connect_args"
+        )
 
     def stop_listening(self) -> None:
         if self._ears is not None:
@@ -169,10 +227,24 @@ class PostgresStore(Store):
             # The server ends it when the worker has fallen silent within it: the rows stay locked
             # for as long, also for those that would rescue its jobs.
             idle_in_transaction_session_timeout=f"{self.deadline:.3f}s",
+            lock_timeout=f"{_LOCK_WAIT_SECONDS:.3f}s",
             # No statement needs the whole table of jobs, or is worth being compiled, whatever the
             # planner believes of how many rows there are.
             enable_seqscan="off",
             jit="off",
+        )
+
+    @property
+    def _seen(self) -> sa.Select[Any]:
+        table = self.host_engine.dialect.identifier_preparer.format_table(
+            sa.table(JOBS.name, schema=self.schema)
+        )
+        path = sa.func.array_to_string(sa.func.current_schemas(sa.false()), ", ")
+        return sa.select(
+            sa.func.current_database().label("database"),
+            sa.literal_column("current_user", sa.String).label("user"),
+            path.label("search_path"),
+            _full_name(table).label("table of jobs"),
         )
 
     @contextlib.contextmanager
@@ -188,8 +260,73 @@ class PostgresStore(Store):
         with contextlib.suppress(Exception):
             shut_down(driver_connection.fileno())
 
+    def is_read_only(self, error: DBAPIError) -> bool:
+        return _code(error) == _READ_ONLY_TRANSACTION
+
+    def is_denied(self, error: DBAPIError) -> bool:
+        return _code(error) == _INSUFFICIENT_PRIVILEGE
+
+    def is_lock_timeout(self, error: DBAPIError) -> bool:
+        return _code(error) == _LOCK_NOT_AVAILABLE
+
+    def is_too_large(self, error: DBAPIError) -> bool:
+        return isinstance(error, StatementTooLarge) or _code(error) == _LIMIT_EXCEEDED
+
     def is_redoable(self, error: DBAPIError) -> bool:
         return _code(error) in _REDO
+
+
+def _read_times_leniently(connection: Any, _record: object) -> None:
+    """Read a time that Python has no name for, such as ``infinity``, as ``UNREADABLE_TIME``."""
+    if hasattr(connection, "adapters"):
+        loader = connection.adapters.get_loader(_TIMESTAMP_OID, 0)
+        connection.adapters.register_loader(_TIMESTAMP_OID, _lenient_loader(loader))
+    elif connection.__class__.__module__.startswith("psycopg2"):
+        extensions: Any = importlib.import_module("psycopg2.extensions")
+        read = extensions.string_types[_TIMESTAMP_OID]
+
+        def read_leniently(text: str | None, cursor: Any) -> dt.datetime | None:
+            if text is None:
+                return None
+            try:
+                # It gives the first and the last moment of Python's calendar for infinity.
+                time: dt.datetime = read(text, cursor)
+            except (ValueError, OverflowError):
+                return UNREADABLE_TIME
+            return UNREADABLE_TIME if time in (dt.datetime.min, dt.datetime.max) else time
+
+        lenient = extensions.new_type((_TIMESTAMP_OID,), "bgjobs_timestamp", read_leniently)
+        extensions.register_type(lenient, connection)
+
+
+@functools.cache
+def _lenient_loader(loader: Any) -> Any:
+    """A loader of psycopg's that calls another one, which may not be derived from."""
+    base: Any = importlib.import_module("psycopg.adapt").Loader
+
+    class LenientLoader(base):  # type: ignore[misc]  # psycopg need not be installed
+        def __init__(self, oid: int, context: Any = None) -> None:
+            super().__init__(oid, context)
+            self._read = loader(oid, context).load
+
+        def load(self, data: Any) -> dt.datetime:
+            try:
+                return self._read(data)  # type: ignore[no-any-return]  # psycopg's
+            except Exception:
+                return UNREADABLE_TIME
+
+    return LenientLoader
+
+
+def _full_name(table: str) -> sa.ScalarSelect[Any]:
+    """The name, with its schema, of the table that a connection finds under ``table``."""
+    found = sa.text(
+        "SELECT n.nspname || '.' || c.relname AS name FROM pg_catalog.pg_class c "
+        "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE c.oid = pg_catalog.to_regclass(:bgjobs_table)"
+    )
+    name = sa.column("name", sa.String)
+    return found.bindparams(bgjobs_table=table).columns(name).scalar_subquery()
 
 
 def _set_for_transaction(connection: sa.Connection, **settings: str) -> None:
@@ -197,6 +334,16 @@ def _set_for_transaction(connection: sa.Connection, **settings: str) -> None:
     connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
 
 
+def _see_end(context: sa.engine.ExceptionContext) -> None:
+    """Let connections to a server that is no longer the primary count as ended."""
+    if _code_of(context.original_exception) == _READ_ONLY_TRANSACTION:
+        context.is_disconnect = True
+
+
 def _code(error: DBAPIError) -> str | None:
+    return _code_of(error.orig)
+
+
+def _code_of(error: BaseException | None) -> str | None:
     # psycopg 3 and psycopg2 have their own words for it.
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)

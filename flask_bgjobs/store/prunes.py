@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..models import Attempt, JobLog
 from ..states import JobStatus
@@ -16,6 +16,9 @@ from .database import JOBS, WORKERS, Database
 
 _WORKERS_KEPT_SECONDS = 7 * 86_400.0
 """Long enough to see who ran last week's jobs. Every restart of a worker leaves a row."""
+
+_MOST_LOCK_TIMEOUTS = 3
+"""Per batch; then the rest of it stays."""
 
 Retention = Mapping[JobStatus, float | None]
 """Seconds for which finished jobs are kept, by status; ``None`` and left out: for ever."""
@@ -64,7 +67,10 @@ class Prunes(Database):
             )
 
     def prune_workers(self, limit: int) -> int:
-        """Delete up to ``limit`` rows of workers that ended over a week ago; how many it were."""
+        """Delete up to ``limit`` rows of workers that ended over a week ago.
+
+        :returns: how many were deleted.
+        """
 
         def work(connection: sa.Connection) -> int:
             ended = sa.select(WORKERS.c.id).where(
@@ -87,11 +93,14 @@ class Prunes(Database):
     ) -> Pruned:
         found: list[PruneCursor] = []
         for statement in self._old_jobs(retention, after):
-            rows = connection.execute(self.first(statement, limit - len(found)).with_for_update())
+            rows = connection.execute(
+                # One that is locked is left to the next pass.
+                self.first(statement, limit - len(found)).with_for_update(skip_locked=True)
+            )
             found += (PruneCursor(JobStatus(row.status), row.finished_at, row.id) for row in rows)
             if len(found) >= limit:
                 break
-        held = delete_unheld(connection, [each.id for each in found])
+        held = delete_unheld(connection, [each.id for each in found], self.is_lock_timeout)
         cursor = found[-1] if len(found) >= limit else None
         return Pruned(deleted=len(found) - len(held), held=len(held), cursor=cursor)
 
@@ -118,14 +127,31 @@ class Prunes(Database):
         )
 
 
-def delete_unheld(connection: sa.Connection, ids: Sequence[int]) -> set[int]:
+def delete_unheld(
+    connection: sa.Connection, ids: Sequence[int], is_lock_timeout: Callable[[DBAPIError], bool]
+) -> set[int]:
     """Delete jobs with their attempts and log lines; the ids of those that had to stay.
 
-    A job stays when a row of another table refers to it.
+    A job stays when a row of another table refers to it, also a row that is locked.
+
+    :param is_lock_timeout: whether an error says that a row stayed locked.
     """
-    if not ids or _delete_together(connection, ids):
+    lock_timeouts = 0
+
+    def delete(chosen: Sequence[int]) -> bool:
+        nonlocal lock_timeouts
+        try:
+            return _delete_together(connection, chosen)
+        except DBAPIError as error:
+            if not is_lock_timeout(error):
+                raise
+            lock_timeouts += 1
+            return False
+
+    if not ids or delete(ids):
         return set()
-    return {job_id for job_id in ids if not _delete_together(connection, [job_id])}
+    # The worker does nothing else while it waits.
+    return {i for i in ids if lock_timeouts > _MOST_LOCK_TIMEOUTS or not delete([i])}
 
 
 def _delete_together(connection: sa.Connection, ids: Sequence[int]) -> bool:

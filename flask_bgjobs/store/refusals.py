@@ -9,7 +9,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from ..text import one_line
 from .sqlite import advice
 
-_MISSING_TABLE = re.compile(r"no such table|relation .* does not exist|Table .* doesn't exist")
+_MISSING_TABLE = re.compile(r"no such table|^relation .* does not exist$|^Table .* doesn't exist$")
 MAKE_TABLES = "run `flask db upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
 
 

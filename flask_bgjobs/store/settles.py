@@ -6,17 +6,23 @@ import abc
 import datetime as dt
 import functools
 import json
+import math
+import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypedDict
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from ..models import UtcTime
 from ..spec import JobSpec, Key, Outcome, Report, Settled
 from ..states import FINAL, JobStatus, OutcomeKind, Settlement, settlement
-from .database import ATTEMPTS, JOBS, WORKERS, by_id
-from .runs import RUNNING_OF, Runs
+from .database import ATTEMPTS, JOBS, WORKERS
+from .runs import Runs, by_key
 
+_CAREFUL_SECONDS = 10.0
+"""After a lock was in the way of a bulk completion, jobs are settled one by one: a job that keeps
+its row locked may have others like it."""
 _NO_ATTEMPT_ROW = frozenset({OutcomeKind.COMPLETED, OutcomeKind.GIVEN_BACK, OutcomeKind.SNOOZED})
 _NO_ERROR = frozenset({*_NO_ATTEMPT_ROW, OutcomeKind.CANCELLED})
 """Nothing went wrong, so that nothing is shown as the job's error."""
@@ -43,45 +49,66 @@ COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 """The columns of a :class:`Completion`."""
 
 
+class _RowsLocked(Exception):
+    """Another transaction keeps a row locked that is to be changed."""
+
+
+class _LeaseLost(Exception):
+    """At least one of the attempts is no longer the worker's."""
+
+
 class Settles(Runs):
     """The statements of a settle."""
+
+    _careful_until = -math.inf
+    """By ``time.monotonic()``: until then nothing is completed in bulk."""
 
     def complete(
         self, worker_id: int, finished: Iterable[tuple[JobSpec, Outcome]]
     ) -> list[Settled]:
         """The same as :meth:`settle` for attempts that completed and told nothing more, in bulk.
 
-        :returns: one per attempt; ``status`` is ``None`` where the lease was lost.
+        :returns: one per attempt; ``status`` is ``None`` where the lease was lost. Attempts whose
+            rows another transaction keeps locked are left out: nothing is recorded of them yet.
         """
         # In the order in which rows are locked everywhere.
         ordered = sorted(finished, key=_job_id)
+        if time.monotonic() < self._careful_until:
+            return self.settle(worker_id, "", ordered)
         # Another id's are lost, also in a database in which all else happens to be the same.
         ended = [_completion(s, outcome) for s, outcome in ordered if s.worker_id == worker_id]
-        ours: Collection[Key] = ()
-        if ended:
-            ours = self.transaction(lambda c: self.complete_within(c, worker_id, ended))
+        try:
+            if ended:
+                self.transaction(lambda c: self._complete_in_bulk(c, worker_id, ended))
+        except _RowsLocked:
+            self._careful_until = time.monotonic() + _CAREFUL_SECONDS
+            return self.settle(worker_id, "", ordered)
+        except _LeaseLost:
+            # One statement cannot tell which of them it has changed.
+            return self.settle(worker_id, "", ordered)
         return [
             Settled(
-                spec, outcome, JobStatus.COMPLETED if spec.key in ours else None, spec.retry_count
+                spec,
+                outcome,
+                JobStatus.COMPLETED if spec.worker_id == worker_id else None,
+                spec.retry_count,
             )
             for spec, outcome in ordered
         ]
 
-    def complete_within(
+    def _complete_in_bulk(
         self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
-    ) -> Collection[Key]:
-        """The attempts that were still the worker's, and have completed now."""
-        parameters = {"ended": json.dumps(ended), "fence_worker": worker_id}
-        keys = {(each["job_id"], each["fence_attempt"]) for each in ended}
-        if connection.execute(self._complete_all, parameters).rowcount == len(ended):
-            return keys
-        completed = connection.execute(
-            sa.select(JOBS.c.id, JOBS.c.attempt).where(
-                JOBS.c.id.in_([each["job_id"] for each in ended]),
-                JOBS.c.status == JobStatus.COMPLETED.value,
-            )
-        )
-        return keys & {(row.id, row.attempt) for row in completed}
+    ) -> None:
+        parameters = {"ended": self.sendable(json.dumps(ended)), "fence_worker": worker_id}
+        try:
+            changed = connection.execute(self._complete_all, parameters).rowcount
+        except DBAPIError as error:
+            if self.is_lock_timeout(error):
+                # Not to be redone as it is, but without the rows that are locked.
+                raise _RowsLocked from error
+            raise
+        if changed != len(ended):
+            raise _LeaseLost
 
     @abc.abstractmethod
     def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
@@ -124,6 +151,8 @@ class Settles(Runs):
         :param in_doubt: attempts whose outcome was recorded by a commit of which nobody knows
             whether it was done. If it was, that is what is returned.
         :returns: one per attempt, in order; ``status`` is ``None`` where the lease was lost.
+            Attempts whose rows another transaction keeps locked are left out, as in
+            :meth:`complete`.
         """
         return self.transaction(
             lambda c: self.settle_within(c, worker_id, worker_name, finished, in_doubt)
@@ -138,12 +167,15 @@ class Settles(Runs):
         in_doubt: Collection[Key] = (),
     ) -> list[Settled]:
         """The same as :meth:`settle`, as part of a larger transaction of ours."""
-        ours = self._still_running(connection, worker_id, [spec.id for spec, _ in finished])
+        keys = {spec.key for spec, _ in finished}
+        ours, locked = self.lock_running(connection, worker_id, keys)
         recorded = self._recorded(connection, worker_id, in_doubt)
         settled: list[Settled] = []
         updates: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
         for spec, outcome in finished:
+            if spec.key in locked:
+                continue
             cancel_requested = ours.get(spec.key, recorded.get(spec.key))
             if cancel_requested is None or spec.worker_id != worker_id:
                 settled.append(Settled(spec, outcome, None))
@@ -154,6 +186,7 @@ class Settles(Runs):
             )
             if spec.key in recorded:
                 continue
+            self.sendable(outcome.result_json or "")
             updates.append(_settle_parameters(worker_id, spec, outcome, decided))
             if outcome.kind not in _NO_ATTEMPT_ROW:
                 attempts.append(_attempt_values(worker_id, worker_name, spec, outcome))
@@ -164,16 +197,6 @@ class Settles(Runs):
         if attempts:
             connection.execute(self._attempt_insert, attempts)
         return settled
-
-    def _still_running(
-        self, connection: sa.Connection, worker_id: int, ids: Sequence[int]
-    ) -> dict[Key, bool]:
-        """The attempts that are still the worker's, and whether a cancel was asked for."""
-        rows = connection.execute(
-            by_id(RUNNING_OF).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id).with_for_update(),
-            {"worker": worker_id},
-        )
-        return _by_key(rows)
 
     def _recorded(
         self, connection: sa.Connection, worker_id: int, in_doubt: Collection[Key]
@@ -194,7 +217,7 @@ class Settles(Runs):
                 WORKERS.c.status == "alive",
             )
         )
-        return {key: asked for key, asked in _by_key(rows).items() if key in in_doubt}
+        return {key: asked for key, asked in by_key(rows).items() if key in in_doubt}
 
     def _decide(self, spec: JobSpec, outcome: Outcome, cancel_requested: bool) -> Settlement:
         return settlement(
@@ -205,7 +228,7 @@ class Settles(Runs):
             max_crashes=self._max_crashes,
             suspect=spec.suspect,
             cancel_requested=cancel_requested,
-            retry_delay=spec.retry_policy.delay,
+            retry_delay=lambda retry: spec.retry_policy.delay(retry),
             delay_seconds=outcome.delay_seconds,
         )
 
@@ -272,10 +295,6 @@ def _completion(spec: JobSpec, outcome: Outcome) -> Completion:
         "finished_after": waited + outcome.run_seconds,
         "new_result": outcome.result_json,
     }
-
-
-def _by_key(rows: Iterable[Any]) -> dict[Key, bool]:
-    return {(row.id, row.attempt): row.cancel_requested_at is not None for row in rows}
 
 
 def _settle_parameters(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import logging
 import sqlite3
 import threading
 import time
@@ -17,12 +16,13 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from ..models import UtcTime
 from ..mounts import network_file_system
+from ..safe_logging import logger as _logger
 from .base import Store
 from .database import ALONE, READ_ONLY, WORKERS
+from .pool_listeners import forward
 from .settles import COMPLETION_TYPES
 from .sqlite_file import file_of
-
-_logger = logging.getLogger("flask_bgjobs")
+from .sqlite_types import LENIENT_TYPES
 
 _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
@@ -35,13 +35,14 @@ _CLOCK = "%Y-%m-%d %H:%M:%f000"
 compare as text."""
 _ADVICE = {
     sqlite3.SQLITE_BUSY: (
-        "somebody else has written to it for too long: look for a transaction that is left open, "
-        "and commit sooner"
+        "another connection holds the write lock: look for a transaction that is left open, and "
+        "commit sooner"
     ),
     sqlite3.SQLITE_READONLY: (
         "this user must be allowed to write the file, and to make files in its folder"
     ),
     sqlite3.SQLITE_FULL: "make room on its disk",
+    sqlite3.SQLITE_TOOBIG: "it is larger than SQLITE_LIMIT_LENGTH, 1 GB by default",
     sqlite3.SQLITE_CANTOPEN: (
         "the folder must be there, and this user must be allowed to make files in it"
     ),
@@ -129,12 +130,7 @@ class SqliteStore(Store):
         It needs no deadline: a file has no link that could fall silent, and who waits for the lock
         has waited long enough after a while in any case.
         """
-        return type(self)(
-            self.host_engine,
-            self.host_session,
-            schema=self._schema,
-            max_crashes=self._max_crashes,
-        )
+        return self._for_a_worker(None)
 
     def leave_what_is_gone(self) -> None:
         if self._file is not None:
@@ -204,14 +200,18 @@ class SqliteStore(Store):
             self.host_engine.url,
             creator=self.connect_as_host,
             max_overflow=-1,
+            hide_parameters=True,
         )
+        engine.dialect.colspecs = {**engine.dialect.colspecs, **LENIENT_TYPES}
+        forward(self.host_engine, engine, self.watched)
         sa.event.listen(engine, "connect", _on_connect)
         sa.event.listen(engine, "begin", _on_begin)
         return engine
 
     @contextlib.contextmanager
     def read(self, *, within: float | None = None) -> Iterator[sa.Connection]:
-        if self.always_joins and self.host_session().in_transaction():
+        is_shared = self.always_joins and self.outer_connection is None
+        if is_shared and self.host_session().in_transaction():
             # Closing a second connection would roll the one database connection back.
             yield self.host_session().connection(
                 bind_arguments={"bind": self.host_engine},
@@ -220,6 +220,11 @@ class SqliteStore(Store):
             return
         with super().read(within=within) as connection:
             yield connection
+
+    @property
+    def _seen(self) -> sa.Select[Any]:
+        files = sa.func.pragma_database_list().table_valued("name", "file")
+        return sa.select(files.c.file.label("file")).where(files.c.name == (self.schema or "main"))
 
     @contextlib.contextmanager
     def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
@@ -240,12 +245,20 @@ class SqliteStore(Store):
     def is_timeout(self, error: DBAPIError) -> bool:
         return _primary_code(error) == sqlite3.SQLITE_INTERRUPT
 
+    def is_lock_timeout(self, error: DBAPIError) -> bool:
+        # There are no locks of rows.
+        return False
+
+    def is_too_large(self, error: DBAPIError) -> bool:
+        return _primary_code(error) == sqlite3.SQLITE_TOOBIG
+
     def is_redoable(self, error: DBAPIError) -> bool:
         return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _data_version(connection: sqlite3.Connection) -> int | None:
-    """Which commit of others is the newest; ``None`` while somebody has the file for himself."""
+    """A number that each commit of another connection changes; ``None`` while one has locked the
+    file exclusively."""
     try:
         (version,) = connection.execute("PRAGMA data_version").fetchone()
     except sqlite3.OperationalError:
@@ -256,6 +269,8 @@ def _data_version(connection: sqlite3.Connection) -> int | None:
 def is_in_memory(engine: sa.Engine) -> bool:
     """Whether the database lives in one connection only."""
     url = engine.url
+    if url.get_backend_name() != "sqlite":
+        return False
     return (
         not url.database
         or url.database == ":memory:"

@@ -8,17 +8,16 @@ its ``-shm`` file misleads those that open the new database.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sqlite3
-import threading
 import weakref
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 
-_logger = logging.getLogger("flask_bgjobs")
+from ..safe_logging import logger as _logger
+from ..threading_patches import Lock
 
 _Identity = tuple[int, int]
 """Device and inode."""
@@ -44,7 +43,7 @@ class DatabaseFile:
         self._numbers_of_workers: dict[int, int] = {}
         self._wal_path = f"{path}-wal"
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._opened: _Identity | None = None
         self._wal: _Identity | None = None
         self._left_wal: _Stamp | None = None

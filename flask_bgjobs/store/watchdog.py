@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_logger = logging.getLogger("flask_bgjobs")
+from ..safe_logging import logger as _logger
+from ..threading_patches import Lock
+from ..threads import WorkerThread
 
 _LOOK_SECONDS = 0.5
 
@@ -30,7 +31,7 @@ class Watchdog:
         self._in_use: dict[object, tuple[float, Any]] = {}
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._starting = Lock()
 
     @contextlib.contextmanager
     def watching(self, driver_connection: Any, seconds: float) -> Iterator[None]:
@@ -47,13 +48,17 @@ class Watchdog:
         """End the thread; the next use starts another."""
         self._ended.set()
 
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Its thread, as long as it must live."""
+        with self._starting:
+            return [] if self._thread is None or self._ended.is_set() else [self._thread]
+
     def _start(self) -> None:
         with self._starting:
             if self._thread is None or self._ended.is_set():
                 self._ended = threading.Event()
-                self._thread = threading.Thread(
-                    target=self._look, args=[self._ended], name="bgjobs-dog", daemon=True
-                )
+                self._thread = WorkerThread(self._look, "bgjobs-deadlines", self._ended)
                 self._thread.start()
 
     def _look(self, ended: threading.Event) -> None:
@@ -64,5 +69,7 @@ class Watchdog:
                     now >= min(deadline, self._give_up_at())
                     and self._in_use.pop(token, None) is not None
                 ):
-                    _logger.error("The database says nothing: a connection is given up")
+                    _logger.error(
+                        "No reply from the database within the deadline; closing the connection"
+                    )
                     self._sever(driver_connection)

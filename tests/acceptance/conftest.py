@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 from flask_bgjobs.app_state import state_of
-from tests.apps import build_app
+from tests.apps import build_app, create_tables
 from tests.conftest import DEADLINE_SECONDS, wait_until
+from tests.preloaded import preloaded_interpreter
 
 _SHOWN_CHARACTERS = 10_000
 """Of each log."""
@@ -33,31 +35,40 @@ class Workers:
     def __init__(self, folder: Path, url: str) -> None:
         self._folder = folder
         (folder / "host.py").write_text(HOST.format(url=url))
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[Any] = []
 
-    def start(self, *options: str, **config: object) -> subprocess.Popen[str]:
+    def start(self, *options: str, **config: object) -> Any:
         """A worker process of an app with ``config``, once it says that it has started."""
         log = self._folder / f"worker-{len(self._started)}.log"
+        arguments = ["--app", "host", "bgjobs", "worker", *options]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{self._folder}{os.pathsep}{Path.cwd()}",
+            "TEST_CONFIG": json.dumps(config),
+        }
         with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flask", "--app", "host", "bgjobs", "worker", *options],
-                cwd=self._folder,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": f"{self._folder}{os.pathsep}{Path.cwd()}",
-                    "TEST_CONFIG": json.dumps(config),
-                },
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            process = self._run_flask(arguments, environment, output)
         self._started.append(process)
-        process.log = log  # type: ignore[attr-defined]  # for the test to read
+        process.log = log
         wait_until(
             lambda: "Worker started" in log.read_text() or process.poll() is not None,
             "the worker",
         )
         return process
+
+    def _run_flask(self, arguments: list[str], environment: dict[str, str], output: IO[str]) -> Any:
+        if not (self._folder / "sitecustomize.py").exists():
+            return preloaded_interpreter().start_module(
+                "flask", arguments, folder=self._folder, environment=environment, output=output
+            )
+        # Only an interpreter that starts anew reads that.
+        return subprocess.Popen(
+            [sys.executable, "-m", "flask", *arguments],
+            cwd=self._folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
     def end(self) -> None:
         """End what is left, and show the logs where the test has failed."""
@@ -65,7 +76,7 @@ class Workers:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.wait(DEADLINE_SECONDS)
-            log: Path = process.log  # type: ignore[attr-defined]
+            log: Path = process.log
             print(f"--- {log.name}", log.read_text()[-_SHOWN_CHARACTERS:], sep="\n")
 
 
@@ -73,8 +84,7 @@ class Workers:
 def app(database_url: str) -> Iterator[object]:
     """The app in this process; its context is pushed by pytest-flask."""
     app = build_app(database_url)
-    with app.app_context():
-        app.extensions["sqlalchemy"].create_all()
+    create_tables(app)
     yield app
     with app.app_context():
         app.extensions["sqlalchemy"].engine.dispose()
@@ -88,9 +98,7 @@ def journal(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start_worker(
-    tmp_path: Path, app: object, database_url: str
-) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start_worker(tmp_path: Path, app: object, database_url: str) -> Iterator[Callable[..., Any]]:
     """Starts ``flask bgjobs worker`` with the options and the configuration given."""
     workers = Workers(tmp_path, database_url)
     yield workers.start

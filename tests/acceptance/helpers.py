@@ -22,6 +22,11 @@ def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
     return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
 
 
+def starts(journal: Path) -> int:
+    """How many jobs have noted their start; short ones may have ended meanwhile."""
+    return sum(line.startswith("start") for line in lines(journal))
+
+
 def lines(path: Path) -> list[str]:
     """What jobs have noted in a journal."""
     return path.read_text().splitlines() if path.exists() else []
@@ -48,13 +53,18 @@ def stop_between_transactions(worker: Any, state: AppState) -> None:
 
     def stop() -> bool:
         worker.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, worker.pid, os.WSTOPPED)  # each of its threads, on any processor
+        wait_until(lambda: _is_stopped(worker.pid), "the stop of each of its threads")
         if _is_quiet(state):
             return True
         worker.send_signal(signal.SIGCONT)
         return False
 
     wait_until(stop, "a moment between two transactions")
+
+
+def _is_stopped(pid: int) -> bool:
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {stat.read_text().rpartition(")")[2].split()[0] for stat in threads} == {"T"}
 
 
 def _is_quiet(state: AppState) -> bool:
@@ -106,3 +116,10 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state not in "ZX"
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time that a process has used, without that of its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    # User and system time, the 14th and 15th fields.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

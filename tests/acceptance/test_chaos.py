@@ -11,7 +11,7 @@ from tests.chaos.run import run
 
 pytestmark = pytest.mark.acceptance
 
-_SECONDS = 25
+_SECONDS = 20
 _SEEDS = 1_000_000
 
 

@@ -299,6 +299,7 @@ def test_four_processes_of_a_preloaded_app(
     assert site.errors() == []
 
 
+@pytest.mark.on("sqlite")
 def test_the_reloaders_child_has_one_scheduler(app: Flask, state: AppState, site: Site) -> None:
     """Under ``flask run --debug`` the child has one scheduler and one heart, also after a reload;
     the parent has neither a worker nor a thread."""

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flask_bgjobs import BgJobsError, Job
 from flask_bgjobs.app_state import state_of
-from tests.acceptance.helpers import enqueue, lines
+from tests.acceptance.helpers import beats, enqueue, lines, starts
 from tests.apps import build_app
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 from tests.servers import MariaServer, PostgresServer, Proxy, Server, When, commits
@@ -247,7 +247,7 @@ def test_outcomes_wait_for_the_server(
     workers = [start_worker("-P", pool, "-c", "3", **config) for pool in ("thread", "process")]
     jobs = [enqueue("hold", str(journal), seconds) for seconds in (2, 3, 4, 12, 12, 12)]
     gated = enqueue("wait_for_file", str(gate))
-    wait_until(lambda: len(lines(journal)) == len(jobs), "the starts")
+    wait_until(lambda: starts(journal) == len(jobs), "the starts")
     memory = [_memory(worker.pid) for worker in workers]
     server.stop("fast")
     waiting_since = time.monotonic()
@@ -264,6 +264,22 @@ def test_outcomes_wait_for_the_server(
         assert "Worker dead" not in told(worker)
         assert _memory(worker.pid) - before < 50
         stop(worker)
+
+
+def test_a_log_filter_that_raises_in_an_outage(
+    app: Flask, start_worker: Start, server: Server
+) -> None:
+    """A worker whose log filter raises in its threads works on after an outage, and beats."""
+    worker = start_worker("-n", "logged", TEST_SET_UP="filter_raises", **LONG_LEASE)
+    state = state_of(app)
+    wait_until(lambda: beats(state).get("logged"), "a heartbeat")
+    server.stop("fast")
+    wait_until(lambda: "--- Logging error" in told(worker), "a line of a thread without a context")
+    server.start()
+    assert finish(app, [enqueue("echo", 1)])[0].result == 1
+    before = beats(state)["logged"]
+    wait_until(lambda: beats(state)["logged"] > before, "a heartbeat after the outage")
+    stop(worker)
 
 
 def _memory(pid: int) -> int:
@@ -440,7 +456,7 @@ def test_a_link_silent_for_less_than_the_lease(
     worker = start_worker("-P", pool, "-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **config)
     watcher = start_worker("-q", "elsewhere", **config)
     jobs = [enqueue("hold", str(journal), seconds) for seconds in (0.5, 1, 2, 6)]
-    wait_until(lambda: len(lines(journal)) == 4, "the starts")
+    wait_until(lambda: starts(journal) == 4, "the starts")
     link.go_silent()
     wait_until(lambda: "Database not usable" in told(worker), "the deadline")
     link.let_pass()
@@ -487,7 +503,7 @@ def test_health_is_answered_in_time(
 ) -> None:
     """``/jobs/healthz`` says 503 soon while the database does not answer, and 200 afterwards."""
     start_worker(**LONG_LEASE)
-    client = make_app(linked_url).test_client()
+    client = make_app(linked_url, BGJOBS_DASHBOARD=True).test_client()
     assert client.get("/jobs/healthz").status_code == 200
     with _broken(fault, server, link):
         answer = _in_time(lambda: client.get("/jobs/healthz"))

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import os
 import random
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,27 +20,33 @@ from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
 from flask_bgjobs.app_state import AppState
+from flask_bgjobs.config import Config
 from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt
 from flask_bgjobs.options import JobOptions
+from flask_bgjobs.registry import Registry
+from tests import jobs
 from tests.acceptance.helpers import (
     descendants,
     enqueue,
     is_alive,
     lines,
+    processor_seconds,
     stop_between_transactions,
+    workers,
 )
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
+from tests.databases import KINDS
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]
 
 LONG_LEASE_SECONDS = 600
 NOTICED_SECONDS = 10.0
 """Far more than it takes to see that a child has died, far less than a lease."""
-KILLS = 30
+KILLS = 15
 ALL_JOBS_SECONDS = 120.0
-"""For 8,000 jobs, and the processes that had to begin anew."""
+"""For 3,000 jobs, and the processes that had to begin anew."""
 
 
 @pytest.fixture
@@ -59,6 +67,7 @@ def start(start_worker: Start) -> Iterator[Start]:
         wait_until(lambda below=below: not any(map(is_alive, below)), "the children's end")
 
 
+@pytest.mark.on(*KINDS)
 def test_jobs_run_in_children(app: Flask, start: Start) -> None:
     """Jobs run in processes other than the worker's, with results, retries and async code."""
     worker = start()
@@ -81,6 +90,7 @@ def test_jobs_run_in_children(app: Flask, start: Start) -> None:
         ("exit_quietly", [7], "exited with code 7"),
     ],
 )
+@pytest.mark.on(*KINDS)
 def test_a_crash_costs_only_its_own_job(
     app: Flask, state: AppState, start: Start, journal: Path, name: str, parameters: Any, how: str
 ) -> None:
@@ -210,6 +220,7 @@ def test_finished_in_spite_of_a_cancel(app: Flask, start: Start, journal: Path) 
     assert (job.status, job.result) == ("completed", "finished in spite of it")
 
 
+@pytest.mark.on(*KINDS)
 def test_reports_arrive_while_it_runs(app: Flask, start: Start, journal: Path) -> None:
     """Progress, log lines and meta of a child are seen while its code runs, and kept after a
     crash of the child."""
@@ -248,6 +259,7 @@ def test_children_die_with_their_worker(app: Flask, start: Start, journal: Path)
     assert time.monotonic() - killed_at < 1.0
 
 
+@pytest.mark.on(*KINDS)
 def test_no_orphan_finishes_what_another_worker_runs(
     app: Flask, state: AppState, start: Start, journal: Path
 ) -> None:
@@ -298,6 +310,7 @@ def test_limits_replace_children(app: Flask, start: Start, option: str) -> None:
     assert worker.poll() is None
 
 
+@pytest.mark.on(*KINDS)
 def test_a_stop_gives_running_jobs_back(app: Flask, start: Start, journal: Path) -> None:
     """After the grace the code of children is stopped and its jobs are given back; exit code 0."""
     worker = start("--shutdown-timeout", "0.3")
@@ -359,6 +372,72 @@ def test_an_app_that_cannot_be_built_is_said_at_once(
     assert "Traceback" not in said
 
 
+def test_children_that_can_no_longer_start_hold_no_jobs(
+    app: Flask, state: AppState, tmp_path: Path, start_worker: Start
+) -> None:
+    """A deploy that breaks the app: the worker gives its jobs back, claims no others, and ends
+    after a lease unless a child starts."""
+    broken = tmp_path / "broken"
+    host = (tmp_path / "host.py").read_text()
+    check = (
+        f"import os\nif os.path.exists({str(broken)!r}):\n    raise RuntimeError('half a deploy')\n"
+    )
+    (tmp_path / "host.py").write_text(check + host)
+    short = {"BGJOBS_LEASE": 6, "BGJOBS_HEARTBEAT_INTERVAL": 1}
+    worker = start_worker("-P", "process", "-c", "1", "--max-jobs", "1", **short)
+    broken.touch()
+    jobs = [enqueue("echo", number) for number in range(3)]
+    jobs[0].wait(DEADLINE_SECONDS)
+    said = worker.log.read_text
+    wait_until(lambda: "half a deploy" in said(), "the failed start")
+    wait_until(
+        lambda: [stored(app, job).status for job in jobs[1:]] == ["pending"] * 2, "the give-back"
+    )
+    broken.unlink()
+    assert jobs[1].wait(DEADLINE_SECONDS).result == 1
+    broken.touch()
+    jobs[2].wait(DEADLINE_SECONDS)
+    # Two children may have started before.
+    left = [enqueue("echo", number) for number in range(3)]
+    assert worker.wait(DEADLINE_SECONDS) == 1
+    assert "no child process could start for" in said()
+    assert stored(app, left[2]).status == "pending"
+    assert list(workers(state).values()) == ["stopped"]
+
+
+def test_a_child_that_does_not_finish_its_start_is_replaced(
+    app: Flask, tmp_path: Path, start_worker: Start
+) -> None:
+    """A child that hangs while it builds the app is killed after a minute, here after a second."""
+    hang = tmp_path / "hang"
+    host = (tmp_path / "host.py").read_text()
+    check = f"import os, time\nwhile os.path.exists({str(hang)!r}):\n    time.sleep(0.1)\n"
+    (tmp_path / "host.py").write_text(check + host)
+    (tmp_path / "sitecustomize.py").write_text(
+        "from flask_bgjobs.pools import process\nprocess._START_SECONDS = 3.0\n"
+    )
+    worker = start_worker("-P", "process", "-c", "1", "--max-jobs", "1")
+    hang.touch()
+    enqueue("echo", 1).wait(DEADLINE_SECONDS)
+    wait_until(
+        lambda: "could not start: it took longer than 3 s" in worker.log.read_text(), "the kill"
+    )
+    hang.unlink()
+    assert enqueue("echo", 2).wait(DEADLINE_SECONDS).result == 2
+
+
+def test_a_child_that_closes_its_connection_is_replaced(app: Flask, start_worker: Start) -> None:
+    """It is killed two seconds later; the worker sleeps until then."""
+    worker = start_worker("-P", "process", "-c", "1")
+    enqueue("echo", 1).wait(DEADLINE_SECONDS)
+    before = processor_seconds(worker.pid)
+    job = enqueue("close_descriptors", retries=0)
+    wait_until(lambda: stored(app, job).crash_count, "the crash")
+    assert processor_seconds(worker.pid) - before < 1.0
+    job.cancel()
+    assert enqueue("echo", 2).wait(DEADLINE_SECONDS).result == 2
+
+
 def test_a_queue_may_name_its_pool(app: Flask, start_worker: Start, journal: Path) -> None:
     """Jobs of a queue with a pool of its own run there, beside those of all other queues; a crash
     or a long job on one side leaves the other alone."""
@@ -395,7 +474,7 @@ def test_children_killed_at_random_cost_no_neighbour(
 ) -> None:
     """While children and the process that bears them are killed at random, thousands of short jobs
     all complete; none runs a second time but those that were running in a killed child."""
-    sets = [[str(journal), str(number)] for number in range(8_000)]
+    sets = [[str(journal), str(number)] for number in range(3_000)]
     enqueue_sets(state, "tests.jobs.record", None, sets, JobOptions())
     worker = start("--burst")
     random_ = random.Random(7)
@@ -412,10 +491,54 @@ def test_children_killed_at_random_cost_no_neighbour(
         time.sleep(random_.uniform(0.2, 0.6))
     assert worker.wait(ALL_JOBS_SECONDS) == 0
     runs = collections.Counter(map(int, lines(journal)))
-    assert set(runs) == set(range(8_000))
+    assert set(runs) == set(range(3_000))
     with state.store.read() as connection:
         attempts = connection.execute(Attempt.__table__.select()).all()
         statuses = set(connection.execute(sa.select(Job.status)).scalars())
     assert statuses == {"completed"}
     assert {attempt.outcome for attempt in attempts} <= {"crashed", "lost"}
     assert sum(runs.values()) - len(runs) <= len(attempts)
+
+
+FRAGILE = """
+import os, sys
+from flask_bgjobs.pools import is_child
+if {where}:
+    os._exit(9)
+def login(user, password):
+    raise ValueError(f"{{user}} could not log in with {{password}}")
+"""
+
+
+@pytest.mark.on("sqlite")
+@pytest.mark.parametrize("where", ["'worker' in sys.argv", "is_child()"])
+def test_a_module_that_crashes_at_import_costs_only_its_own_job(
+    app: Flask,
+    state: AppState,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    """The worker does not import the module of a job that a child runs, also not for a log line,
+    in which secrets are masked all the same."""
+    (tmp_path / "fragile.py").write_text(FRAGILE.format(where=where))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    allowed = [*jobs.NAMES, "fragile.login"]
+    state.registry = Registry(
+        Config.from_mapping({"BGJOBS_ALLOWED_JOBS": allowed}).allowed_jobs, {}
+    )
+    worker = start(BGJOBS_ALLOWED_JOBS=allowed)
+    job = run_background_job("fragile.login", parameters=["ann", "hunter2-and-more"], retries=0)
+    sys.modules.pop("fragile")
+    job.wait(DEADLINE_SECONDS)
+    in_child = where == "is_child()"
+    assert (job.status, job.error_type) == ("failed", "Crashed" if in_child else "ValueError")
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    assert worker.poll() is None
+    wait_until(lambda: "Job failed" in worker.log.read_text(), "the log line")
+    said = worker.log.read_text()
+    assert "hunter2" not in said
+    shown = '["***","***"]' if in_child else '["ann","***"]'
+    (line,) = re.findall("Job failed .*", said)
+    assert f"Parameters: {shown}" in line

@@ -21,8 +21,9 @@ from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState
 from flask_bgjobs.models import Worker
 from tests.conftest import DEADLINE_SECONDS, wait_until
+from tests.databases import KINDS
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 
 SITE = """
 import os
@@ -159,6 +160,7 @@ def test_app_run(app: Flask, state: AppState, site: Site, reload: bool) -> None:
     assert (serving != started) == reload
 
 
+@pytest.mark.on(*KINDS)
 def test_a_pre_fork_master_has_none(app: Flask, state: AppState, site: Site) -> None:
     """With ``gunicorn --preload`` each serving process has a worker of its own, the master none."""
     master = site.run(
@@ -200,6 +202,7 @@ def test_other_commands_start_none(
     assert worker_pids(state) == []
 
 
+@pytest.mark.on(*KINDS)
 def test_the_worker_command_starts_one(app: Flask, state: AppState, site: Site) -> None:
     """``flask bgjobs worker`` of such an app is one worker, not two."""
     pid = site.run(*flask("bgjobs", "worker", "--burst"))
@@ -208,6 +211,7 @@ def test_the_worker_command_starts_one(app: Flask, state: AppState, site: Site) 
     assert worker_pids(state) == [pid]
 
 
+@pytest.mark.on(*KINDS)
 def test_the_end_of_the_server_stops_it(
     app: Flask, state: AppState, site: Site, tmp_path: Path
 ) -> None:

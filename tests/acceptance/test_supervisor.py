@@ -17,10 +17,11 @@ import pytest
 from flask import Flask
 
 from flask_bgjobs.app_state import AppState
-from tests.acceptance.helpers import beats, descendants, enqueue, is_alive, lines
+from tests.acceptance.helpers import beats, descendants, enqueue, is_alive, lines, starts
 from tests.conftest import DEADLINE_SECONDS, wait_until
+from tests.databases import KINDS
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]
 
 START_SECONDS = 4 * DEADLINE_SECONDS
@@ -58,6 +59,7 @@ def ran(journal: Path) -> dict[str, str]:
     return dict(runs)
 
 
+@pytest.mark.on(*KINDS)
 def test_workers_share_the_work(app: Flask, state: AppState, start: Start, journal: Path) -> None:
     """The workers have names with numbers, each is a process of its own that runs jobs, no job
     runs twice, and the supervisor itself opens no database."""
@@ -117,7 +119,6 @@ def signal_them(request: pytest.FixtureRequest) -> Callable[[Any, int], None]:
     return send
 
 
-@pytest.mark.on("sqlite")
 def test_one_signal_drains_all(
     app: Flask, start: Start, journal: Path, signal_them: Callable[[Any, int], None]
 ) -> None:
@@ -125,7 +126,7 @@ def test_one_signal_drains_all(
     is left."""
     supervisor = start(2, "-c", "1")
     jobs = [enqueue("hold", str(journal), 2.0) for _ in range(2)]
-    wait_until(lambda: len(lines(journal)) == 2, "the starts")
+    wait_until(lambda: starts(journal) == 2, "the starts")
     all_processes = descendants(supervisor.pid)
     signal_them(supervisor, signal.SIGINT)
     assert supervisor.wait(DEADLINE_SECONDS) == 0
@@ -134,14 +135,13 @@ def test_one_signal_drains_all(
     assert said(supervisor, "Worker stopping") == 2
 
 
-@pytest.mark.on("sqlite")
 def test_a_second_signal_stops_all_at_once(
     app: Flask, start: Start, journal: Path, signal_them: Callable[[Any, int], None]
 ) -> None:
     """The second signal ends the grace in all workers: their jobs are given back, exit code 0."""
     supervisor = start(2, "-c", "1", "--shutdown-timeout", "600")
     jobs = [enqueue("hold", str(journal), 600) for _ in range(2)]
-    wait_until(lambda: len(lines(journal)) == 2, "the starts")
+    wait_until(lambda: starts(journal) == 2, "the starts")
     signal_them(supervisor, signal.SIGTERM)
     for who, times in (("Worker", 2), ("Supervisor", 1)):
         wait_until(lambda who=who, n=times: said(supervisor, f"{who} stopping") == n, "the stops")
@@ -150,7 +150,6 @@ def test_a_second_signal_stops_all_at_once(
     assert {(job.refresh().status, job.retry_count) for job in jobs} == {("pending", 0)}
 
 
-@pytest.mark.on("sqlite")
 def test_a_child_that_is_told_to_stop_is_replaced(
     app: Flask, state: AppState, start: Start
 ) -> None:
@@ -162,7 +161,6 @@ def test_a_child_that_is_told_to_stop_is_replaced(
     assert said(supervisor, f"Pid: {stopped} | It exited with code 0") == 1
 
 
-@pytest.mark.on("sqlite")
 def test_a_drained_child_is_replaced(
     app: Flask, state: AppState, start: Start, journal: Path
 ) -> None:
@@ -178,7 +176,6 @@ def test_a_drained_child_is_replaced(
     assert said(supervisor, "It exited with code 0") == 1
 
 
-@pytest.mark.on("sqlite")
 def test_burst_ends_by_itself(
     app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +189,6 @@ def test_burst_ends_by_itself(
     assert said(supervisor, "started: 2, of these as replacements: 0") == 1
 
 
-@pytest.mark.on("sqlite")
 def test_a_worker_at_its_limit_is_replaced(app: Flask, start: Start, journal: Path) -> None:
     """A worker that has run ``--max-jobs`` is followed by a fresh one."""
     start(1, "--max-jobs", "3")
@@ -202,13 +198,12 @@ def test_a_worker_at_its_limit_is_replaced(app: Flask, start: Start, journal: Pa
     assert len(set(ran(journal).values())) == 3
 
 
-@pytest.mark.on("sqlite")
 def test_children_do_not_outlive_their_supervisor(app: Flask, start: Start, journal: Path) -> None:
     """After ``kill -9`` of the supervisor the workers stop in order, and their own children end."""
     options = ("-P", "process", "-c", "1", "--shutdown-timeout", "0.2")
     supervisor = start(2, *options, BGJOBS_APP="host")
     jobs = [enqueue("hold", str(journal), 600) for _ in range(2)]
-    wait_until(lambda: len(lines(journal)) == 2, "the starts", START_SECONDS)
+    wait_until(lambda: starts(journal) == 2, "the starts", START_SECONDS)
     below = descendants(supervisor.pid)
     assert len(below) >= 6
     supervisor.kill()
@@ -217,7 +212,6 @@ def test_children_do_not_outlive_their_supervisor(app: Flask, start: Start, jour
     assert said(supervisor, "Worker stopped") == 2
 
 
-@pytest.mark.on("sqlite")
 def test_a_broken_app_is_given_up(app: Flask, tmp_path: Path, start_worker: Start) -> None:
     """When no worker can start, after a few tries the supervisor says so and exits as they do."""
     supervisor = start_worker(
@@ -229,7 +223,6 @@ def test_a_broken_app_is_given_up(app: Flask, tmp_path: Path, start_worker: Star
     assert said(supervisor, "Traceback") == 0
 
 
-@pytest.mark.on("sqlite")
 def test_a_service_that_once_ran_is_not_given_up(app: Flask, start: Start, tmp_path: Path) -> None:
     """What keeps workers from starting for a while, such as a database that is away, ends no
     supervisor whose workers have run before."""
@@ -244,7 +237,6 @@ def test_a_service_that_once_ran_is_not_given_up(app: Flask, start: Start, tmp_p
     assert said(supervisor, "giving up") == 0
 
 
-@pytest.mark.on("sqlite")
 def test_systemd_is_told_by_the_supervisor(
     app: Flask, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +257,6 @@ def test_systemd_is_told_by_the_supervisor(
             systemd.recv(4096)
 
 
-@pytest.mark.on("sqlite")
 def test_a_change_of_code_starts_all_workers_anew(app: Flask, start: Start, tmp_path: Path) -> None:
     """``--reload`` goes round the supervisor: a changed file starts it and its workers anew."""
     reloader = start(2, "--reload")
@@ -283,7 +274,7 @@ import logging, sys
 from flask_bgjobs import supervisor
 
 logging.basicConfig()
-supervisor._END_SECONDS = 0.2
+supervisor.END_SECONDS = 0.2
 command = sys.argv[1:]
 print(supervisor.Supervisor([command, command], burst=False, grace_seconds=0.2).run())
 """

@@ -16,7 +16,7 @@ from flask import Flask
 
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState
-from tests.acceptance.helpers import enqueue, lines, stop_between_transactions
+from tests.acceptance.helpers import beats, enqueue, lines, stop_between_transactions
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 pytestmark = pytest.mark.acceptance
@@ -188,3 +188,29 @@ def test_a_wrong_start_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: the database has no table")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.on("sqlite")
+@pytest.mark.parametrize("pool", ["thread", "process"])
+@pytest.mark.parametrize("set_up", ["dict_config", "alembic_config"])
+def test_logging_that_disables_loggers_silences_nothing(
+    app: Flask, start_worker: Start, set_up: str, pool: str
+) -> None:
+    """``dictConfig`` and ``fileConfig`` disable the loggers that they do not name; the lines of
+    jobs are written all the same, by the host's handlers."""
+    worker = start_worker("-P", pool, "-c", "1", TEST_SET_UP=set_up, BGJOBS_APP="host")
+    assert enqueue("fail", "now", retries=0).wait(DEADLINE_SECONDS).status == "failed"
+    wait_until(lambda: "host: Job failed | " in worker.log.read_text(), "the line")
+    assert "host: Worker started | " in worker.log.read_text()
+
+
+@pytest.mark.on("sqlite")
+def test_an_idle_worker_logs_nothing(app: Flask, start_worker: Start, state: AppState) -> None:
+    """Where the app logs all that is INFO, polls and timers of a worker add no line."""
+    worker = start_worker("-c", "1", TEST_SET_UP="basic_config", BGJOBS_POLL_INTERVAL=0.05)
+    assert enqueue("echo", 1, delay=0.2).wait(DEADLINE_SECONDS).result == 1
+    said = worker.log.read_text()
+    seen = sum(beats(state).values())
+    wait_until(lambda: sum(beats(state).values()) > seen + 2, "time for many polls")
+    assert worker.log.read_text() == said
+    assert "apscheduler" not in said

@@ -15,7 +15,7 @@ from flask import Flask
 from tests.acceptance.helpers import enqueue
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]
 
 

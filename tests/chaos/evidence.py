@@ -23,7 +23,8 @@ from .history import Change
 from .journal import Note, Reader, Run
 from .plan import Planned
 
-CRASHED, LOST = OutcomeKind.CRASHED.value, OutcomeKind.LOST.value
+CRASHED = OutcomeKind.CRASHED.value
+LOST = (OutcomeKind.LOST.value, OutcomeKind.LOST_AMONG.value)
 _CLOCK_STEP_SECONDS = 0.002
 """SQLite's clock has milliseconds."""
 _AT_ONCE = 500

@@ -58,7 +58,7 @@ def figures(evidence: Evidence) -> Figures:
         mean_runs=statistics.fmean(runs),
         most_runs=max(runs),
         rescues=sum(
-            outcome == LOST or (outcome == CRASHED and "alone" in error)
+            outcome in LOST or (outcome == CRASHED and "only suspect" in error)
             for _, outcome, error in outcomes
         ),
         crashes=sum(outcome == CRASHED and "alone" not in error for _, outcome, error in outcomes),

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import time
+from typing import Any
+
+import sqlalchemy as sa
+from flask import current_app
+from sqlalchemy.exc import DBAPIError
 
 from flask_bgjobs import Fail, Retry, Snooze, current_job
 
@@ -15,6 +22,9 @@ from .settings import Settings
 
 _STEP_SECONDS = 0.01
 """Sleeps are a loop of short steps, so that an interruption arrives soon."""
+
+
+_LARGE_CHARACTERS = 300_000
 
 
 @functools.cache
@@ -96,6 +106,45 @@ def poison(token: int) -> int:
         return current_job.attempt
 
 
+def forks(token: int) -> int:
+    """Fork, and let the copy return."""
+    with _journal().noted(token):
+        copy = os.fork()
+        if copy == 0:
+            return -1
+        os.waitpid(copy, 0)
+        return current_job.attempt
+
+
+def uses_helpers(token: int) -> int:
+    """Let helper processes compute something."""
+    with _journal().noted(token):
+        with multiprocessing.get_context("fork").Pool(2) as helpers:
+            assert helpers.map(abs, range(-10, 0)) == list(range(10, 0, -1))
+        return current_job.attempt
+
+
+def locks_its_row(token: int, seconds: float) -> int:
+    """Keep its own row locked while it works; SQLite would lock all other rows as well."""
+    with _journal().noted(token):
+        db = current_app.extensions["sqlalchemy"]
+        jobs = next(t for n, t in db.metadata.tables.items() if n.endswith("bgjobs_job"))
+        own = sa.select(jobs.c.id).where(jobs.c.id == current_job.id)
+        # Its own connection may be cut as well, which would be its own failure.
+        with contextlib.suppress(DBAPIError):
+            db.session.execute(own.with_for_update()).all()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(_STEP_SECONDS)
+        return current_job.attempt
+
+
+def returns_much(token: int) -> list[Any]:
+    """Return what takes three times its size in a statement."""
+    with _journal().noted(token):
+        return [current_job.attempt, '"' * _LARGE_CHARACTERS]
+
+
 ALL = (
     quick,
     sleeps,
@@ -107,4 +156,8 @@ ALL = (
     snoozes,
     kills_once,
     poison,
+    forks,
+    uses_helpers,
+    locks_its_row,
+    returns_much,
 )

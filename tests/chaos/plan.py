@@ -73,6 +73,10 @@ _KINDS = (
         draw=lambda r: ([0.05], {"unique_key": f"key-{r.randrange(_UNIQUE_KEYS)}"}),
     ),
     Kind("killing once", 0.5, "kills_once", _DONE),
+    Kind("forking", 3, "forks", _DONE),
+    Kind("with helpers", 1, "uses_helpers", _DONE),
+    Kind("locking", 3, "locks_its_row", _DONE, draw=lambda r: ([r.uniform(0.1, 1)], {})),
+    Kind("returning much", 2, "returns_much", _DONE),
 )
 _POISON = Kind("poison", 0, "poison", _FAILED)
 

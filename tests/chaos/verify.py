@@ -112,10 +112,10 @@ def _blamed_unproved(evidence: Evidence) -> Found:
             if (change.old_status, change.status) == ("running", "pending")
         } - outcomes.keys()
         for attempt, outcome, error in failures:
-            with_its_worker = outcome == CRASHED and "alone" in error
+            with_its_worker = outcome == CRASHED and "only suspect" in error
             # A suspect that is given back stays one.
             before = next(n for n in range(attempt - 1, -1, -1) if n not in given_back)
-            if with_its_worker and outcomes.get(before) not in (LOST, CRASHED):
+            if with_its_worker and outcomes.get(before) not in (*LOST, CRASHED):
                 yield job_id, f"it was no suspect in attempt {attempt}, and was blamed: {error}"
 
 
@@ -153,8 +153,9 @@ def _completed_without_end(evidence: Evidence) -> Found:
 
 def _wrong_result(evidence: Evidence) -> Found:
     for job in _completed(evidence):
-        if job.result != job.attempt:
-            yield job.id, f"attempt {job.attempt} completed it; the result is of {job.result}"
+        made_by = job.result[0] if isinstance(job.result, list) else job.result
+        if made_by != job.attempt:
+            yield job.id, f"attempt {job.attempt} completed it; the result is of {made_by}"
 
 
 def _completed(evidence: Evidence) -> list[Job]:

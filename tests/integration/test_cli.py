@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.models import JobLog
 from flask_bgjobs.testing import drain
-from tests import jobs
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 
@@ -53,6 +55,61 @@ def test_enqueue_refuses_in_one_sentence(
     assert message in output
     assert "Traceback" not in output
     assert count_jobs(app) == 0
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ('"', "a quote is not closed"),
+        ("http://x", 'there is no field "http"'),
+        ("a," * 10_000, "a comma stands between two values"),
+    ],
+)
+def test_a_search_that_cannot_be_read(app: Flask, run: Any, search: str, message: str) -> None:
+    """It is wrong usage, and the error says what to write instead."""
+    output = run("list", "--search", search, code=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert len(output) < 1_000
+
+
+TERMINAL = "\x1b]0;title\x07 \x9b31m \x1b[2J \u202e \x7f"
+
+
+def test_what_a_job_said_steers_no_terminal(app: Flask, state: AppState, run: Any) -> None:
+    """Escape sequences in whatever a job wrote are shown as text, in tables and in JSON."""
+    job = run_background_job(
+        "tests.jobs.fail", parameters=[TERMINAL], retries=0, owner=TERMINAL, tags=["x"]
+    )
+    (settled,) = drain(app)
+    assert settled.status == "failed"
+    line = sa.insert(JobLog).values(
+        job_id=job.id, attempt=1, created_at=state.store.now, message=f"{TERMINAL}\nsecond"
+    )
+    state.store.transaction(lambda connection: connection.execute(line))
+    outputs = [
+        run(*words)
+        for words in (
+            ("show", str(job.id)),
+            ("show", str(job.id), "--json"),
+            ("list",),
+            ("list", "--json"),
+        )
+    ]
+    for output in outputs:
+        assert re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", output) == []
+    assert json.loads(outputs[1])["owner"] == TERMINAL
+    assert json.loads(outputs[3])[0]["owner"] == TERMINAL
+    assert "\\x1b]0;title" in outputs[0]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31m", "x" * 256])
+def test_a_worker_has_a_plain_name(app: Flask, run: Any, name: str) -> None:
+    """A name with control characters, or one that is too long, is refused."""
+    output = run("worker", "--burst", "-n", name, code=1)
+    assert "a worker's name has at most 255 characters" in output
+    assert len(output) < 1_000
+    assert "\x1b" not in output
 
 
 def test_list(app: Flask, run: Any) -> None:
@@ -126,9 +183,9 @@ def test_check_names_every_difference(app: Flask, run: Any, state: AppState) -> 
         assert sentence in output
 
 
-def test_without_tables_one_sentence_says_what_to_run(database_url: str) -> None:
+def test_without_tables_one_sentence_says_what_to_run(empty_database_url: str) -> None:
     """Without tables each command fails with the command that makes them."""
-    app = build_app(database_url)
+    app = build_app(empty_database_url)
     for words in (["list"], ["enqueue", "tests.jobs.echo"], ["cancel", "1"], ["worker"]):
         result = app.test_cli_runner().invoke(args=["bgjobs", *words])
         assert result.exit_code == 1, words
@@ -148,12 +205,20 @@ def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
         f"database   {state_of(app).store.host_engine.url}",
         "queues     mail, low",
         "pool       2 threads",
-        f"allowed    {len(jobs.NAMES)} names",
-        "dashboard  /jobs",
+        f"allowed    {len(app.config['BGJOBS_ALLOWED_JOBS'])} names",
+        "dashboard  off",
     ):
         assert f"  {line}\n" in output
     assert re.search(r"Worker me stopped after \d+\.\d s: 1 completed\n", output)
     assert "ran no job" in run("worker", "--burst")
+
+
+@pytest.mark.on("sqlite")
+def test_worker_names_the_dashboard(make_app: Callable[..., Flask]) -> None:
+    """``worker`` says where the dashboard is."""
+    app = make_app(BGJOBS_DASHBOARD=True, BGJOBS_DASHBOARD_URL_PREFIX="/background")
+    result = app.test_cli_runner().invoke(args=["bgjobs", "worker", "--burst"])
+    assert "  dashboard  /background\n" in result.output
 
 
 @pytest.mark.parametrize(
@@ -170,3 +235,28 @@ def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
 def test_worker_refuses_wrong_usage(run: Any, words: list[str]) -> None:
     """Wrong usage ends with exit code 2."""
     run("worker", *words, code=2)
+
+
+@pytest.mark.on("sqlite")
+@pytest.mark.parametrize("option", ["--max-time", "--max-memory", "--shutdown-timeout"])
+@pytest.mark.parametrize("value", ["nan", "NaN", "-1", "inf", "soon"])
+def test_worker_options_are_numbers(app: Flask, run: Any, option: str, value: str) -> None:
+    """A limit of a worker that is not a number within bounds is wrong usage."""
+    assert option in run("worker", option, value, code=2)
+
+
+@pytest.mark.on("postgresql")
+def test_check_notes_links_that_never_time_out(
+    make_app: Callable[..., Flask], database_url: str
+) -> None:
+    """``check`` says what to set where a dead link would be noticed only after hours."""
+
+    def output(**connect_args: Any) -> str:
+        app = make_app(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": connect_args})
+        result = app.test_cli_runner().invoke(args=["bgjobs", "check"])
+        assert result.exit_code == 0, result.output
+        return str(result.output)
+
+    assert "Note: the app's connections to PostgreSQL" in output()
+    assert "Note:" not in output(keepalives_idle=30)
+    assert "Note:" not in output(tcp_user_timeout=60_000)

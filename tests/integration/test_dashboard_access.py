@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import flask
 import flask_login
 import pytest
 from flask_wtf import CSRFProtect
 
+from flask_bgjobs import BgJobs, ConfigError
 from flask_bgjobs.dashboard.access import CONTENT_SECURITY_POLICY
 from tests.integration.test_dashboard_support import (
     PREFIX,
@@ -106,6 +110,167 @@ def test_an_authorizer_that_refuses_closes_everything(make_host: MakeHost) -> No
     host = make_host(authorizer=lambda action, job: None)
     assert set(sweep(host, host.add()).values()) == {403}
     assert "authorize_dashboard" not in host.get("/", 403)
+
+
+class _Answer:
+    """An answer of a class of its own, which is true as most objects are."""
+
+
+async def _later() -> bool:
+    return True
+
+
+def _some() -> Iterator[bool]:
+    yield True
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_mistake"),
+    [
+        (lambda: False, False),
+        (lambda: None, False),
+        (lambda: "no", True),
+        (lambda: 1, True),
+        (lambda: [False], True),
+        (lambda: lambda: False, True),
+        (_Answer, True),
+        (_later, True),
+        (_some, True),
+        (lambda: (True, "reason"), True),
+    ],
+    ids=[
+        "False",
+        "None",
+        "str",
+        "int",
+        "list",
+        "function",
+        "object",
+        "coroutine",
+        "generator",
+        "tuple",
+    ],
+)
+def test_only_true_means_yes(
+    make_host: MakeHost,
+    caplog: pytest.LogCaptureFixture,
+    answer: Callable[[], object],
+    is_mistake: bool,
+) -> None:
+    """Whatever else an authorizer returns closes everything, and the log says what it was."""
+    host = make_host(authorizer=lambda action, job: answer())
+    with caplog.at_level(logging.ERROR):
+        assert set(sweep(host, host.add()).values()) == {403}
+    said = {record.getMessage().partition("; ")[2] for record in caplog.records}
+    assert said == ({"only True allows anything"} if is_mistake else set())
+
+
+class _AsyncCallable:
+    async def __call__(self, action: str, job: object) -> bool:
+        return True
+
+
+async def _async_authorizer(action: str, job: object) -> bool:
+    return True
+
+
+def _generator_authorizer(action: str, job: object) -> Iterator[bool]:
+    yield True
+
+
+async def _async_generator_authorizer(action: str, job: object) -> AsyncIterator[bool]:
+    yield True
+
+
+@functools.wraps(_async_authorizer)
+def _wraps_async(*args: Any) -> Any:
+    return _async_authorizer(*args)
+
+
+@pytest.mark.parametrize(
+    ("authorizer", "sentence"),
+    [
+        (_async_authorizer, "_async_authorizer is async"),
+        (_generator_authorizer, "_generator_authorizer is a generator"),
+        (_async_generator_authorizer, "_async_generator_authorizer is async"),
+        (_AsyncCallable(), "_AsyncCallable is async"),
+        (functools.partial(_async_authorizer), "partial is async"),
+        (_wraps_async, "_async_authorizer is async"),
+        (_AsyncCallable, "needs a function, not _AsyncCallable"),
+        (True, "needs a function, not bool"),
+        (None, "needs a function, not NoneType"),
+        (lambda: True, r"calls its function with 2 arguments, and .*<lambda> takes \(\)"),
+    ],
+)
+def test_an_authorizer_that_cannot_answer_is_refused(authorizer: Any, sentence: str) -> None:
+    """Its mistake is told when it is registered, and the dashboard stays closed."""
+    bgjobs = BgJobs()
+    with pytest.raises(ConfigError, match=f"^authorize_dashboard .*{sentence}"):
+        bgjobs.authorize_dashboard(authorizer)
+    assert bgjobs._authorizer is None
+
+
+@pytest.mark.parametrize("identifier", [_later, _some, str, lambda user: user, "anna"])
+def test_an_identifier_that_cannot_answer_is_refused(identifier: Any) -> None:
+    """The function that names visitors is checked in the same way."""
+    with pytest.raises(ConfigError, match=r"^identify_visitor (needs|calls)"):
+        BgJobs().identify_visitor(identifier)
+
+
+def test_hooks_of_other_shapes_are_taken() -> None:
+    """Methods, partials and callable objects are fine, and more parameters with defaults."""
+
+    class Rules:
+        def allow(self, action: str, job: object) -> bool:
+            return True
+
+        def __call__(self, action: str, job: object = None, *, strict: bool = False) -> bool:
+            return True
+
+    bgjobs = BgJobs()
+    for authorizer in (Rules().allow, Rules(), functools.partial(Rules(), strict=True)):
+        assert bgjobs.authorize_dashboard(authorizer) is authorizer
+
+
+@pytest.mark.parametrize("name", [lambda: ["anna"], lambda: _later()], ids=["list", "coroutine"])
+def test_a_name_that_is_no_text_changes_nothing(
+    make_host: MakeHost, caplog: pytest.LogCaptureFixture, name: Callable[[], Any]
+) -> None:
+    """A change without the name of who made it is not made."""
+    host = make_host()
+    host.app.config["PROPAGATE_EXCEPTIONS"] = False
+    host.bgjobs.identify_visitor(name)
+    job_id = host.add()
+    assert host.post(f"/job/{job_id}/cancel").status_code == 500
+    assert host.job(job_id).status == "pending"
+    assert "identify_visitor returned" in caplog.text
+
+
+def test_the_authorizer_may_answer_by_itself(make_host: MakeHost) -> None:
+    """What it aborts with is the answer: a challenge of basic auth, or a redirect to a login page;
+    a script gets 401 instead of that page."""
+    challenge = {"WWW-Authenticate": 'Basic realm="jobs"'}
+    answers: dict[str, Callable[[], Any]] = {
+        "basic": lambda: flask.abort(401, response=flask.Response("who?", 401, challenge)),
+        "login": lambda: flask.abort(flask.redirect("/our/login")),
+        "hidden": lambda: flask.abort(404),
+    }
+    how = ["basic"]
+    host = make_host(authorizer=lambda action, job: answers[how[0]]())
+    job_id = host.add()
+    assert set(sweep(host, job_id).values()) == {401}
+    answer = host.client.get("/jobs/list")
+    assert answer.text == "who?"
+    assert answer.headers["WWW-Authenticate"] == challenge["WWW-Authenticate"]
+    how[0] = "hidden"
+    assert set(sweep(host, job_id).values()) == {404}
+    how[0] = "login"
+    answer = host.client.get("/jobs/list")
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/our/login")
+    assert host.client.get("/jobs/list", headers={"X-Bgjobs-Fragment": "1"}).status_code == 401
+    answer = host.client.get("/jobs/api/v1/jobs")
+    assert (answer.status_code, answer.json["error"]["message"]) == (401, "Log in first.")
+    assert host.job(job_id).status == "pending"
 
 
 def test_an_authorizer_that_raises_closes_everything(
@@ -254,6 +419,41 @@ def test_an_anonymous_visitor_is_sent_to_the_login_view(make_host: MakeHost) -> 
         assert answer.headers["Location"].startswith("/login?next=")
     log_in(host)
     assert listed_ids(host.get("/list")) == [job_id]
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+def test_a_login_after_a_form_leads_back_to_its_page(make_host: MakeHost, in_session: bool) -> None:
+    """Who was logged out meanwhile and sends a form gets back to the page with it: a browser cannot
+    open the address that the form was sent to."""
+    host = make_host(authorizer=only_users, USE_SESSION_FOR_NEXT=in_session)
+    with_login(host)
+    page = "/jobs/list?status=failed&q=a+b"
+    answer = host.client.post(f"/jobs/job/{host.add()}/retry", data={"next": page})
+    assert answer.status_code == 302
+    assert urlsplit(answer.headers["Location"]).path == "/login"
+    if in_session:
+        with host.client.session_transaction() as session:
+            assert session["next"] == page
+    else:
+        assert parse_qs(urlsplit(answer.headers["Location"]).query)["next"] == [page]
+    # One that can be opened is what the visitor asked for.
+    answer = host.client.post("/jobs/dispatch")
+    if not in_session:
+        assert answer.headers["Location"] == "/login?next=%2Fjobs%2Fdispatch"
+
+
+def test_a_lost_cookie_leads_to_a_fresh_form(make_host: MakeHost) -> None:
+    """A form whose session has gone is refused, with a link to the page that sends a new one."""
+    host = make_host()
+    page = "/jobs/list?status=pending"
+    token = host.token()
+    host.client.delete_cookie("session")
+    path, form = f"/jobs/job/{host.add()}/cancel", {"next": page, "csrf_token": token}
+    answer = host.client.post(path, data=form)
+    assert answer.status_code == 400
+    assert f'<a href="{page}">Open the page again</a>' in answer.text
+    assert host.client.get(page).status_code == 200
+    assert host.client.post(path, data={**form, "csrf_token": host.token()}).status_code == 303
 
 
 def test_a_fragment_or_json_request_of_nobody_is_401(make_host: MakeHost) -> None:

@@ -357,3 +357,36 @@ def test_a_job_that_is_not_there_is_told_in_words(host: Host) -> None:
     """404 speaks of the job, not of an address."""
     error = json.loads(host.get("/api/v1/jobs/99", 404))["error"]
     assert error["message"] == "there is no such job, or none that you may see"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"target": "x." * 500_000 + "x"},
+        {"target": "y" * 1_000_000},
+        {"target": SAMPLE, "method": "m" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "queue": "Q" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "priority": "p" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "delay": "d" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "backoff": "b" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "tags": "t" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "run_at": "r" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "unique_key": "u" * 1_000_000},
+        {"target": SAMPLE, "method": "execute", "z" * 1_000_000: 1},
+        ["x" * 1_000_000],
+        "x" * 1_000_000,
+    ],
+    ids=lambda sent: ",".join(key[:9] for key in sent) if isinstance(sent, dict) else "",
+)
+def test_a_refusal_does_not_repeat_what_is_long(
+    host: Host, caplog: pytest.LogCaptureFixture, sent: Any
+) -> None:
+    """Neither the answer nor the log holds a megabyte because somebody has sent one."""
+    answer = host.client.post(
+        f"{PREFIX}/api/v1/jobs", json=sent, headers={"X-CSRFToken": host.token()}
+    )
+    assert answer.status_code in (400, 403)
+    assert len(answer.text) < 5_000
+    for record in caplog.records:
+        assert len(record.getMessage()) < 5_000
+        assert len(str(vars(record))) < 20_000

@@ -433,8 +433,7 @@ def test_who_is_logged_out_is_told(host: Host, open_page: Browsing) -> None:
     open_page.troubles.clear()
 
 
-@pytest.mark.parametrize("width", [320, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])
 def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, scheme: Any) -> None:
     """No page is wider than the screen, and the theme follows the system."""
     word = "very_long_name_" * 12

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import flask
 import pytest
 import sqlalchemy as sa
 
@@ -46,6 +47,21 @@ def test_it_is_unavailable_without_a_live_worker(
     if worker is not None:
         host.add_worker(**worker)
     assert answer(host) == (503, "no worker is alive")
+
+
+def test_a_login_gate_of_the_host_does_not_stand_before_it(make_host: MakeHost) -> None:
+    """A function of the host's that sends every request to log in is not asked: a redirect would
+    count as healthy."""
+    host = make_host()
+
+    @host.app.before_request
+    def gate() -> Any:
+        return flask.redirect("/login")
+
+    assert answer(host) == (503, "no worker is alive")
+    host.add_worker()
+    assert answer(host) == (200, "ok")
+    assert host.client.get(f"{PREFIX}/").status_code == 302
 
 
 def refuse(action: str, job: object) -> bool:

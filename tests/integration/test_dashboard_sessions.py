@@ -67,12 +67,11 @@ def test_an_expired_token_changes_nothing(host: Host, open_page: Browsing) -> No
     page.goto(f"{open_page.address}/list")
     host.app.config["WTF_CSRF_TIME_LIMIT"] = -1
     page.click('#job-1 button:has-text("Cancel")')
-    page.wait_for_selector("text=The CSRF token has expired. Go back, reload the page")
+    page.wait_for_selector("text=The CSRF token has expired. Open the page again")
     open_page.forget_answers(400)
     assert host.job(1).status == "pending"
     host.app.config["WTF_CSRF_TIME_LIMIT"] = 3600
-    page.go_back()
-    page.reload()
+    page.click('a:has-text("Open the page again")')
     page.click('#job-1 button:has-text("Cancel")')
     page.wait_for_selector("text=Job 1 cancelled.")
 

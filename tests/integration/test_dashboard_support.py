@@ -17,6 +17,8 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_bgjobs.extension import BgJobs
 from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
 from flask_bgjobs.states import FINAL
+from tests.apps import create_tables
+from tests.prepared_databases import PreparedDatabases
 
 SAMPLE = f"{__name__}.SampleJob"
 RECEIPT = f"{__name__}.send_receipt"
@@ -38,9 +40,10 @@ def send_receipt(order_id: int, password: str | None = None) -> None:
 
 
 @pytest.fixture(name="make_host")
-def host_maker(tmp_path: pathlib.Path) -> Iterator[MakeHost]:
+def host_maker(tmp_path: pathlib.Path, prepared_databases: PreparedDatabases) -> Iterator[MakeHost]:
     """Makes a host app with the given settings, and closes its connections in the end."""
     hosts: list[Host] = []
+    prepared_databases.copy_to(tmp_path / "host.db")
 
     def make(**options: Any) -> Host:
         hosts.append(Host(tmp_path, **options))
@@ -68,8 +71,7 @@ class Host:
             self.bgjobs.authorize_dashboard(lambda action, job: True)
         elif authorizer is not None:
             self.bgjobs.authorize_dashboard(authorizer)
-        with self.app.app_context():
-            self.db.create_all()
+        create_tables(self.app)
         self.client: FlaskClient = self.app.test_client()
 
     @property

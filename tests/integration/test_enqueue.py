@@ -24,7 +24,9 @@ from flask_bgjobs import (
     run_background_job,
 )
 from flask_bgjobs.app_state import AppState
+from flask_bgjobs.enqueue import enqueue
 from flask_bgjobs.errors import BgJobsError, ConfigError
+from flask_bgjobs.options import JobOptions
 from tests.conftest import count_jobs, stored
 
 UTC = dt.UTC
@@ -267,6 +269,24 @@ def test_wait_says_what_to_look_at(app: Flask) -> None:
     job = run_background_job("tests.jobs.echo", queue="mail")
     with pytest.raises(WaitTimeout, match="'mail'"):
         job.wait(timeout=0.05)
+
+
+def test_large_jobs_are_inserted_in_statements_of_limited_size(state: AppState) -> None:
+    """Many large jobs go into several statements of one transaction, in order."""
+    sizes = []
+
+    def note(_c: Any, _k: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        if statement.lstrip().startswith("INSERT"):
+            sizes.append(len(repr(parameters)))
+
+    sa.event.listen(state.store.engine, "before_cursor_execute", note)
+    letters = [chr(ord("a") + n) for n in range(12)]
+    sets = [[letter * 700_000] for letter in letters]
+    made = enqueue(state, "tests.jobs.echo", None, sets, JobOptions())
+    assert [job.parameters[0][0] for job in made] == letters
+    assert [job.id for job in made] == sorted({job.id for job in made})
+    assert len(sizes) > 1
+    assert max(sizes) < 4 * 1024 * 1024
 
 
 class TestDecorator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
@@ -35,18 +36,23 @@ MakeShop = Callable[..., Flask]
 # Not called `app`: pytest-flask would keep a request context open around every test, and all
 # requests of the test would share one current_user.
 @pytest.fixture
-def make_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeShop]:
+def make_shop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared_shop: Path
+) -> Iterator[MakeShop]:
     for name in ("SHOP_DATABASE_URL", "SHOP_SMTP_HOST", "SHOP_ADMIN_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SHOP_INSTANCE_PATH", str(tmp_path / "instance"))
     made: list[Flask] = []
+    instance = tmp_path / "instance"
+    instance.mkdir()
 
     def make(*, tables: bool = True, **overrides: Any) -> Flask:
         app = create_app({"TESTING": True, "WTF_CSRF_ENABLED": False, **overrides})
         made.append(app)
-        if tables:
-            with app.app_context():
-                db.create_all()
+        if tables and "SQLALCHEMY_DATABASE_URI" in overrides:
+            _create_tables(app)
+        elif tables and not (instance / "shop.sqlite").exists():
+            shutil.copy(prepared_shop, instance / "shop.sqlite")
         return app
 
     yield make
@@ -55,6 +61,25 @@ def make_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeS
             db.session.remove()
             db.engine.dispose()
             app.extensions["bgjobs"].store.dispose()
+
+
+def _create_tables(app: Flask) -> None:
+    with app.app_context():
+        db.create_all()
+
+
+@pytest.fixture(scope="module")
+def prepared_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the shop's tables, to copy: to create them takes longer than a test."""
+    folder = tmp_path_factory.mktemp("shop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOP_INSTANCE_PATH", str(folder))
+        app = create_app({"TESTING": True})
+    _create_tables(app)
+    with app.app_context():
+        db.engine.dispose()
+        app.extensions["bgjobs"].store.dispose()
+    return folder / "shop.sqlite"
 
 
 @pytest.fixture
@@ -975,11 +1000,11 @@ class TestCommands:
 
 class TestMigrations:
     def test_migrations_make_the_tables_of_the_models(
-        self, make_shop: MakeShop, database_url: str
+        self, make_shop: MakeShop, empty_database_url: str
     ) -> None:
         """On an empty database, upgrade leaves nothing for check to find, and downgrade goes
         all the way back."""
-        shop = make_shop(tables=False, SQLALCHEMY_DATABASE_URI=database_url)
+        shop = make_shop(tables=False, SQLALCHEMY_DATABASE_URI=empty_database_url)
         with shop.app_context():
             flask_migrate.upgrade()
             flask_migrate.check()

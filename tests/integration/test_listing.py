@@ -122,6 +122,39 @@ def test_every_filter_in_every_order(
     assert _pages(state, filters, 200) == expected
 
 
+def test_a_slow_answer_fills_its_page(
+    app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time that a busy database takes ends a search, but leaves out no job that was found."""
+    _add(store, 60)
+    filters = JobFilters(sort="-due")
+    expected = _expected(_all(store), filters)
+    monkeypatch.setattr(listing, "_SEARCH_SECONDS", -1.0)
+    assert _pages(state, filters, 7) == expected
+    page = list_jobs(state, filters, per=7)
+    assert (len(page.jobs), page.is_cut) == (7, False)
+
+
+def test_a_slow_search_is_stopped(
+    app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search whose time is over returns what it has found, and goes on from there."""
+    _add(store, 60)
+    monkeypatch.setattr(listing, "_SEARCH_SECONDS", -1.0)
+    found: list[int] = []
+    after = None
+    cuts = 0
+    while True:
+        page = list_jobs(state, per=7, after=after, visible=lambda job: job.queue == "mail")
+        found += [row.id for row in page.jobs]
+        cuts += page.is_cut
+        if page.older is None:
+            break
+        after = page.older
+    assert found == _expected(_all(store), JobFilters(queues=("mail",)))
+    assert cuts > 0
+
+
 def test_a_page_of_one_moment(app: Flask, state: AppState, store: Store) -> None:
     """Jobs that ended in one microsecond are on pages of their own, none twice, none lost."""
     _add(store, 40)

@@ -15,7 +15,7 @@ from flask import Flask
 from flask_bgjobs import run_background_job
 from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.enqueue import enqueue
-from flask_bgjobs.errors import DatabaseNotSupported
+from flask_bgjobs.errors import DatabaseNotSupported, InvalidJob
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.spec import Outcome, Report
 from flask_bgjobs.states import OutcomeKind
@@ -110,6 +110,24 @@ def test_the_longest_texts_are_stored(app: Flask, state: AppState) -> None:
     state.store.settle(worker, "one", [(spec, outcome)])
     found = stored(app, job)
     assert (found.error, found.tags, found.owner) == (longest, options["tags"], options["owner"])
+
+
+def test_parameters_larger_than_a_packet_are_refused(make_app: MakeApp) -> None:
+    """An enqueue over which the server would close the host's connection is refused, and the
+    host's transaction goes on."""
+    app = make_app(BGJOBS_MAX_PAYLOAD=100_000_000)
+    with app.app_context():
+        db = state_of(app).db
+        db.session.execute(sa.text("CREATE TABLE note (text VARCHAR(9))"))
+        db.session.execute(sa.text("INSERT INTO note VALUES ('kept')"))
+        for text in ('"' * 5_000_000, "x" * 18_000_000):
+            with pytest.raises(InvalidJob, match=r"16,777,216 bytes"):
+                run_background_job("tests.jobs.echo", parameters=[text])
+        db.session.commit()
+        assert db.session.scalar(sa.text("SELECT text FROM note")) == "kept"
+        with pytest.raises(InvalidJob):
+            run_background_job("tests.jobs.echo", parameters=["x" * 18_000_000])
+        assert count_jobs(app) == 0
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -303,9 +303,9 @@ def test_health(state: AppState, run: Any) -> None:
     ("url", "said"),
     [(None, "run `flask db upgrade`"), ("sqlite:////nowhere/at/all.db", "unable to open")],
 )
-def test_health_without_a_database(database_url: str, url: str | None, said: str) -> None:
+def test_health_without_a_database(empty_database_url: str, url: str | None, said: str) -> None:
     """A database that does not answer is one sentence and exit code 1, in JSON as well."""
-    app = build_app(url or database_url)
+    app = build_app(url or empty_database_url)
     result = app.test_cli_runner().invoke(args=["bgjobs", "health"])
     assert result.exit_code == 1
     assert result.output.startswith("Not healthy: ")

@@ -189,12 +189,13 @@ def test_a_transaction_that_was_cut_off_is_redone_once(
 
 
 @pytest.mark.on("postgresql")
-@pytest.mark.parametrize("quick", [False, True])
 def test_a_settle_locks_rows_in_the_order_of_their_ids(
-    app: Flask, state: AppState, quick: bool
+    app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A settle that waits for a job holds no later one, so that two settles, in whatever order
-    their outcomes came, never wait for each other."""
+    """A bulk completion that waits for a job holds no later one, so that two of them, in whatever
+    order their outcomes came, never wait for each other."""
+    monkeypatch.setattr("flask_bgjobs.store.postgresql._LOCK_WAIT_SECONDS", DEADLINE_SECONDS)
+    store = state.store.with_deadline(DEADLINE_SECONDS)
     worker = register(state, "one")
     first, second = (run_background_job("tests.jobs.echo").id for _ in range(2))
     specs = {spec.id: spec for spec in state.store.claim(worker, 2)}
@@ -205,14 +206,12 @@ def test_a_settle_locks_rows_in_the_order_of_their_ids(
     with ThreadPoolExecutor(1) as threads:
         with state.store.engine.connect() as holder, holder.begin():
             holder.execute(row.with_for_update(), {"id": first})
-            if quick:
-                settled = threads.submit(state.store.complete, worker, both[::-1])
-            else:
-                settled = threads.submit(state.store.settle, worker, "one", both[::-1])
+            settled = threads.submit(store.complete, worker, both[::-1])
             wait_until(lambda: _waits_for_a_lock(state), "the settle")
             with state.store.engine.connect() as other, other.begin():
                 other.execute(row.with_for_update(nowait=True), {"id": second})
         assert len(settled.result(DEADLINE_SECONDS)) == 2
+    store.dispose()
 
 
 def _waits_for_a_lock(state: AppState) -> bool:

@@ -102,6 +102,17 @@ class TestClaim:
         assert [spec.id for spec in specs] == [mail_low, default]
         assert [spec.id for spec in store.claim(worker, 10)] == [other]
 
+    @pytest.mark.parametrize("queues", [None, ["default"]])
+    def test_suspects_are_passed_over(
+        self, store: Store, worker: int, queues: list[str] | None
+    ) -> None:
+        """A worker that has an exclusive suspect claims all but suspects."""
+        ids = [enqueue() for _ in range(4)]
+        execute(store, sa.update(Job).where(Job.id.in_(ids[:2])).values(suspect=True))
+        specs = store.claim(worker, 3, queues, suspects=False)
+        assert [spec.id for spec in specs] == ids[2:]
+        assert [spec.id for spec in store.claim(worker, 3, queues)] == ids[:2]
+
     def test_paused_queues_are_passed_over(self, store: Store, worker: int) -> None:
         """Jobs of a paused queue stay; priority holds across the others."""
         enqueue(queue="paused", priority=9)
@@ -266,9 +277,9 @@ class TestPlans:
     @pytest.mark.on("mysql")
     def test_a_settle_locks_by_ids_alone(self, crowded: Store, worker: int) -> None:
         """What a settle locks is found by its ids: here any other index locks what it passes."""
-        ids = [spec.id for spec in crowded.claim(worker, 300)]
+        keys = [spec.key for spec in crowded.claim(worker, 300)]
         plan = _plans(
-            crowded, lambda: crowded.transaction(lambda c: crowded._still_running(c, worker, ids))
+            crowded, lambda: crowded.transaction(lambda c: crowded.lock_running(c, worker, keys))
         )
         assert "bgjobs_job PRIMARY" in plan
         assert not _scans(plan)
@@ -443,9 +454,9 @@ class TestSettle:
         (older,) = store.claim(worker, 1)
         settle(store, worker, older, OutcomeKind.GIVEN_BACK)
         (newer,) = store.claim(worker, 1)
-        assert store.mark_started(worker, [older]) == set()
+        assert store.mark_started(worker, [older]) == (set(), set())
         assert stored(app, job_id).started_at is None
-        assert store.mark_started(worker, [newer]) == {job_id}
+        assert store.mark_started(worker, [newer]) == ({job_id}, set())
 
     def test_a_deleted_job_is_lost_and_the_others_are_settled(
         self, app: Flask, store: Store, worker: int
@@ -648,7 +659,7 @@ class TestRescue:
         enqueue()
         store.claim(worker, 1)
         assert store.beat(worker)
-        assert store.rescue(worker, 0) == []
+        assert store.rescue(worker, 0) is None
 
     def test_a_dead_row_cannot_beat_or_settle(self, app: Flask, store: Store, worker: int) -> None:
         """After the rescue the old worker can neither beat nor record an outcome."""
@@ -673,6 +684,41 @@ class TestRescue:
             assert stored(app, job_id).crash_count == crash
         job = stored(app, job_id)
         assert (job.status, job.retry_count, job.error_type) == ("failed", 0, "Crashed")
+
+    def test_several_started_suspects_are_not_blamed(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
+        """Where several suspects had started nobody is blamed, and each runs without the others
+        next time; then the death of their worker proves it."""
+        ids = [enqueue() for _ in range(3)]
+        for number in range(2):
+            worker_id = register(state, f"w{number}", concurrency=1)
+            specs = store.claim(worker_id, 3)
+            store.mark_started(worker_id, specs[:2])
+            store.rescue(worker_id, 0)
+        assert [stored(app, job_id).crash_count for job_id in ids] == [0, 0, 0]
+        worker_id = register(state, "w2", concurrency=1)
+        specs = store.claim(worker_id, 3)
+        assert store.lost_among_others(specs) == {spec.id for spec in specs[:2]}
+        store.mark_started(worker_id, specs[:1])
+        store.rescue(worker_id, 0)
+        assert [stored(app, spec.id).crash_count for spec in specs] == [1, 0, 0]
+
+    def test_a_suspect_given_back_is_still_lost_among_others(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
+        """It also runs with no other suspect beside it where a worker had claimed it, and had no
+        room."""
+        ids = [enqueue() for _ in range(2)]
+        for number in range(2):
+            worker_id = register(state, f"w{number}", concurrency=1)
+            store.mark_started(worker_id, store.claim(worker_id, 2))
+            store.rescue(worker_id, 0)
+        worker_id = register(state, "w2", concurrency=1)
+        given_back = OutcomeKind.GIVEN_BACK
+        specs = store.claim(worker_id, 2)
+        store.settle(worker_id, "w2", [(s, Outcome(s.id, s.attempt, given_back)) for s in specs])
+        assert store.lost_among_others(store.claim(worker_id, 2)) == set(ids)
 
     def test_an_unstarted_suspect_is_not_blamed(
         self, app: Flask, store: Store, state: AppState
@@ -846,17 +892,15 @@ class TestOrphans:
 class TestConcurrency:
     """What only a database with many writers can get wrong."""
 
-    def test_a_rescue_waits_for_a_claim(self, app: Flask, store: Store, worker: int) -> None:
-        """A claim that is under way when its worker is declared dead is rescued with the rest."""
+    def test_a_worker_that_claims_is_rescued_later(
+        self, app: Flask, store: Store, worker: int
+    ) -> None:
+        """While a claim is under way its worker is not rescued: its jobs would be missing."""
         job_id = enqueue()
         with store.engine.connect() as connection, connection.begin():
-            store._claim(connection, worker, 1, None, ())
-            rescued: list[Settled] = []
-            thread = threading.Thread(target=lambda: rescued.extend(store.rescue(worker, 0)))
-            thread.start()
-            wait_until(lambda: _waiting_for_a_lock(store), "the rescue")
-        thread.join()
-        assert [settled.job_id for settled in rescued] == [job_id]
+            store._claim(connection, worker, 1, None, (), True)
+            assert store.rescue(worker, 0) is None
+        assert [settled.job_id for settled in store.rescue(worker, 0) or ()] == [job_id]
         assert stored(app, job_id).status == "pending"
 
     def test_a_rescue_waits_for_no_other_worker(
@@ -935,20 +979,6 @@ class TestConcurrency:
         of_a_worker.dispose()
 
 
-_WAITING = {
-    "postgresql": "SELECT count(*) FROM pg_stat_activity "
-    "WHERE wait_event_type = 'Lock' AND datname = current_database()",
-    # InnoDB's own view of its transactions stands still for those who look at it often.
-    "mysql": "SELECT count(*) FROM information_schema.processlist "
-    "WHERE db = DATABASE() AND command = 'Query' AND info LIKE 'UPDATE%%'",
-}
-
-
-def _waiting_for_a_lock(store: Store) -> bool:
-    with store.read() as connection:
-        return bool(connection.exec_driver_sql(_WAITING[store.engine.name]).scalar())
-
-
 def test_ten_thousand_failures_at_one_instant(store: Store, state: AppState, worker: int) -> None:
     """The retries of 10,000 jobs that fail together are spread over the time that jitter allows,
     and to wake up for them takes no more than one trigger per step of time."""
@@ -1022,3 +1052,12 @@ class TestReading:
         ):
             connection.exec_driver_sql("SELECT nothing FROM nowhere")
         assert not isinstance(raised.value, QueryTimeout)
+
+
+def test_errors_of_our_engine_hide_parameters(app: Flask, store: Store, worker: int) -> None:
+    """An error that the log shows does not hold what jobs were given or have returned."""
+    with pytest.raises(sa.exc.DBAPIError) as failure, store.engine.connect() as connection:
+        connection.execute(sa.text("SELECT no_such_column, :secret"), {"secret": "hunter2"})
+    # What the driver says itself comes before it, and psycopg2 quotes the statement.
+    assert "hunter2" not in str(failure.value).partition("[SQL:")[2]
+    assert "hide_parameters" in str(failure.value)

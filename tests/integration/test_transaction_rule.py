@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from flask_sqlalchemy.session import Session as _HostSession
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -31,12 +32,14 @@ from tests.databases import END_CONNECTION, number_of
 class Shop:
     """An app with a table of its own, its session and what was announced."""
 
-    def __init__(self, url: str, **config: Any) -> None:
+    def __init__(
+        self, url: str, *, session_class: type[Session] = _HostSession, **config: Any
+    ) -> None:
         self.app = Flask("shop")
         self.app.config.update(
             SQLALCHEMY_DATABASE_URI=url, BGJOBS_ALLOWED_JOBS=jobs.NAMES, SECRET_KEY="x", **config
         )
-        self.db = SQLAlchemy()
+        self.db = SQLAlchemy(session_options={"class_": session_class})
 
         class Purchase(self.db.Model):  # type: ignore[name-defined]  # made at run time
             id = sa.Column(sa.Integer, primary_key=True)
@@ -440,7 +443,7 @@ def test_a_session_at_the_address_of_one_that_is_gone_is_watched() -> None:
     for number in range(100):
         # The one before is gone, and leaves its address to this one.
         sessions = scoped_session(sessionmaker(engine))
-        joining.watch(engine, sessions)
+        joining.watch(engine)
         sessions.execute(sa.text("CREATE TABLE IF NOT EXISTS note (id INTEGER)"))
         assert joining.holds_writes(sessions(), engine), f"session {number}"
         sessions.remove()
@@ -469,3 +472,302 @@ def test_the_session_of_the_request_is_not_touched(state: AppState, app: Flask) 
     session = state.db.session()
     run_background_job("tests.jobs.echo")
     assert not session.in_transaction()
+
+
+class _RoutingSession(_HostSession):
+    """Reads from a replica and writes to the leader, as in SQLAlchemy's documentation."""
+
+    def get_bind(self, mapper: Any = None, clause: Any = None, **rest: Any) -> Any:
+        if rest.get("bind") is not None:
+            return rest["bind"]
+        is_write = self._flushing or isinstance(clause, sa.Update | sa.Delete)
+        return self._db.engines[None if is_write else "replica"]
+
+
+def _as_replica(url: str) -> str:
+    """Another URL of the same database."""
+    made = sa.make_url(url)
+    option = {"sqlite": {"timeout": "4"}, "postgresql": {"application_name": "replica"}}
+    options = option.get(made.get_backend_name(), {"charset": "utf8mb4"})
+    return made.update_query_dict(options).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def routing(database_url: str) -> Iterator[Shop]:
+    """A shop whose session reads from a replica."""
+    shop = Shop(
+        database_url,
+        session_class=_RoutingSession,
+        SQLALCHEMY_BINDS={"replica": _as_replica(database_url)},
+    )
+    with shop.app.app_context():
+        yield shop
+        shop.session.remove()
+        state_of(shop.app).store.dispose()
+        for engine in shop.db.engines.values():
+            engine.dispose()
+
+
+class TestARoutingSession:
+    @pytest.mark.parametrize("flushes", [False, True])
+    @pytest.mark.parametrize("explicit", [False, True])
+    @pytest.mark.parametrize("commits", [False, True])
+    def test_a_job_is_in_the_transaction_of_the_writes(
+        self, routing: Shop, flushes: bool, explicit: bool, commits: bool
+    ) -> None:
+        """Where ``get_bind`` answers a replica outside a flush, a job joins the leader's writes."""
+        routing.session.scalars(sa.select(routing.purchase)).all()
+        routing.session.rollback()
+        routing.session.add(routing.purchase(name="a"))
+        if flushes:
+            routing.session.flush()
+        job = routing.enqueue(**({"session": routing.session} if explicit else {}))
+        assert not routing.exists(job)
+        (routing.session.commit if commits else routing.session.rollback)()
+        assert routing.exists(job) is commits
+
+    def test_without_writes_a_job_is_saved_at_once(self, routing: Shop) -> None:
+        """A session that only read from the replica is not joined."""
+        routing.session.scalars(sa.select(routing.purchase)).all()
+        assert routing.exists(routing.enqueue())
+
+    def test_an_engine_of_its_own_for_the_leader(self, shop: Shop) -> None:
+        """Writes through another engine of the same database count as well."""
+        leader = sa.create_engine(shop.db.engine.url)
+        with Session(leader) as session:
+            shop.db.session = scoped_session(lambda: session)
+            session.add(shop.purchase(name="a"))
+            session.flush()
+            job = shop.enqueue()
+            assert not shop.exists(job)
+            session.rollback()
+            assert not shop.exists(job)
+        leader.dispose()
+
+
+FLUSH_EVENTS = ("before_flush", "after_flush", "after_flush_postexec")
+MAPPER_EVENTS = ("before_insert", "after_insert", "before_update", "after_update", "after_delete")
+JOINS = (*FLUSH_EVENTS, *MAPPER_EVENTS, "before_commit")
+"""Events in which there is a transaction that a job can join."""
+
+
+def _listen_once(shop: Shop, event: str, enqueue: Callable[[], Any]) -> list[Any]:
+    """Enqueue a job in an event; it is in the list afterwards."""
+    made: list[Any] = []
+
+    def listener(*_: object) -> None:
+        if not made:
+            made.append(None)
+            made[0] = enqueue()
+
+    target = shop.purchase if event in MAPPER_EVENTS else shop.session
+    sa.event.listen(target, event, listener)
+    return made
+
+
+def _cause(shop: Shop, event: str) -> None:
+    """Leave the session with a change whose commit has the event in it."""
+    bought = shop.purchase(name="a")
+    shop.session.add(bought)
+    if event.endswith(("_update", "_delete")):
+        shop.session.commit()
+        if event.endswith("_delete"):
+            shop.session.delete(bought)
+        else:
+            bought.name = "b"
+
+
+class TestEventsOfTheSession:
+    @pytest.mark.parametrize("event", JOINS)
+    @pytest.mark.parametrize("explicit", [False, True])
+    def test_a_job_joins_the_flush(self, shop: Shop, event: str, explicit: bool) -> None:
+        """A job that is enqueued in a flush joins its transaction, and the commit succeeds."""
+        options = {"session": shop.session} if explicit else {}
+        _cause(shop, event)
+        made = _listen_once(shop, event, lambda: shop.enqueue(**options))
+        shop.session.flush()
+        if event != "before_commit":
+            assert not made[0].committed
+        shop.session.commit()
+        (job,) = made
+        assert shop.exists(job)
+        assert job.committed
+        assert shop.announced == [job.id]
+
+    @pytest.mark.parametrize("event", FLUSH_EVENTS + MAPPER_EVENTS)
+    def test_a_job_of_a_flush_goes_with_the_rollback(self, shop: Shop, event: str) -> None:
+        """A job that was enqueued in a flush is gone after a rollback."""
+        _cause(shop, event)
+        made = _listen_once(shop, event, shop.enqueue)
+        shop.session.flush()
+        shop.session.rollback()
+        assert not shop.exists(made[0])
+        assert shop.announced == []
+
+    @pytest.mark.parametrize("event", ["after_commit", "after_transaction_end"])
+    @pytest.mark.parametrize("explicit", [False, True])
+    def test_after_the_commit_a_job_is_saved_by_itself(
+        self, shop: Shop, event: str, explicit: bool
+    ) -> None:
+        """In ``after_commit`` there is nothing to join: the job is saved at once."""
+        options = {"session": shop.session} if explicit and event == "after_commit" else {}
+        shop.session.add(shop.purchase(name="a"))
+        shop.session.flush()
+        made = _listen_once(shop, event, lambda: shop.enqueue(**options))
+        shop.session.commit()
+        shop.session.rollback()
+        (job,) = made
+        if event == "after_commit":
+            assert shop.exists(job)
+            assert shop.announced == [job.id]
+
+    @pytest.mark.parametrize("flushed", [False, True])
+    def test_after_a_rollback_a_job_is_saved_by_itself(self, shop: Shop, flushed: bool) -> None:
+        """In ``after_rollback`` the job is saved at once, whatever was left unflushed."""
+        shop.session.add(shop.purchase(name="a"))
+        if flushed:
+            shop.session.flush()
+        else:
+            shop.session.connection()
+        made = _listen_once(shop, "after_rollback", shop.enqueue)
+        shop.session.rollback()
+        assert shop.exists(made[0])
+
+    def test_a_job_of_a_rolled_back_transaction_is_refused(self, shop: Shop) -> None:
+        """``session=`` of a session that was rolled back says what to pass instead."""
+        refused: list[BaseException] = []
+
+        def enqueue() -> None:
+            with pytest.raises(InvalidJob, match="pass session=None") as caught:
+                shop.enqueue(session=shop.session)
+            refused.append(caught.value)
+
+        shop.session.add(shop.purchase(name="a"))
+        shop.session.flush()
+        _listen_once(shop, "after_rollback", enqueue)
+        shop.session.rollback()
+        assert refused
+        assert count_jobs(shop.app) == 0
+
+    def test_after_a_failed_flush_a_job_is_saved_by_itself(self, shop: Shop) -> None:
+        """A flush that fails rolls back; a job about it is saved, and the session goes on."""
+        shop.session.add(shop.purchase(id=1, name="a"))
+        shop.session.commit()
+        shop.session.add(shop.purchase(id=1, name="b"))
+        made = _listen_once(shop, "after_rollback", shop.enqueue)
+        with pytest.raises(DBAPIError):
+            shop.session.flush()
+        shop.session.rollback()
+        assert shop.exists(made[0])
+
+    @pytest.mark.parametrize("event", ["after_commit", "after_rollback"])
+    @pytest.mark.parametrize("commits", [False, True])
+    def test_when_a_savepoint_ends_a_job_is_part_of_the_transaction(
+        self, shop: Shop, event: str, commits: bool
+    ) -> None:
+        """At the end of a savepoint a job joins the transaction around it."""
+        shop.session.add(shop.purchase(name="a"))
+        shop.session.flush()
+        nested = shop.session.begin_nested()
+        shop.session.add(shop.purchase(name="b"))
+        shop.session.flush()
+        made = _listen_once(shop, event, shop.enqueue)
+        (nested.commit if event == "after_commit" else nested.rollback)()
+        (job,) = made
+        assert not job.committed
+        (shop.session.commit if commits else shop.session.rollback)()
+        assert shop.exists(job) is commits
+        assert shop.announced == [job.id] * commits
+
+    def test_a_receiver_of_job_enqueued_may_enqueue(self, shop: Shop) -> None:
+        """A receiver that enqueues another job after the commit breaks nothing."""
+        second: list[Any] = []
+
+        def receiver(_app: Flask, job: Any) -> None:
+            if not second:
+                second.append(None)
+                second[0] = shop.enqueue()
+
+        with job_enqueued.connected_to(receiver, shop.app):
+            shop.session.add(shop.purchase(name="a"))
+            first = shop.enqueue()
+            shop.session.commit()
+        shop.session.commit()
+        assert shop.exists(first)
+        assert shop.exists(second[0])
+
+
+class TestEventsOfASessionInMemory(TestEventsOfTheSession):
+    """The same where there is only one connection."""
+
+    @pytest.fixture
+    def shop(self) -> Iterator[Shop]:
+        shop = Shop("sqlite://")
+        with shop.app.app_context():
+            yield shop
+            shop.session.remove()
+            shop.db.engine.dispose()
+
+
+@pytest.mark.on("postgresql")
+def test_two_binds_of_one_url_may_look_at_two_schemas(empty_database_url: str) -> None:
+    """Beside a write on the host's bind, a job goes to the schema that its own bind looks at."""
+
+    def looking_at(schema: str) -> dict[str, Any]:
+        return {
+            "url": empty_database_url,
+            "connect_args": {"options": f"-csearch_path={schema}"},
+        }
+
+    engine = sa.create_engine(empty_database_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA jobs")
+    shop = Shop(
+        empty_database_url,
+        SQLALCHEMY_BINDS={"jobs": looking_at("jobs")},
+        BGJOBS_BIND_KEY="jobs",
+    )
+    with shop.app.app_context():
+        shop.session.add(shop.purchase(name="a"))
+        shop.session.flush()
+        job = shop.enqueue()
+        shop.session.commit()
+        with engine.connect() as connection:
+            found = connection.exec_driver_sql("SELECT id FROM jobs.bgjobs_job").scalars().all()
+        assert found == [job.id]
+        for each in (engine, *shop.db.engines.values()):
+            each.dispose()
+    state_of(shop.app).store.dispose()
+
+
+@pytest.mark.on("postgresql")
+def test_two_binds_of_one_url_may_differ_in_other_ways(empty_database_url: str) -> None:
+    """Options that do not decide where a table is found make no other database: a job still joins
+    the transaction of the host's bind."""
+    bind = {
+        "url": empty_database_url,
+        "connect_args": {"options": "-c statement_timeout=60000"},
+    }
+    shop = Shop(empty_database_url, SQLALCHEMY_BINDS={"jobs": bind}, BGJOBS_BIND_KEY="jobs")
+    with shop.app.app_context():
+        shop.session.add(shop.purchase(name="a"))
+        job = shop.enqueue()
+        shop.session.rollback()
+        assert not shop.exists(job)
+        for each in shop.db.engines.values():
+            each.dispose()
+    state_of(shop.app).store.dispose()
+
+
+def test_two_binds_in_memory_are_two_databases() -> None:
+    """Beside a write on the host's bind, a job goes to the bind that has its tables."""
+    shop = Shop("sqlite://", SQLALCHEMY_BINDS={"jobs": "sqlite://"}, BGJOBS_BIND_KEY="jobs")
+    with shop.app.app_context():
+        shop.session.add(shop.purchase(name="a"))
+        shop.session.flush()
+        job = shop.enqueue()
+        shop.session.commit()
+        assert shop.exists(job)
+        for engine in shop.db.engines.values():
+            engine.dispose()
+    state_of(shop.app).store.dispose()

@@ -208,7 +208,7 @@ BAD: list[tuple[str, Any, str]] = [
     *(("BGJOBS_LEASE", value, SECONDS) for value in (0, None, "60", math.nan)),
     *(("BGJOBS_SHUTDOWN_TIMEOUT", value, SECONDS) for value in (-1, None, math.inf)),
     *(("BGJOBS_MAX_CRASHES", value, INTEGER) for value in (0, -1, None, 1.0, True)),
-    *(("BGJOBS_MAX_PAYLOAD", value, INTEGER) for value in (0, "1 MiB", 1e6, 2**31)),
+    *(("BGJOBS_MAX_PAYLOAD", value, INTEGER) for value in (0, "1 MiB", 1e6, 2**27 + 1)),
     ("BGJOBS_RETENTION", 5, "'completed', 'failed'"),
     ("BGJOBS_RETENTION", {"pending": 5}, "'completed', 'failed'"),
     ("BGJOBS_RETENTION", {"failed": -1}, SECONDS),

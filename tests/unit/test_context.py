@@ -225,3 +225,27 @@ def test_told_and_taken_at_once(job: CurrentJob) -> None:
     assert len(taken) + left_out == total
     assert taken == sorted(taken, key=int)
     assert len(set(taken)) == len(taken)
+
+
+class Raises:
+    """A value whose every method raises."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, _other: object) -> bool:
+        raise RuntimeError("no session")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no session")
+
+
+@pytest.mark.parametrize("in_meta", [True, False])
+def test_meta_that_raises_is_no_concern_of_the_worker(job: CurrentJob, in_meta: bool) -> None:
+    """Whatever a job puts into ``meta``, a report can be taken; the attempt's end refuses it."""
+    if in_meta:
+        job.meta["rows"] = {Raises(), Raises()}
+    else:
+        job.meta = Raises()  # type: ignore[assignment]
+    assert job.take_report() is None
+    with pytest.raises(NotSerializable):
+        job.check_meta()

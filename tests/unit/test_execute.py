@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import datetime as dt
+import decimal
 import math
+import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -69,6 +74,40 @@ def test_keyword_parameters(attempt: Attempt) -> None:
     """A dict of parameters is passed by keyword."""
     outcome = attempt(lambda *, a, b=2: [a, b], {"a": 1})
     assert outcome.result_json == "[1,2]"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (SystemExit(), 0),
+        (SystemExit(7), 7),
+        (SystemExit("why"), 1),
+        (ValueError("why"), 1),
+        (KeyboardInterrupt(), 1),
+    ],
+    ids=repr,
+)
+def test_a_copy_ends_with_the_jobs_code(
+    attempt: Attempt, error: BaseException | None, code: int
+) -> None:
+    """A copy that a job forks ends where the job's code ends in it, as a program would; the
+    outcome is that of the process that forked."""
+
+    def job() -> int:
+        pid = os.fork()
+        if pid:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if error is not None:
+            raise error
+        return 5
+
+    me = os.getpid()
+    outcome = attempt(job)
+    if os.getpid() != me:
+        # Or the copy would go on with the tests.
+        os._exit(99)
+    assert (outcome.kind, outcome.result_json) == (OutcomeKind.COMPLETED, str(code))
 
 
 def test_no_result(attempt: Attempt) -> None:
@@ -758,3 +797,187 @@ def test_in_several_threads_at_once(attempt: Attempt) -> None:
     assert {n: outcome.result_json for n, outcome in outcomes.items()} == {
         n: f"[{n},{n}]" for n in range(4)
     }
+
+
+tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
+
+
+def test_context_variables_end_with_the_attempt(attempt: Attempt) -> None:
+    """What a job sets in its context is seen by its own code only; what was set before is seen by
+    the job as well."""
+    seen = []
+
+    def job() -> None:
+        seen.append(tenant.get())
+        tenant.set("somebody")
+        decimal.getcontext().prec = 5
+        seen.append(tenant.get())
+
+    async def async_job() -> None:
+        job()
+        await asyncio.sleep(0)
+        seen.append(tenant.get())
+
+    precision = decimal.getcontext().prec
+    token = tenant.set("the caller's")
+    try:
+        assert attempt(job).kind is OutcomeKind.COMPLETED
+        assert attempt(async_job).kind is OutcomeKind.COMPLETED
+        assert tenant.get() == "the caller's"
+    finally:
+        tenant.reset(token)
+    assert seen == ["the caller's", "somebody", "the caller's", "somebody", "somebody"]
+    assert decimal.getcontext().prec == precision
+
+
+def test_alarm_and_blocked_signals_end_with_the_attempt(attempt: Attempt) -> None:
+    """An alarm that the job has set is turned off, and signals that it has blocked are not blocked
+    any more; an alarm of the caller stays."""
+
+    def job() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 600)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+        raise ValueError
+
+    # There may be one by which the test itself would be ended.
+    former = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        assert attempt(job).kind is OutcomeKind.FAILED
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+        assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.setitimer(signal.ITIMER_REAL, 600)
+        attempt(lambda: None)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *former)
+
+
+SECRET = "".join(f"k{number:04}" for number in range(720))
+"""3,600 characters, each part of which can be told."""
+
+
+def parts_of_secret(text: str | None) -> list[str]:
+    return [part for part in re.findall("k[0-9]{4}", text or "") if part in SECRET]
+
+
+def test_secrets_are_masked_before_they_are_cut(attempt: Attempt) -> None:
+    """Neither error nor traceback, note or line that is stored holds a part of a secret, also where
+    the secret is longer than what is kept of the text."""
+
+    def job(user: str, private_key: str) -> None:
+        current_job.progress(0.5, "n" * 240 + private_key)
+        current_job.log(f"log of {user} {private_key}")
+        try:
+            raise ValueError("x" * 900 + private_key + "y" * 900)
+        except ValueError:
+            raise RuntimeError(f"{private_key!r} is not good") from None
+
+    outcome = attempt(job, ["ann", SECRET])
+    assert outcome.error == "RuntimeError: '***' is not good"
+    assert parts_of_secret(outcome.traceback) == []
+    assert outcome.report is not None
+    assert outcome.report.lines == ("log of ann ***",)
+    assert outcome.report.progress_note == "n" * 240 + "***"
+    outcome = attempt(raising(ValueError("x" * 1_900 + SECRET)), {})
+    # Nobody could know that this one is a secret.
+    assert parts_of_secret(outcome.error)
+
+
+def test_a_long_secret_on_the_cut_of_an_error(attempt: Attempt) -> None:
+    """Wherever a secret stands in an error that is too long, no part of it is stored."""
+
+    def job(token: str, before: int) -> None:
+        raise ValueError("x" * before + token + "y" * 3_000)
+
+    for before in range(0, 3_000, 97):
+        outcome = attempt(job, [SECRET, before])
+        assert parts_of_secret(outcome.error) == []
+        assert parts_of_secret(outcome.traceback) == []
+
+
+def test_what_cannot_be_masked_is_not_shown(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault while a text is masked costs the text and not the attempt."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("flask_bgjobs.redact.Redactor.masker", fail)
+
+    def job(note: str) -> None:
+        current_job.log(note)
+        raise ValueError(note)
+
+    outcome = attempt(job, ["hello"])
+    assert (outcome.kind, outcome.error) == (OutcomeKind.FAILED, "***")
+    assert outcome.report is not None
+    assert outcome.report.lines == ("***",)
+
+
+def test_an_alarm_of_other_code_in_the_process_stays(attempt: Attempt) -> None:
+    """Beside a worker inside a web process, a request may set an alarm while a job runs."""
+    former = signal.setitimer(signal.ITIMER_REAL, 0)
+    begun, alarm_set = threading.Event(), threading.Event()
+
+    def job() -> None:
+        begun.set()
+        assert alarm_set.wait(30)
+
+    try:
+        thread = threading.Thread(target=attempt, args=[job])
+        thread.start()
+        assert begun.wait(30)
+        signal.setitimer(signal.ITIMER_REAL, 600)
+        alarm_set.set()
+        thread.join()
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *former)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "raise KeyboardInterrupt",
+        "raise SystemExit(3)",
+        "raise GeneratorExit",
+        "import no_module",
+    ],
+)
+def test_whatever_an_import_raises(
+    make_module: Callable[[str], str], state: AppState, statement: str
+) -> None:
+    """A module that raises anything when it is imported fails its job, and nothing else."""
+    module = make_module(f"{statement}\ndef job(): ...")
+    allow(state, f"{module}.job")
+    outcome = run_spec(state, make_spec(target=f"{module}.job"))
+    assert outcome.kind is OutcomeKind.FAILED_FINALLY
+    assert outcome.error
+
+
+class Hostile:
+    def __eq__(self, other: object) -> bool:
+        raise LookupError("not comparable")
+
+
+def test_meta_that_raises(attempt: Attempt) -> None:
+    """A ``meta`` that raises when it is looked at fails its job, and nothing else."""
+
+    def job() -> None:
+        current_job.meta = Hostile()  # type: ignore[assignment]
+
+    error = attempt(job).error
+    assert error is not None
+    assert error.startswith("NotSerializable: current_job.meta: ")
+
+
+def test_names_of_positional_parameters(attempt: Attempt) -> None:
+    """The outcome brings the names of positional parameters, by which a log masks secrets; of
+    keyword parameters they are known."""
+
+    def job(user: str, /, password: str = "", *token: str, note: str = "") -> None: ...
+
+    assert attempt(job, ["ann"]).parameter_names == ("user", "password", "*token")
+    assert attempt(lambda user: None, {"user": "ann"}).parameter_names is None
+    assert attempt(dict, [[]]).parameter_names is None

@@ -120,3 +120,27 @@ def test_several_statements(statement: str) -> None:
 def test_comment_inside_a_lock(statement: str) -> None:
     """A lock with a comment between its words is still a lock."""
     assert is_plain_select(statement) is False
+
+
+@pytest.mark.parametrize(
+    ("repeated", "is_plain"),
+    [("/*", True), ("/*/", True), ("*/", True), ("-- ", True), ("; ", False), ("for ", True),
+     ("for no ", True), ("(", True), ("\n", True)],
+)  # fmt: skip
+def test_long_statements_take_no_time(repeated: str, is_plain: bool) -> None:
+    """The time is linear in the length, whatever a statement holds."""
+    assert is_plain_select("select 1 " + repeated * 300_000) == is_plain
+
+
+@pytest.mark.parametrize(
+    ("statement", "is_plain"),
+    [
+        ("select 1 /* a */ -- b", True),
+        ("select '/* ' from t; delete from t", False),
+        ("select 1 /* a */ from t /* for", True),
+        ("select '*/'; /* a */ delete from t", False),
+    ],
+)
+def test_comments_that_are_open(statement: str, is_plain: bool) -> None:
+    """A comment that does not end hides nothing: it may be the text of a literal."""
+    assert is_plain_select(statement) == is_plain

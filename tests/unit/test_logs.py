@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import logging
 import re
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from flask import Flask
 
 from flask_bgjobs import BgJobs, JobNotAllowed, logs, signals
 from flask_bgjobs.app_state import AppState
+from flask_bgjobs.config import Config
 from flask_bgjobs.models import detached_job
+from flask_bgjobs.registry import Registry
 from flask_bgjobs.signals import emit, emit_settled
 from flask_bgjobs.spec import JobSpec, Outcome, Settled
 from flask_bgjobs.states import JobStatus, OutcomeKind
@@ -312,3 +315,52 @@ def test_connected_once(host: Flask, written: Written) -> None:
     logs.connect()
     emit(signals.job_started, host, job=spec())
     assert written().getMessage().startswith("Job running | ")
+
+
+class TestNames:
+    """Where the names of positional parameters come from."""
+
+    def test_nothing_is_imported(
+        self,
+        host: Flask,
+        state: AppState,
+        written: Written,
+        make_module: Callable[[str], str],
+        was_imported: Callable[[str], bool],
+    ) -> None:
+        """A log line imports no module of jobs. Without the names all positional values are
+        masked, in the error as well."""
+        module = make_module("def login(user, password): ...")
+        allowed = Config.from_mapping({"BGJOBS_ALLOWED_JOBS": [f"{module}.login"]}).allowed_jobs
+        state.registry = Registry(allowed, {})
+        job = spec(["ann", SECRET], target=f"{module}.login")
+        emit_settled(host, settled(job, JobStatus.FAILED, f"ValueError: ann, {SECRET}"))
+        line = written().getMessage()
+        assert 'Parameters: ["***","***"]' in line
+        assert "Error: ValueError: ***, ***" in line
+        assert not was_imported(module)
+
+    def test_the_outcome_brings_them(self, host: Flask, state: AppState, written: Written) -> None:
+        """The names that the process which ran the job has told are used."""
+        job = spec(["ann", SECRET, "x"], target="shop.elsewhere")
+        failed = settled(job, JobStatus.FAILED, f"ValueError: ann, {SECRET}")
+        outcome = failed.outcome._replace(parameter_names=("user", "*token"))
+        emit_settled(host, failed._replace(outcome=outcome))
+        line = written().getMessage()
+        assert 'Parameters: ["ann","***","***"]' in line
+        assert "Error: ValueError: ann, ***" in line
+
+    def test_a_module_that_is_imported_is_looked_at(
+        self, host: Flask, state: AppState, written: Written, make_module: Callable[[str], str]
+    ) -> None:
+        """The names of a job whose module has been imported already are known."""
+        module = make_module("class Login:\n    def run(self, user, password): ...")
+        importlib.import_module(module)
+        allowed = Config.from_mapping({"BGJOBS_ALLOWED_JOBS": [f"{module}.Login"]}).allowed_jobs
+        state.registry = Registry(allowed, {})
+        emit(
+            signals.job_started,
+            host,
+            job=spec(["ann", SECRET], target=f"{module}.Login", method="run"),
+        )
+        assert 'Parameters: ["ann","***"]' in written().getMessage()

@@ -61,7 +61,9 @@ def test_a_spec_crosses_unchanged(spec: JobSpec) -> None:
 )
 def test_an_outcome_crosses_unchanged(kind: OutcomeKind, report: Report | None) -> None:
     """Every outcome reaches the worker as the child saw it, with its kind and its report."""
-    outcome = Outcome(7, 2, kind, "[1]", "E", "E: no", "Traceback", 1.0, 0.25, 2.5, report)
+    outcome = Outcome(
+        7, 2, kind, "[1]", "E", "E: no", "Traceback", 1.0, 0.25, 2.5, report, ("user", "*rest")
+    )
     back = messages.unpack_outcome(across(messages.pack_outcome(outcome)))
     assert back == outcome
     assert back.kind is kind

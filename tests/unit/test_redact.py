@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import textwrap
 from typing import Any
 
 import pytest
@@ -168,3 +170,85 @@ def test_signature_is_what_inspect_says() -> None:
 
     wrapper.__signature__ = inspect.signature(login)  # type: ignore[attr-defined]
     assert redactor.parameters(["ann", "hunter2"], wrapper) == ["ann", MASK]
+
+
+@pytest.mark.parametrize("parameters", [5, None, True, "hunter2"])
+def test_parameters_that_are_no_parameters(parameters: Any) -> None:
+    """What an edited row holds instead of a list or a dict is masked as a whole."""
+    assert redactor.parameters(parameters, None) == MASK
+    assert "hunter2" not in redactor.text(f"{parameters} failed", "hunter2", None)
+
+
+KEY = "\n".join(
+    ["-----BEGIN PRIVATE KEY-----"]
+    + [f"{number:02}" + "MIIC'x" * 10 for number in range(57)]
+    + ["-----END PRIVATE KEY-----"]
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"cannot read {KEY}",
+        f"cannot read {KEY!r}",
+        f"cannot read {json.dumps(KEY)}",
+        "cannot read\n" + textwrap.indent(KEY, "    "),
+        "cannot read\n" + textwrap.indent(KEY, "E   > "),
+        "cannot read " + KEY.replace("\n", " "),
+        "cannot read " + KEY.splitlines()[7],
+    ],
+    ids=["raw", "repr", "json", "indented", "prefixed", "joined", "one line"],
+)
+def test_a_secret_of_several_lines(text: str) -> None:
+    """It is masked also where its lines have something before them."""
+    assert "MIIC" not in redactor.text(text, {"private_key": KEY}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("token=abc123", "token=***"),
+        ("GET /x?access_token=abc&page=2", "GET /x?access_token=***&page=2"),
+        ("password: hunter2, user: ann", "password: ***, user: ann"),
+        ("PASSWORD = 'two words', x", "PASSWORD = '***', x"),
+        ('{"api_key": "abc", "id": 7}', '{"api_key": "***", "id": 7}'),
+        ("{'X-Api-Key': b'abc', 'id': 7}", "{'X-Api-Key': b'***', 'id': 7}"),
+        ("Client(client_secret='abc')", "Client(client_secret='***')"),
+        ("Authorization: Bearer abc.def", "Authorization: ***"),
+        ("{'Authorization': 'Bearer abc.def', 'Accept': '*/*'}",
+         "{'Authorization': '***', 'Accept': '*/*'}"),
+        ("sent Bearer abcdef.ghijkl and failed", "sent Bearer *** and failed"),
+        ("curl -H 'Basic dXNlcjpwYXNz'", "curl -H 'Basic ***'"),
+        ("Set-Cookie: session=abc; Path=/", "Set-Cookie: ***; Path=/"),
+        ("postgresql://ann:hunter2@db:5432/shop", "postgresql://ann:***@db:5432/shop"),
+        ("redis://:hunter2@cache/0 refused", "redis://:***@cache/0 refused"),
+        ("https://example.org:8080/a@b?page=1", "https://example.org:8080/a@b?page=1"),
+        ("KeyError: 'token'", "KeyError: 'token'"),
+        ("the token has expired", "the token has expired"),
+        ("keyboard=de user=ann", "keyboard=de user=ann"),
+        ("password:\n  File 'x'", "password:\n  File 'x'"),
+        ("token=", "token="),
+    ],
+)  # fmt: skip
+def test_secrets_by_their_form(text: str, masked: str) -> None:
+    """What looks like a secret is masked in any error, whatever the parameters are."""
+    assert redactor.text(text, [], None) == masked
+    assert redactor.text(masked, [], None) == masked
+    assert Redactor([]).text(text, [], None) == text
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    ["password", "password=", "token: ", "://", "://a", "://:", "Bearer ", "a", "-", "a=", "='",
+     " ", "Basic ", 'token="', "token=Bearer ", "a:b@"],
+)  # fmt: skip
+def test_long_texts_take_no_time(repeated: str) -> None:
+    """The time is linear in the length: another pattern would need longer than a test may take."""
+    redactor.text(repeated * 200_000, [], None)
+
+
+def test_many_secrets_take_no_time() -> None:
+    """Secrets that a text cannot hold are not searched for."""
+    secrets = {"tokens": [f"secret number {number}" for number in range(100_000)]}
+    text = "x" * 60_000 + " secret number 777 and " + "y" * 1_000
+    assert "777" not in redactor.text(text, secrets, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from flask_bgjobs import scheduler
 from flask_bgjobs.scheduler import STEP_SECONDS, Clock
+from flask_bgjobs.threads import require_alive
 from tests.unit.helpers import wait_until
 
 NEVER = 3_600.0
@@ -224,7 +226,7 @@ def test_a_call_that_never_ends_does_not_hang_the_stop(
     assert entered.wait(30)
     clock.stop()
     assert clock.hangs
-    assert "The scheduler hangs" in caplog.text
+    assert "The scheduler did not stop in time" in caplog.text
     release.set()
     wait_until(lambda: not clock._scheduler.running)
 
@@ -335,3 +337,37 @@ def test_threads_are_daemons(make_clock: MakeClock) -> None:
     clock = make_clock()
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
     clock.wake_in([1.0])
+
+
+class BrokenFilter:
+    """A filter of a host that needs a request."""
+
+    def filter(self, _record: logging.LogRecord) -> bool:
+        raise RuntimeError("Working outside of request context.")
+
+
+def test_a_log_filter_that_raises_stops_nothing(make_clock: MakeClock, wakes: Wakes) -> None:
+    """The clock goes on where a host's filter raises at each line of APScheduler."""
+    loggers = [logging.getLogger(f"apscheduler.{n}") for n in ("scheduler", "executors.default")]
+    broken = BrokenFilter()
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+        logger.addFilter(broken)
+    try:
+        clock = make_clock(0.05)
+        wait_until(lambda: len(wakes) > 3)
+        clock.wake_in([0.01])
+        wait_until(lambda: len(wakes) > 6)
+        require_alive(clock.threads)
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+            logger.removeFilter(broken)
+
+
+def test_calls_are_not_logged(make_clock: MakeClock, wakes: Wakes, caplog: Any) -> None:
+    """An idle worker whose host logs at INFO writes no line for each poll."""
+    caplog.set_level(logging.INFO)
+    make_clock(0.02)
+    wait_until(lambda: len(wakes) > 5)
+    assert not [r for r in caplog.records if r.name.startswith("apscheduler.executors")]

@@ -77,6 +77,27 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
         parse(text)
 
 
+LONG_TEXTS = {
+    "dots": "Loading" + "." * 50_000,
+    "path": "a." * 50_000,
+    "open quotes": '"' * 50_001,
+    "quotes": 'a"' * 50_000,
+    "commas": "a," * 50_000,
+    "colons": "a:" * 50_000,
+    "values": "a" * 50_000 + ",",
+    "quoted values": '"a",' * 50_000,
+    "one word": "a" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_long_text_takes_no_time(text: str) -> None:
+    """The time is linear in the length: a pattern that tried every way to split these would need
+    longer than a test may take."""
+    with contextlib.suppress(InvalidSearch):
+        parse(text)
+
+
 @given(st.text(max_size=60))
 def test_every_text_is_read_or_refused(text: str) -> None:
     """Nonsense is refused with a sentence, and never raises anything else."""

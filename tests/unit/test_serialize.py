@@ -429,3 +429,46 @@ def test_plain_text_for_people() -> None:
         "text": "Grüße",
     }
     assert "Grüße" in dumps_plain(value)
+
+
+class Raises:
+    """A value whose every method raises."""
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no session")
+
+
+class RaisingZone(dt.tzinfo):
+    """A time zone that has lost its file."""
+
+    def utcoffset(self, _when: dt.datetime | None) -> dt.timedelta | None:
+        raise OSError("no such file")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {Raises()},
+        {Raises(), 1},
+        {"rows": {(1, Raises()), 2}},
+        {Raises(): 1},
+        dt.datetime(2026, 11, 28, tzinfo=RaisingZone()),
+        dt.time(12, tzinfo=RaisingZone()),
+    ],
+    ids=["set", "mixed set", "nested", "key", "datetime", "time"],
+)
+def test_a_value_that_raises_is_refused(value: Any) -> None:
+    """A value whose own code raises is refused like any other that cannot be stored."""
+    with pytest.raises(NotSerializable, match=r"^meta"):
+        dumps(value, name="meta")
+
+
+@pytest.mark.parametrize("items", [[0, 8, 16], ["b", "a"], [1, "1", None, (2, "x"), 2.5]])
+def test_equal_sets_give_equal_texts(items: list[Any]) -> None:
+    """The text of a set does not depend on the order in which its items were added."""
+    backwards = items[::-1]
+    assert dumps(set(items)) == dumps(set(backwards))
+    assert loads(dumps(set(items))) == set(items)

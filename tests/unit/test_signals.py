@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from blinker import NamedSignal
 from flask import Flask
 
 from flask_bgjobs import signals
-from flask_bgjobs.signals import emit, emit_settled
+from flask_bgjobs.signals import emit, emit_in_worker, emit_settled
 from flask_bgjobs.spec import Outcome, Settled
 from flask_bgjobs.states import JobStatus, OutcomeKind
 from tests.unit.helpers import make_spec
@@ -102,3 +103,39 @@ def test_signal_of_a_status(
             one.disconnect(hear, sender=host)
     values = {"job": settled.spec, "settled": settled}
     assert heard == ([] if signal is None else [(signal.name, values)])
+
+
+def test_a_receiver_that_exits_ends_no_worker(
+    shop: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``sys.exit()`` in a receiver would end the worker as if it had been told to stop. In a web
+    server the exit goes on, as its own signal handler may have raised it."""
+    signal = NamedSignal("exits")
+
+    def leave(app: Flask) -> None:
+        raise SystemExit(0)
+
+    with signal.connected_to(leave):
+        emit_in_worker(signal, shop)
+        assert "A receiver of exits raised" in caplog.text
+        with pytest.raises(SystemExit):
+            emit(signal, shop)
+
+
+def test_a_signal_within_a_receiver_hides_no_slow_one(shop: Flask) -> None:
+    """After a receiver has sent a signal itself, it is still known what it is called for."""
+    outer, inner = NamedSignal("outer"), NamedSignal("inner")
+    thread_id = threading.get_ident()
+    seen: list[Any] = []
+
+    def note(app: Flask) -> None:
+        seen.append(signals.emission_in(thread_id))
+
+    def send(app: Flask) -> None:
+        emit(inner, app)
+        note(app)
+
+    with outer.connected_to(send), inner.connected_to(note):
+        emit(outer, shop)
+    assert [emission.signal_name for emission in seen] == ["inner", "outer"]
+    assert signals.emission_in(thread_id) is None

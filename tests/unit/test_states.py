@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from flask_bgjobs import states
-from flask_bgjobs.states import JobStatus, OutcomeKind, Settlement, settlement
+from flask_bgjobs.states import JobStatus, OutcomeKind, Settlement, lost_kind, settlement
 
 MAX_CRASHES = 3
 
@@ -22,6 +22,7 @@ WITH_A_RETRY_LEFT = {
     OutcomeKind.CANCELLED: "cancelled",
     OutcomeKind.GIVEN_BACK: "pending",
     OutcomeKind.LOST: "pending",
+    OutcomeKind.LOST_AMONG: "pending",
     OutcomeKind.CRASHED: "pending",
 }
 WITH_NONE_LEFT = WITH_A_RETRY_LEFT | {
@@ -30,6 +31,21 @@ WITH_NONE_LEFT = WITH_A_RETRY_LEFT | {
     OutcomeKind.RETRY: "failed",
 }
 TABLE = list(itertools.product(OutcomeKind, [0, 2, 3], [False, True], [0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("is_started_suspect", "started_suspects", "kind"),
+    [
+        (False, 0, OutcomeKind.LOST),
+        (False, 1, OutcomeKind.LOST),
+        (True, 1, OutcomeKind.CRASHED),
+        (True, 2, OutcomeKind.LOST_AMONG),
+    ],
+)
+def test_who_is_blamed(is_started_suspect: bool, started_suspects: int, kind: OutcomeKind) -> None:
+    """Only a suspect that had started, and was the only one, is proved to have crashed."""
+    found = lost_kind(is_started_suspect=is_started_suspect, started_suspects=started_suspects)
+    assert found is kind
 
 
 def settle(kind: OutcomeKind, **changes: object) -> Settlement:
@@ -84,9 +100,9 @@ def test_crash_count(kind: OutcomeKind, used: int, cancel: bool, crashes: int) -
 
 @pytest.mark.parametrize(("kind", "used", "cancel", "crashes"), TABLE)
 def test_suspect(kind: OutcomeKind, used: int, cancel: bool, crashes: int) -> None:
-    """A job that runs again after its worker died with it is a suspect, and no other is."""
+    """A job that may have killed its worker is a suspect when it runs again, and no other is."""
     settled = settle(kind, retry_count=used, cancel_requested=cancel, crash_count=crashes)
-    died = kind in (OutcomeKind.LOST, OutcomeKind.CRASHED)
+    died = kind in (OutcomeKind.LOST, OutcomeKind.LOST_AMONG, OutcomeKind.CRASHED)
     assert settled.suspect is (died and settled.status == "pending")
 
 

@@ -474,3 +474,21 @@ def test_a_signal_handler_may_interrupt_a_coroutine() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert cleaned == [True]
+
+
+def test_closes_whatever_a_signal_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler of the job's that raises while the window is being closed does not keep it
+    open."""
+    close = Window._close
+    raised = []
+
+    def close_in_the_end(window: Window) -> None:
+        if not raised:
+            raised.append(True)
+            raise TimeoutError
+        close(window)
+
+    monkeypatch.setattr(Window, "_close", close_in_the_end)
+    window = Window()
+    assert window.run(lambda: 5) == 5
+    assert window.is_closed

@@ -180,9 +180,10 @@ class _Walk:
                 row = _listed_row(self._state, values)
                 if self._is_wanted(row, visible):
                     rows.append(row)
-                if len(rows) >= limit:
-                    return rows
-                if time.monotonic() > deadline:
+                    if len(rows) >= limit:
+                        return rows
+                # What was found is shown, however long the database took to answer.
+                elif time.monotonic() > deadline:
                     self.is_cut = True
                     self.stopped_at = self.cursor_of(row)
                     return rows
@@ -323,7 +324,9 @@ def _last_id_before(moment: dt.datetime, name: str) -> sa.ScalarSelect[int]:
     Found by halving the range of ids, within one statement.
     """
     newest = sa.select(sa.func.coalesce(sa.func.max(_job.c.id), 0)).scalar_subquery()
-    halves = sa.select(sa.literal(0, sa.BigInteger).label("low"), (newest + 1).label("high")).cte(
+    # Cast, because psycopg2 writes a number without its type into the statement.
+    zero = sa.cast(0, sa.BigInteger)
+    halves = sa.select(zero.label("low"), (newest + 1).label("high")).cte(
         f"halves_{name}", recursive=True
     )
     low, high = halves.c.low, halves.c.high

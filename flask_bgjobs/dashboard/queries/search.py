@@ -18,15 +18,18 @@ import re
 
 FIELDS = ("job", "queue", "tag", "owner", "worker", "id", "error", "parameters")
 _MAX_TERMS = 20
+_SHOWN_CHARACTERS = 40
+"""Of what cannot be read, in the error."""
+# Possessive, so that no text makes it try a second way: the time is linear in the length.
 _TERM = re.compile(
     r"""
-    (?:(?P<field>[A-Za-z_]+)(?P<path>(?:\.[^\s:",]+)*):)?
-    (?P<values>(?:"[^"]*"|[^\s",]+)(?:,(?:"[^"]*"|[^\s",]+))*)
+    (?:(?P<field>[A-Za-z_]++)(?P<path>(?:\.[^\s:",]++)?):)?
+    (?P<values>(?:"[^"]*+"|[^\s",]++)(?:,(?:"[^"]*+"|[^\s",]++))*+)
     (?=\s|$)
     """,
     re.VERBOSE,
 )
-_FIELD_ALONE = re.compile(r'[A-Za-z_]+(?:\.[^\s:",]+)*:')
+_FIELD_ALONE = re.compile(r'[A-Za-z_]++(?:\.[^\s:",]++)?:')
 _VALUE = re.compile(r'"([^"]*)"|([^\s",]+)')
 _LARGEST_ID = 2**63 - 1
 
@@ -80,8 +83,8 @@ def _term(found: re.Match[str]) -> Term:
     if field is not None and field not in FIELDS:
         # A word with a colon, such as an address, is text like any other when it is quoted.
         raise InvalidSearch(
-            f'there is no field "{field}"; there are {", ".join(FIELDS)}. Put text that holds a '
-            'colon into quotes: "…"'
+            f'there is no field "{field[:_SHOWN_CHARACTERS]}"; there are {", ".join(FIELDS)}. '
+            'Put text that holds a colon into quotes: "…"'
         )
     if field == "parameters" and not path:
         raise InvalidSearch("parameters needs a path: parameters.order_id:7, or parameters.0:7")
@@ -100,17 +103,19 @@ def _term(found: re.Match[str]) -> Term:
 def _ids(value: str) -> range:
     found = re.fullmatch(r"#?([0-9]{1,19})(?:\.\.([0-9]{1,19}))?", value)
     if found is None:
-        raise InvalidSearch(f"id:{value} is neither a number nor a range such as 100..200")
+        shown = value[:_SHOWN_CHARACTERS]
+        raise InvalidSearch(f"id:{shown} is neither a number nor a range such as 100..200")
     first, last = int(found[1]), int(found[2] or found[1])
     return range(min(first, _LARGEST_ID), min(last, _LARGEST_ID - 1) + 1)
 
 
 def _what_is_wrong(rest: str) -> str:
-    word = rest.split()[0]
+    word = rest.split(maxsplit=1)[0]
+    beginning = word[:_SHOWN_CHARACTERS]
     if rest.count('"') % 2:
-        return f"a quote is not closed: {rest[:40]}"
+        return f"a quote is not closed: {rest[:_SHOWN_CHARACTERS]}"
     if word.endswith(":"):
-        return f"{word} has no value: write it behind the colon, without a blank"
+        return f"{beginning} has no value: write it behind the colon, without a blank"
     if word.startswith(",") or word.endswith(","):
-        return f'"{word}": a comma stands between two values'
-    return f'"{word[:40]}" cannot be read; put it into quotes to look for it as it is'
+        return f'"{beginning}": a comma stands between two values'
+    return f'"{beginning}" cannot be read; put it into quotes to look for it as it is'

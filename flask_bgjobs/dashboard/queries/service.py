@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Job, Queue, Worker, has_status
+from ...models import Job, Queue, Worker
 from ...states import WAITING, JobStatus
 
 HEALTH_SECONDS = 5.0
@@ -112,31 +112,9 @@ def _queues(state: AppState) -> sa.CompoundSelect[*tuple[Any, ...]]:
     """The queues that have a row, and those that hold jobs of a status in which they wait."""
     known = sa.select(sa.literal("known", sa.String).label("source"), Queue.name, Queue.paused_at)
     never = sa.cast(sa.null(), Queue.__table__.c.paused_at.type)
-    statuses = sorted(WAITING)
-    if state.store.seeks_ranges:
-        holding = [_queues_holding(status).add_columns(never) for status in statuses]
-    else:
-        # Here it is this that the database does with one index seek for each queue.
-        is_waiting = sa.or_(*map(has_status, statuses))
-        grouped = sa.select(_job.c.status, _job.c.queue, never).where(is_waiting)
-        holding = [grouped.group_by(_job.c.status, _job.c.queue)]
+    holding = []
+    for status in sorted(WAITING):
+        names = state.store.queues_holding(status)
+        word = sa.literal(status.value, sa.String)
+        holding.append(sa.select(word, names.c.name, never).where(names.c.name.is_not(None)))
     return sa.union_all(known, *holding).order_by("name")
-
-
-def _queues_holding(status: JobStatus) -> sa.Select[Any]:
-    """The queues that hold such jobs: one index seek each, where DISTINCT reads them all."""
-    has_it = has_status(status)
-    walk = (
-        sa.select(sa.func.min(_job.c.queue).label("name"))
-        .where(has_it)
-        .cte(f"{status.value}_queue", recursive=True)
-    )
-    following = (
-        sa.select(sa.func.min(_job.c.queue))
-        .where(has_it, _job.c.queue > walk.c.name)
-        .correlate(walk)
-        .scalar_subquery()
-    )
-    walk = walk.union_all(sa.select(following).where(walk.c.name.is_not(None)))
-    word = sa.literal(status.value, sa.String)
-    return sa.select(word, walk.c.name).where(walk.c.name.is_not(None))

@@ -1,0 +1,78 @@
+"""A logger whose filters and handlers cannot end the thread that logs.
+
+Hosts add filters and handlers that read ``flask.g`` or call a service. In a worker they run in
+threads that have no request and no application context, and an exception of theirs would end the
+heartbeat or the scheduler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter
+
+
+class SafeLogger(_Adapter):
+    """Logs like the wrapped logger, and never raises.
+
+    An exception of a filter, a handler or a record factory is printed to ``sys.stderr``, as
+    :meth:`logging.Handler.handleError` does, unless ``logging.raiseExceptions`` is false.
+
+    :param stays_enabled: whether :func:`logging.config.dictConfig` and ``fileConfig``, which
+        Alembic calls as well, cannot disable the logger; its level can silence it.
+    :param least_level: records below this level are not logged.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        *,
+        stays_enabled: bool = False,
+        least_level: int = logging.NOTSET,
+    ) -> None:
+        super().__init__(logger, None)
+        self._stays_enabled = stays_enabled
+        self._least_level = least_level
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802  # logging's name for it
+        """Whether a record of ``level`` would be logged."""
+        if self._stays_enabled and self.logger.disabled:
+            # By default they disable every logger that exists and that they do not name.
+            self.logger.disabled = False
+        return level >= self._least_level and super().isEnabledFor(level)
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log a record with the position of the caller."""
+        # One more frame to skip: this method.
+        stacklevel = kwargs.pop("stacklevel", 1) + 1
+        try:
+            super().log(level, msg, *args, stacklevel=stacklevel, **kwargs)
+        except Exception:
+            _print_exception(self.logger.name)
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """The message and its ``extra`` as they were given."""
+        return msg, kwargs
+
+
+def _print_exception(name: str) -> None:
+    if not logging.raiseExceptions or sys.stderr is None:
+        return
+    # stderr may be closed as well.
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"--- Logging error: a filter or handler of {name!r} raised ---\n")
+        traceback.print_exc(file=sys.stderr)
+
+
+logger = SafeLogger(logging.getLogger("flask_bgjobs"), stays_enabled=True)
+"""The logger of flask-bgjobs."""

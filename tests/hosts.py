@@ -1,0 +1,159 @@
+"""Hosts unlike the usual one: each function changes the app of a worker that a test starts."""
+
+from __future__ import annotations
+
+import configparser
+import logging
+import logging.config
+import os
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, g
+
+from flask_bgjobs import job_completed, job_failed
+
+
+def receiver_hangs(app: Flask) -> None:
+    """A receiver that never returns, in the first process that calls it."""
+    marker = Path(app.config["TEST_MARKER"])
+
+    def hang(_app: Flask, **_values: Any) -> None:
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        threading.Event().wait()
+
+    job_completed.connect(hang, app, weak=False)
+
+
+def handler_hangs(app: Flask) -> None:
+    """A log handler that never returns from the line of a completed job, as a full pipe."""
+    marker = Path(app.config["TEST_MARKER"])
+
+    class Hang(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "Job completed" not in record.getMessage():
+                return
+            try:
+                marker.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            reading, writing = os.pipe()
+            os.write(writing, b"x" * 2**16)
+            os.write(writing, b"x")
+            os.close(reading)
+
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("flask_bgjobs").addHandler(Hang())
+
+
+def filter_raises(app: Flask) -> None:
+    """A filter that reads ``flask.g``, which most threads of a worker do not have."""
+
+    class User(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            record.user = g.get("user", "-")
+            return True
+
+    logging.basicConfig(level=logging.DEBUG)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(User())
+
+
+def loop_fails(app: Flask) -> None:
+    """A fault in the worker's own loop, once a job has failed."""
+    _break_loop(app, ZeroDivisionError("a fault of ours"))
+
+
+def loop_exits(app: Flask) -> None:
+    """A ``sys.exit()`` in the worker's own loop, as in a listener of the host's pool."""
+    _break_loop(app, SystemExit(0))
+
+
+def _break_loop(app: Flask, error: BaseException) -> None:
+    from flask_bgjobs import worker
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def break_loop(_app: Flask, **_values: Any) -> None:
+        worker.Worker._sweep = fail  # type: ignore[method-assign]
+
+    job_failed.connect(break_loop, app, weak=False)
+
+
+def pool_fails(app: Flask) -> None:
+    """A fault in the thread that serves the child processes, once a job has failed."""
+    from flask_bgjobs.pools.process import ProcessPool
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    def break_pool(_app: Flask, **_values: Any) -> None:
+        ProcessPool._hand_out = fail  # type: ignore[method-assign]
+
+    job_failed.connect(break_pool, app, weak=False)
+
+
+def pool_fails_in_a_stop(_app: Flask) -> None:
+    """A fault in the thread that serves the child processes, once the worker stops."""
+    from flask_bgjobs.pools.process import ProcessPool
+
+    take_unstarted = ProcessPool.take_unstarted
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    def take_and_break(pool: ProcessPool) -> Any:
+        taken = take_unstarted(pool)
+        ProcessPool._hand_out = fail  # type: ignore[method-assign]
+        pool._ring()
+        return taken
+
+    ProcessPool.take_unstarted = take_and_break  # type: ignore[method-assign]
+
+
+def dict_config(_app: Flask) -> None:
+    """Logging as Flask's documentation sets it up, which disables all loggers that exist."""
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "formatters": {"default": {"format": "host: %(message)s"}},
+            "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "default"}},
+            "root": {"level": "INFO", "handlers": ["console"]},
+        }
+    )
+
+
+def alembic_config(_app: Flask) -> None:
+    """Logging as ``flask_migrate.upgrade()`` leaves it behind."""
+    text = """
+    [loggers]
+    keys = root
+    [handlers]
+    keys = console
+    [formatters]
+    keys = generic
+    [logger_root]
+    level = WARN
+    handlers = console
+    [handler_console]
+    class = StreamHandler
+    args = (sys.stderr,)
+    level = NOTSET
+    formatter = generic
+    [formatter_generic]
+    format = host: %(message)s
+    """
+    parser = configparser.RawConfigParser()
+    parser.read_string(textwrap.dedent(text))
+    logging.config.fileConfig(parser)
+
+
+def basic_config(_app: Flask) -> None:
+    """Logging of everything from INFO on, as the documentation shows it."""
+    logging.basicConfig(level=logging.INFO, format="host: %(name)s %(message)s")

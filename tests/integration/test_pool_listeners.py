@@ -1,0 +1,389 @@
+"""What a host sets for each connection in its pool's listeners holds for our connections too."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import OperationalError
+
+from flask_bgjobs import run_background_job
+from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.worker import Worker, WorkerOptions
+from tests.apps import build_app
+from tests.conftest import wait_until
+
+TENANT = "tenant"
+
+
+def _db(app: Flask) -> SQLAlchemy:
+    db: SQLAlchemy = app.extensions["sqlalchemy"]
+    return db
+
+
+@pytest.fixture
+def make_host(database_url: str) -> Iterator[Callable[..., AppState]]:
+    """Makes apps without tables, whose context stays pushed."""
+    made: list[Any] = []
+
+    def make(url: str = database_url, **config: Any) -> AppState:
+        app = build_app(url, **config)
+        context = app.app_context()
+        context.push()
+        made.append((app, context))
+        return state_of(app)
+
+    yield make
+    for app, context in reversed(made):
+        _db(app).session.remove()
+        _db(app).engine.dispose()
+        state_of(app).store.dispose()
+        context.pop()
+
+
+@pytest.fixture
+def host(make_host: Callable[..., AppState]) -> AppState:
+    """An app without tables."""
+    return make_host()
+
+
+def _listen(state: AppState, event: str, listener: Callable[..., Any], **options: Any) -> None:
+    sa.event.listen(_db(state.app).engine, event, listener, **options)
+
+
+def _setting(statement: str) -> Callable[..., None]:
+    """A listener that runs a statement, and leaves its transaction open where there is one."""
+
+    def listener(connection: Any, *_: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+
+    return listener
+
+
+def _make_tables(state: AppState) -> None:
+    _db(state.app).create_all()
+
+
+def _joined_and_saved(state: AppState) -> tuple[int, int]:
+    session = _db(state.app).session
+    joined = run_background_job("tests.jobs.echo", parameters=["joined"], session=session)
+    session.commit()
+    saved = run_background_job("tests.jobs.echo", parameters=["saved"], session=None)
+    return joined.id, saved.id
+
+
+def _run_all(state: AppState) -> int:
+    worker = Worker(state, WorkerOptions(burst=True))
+    worker.run()
+    return sum(worker.counts.values())
+
+
+def _check(state: AppState, code: int) -> str:
+    result = state.app.test_cli_runner().invoke(args=["bgjobs", "check"])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.on("postgresql")
+@pytest.mark.parametrize("event", ["connect", "checkout"])
+@pytest.mark.parametrize("insert", [False, True], ids=["after SQLAlchemy's", "before SQLAlchemy's"])
+def test_a_search_path_holds_for_all_jobs(host: AppState, event: str, insert: bool) -> None:
+    """With a listener that sets ``search_path``, joined and saved jobs and workers share a table.
+
+    The listener need not commit what it sets.
+    """
+    with _db(host.app).engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
+    _db(host.app).engine.dispose()
+    _listen(host, event, _setting(f"SET search_path TO {TENANT}"), insert=insert)
+    _make_tables(host)
+    _joined_and_saved(host)
+    with host.store.read() as connection:
+        found = connection.exec_driver_sql(f"SELECT count(*) FROM {TENANT}.bgjobs_job").scalar()
+    assert found == 2
+    assert _run_all(host) == 2
+    assert "matches the models" in _check(host, 0)
+
+
+@pytest.mark.on("postgresql", "mysql")
+def test_a_listener_added_later_runs_too(host: AppState, database_kind: str) -> None:
+    """A listener that is added after our engine was made runs for its next connections."""
+    _make_tables(host)
+    with host.store.read():
+        pass
+    host.store.dispose()
+    setting = {
+        "postgresql": ("SET application_name TO 'later'", "SHOW application_name"),
+        "mysql": ("SET @later = 'later'", "SELECT @later"),
+    }
+    set_it, show_it = setting[database_kind]
+    _listen(host, "connect", _setting(set_it))
+    with host.store.read() as connection:
+        assert connection.exec_driver_sql(show_it).scalar() == "later"
+
+
+@pytest.mark.on("postgresql")
+def test_a_role_holds_for_our_connections(host: AppState) -> None:
+    """A role that a listener sets owns the tables, and our statements run as that role."""
+    role = f"bgjobs_role_{os.getpid()}"
+    _db(host.app).drop_all()
+    with _db(host.app).engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role}")
+        connection.exec_driver_sql(f"GRANT ALL ON SCHEMA public TO {role}")
+    _db(host.app).engine.dispose()
+    try:
+        _listen(host, "connect", _setting(f"SET ROLE {role}"))
+        _make_tables(host)
+        _joined_and_saved(host)
+        with host.store.read() as connection:
+            assert connection.exec_driver_sql("SELECT current_user").scalar() == role
+        assert _run_all(host) == 2
+    finally:
+        _db(host.app).session.remove()
+        _db(host.app).engine.dispose()
+        host.store.dispose()
+        engine = sa.create_engine(_db(host.app).engine.url, poolclass=sa.NullPool)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role} CASCADE")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+
+
+@pytest.mark.on("postgresql")
+def test_a_listener_may_not_change_how_transactions_begin(host: AppState) -> None:
+    """A host's listener that turns autocommit on does not take our transactions away."""
+
+    def autocommit(connection: Any, _record: object) -> None:
+        connection.autocommit = True
+
+    _make_tables(host)
+    _listen(host, "connect", autocommit)
+
+    def fail(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("CREATE TABLE half (id INTEGER)")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        host.store.transaction(fail)
+    with host.store.read() as connection:
+        assert not sa.inspect(connection).has_table("half")
+
+
+class _Encrypted(sqlite3.Connection):
+    """Refuses every statement before the one with its key, as an encrypted file does."""
+
+    is_open = False
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        return super().cursor(_Locked, *args, **kwargs)
+
+
+class _Locked(sqlite3.Cursor):
+    def execute(self, statement: str, *args: Any) -> Any:
+        connection: Any = self.connection
+        if statement.startswith("PRAGMA key"):
+            connection.is_open = True
+        if not connection.is_open:
+            raise sqlite3.DatabaseError("file is not a database")
+        return super().execute(statement, *args)
+
+
+@pytest.mark.on("sqlite")
+def test_the_key_of_an_encrypted_file_comes_first(make_host: Callable[..., AppState]) -> None:
+    """A listener that gives an encrypted file its key runs before any statement of ours."""
+    state = make_host(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"factory": _Encrypted}})
+    _listen(state, "connect", _setting("PRAGMA key = 'secret'"), insert=True)
+    _make_tables(state)
+    _joined_and_saved(state)
+    assert _run_all(state) == 2
+    assert "matches the models" in _check(state, 0)
+
+
+def test_all_listeners_of_a_pool_run_in_order(host: AppState) -> None:
+    """The whole life of our connections is told to the host's listeners, and each but once."""
+    _make_tables(host)
+    _db(host.app).session.remove()
+    _db(host.app).engine.dispose()
+    told: list[str] = []
+    for name in ("connect", "checkout", "reset", "checkin", "close"):
+        _listen(host, name, lambda *_, name=name: told.append(name))
+    of_class: list[object] = []
+
+    def on_class(connection: object, _record: object) -> None:
+        of_class.append(connection)
+
+    sa.event.listen(sa.Engine, "connect", on_class)
+    try:
+        with host.store.read() as connection:
+            connection.execute(sa.select(1))
+        assert told == ["connect", "checkout", "reset", "checkin"]
+        assert len(of_class) == 1
+        host.store.dispose()
+        assert told[-1] == "close"
+    finally:
+        sa.event.remove(sa.Engine, "connect", on_class)
+
+
+# SQLAlchemy 2.0 leaves the connection of a failed listener to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("event", ["connect", "checkout"])
+def test_a_listener_that_raises_is_an_unusable_database(host: AppState, event: str) -> None:
+    """A listener that fails names itself in an error of the database, and a worker waits it out."""
+    _make_tables(host)
+    _joined_and_saved(host)
+    worker = Worker(host, WorkerOptions(burst=True))
+    host.store.dispose()
+    broken = True
+
+    def fail(*_: object) -> None:
+        if broken:
+            raise ValueError("no tenant")
+
+    _listen(host, event, fail)
+    with pytest.raises(OperationalError, match="no tenant"), host.store.read():
+        pass
+    broken = False
+    worker.run()
+    assert sum(worker.counts.values()) == 2
+
+
+def test_a_listener_that_raises_at_the_end_undoes_nothing(
+    host: AppState, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is committed is not told to have failed by a listener of ``checkin`` that raises.
+
+    Its connection is not used again.
+    """
+    _make_tables(host)
+    closed: list[object] = []
+
+    def fail(_connection: Any, _record: Any) -> None:
+        raise ValueError("no tenant")
+
+    with host.store.read():
+        pass
+    _listen(host, "close", lambda *_: closed.append(1))
+    _listen(host, "checkin", fail)
+    job = run_background_job("tests.jobs.echo", session=None)
+    assert host.store.get(job.id) is not None
+    assert closed
+    assert "A listener of 'checkin' raised" in caplog.text
+
+
+@pytest.mark.on("postgresql")
+@pytest.mark.parametrize("schema", [None, "shop"])
+def test_schemas_that_the_engine_translates(
+    make_host: Callable[..., AppState], schema: str | None
+) -> None:
+    """``schema_translate_map`` in the engine's options holds for all jobs."""
+    options = {"execution_options": {"schema_translate_map": {schema: TENANT}}}
+    app = Flask("shop")
+    app.config.update(make_host().app.config, SQLALCHEMY_ENGINE_OPTIONS=options)
+    db = SQLAlchemy(metadata=sa.MetaData(schema=schema))
+    db.init_app(app)
+    from flask_bgjobs import BgJobs
+
+    BgJobs(app)
+    state = state_of(app)
+    try:
+        with app.app_context():
+            with db.engine.begin() as connection:
+                connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
+            db.create_all()
+            _joined_and_saved(state)
+            with state.store.read() as connection:
+                found = connection.exec_driver_sql(f"SELECT count(*) FROM {TENANT}.bgjobs_job")
+                assert found.scalar() == 2
+            assert _run_all(state) == 2
+            assert "matches the models" in _check(state, 0)
+    finally:
+        with app.app_context():
+            db.session.remove()
+            db.engine.dispose()
+        state.store.dispose()
+
+
+@pytest.mark.on("postgresql")
+def test_a_session_that_translates_schemas_keeps_its_own(host: AppState) -> None:
+    """A job that joins a session with a schema per tenant goes where workers look for it.
+
+    The session's own statements go on in the tenant's schema.
+    """
+    _make_tables(host)
+    session = _db(host.app).session
+    options = {"schema_translate_map": {None: TENANT}}
+    connection = session.connection(execution_options=options)
+    connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
+    _make_tables_with(connection)
+    run_background_job("tests.jobs.echo", session=session)
+    assert connection.get_execution_options()["schema_translate_map"][None] == TENANT
+    session.commit()
+    assert _run_all(host) == 1
+
+
+def _make_tables_with(connection: sa.Connection) -> None:
+    from flask_bgjobs.models import Base
+
+    Base.metadata.create_all(connection)
+
+
+class TestCheck:
+    @pytest.mark.on("postgresql")
+    def test_names_another_schema(self, host: AppState) -> None:
+        """``check`` says so when the host's session sees another table than we do."""
+        with _db(host.app).engine.begin() as connection:
+            connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
+        _make_tables(host)
+        session = _db(host.app).session
+
+        def set_path(_session: Any, _transaction: Any, connection: sa.Connection) -> None:
+            connection.exec_driver_sql(f"SET LOCAL search_path TO {TENANT}")
+
+        sa.event.listen(session, "after_begin", set_path)
+        said = _check(host, 1)
+        assert f"search_path: db.session has {TENANT}, and flask-bgjobs has public" in said
+        assert "table of jobs: db.session has None" in said
+        assert "`connect` listener" in said
+
+    @pytest.mark.on("mysql")
+    def test_names_another_database(self, host: AppState) -> None:
+        """``check`` says so when the host's session uses another database than we do."""
+        _make_tables(host)
+        own = _db(host.app).engine.url.database
+
+        def use(_session: Any, _transaction: Any, connection: sa.Connection) -> None:
+            connection.exec_driver_sql("USE mysql")
+
+        sa.event.listen(_db(host.app).session, "after_begin", use)
+        said = _check(host, 1)
+        assert f"database: db.session has mysql, and flask-bgjobs has {own}" in said
+
+
+def test_no_connection_is_kept_in_a_transaction(host: AppState) -> None:
+    """A listener that begins a transaction at ``checkin`` leaves none open in our pool."""
+    _make_tables(host)
+    _listen(host, "checkin", _setting("SELECT 1"))
+    with host.store.read() as connection:
+        connection.execute(sa.select(1))
+    wait_until(lambda: not _in_transaction(host), "an idle connection")
+
+
+def _in_transaction(state: AppState) -> bool:
+    """Whether our connection at rest is in a transaction."""
+    taken = state.store.engine.pool._do_get()  # type: ignore[attr-defined]  # as it lies there
+    try:
+        connection: Any = taken.dbapi_connection
+        if state.store.engine.dialect.name == "postgresql":
+            return bool(connection.info.transaction_status)
+        if state.store.engine.dialect.name == "sqlite":
+            return bool(connection.in_transaction)
+        return bool(connection.server_status & 1)
+    finally:
+        state.store.engine.pool._do_return_conn(taken)  # type: ignore[attr-defined]  # the same

@@ -1,0 +1,208 @@
+"""An interpreter that has imported everything already, and forks the commands that tests start.
+
+To import Flask, SQLAlchemy and the drivers takes longer than most tests. A command that is forked
+here is a process like any other: it has a directory, an environment, arguments, standard streams
+and an exit code of its own.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+_ROOT = Path(__file__).parents[1]
+_MESSAGE_BYTES = 1024 * 1024
+_PAUSE_SECONDS = 0.01
+_MODULES = (
+    "flask.cli",
+    "psycopg",
+    "pymysql",
+    "sqlalchemy.dialects.mysql.pymysql",
+    "sqlalchemy.dialects.postgresql.psycopg",
+    "sqlalchemy.dialects.sqlite.pysqlite",
+    "tests.apps",
+    "flask_bgjobs.worker",
+    "flask_bgjobs.cli.worker",
+)
+"""What is imported before the first fork; nothing of it starts a thread or opens a file."""
+
+
+class Process:
+    """A command that was forked; it has the methods of ``subprocess.Popen`` that tests use."""
+
+    def __init__(self, interpreter: PreloadedInterpreter, pid: int) -> None:
+        self._interpreter = interpreter
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """The exit code, or ``None`` while the process lives."""
+        return self._interpreter.exit_code(self.pid)
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """The exit code.
+
+        :raises subprocess.TimeoutExpired: when the process lives for longer.
+        """
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(_PAUSE_SECONDS)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class PreloadedInterpreter:
+    """The tests' side: starts the interpreter, and asks it for processes."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())],
+                cwd=_ROOT,
+                pass_fds=[theirs.fileno()],
+            )
+        self._codes: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def start_module(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        environment: Mapping[str, str],
+        output: IO[Any],
+    ) -> Process:
+        """Start ``python -m module`` with arguments.
+
+        :param folder: where it runs.
+        :param output: its standard output and standard error.
+        """
+        request = {
+            "module": module,
+            "arguments": list(arguments),
+            "folder": str(folder),
+            "environment": dict(environment),
+        }
+        descriptors = array.array("i", [output.fileno()])
+        with self._lock:
+            self._socket.sendmsg(
+                [json.dumps(request).encode()],
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)],
+            )
+            while (pid := self._receive(0).get("started")) is None:
+                pass
+        return Process(self, pid)
+
+    def exit_code(self, pid: int) -> int | None:
+        """The exit code of a process, or ``None`` while it lives."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            while True:
+                self._receive(socket.MSG_DONTWAIT)
+        return self._codes.get(pid)
+
+    def _receive(self, flags: int) -> dict[str, int]:
+        data = self._socket.recv(_MESSAGE_BYTES, flags)
+        if not data:
+            raise ChildProcessError("the interpreter that forks the tests' processes has ended")
+        message: dict[str, int] = json.loads(data)
+        if "ended" in message:
+            self._codes[message["ended"]] = message["code"]
+        return message
+
+    def close(self) -> None:
+        """End the interpreter; it ends when nobody asks it any more."""
+        self._socket.close()
+        self._process.wait()
+
+
+@functools.cache
+def preloaded_interpreter() -> PreloadedInterpreter:
+    """That of this test process, which ends with it."""
+    interpreter = PreloadedInterpreter()
+    atexit.register(interpreter.close)
+    return interpreter
+
+
+def _serve(connection: socket.socket) -> None:
+    """Fork a process for each request, and tell how each ended, until the tests are over."""
+    living: dict[int, int] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is connection:
+                    request, descriptors, *_ = socket.recv_fds(connection, _MESSAGE_BYTES, 1)
+                    if not request:
+                        return
+                    pid = os.fork()
+                    if pid == 0:
+                        selector.close()
+                        connection.close()
+                        for pidfd in living:
+                            os.close(pidfd)
+                        _become(json.loads(request), *descriptors)
+                        return
+                    os.close(*descriptors)
+                    pidfd = os.pidfd_open(pid)
+                    living[pidfd] = pid
+                    selector.register(pidfd, selectors.EVENT_READ)
+                    connection.send(json.dumps({"started": pid}).encode())
+                else:
+                    pidfd = key.fd
+                    selector.unregister(pidfd)
+                    os.close(pidfd)
+                    _, status = os.waitpid(pid := living.pop(pidfd), 0)
+                    code = os.waitstatus_to_exitcode(status)
+                    connection.send(json.dumps({"ended": pid, "code": code}).encode())
+
+
+def _become(request: dict[str, Any], output: int) -> None:
+    """Run a module in this process, as ``python -m`` does."""
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    paths = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [request["folder"], *paths, *(p for p in sys.path if p not in paths)]
+    sys.argv = ["", *request["arguments"]]
+    sys.orig_argv = [sys.executable, "-m", request["module"], *request["arguments"]]
+    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    for name in _MODULES:
+        importlib.import_module(name)
+    _serve(socket.socket(fileno=int(sys.argv[1])))

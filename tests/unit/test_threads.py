@@ -1,0 +1,41 @@
+"""Threads that a worker cannot do without."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from flask_bgjobs.errors import WorkerFailed
+from flask_bgjobs.threads import WorkerThread, position_of, require_alive
+
+
+def test_a_failure_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A thread keeps the exception that ended it, also one that is no ``Exception``."""
+
+    def fail() -> None:
+        raise SystemExit("descriptors")
+
+    thread = WorkerThread(fail, "bgjobs-test")
+    thread.start()
+    thread.join()
+    assert isinstance(thread.failure, SystemExit)
+    assert "The thread bgjobs-test failed" in caplog.text
+    with pytest.raises(WorkerFailed, match="thread bgjobs-test has ended: SystemExit: descriptors"):
+        require_alive([thread])
+
+
+def test_living_threads_are_fine() -> None:
+    """Nothing is raised while all threads live."""
+    go_on = threading.Event()
+    threads = [WorkerThread(go_on.wait, f"bgjobs-{number}") for number in range(2)]
+    for thread in threads:
+        thread.start()
+    require_alive(threads)
+    assert "wait" in position_of(threads[0].ident or 0)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    with pytest.raises(WorkerFailed, match=r"bgjobs-0 has ended$"):
+        require_alive(threads)
+    assert position_of(threads[0].ident or 0) == "an ended thread"
