@@ -14,8 +14,9 @@ demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
 
 # Many tests wait for other processes, so there is room for one more than there are processors.
 WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-test: $(STAMP) ## all tests, on every processor
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+TESTS = tests
+test: $(STAMP) ## all tests, on every processor; TESTS='tests/unit -k words' for some
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 SECONDS = 300
 SEED =

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 
@@ -171,6 +172,9 @@ class BgJobs:
         schema = metadata.schema
         host = joining.HostSessions(app, db, engine, config.bind_key)
         store = make_store(engine, host, schema=schema, max_crashes=config.max_crashes)
+        if advice := store.pool_advice():
+            # The line that calls init_app, or BgJobs(app) before it.
+            warnings.warn(advice, stacklevel=3)
         joining.watch(engine)
         joining.tell_binds_apart(app, db)
         job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"

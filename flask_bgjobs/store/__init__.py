@@ -56,13 +56,25 @@ _STORES: dict[str, type[Store]] = {
 def make_store(engine: sa.Engine, host: Host, *, schema: str | None, max_crashes: int) -> Store:
     """The store for the engine's dialect; nothing is connected yet.
 
-    :raises DatabaseNotSupported: when there is none.
+    :raises DatabaseNotSupported: when there is none, or none for the engine's driver.
     """
+    name = engine.dialect.name
     try:
-        store = _STORES[engine.dialect.name]
+        store = _STORES[name]
     except KeyError:
         raise DatabaseNotSupported(
-            f"flask-bgjobs has no store for {engine.dialect.name} in this version; it runs on "
+            f"flask-bgjobs has no store for {name} in this version; it runs on "
             f"{', '.join(_STORES)}. Name a bind on one of these with BGJOBS_BIND_KEY"
         ) from None
+    if engine.driver not in store.drivers or engine.dialect.is_async:
+        urls = " or ".join(_url(name, driver) for driver in store.drivers)
+        raise DatabaseNotSupported(
+            "flask-bgjobs does not work with the driver "
+            f"{engine.url.get_driver_name()}: write the URL as {urls}"
+        )
     return store(engine, host, schema=schema, max_crashes=max_crashes)
+
+
+def _url(database: str, driver: str) -> str:
+    # SQLAlchemy's own name of the standard library's driver is not written in URLs.
+    return f"{database}:///…" if driver == "pysqlite" else f"{database}+{driver}://…"

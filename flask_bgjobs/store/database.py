@@ -71,6 +71,9 @@ class Database(abc.ABC):
     :param deadline: seconds after which a connection in use is given up; ``None``: never.
     """
 
+    drivers: tuple[str, ...]
+    """SQLAlchemy's names of the drivers that it works with, the recommended one first."""
+
     now: sa.ColumnElement[dt.datetime]
     """The database's clock, read when the statement runs."""
 
@@ -211,6 +214,13 @@ class Database(abc.ABC):
         """What the host should set so that its own connections notice a dead link, in a sentence.
 
         ``None``: nothing is known to be missing.
+        """
+        return None
+
+    def pool_advice(self) -> str | None:
+        """What the host should set so that its threads can use its pool, in a sentence.
+
+        ``None``: nothing is known to be wrong with it.
         """
         return None
 

@@ -24,15 +24,23 @@ class _Limits:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def prepare_limits(host_engine: sa.Engine) -> None:
+    """Let :func:`limited` work with an engine.
+
+    Call it before other threads use the engine: SQLAlchemy raises in a thread that connects while
+    another one adds a listener.
+    """
+    if not sa.event.contains(host_engine, "do_connect", _add_limits):
+        sa.event.listen(host_engine, "do_connect", _add_limits)
+
+
 @contextlib.contextmanager
-def limited(host_engine: sa.Engine, limits: Mapping[str, float]) -> Iterator[set[str]]:
-    """Limit the connections that this thread opens with the host's engine.
+def limited(limits: Mapping[str, float]) -> Iterator[set[str]]:
+    """Limit the connections that this thread opens with an engine of a host.
 
     :param limits: options of the driver's ``connect()``; what the host sets itself is kept.
     :returns: the names of those that were added, once there is a connection.
     """
-    if limits and not sa.event.contains(host_engine, "do_connect", _add_limits):
-        sa.event.listen(host_engine, "do_connect", _add_limits)
     connecting = _Limits(limits)
     token = _connecting.set(connecting)
     try:

@@ -22,13 +22,12 @@ from .claims import NEXT_ATTEMPT, SPEC_COLUMNS, claimed_values
 from .database import ALONE, JOBS, QUEUES, READ_ONLY, ROLLUPS
 from .due import promotion
 from .inserts import NewJobs, column_values, inserted_job
-from .links import limited, refuse_dead, shut_down
+from .links import limited, prepare_limits, refuse_dead, shut_down
 from .pool_listeners import forward
 from .runs import by_key
 from .settles import COMPLETION_TYPES
 from .sizes import batches
 
-_DRIVER = "pymysql"
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
 _NO_SUCH_NAME, _SHUTDOWN, _PACKET_TOO_LARGE = 1305, 1053, 1153
 _QUERY_TIMEOUTS = frozenset({1969, 3024})
@@ -66,6 +65,7 @@ _ROW_CHARACTERS = 1_000
 class MysqlStore(Store):
     """The statements on MySQL 8.0.1, MariaDB 10.6, or newer."""
 
+    drivers = ("pymysql",)
     now = sa.literal_column("UTC_TIMESTAMP(6)", UtcTime)
     seeks_ranges = False
     insert_into = staticmethod(mysql.insert)
@@ -73,12 +73,8 @@ class MysqlStore(Store):
     _holders = Store._holders.with_for_update(read=True)
 
     def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
-        if engine.driver != _DRIVER:
-            raise DatabaseNotSupported(
-                f"flask-bgjobs uses MySQL and MariaDB through PyMySQL, not {engine.driver}: write "
-                f"the URL as {engine.dialect.name}+{_DRIVER}://…"
-            )
         super().__init__(engine, *args, **kwargs)
+        prepare_limits(engine)
 
     def plus(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
@@ -217,7 +213,7 @@ class MysqlStore(Store):
         # PyMySQL itself limits only the first step, and would wait for ever for a greeting.
         seconds = max(1.0, min(_CONNECT_SECONDS, self.seconds_left()))
         steps = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
-        with limited(self.host_engine, steps) as added:
+        with limited(steps) as added:
             connection = self.connect_as_host(record)
         for name in added - {"connect_timeout"}:
             # A statement may take longer.

@@ -22,13 +22,12 @@ from .base import Store
 from .claims import ORDER_COLUMNS, pending_in
 from .database import ALONE, JOBS, READ_ONLY
 from .inserts import NewJobs
-from .links import is_readable, limited, refuse_dead, shut_down
+from .links import is_readable, limited, prepare_limits, refuse_dead, shut_down
 from .pool_listeners import forward
 from .settles import COMPLETION_TYPES
 from .sizes import StatementTooLarge
 
 _CONNECT_SECONDS = 10.0
-_LIBPQ_DRIVERS = ("psycopg", "psycopg2")
 _LISTEN_SECONDS = 0.5
 """Between two looks whether to stop listening."""
 _STILL_THERE_SECONDS = 30.0
@@ -55,6 +54,7 @@ _MESSAGE_OVERHEAD = 2**20
 class PostgresStore(Store):
     """The statements on PostgreSQL 12 or newer."""
 
+    drivers = ("psycopg", "psycopg2")
     # In a query of its own it is read once, so that comparing with it can use an index.
     now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
     insert_into = staticmethod(postgresql.insert)
@@ -63,6 +63,10 @@ class PostgresStore(Store):
     largest_text = _LARGEST_MESSAGE - _MESSAGE_OVERHEAD
     _ears: Any = None
     """The driver's connection that listens."""
+
+    def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
+        super().__init__(engine, *args, **kwargs)
+        prepare_limits(engine)
 
     def plus(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
@@ -123,8 +127,7 @@ class PostgresStore(Store):
         """The same as :meth:`connect_as_host`, with an end to the waiting."""
         # libpq takes whole seconds, and waits for two of them at least.
         seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
-        is_libpq = self.host_engine.driver in _LIBPQ_DRIVERS
-        with limited(self.host_engine, {"connect_timeout": seconds} if is_libpq else {}):
+        with limited({"connect_timeout": seconds}):
             return self.connect_as_host(record)
 
     def link_advice(self) -> str | None:

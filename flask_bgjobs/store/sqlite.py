@@ -43,6 +43,7 @@ _ADVICE = {
     ),
     sqlite3.SQLITE_FULL: "make room on its disk",
     sqlite3.SQLITE_TOOBIG: "it is larger than SQLITE_LIMIT_LENGTH, 1 GB by default",
+    sqlite3.SQLITE_NOTADB: "it is not a SQLite database, or it is encrypted with another key",
     sqlite3.SQLITE_CANTOPEN: (
         "the folder must be there, and this user must be allowed to make files in it"
     ),
@@ -53,6 +54,7 @@ _ADVICE = {
 class SqliteStore(Store):
     """The statements on SQLite 3.35 or newer."""
 
+    drivers = ("pysqlite", "pysqlcipher")
     now = sa.func.strftime(_CLOCK, "now", type_=UtcTime)
     has_one_writer = True
     can_listen = True
@@ -132,6 +134,15 @@ class SqliteStore(Store):
         """
         return self._for_a_worker(None)
 
+    def pool_advice(self) -> str | None:
+        if self.always_joins or not isinstance(self.host_engine.pool, sa.SingletonThreadPool):
+            return None
+        return (
+            "SQLAlchemy's pool SingletonThreadPool, the default of SQLCipher, closes connections "
+            "that other threads use, and that can end the process: set SQLALCHEMY_ENGINE_OPTIONS = "
+            '{"poolclass": sqlalchemy.QueuePool}'
+        )
+
     def leave_what_is_gone(self) -> None:
         if self._file is not None:
             # That there is no file is for those to say who need it.
@@ -186,12 +197,21 @@ class SqliteStore(Store):
             seen = None
             # A connection to a file that was replaced must be closed.
             while self._file.number == number:
-                newest = _data_version(driver_connection)
+                newest = self._data_version(driver_connection)
                 if newest is not None and newest != seen:
                     seen = newest
                     on_news()
                 if stopped.wait(_QUIET_WATCH_SECONDS if is_quiet() else _WATCH_SECONDS):
                     return
+
+    def _data_version(self, connection: sqlite3.Connection) -> int | None:
+        """A number that each commit of another connection changes; ``None`` while one has locked
+        the file exclusively."""
+        try:
+            (version,) = connection.execute("PRAGMA data_version").fetchone()
+        except self.host_engine.dialect.loaded_dbapi.OperationalError:
+            return None
+        return int(version)
 
     def make_engine(self) -> sa.Engine:
         if self.always_joins:
@@ -199,6 +219,8 @@ class SqliteStore(Store):
         engine = sa.create_engine(
             self.host_engine.url,
             creator=self.connect_as_host,
+            # That of SQLCipher would close connections that other threads use.
+            poolclass=sa.QueuePool,
             max_overflow=-1,
             hide_parameters=True,
         )
@@ -254,16 +276,6 @@ class SqliteStore(Store):
 
     def is_redoable(self, error: DBAPIError) -> bool:
         return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
-def _data_version(connection: sqlite3.Connection) -> int | None:
-    """A number that each commit of another connection changes; ``None`` while one has locked the
-    file exclusively."""
-    try:
-        (version,) = connection.execute("PRAGMA data_version").fetchone()
-    except sqlite3.OperationalError:
-        return None
-    return int(version)
 
 
 def is_in_memory(engine: sa.Engine) -> bool:

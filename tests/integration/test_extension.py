@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import sqlalchemy as sa
@@ -97,6 +99,32 @@ def test_another_database_is_refused_with_its_name() -> None:
     engine = sa.create_mock_engine("oracle://", lambda *args: None)
     with pytest.raises(DatabaseNotSupported, match="oracle"):
         make_store(engine, object(), schema=None, max_crashes=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("postgresql+asyncpg://u@127.0.0.1/x", "postgresql+psycopg://… or postgresql+psycopg2://…"),
+        ("postgresql+psycopg_async://u@127.0.0.1/x", "postgresql+psycopg://…"),
+        ("postgresql+pg8000://u@127.0.0.1/x", "postgresql+psycopg://…"),
+        ("sqlite+aiosqlite:///x.db", "sqlite:///… or sqlite+pysqlcipher://…"),
+        ("mysql+mysqldb://root@127.0.0.1/x", "mysql+pymysql://…"),
+        ("mysql+aiomysql://root@127.0.0.1/x", "mysql+pymysql://…"),
+        ("mariadb+mariadbconnector://root@127.0.0.1/x", "mariadb+pymysql://…"),
+    ],
+)
+def test_another_driver_is_refused(url: str, advice: str) -> None:
+    """A URL with another driver is refused when the app is set up, and says what to write."""
+    # Any module will do: nothing is connected.
+    app = _app(
+        url,
+        SQLALCHEMY_ENGINE_OPTIONS={
+            "module": MagicMock(version="1.31.6", sqlite_version_info=(3, 45))
+        },
+    )
+    SQLAlchemy().init_app(app)
+    with pytest.raises(DatabaseNotSupported, match=re.escape(advice)):
+        BgJobs(app)
 
 
 def test_several_apps_on_one_db(tmp_path: Any) -> None:

@@ -282,12 +282,3 @@ class TestServers:
         """The server that the tests run on is new enough."""
         state.store.clock()
         require_skip_locked(state.store.engine.dialect)
-
-    def test_another_driver_is_refused(self) -> None:
-        """A URL with another driver is refused when the app is set up, and says what to write."""
-        with pytest.raises(DatabaseNotSupported, match=r"mysql\+pymysql://"):
-            build_app(
-                "mysql+mysqldb://root@127.0.0.1/x",
-                # Any module will do: nothing is connected.
-                SQLALCHEMY_ENGINE_OPTIONS={"module": pymysql},
-            )
