@@ -5,6 +5,7 @@ from __future__ import annotations
 from .context import current_job
 from .enqueue import run_background_job
 from .errors import (
+    AttemptFailed,
     BgJobsError,
     ConfigError,
     DatabaseNotSupported,
@@ -40,6 +41,7 @@ from .states import JobStatus
 from .version import __version__
 
 __all__ = [
+    "AttemptFailed",
     "BgJobs",
     "BgJobsError",
     "ConfigError",

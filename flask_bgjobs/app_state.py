@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Authorizer = Callable[[str, Job | None], bool]
 Identifier = Callable[[], str]
+FailureHook = Callable[..., object]
+"""Called with the job and the exception, and with ``final`` by name."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,6 +47,8 @@ class AppState:
     """Who may do what on the dashboard; ``None`` until the host registered it."""
     find_identifier: Callable[[], Identifier | None]
     """Who the visitor is, for the audit trail; ``None``: Flask-Login knows, or nobody."""
+    failure_hooks: Sequence[FailureHook] = ()
+    """Called with each failed attempt; the host may register more of them at any time."""
     enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
     """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
     commits_clean_sessions: bool = False

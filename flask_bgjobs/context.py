@@ -42,6 +42,8 @@ class CurrentJob:
         self._cancelled = False
         self._make_masker: Callable[[], Callable[[str], str]] | None = None
         self._masker: Callable[[str], str] | None = None
+        self.failure: BaseException | None = None
+        """What ended the attempt, until that is reported; for :mod:`.execute`."""
         self.meta: dict[str, Any] = _readable_meta(self._written_meta)
         """A dict of yours, kept with the job over all its attempts."""
 

@@ -13,6 +13,7 @@
     ├── WaitTimeout            job.wait() gave up
     ├── DatabaseUnusable       the database is locked for too long, full or read-only
     ├── WorkerFailed           a worker cannot go on, and has given its jobs back
+    ├── AttemptFailed          an attempt failed whose own exception is not known
     └── DatabaseNotSupported   no store is written for that database, or it is too old
 
     Exception
@@ -72,6 +73,11 @@ class DatabaseUnusable(BgJobsError):
 
 class WorkerFailed(BgJobsError):
     """A worker cannot go on: one of its threads has ended, or no thread of its pool is free."""
+
+
+class AttemptFailed(BgJobsError):
+    """An attempt failed, and no exception of its code is known: its process died with it, or its
+    row could not be run. Given to the functions of :meth:`~flask_bgjobs.BgJobs.on_failure`."""
 
 
 class DatabaseNotSupported(BgJobsError):

@@ -10,28 +10,22 @@ import contextvars
 import decimal
 import inspect
 import time
-import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
-from . import context, durations, forks, serialize
+from . import context, durations, failures, forks, serialize, tracebacks
 from .app_state import AppState
 from .context import CurrentJob
 from .errors import Fail, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
 from .leftovers import ThreadState
 from .registry import Target
 from .safe_logging import SafeLogger
+from .safe_logging import logger as _logger
 from .signals import job_started
 from .spec import JobSpec, Outcome
 from .states import OutcomeKind
 from .text import MAX_TRACEBACK_CHARS, storable
 from .window import Window
-
-_MAX_CHAIN = 20
-"""Exceptions of a chain that a traceback shows; formatting hundreds takes seconds."""
-_MAX_FRAMES = 50
-_CALLERS = frozenset({__name__, Window.__module__})
 
 
 def execute(
@@ -50,10 +44,29 @@ def execute(
         # A copy of the context: what the job sets in it is gone when it ends.
         context_of_job = contextvars.copy_context()
         try:
-            return context_of_job.run(_execute, state, spec, job, window, claimed)
+            outcome = context_of_job.run(_execute, state, spec, job, window, claimed)
         except BaseException as error:
             # Such as an alarm of the job's after its code had ended, or no memory.
-            return _failure(job, spec, OutcomeKind.FAILED, error)
+            outcome = _failure(job, spec, OutcomeKind.FAILED, error)
+        try:
+            return context_of_job.run(_reported, state, spec, job, window, outcome)
+        finally:
+            # Its frames refer to the job: this ends the cycle, and with it what they hold.
+            job.failure = None
+
+
+def _reported(
+    state: AppState, spec: JobSpec, job: CurrentJob, window: Window, outcome: Outcome
+) -> Outcome:
+    """The outcome to record, reported if it is a failure."""
+    # What a cancelled job raised is no failure, and one that is given back runs again.
+    if job.failure is None or job.cancelled or window.interruption is JobCancelled:
+        return outcome
+    try:
+        return failures.report(state, spec, outcome, job.failure)
+    except BaseException:
+        _logger.exception("The failure of job %s could not be reported", spec.id)
+        return outcome
 
 
 def _execute(
@@ -173,6 +186,7 @@ def _failure(job: CurrentJob, spec: JobSpec, kind: OutcomeKind, error: BaseExcep
 
 def _described(job: CurrentJob, error: BaseException) -> dict[str, Any]:
     """Type, message and traceback of an exception, fit for any database, whatever it is."""
+    job.failure = error
     kind = storable(type(error).__qualname__)[:255]
     try:
         message = str(error)
@@ -181,50 +195,5 @@ def _described(job: CurrentJob, error: BaseException) -> dict[str, Any]:
     return {
         "error_type": kind,
         "error": storable(job.masked(f"{kind}: {message}" if message else kind)),
-        "traceback": storable(job.masked(_traceback(error)), MAX_TRACEBACK_CHARS),
+        "traceback": storable(job.masked(tracebacks.formatted(error)), MAX_TRACEBACK_CHARS),
     }
-
-
-def _traceback(error: BaseException) -> str:
-    frames_of_job = _without_our_frames(error.__traceback__)
-    chain = _cut_chain(error)
-    try:
-        text = "".join(
-            traceback.format_exception(
-                type(error), error, frames_of_job, limit=-_MAX_FRAMES, chain=chain
-            )
-        )
-    except BaseException as broken:
-        frames = "".join(traceback.format_tb(frames_of_job, limit=-_MAX_FRAMES))
-        text = f"{frames}{type(error).__qualname__} (cannot be shown: {type(broken).__name__})"
-    return text
-
-
-def _without_our_frames(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame of the job's code: what calls it tells nothing."""
-    start, frame = frames, frames
-    while frame is not None:
-        if frame.tb_frame.f_globals.get("__name__") in _CALLERS:
-            start = frame.tb_next
-        frame = frame.tb_next
-    if start is not None and start.tb_frame.f_code is Target.call.__code__:
-        start = start.tb_next
-    return start
-
-
-def _cut_chain(error: BaseException) -> bool:
-    """Whether the chain can be shown: one that is too long is cut, if it lets itself be."""
-    link: BaseException | None = error
-    for _ in range(_MAX_CHAIN):
-        if link is None:
-            return True
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    if link is None:
-        return True
-    try:
-        link.__cause__ = None
-        link.__suppress_context__ = True
-    except Exception:
-        # An exception that forbids its attributes to be set.
-        return False
-    return True

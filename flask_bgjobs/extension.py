@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 
 from flask import Flask
 
-from . import joining, logs
-from .app_state import AppState, Authorizer, Identifier, state_of
+from . import failures, joining, logs
+from .app_state import AppState, Authorizer, FailureHook, Identifier, state_of
 from .config import Config
 from .embedded import EmbeddedOptions, EmbeddedWorker
 from .enqueue import Parameters
@@ -41,6 +41,7 @@ class BgJobs:
         self._decorated: dict[str, Decorated] = {}
         self._authorizer: Authorizer | None = None
         self._identifier: Identifier | None = None
+        self._failure_hooks: list[FailureHook] = []
         if app is not None:
             self.init_app(app)
 
@@ -62,6 +63,7 @@ class BgJobs:
         config = Config.from_mapping(app.config)
         app.extensions["bgjobs"] = self._make_state(app, database, config)
         logs.connect()
+        failures.connect()
         _add_commands(app)
         if config.dashboard:
             _add_dashboard(app, config)
@@ -165,6 +167,25 @@ class BgJobs:
         self._identifier = identifier
         return identifier
 
+    def on_failure(self, function: FailureHook) -> FailureHook:
+        """Decorator for a function that is called with each attempt that failed.
+
+        It is called as ``function(job, exception, final=…)`` in the process where the attempt ran,
+        in an application context of its own, before the outcome is recorded. ``job`` is a
+        :class:`~flask_bgjobs.spec.JobSpec`; ``final`` is ``False`` when a retry follows. What it
+        raises is logged, and changes nothing. Several functions may be registered.
+
+        For a job whose process died the worker that records it calls the function, with
+        :exc:`~flask_bgjobs.JobTimeout` or :exc:`~flask_bgjobs.AttemptFailed`. A job that is rescued
+        to run again, snoozed, cancelled or given back has not failed.
+
+        :raises ConfigError: when it is not a plain function that takes these arguments, such as
+            an ``async def``.
+        """
+        require_plain_function(function, "on_failure", None, None, final=True)
+        self._failure_hooks.append(function)
+        return function
+
     def _make_state(self, app: Flask, db: SQLAlchemy, config: Config) -> AppState:
         engine = _find_engine(app, db, config)
         metadata = db.metadatas[config.bind_key]
@@ -188,6 +209,7 @@ class BgJobs:
             table=metadata.tables[job_table],
             find_authorizer=lambda: self._authorizer,
             find_identifier=lambda: self._identifier,
+            failure_hooks=self._failure_hooks,
         )
 
 

@@ -14,11 +14,14 @@ from typing import Any
 from .errors import ConfigError
 
 
-def require_plain_function(function: Callable[..., Any], name: str, *arguments: object) -> None:
+def require_plain_function(
+    function: Callable[..., Any], name: str, *arguments: object, **named: object
+) -> None:
     """Refuse a hook that cannot answer.
 
     :param name: of the decorator, for the error.
     :param arguments: examples of those that it will be called with.
+    :param named: those that it will be called with by name.
     :raises ConfigError: when it cannot be called, is a class, a coroutine or a generator function,
         or does not take the arguments.
     """
@@ -35,11 +38,12 @@ def require_plain_function(function: Callable[..., Any], name: str, *arguments: 
         # Such as a function in C, which tells nothing.
         return
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **named)
     except TypeError:
+        by_name = "".join(f" and {each}=" for each in named)
         raise ConfigError(
-            f"{name} calls its function with {len(arguments)} arguments, and {_shown(function)} "
-            f"takes {signature}"
+            f"{name} calls its function with {len(arguments)} arguments{by_name}, and "
+            f"{_shown(function)} takes {signature}"
         ) from None
 
 

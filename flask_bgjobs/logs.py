@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from blinker import NamedSignal
@@ -17,10 +17,12 @@ from flask import Flask
 from . import serialize, signals
 from .app_state import AppState, state_of
 from .models import Job
+from .safe_logging import Raised
 from .safe_logging import logger as _logger
 from .spec import JobSpec, Settled
-from .states import OutcomeKind
-from .text import one_line, shown
+from .states import JobStatus, OutcomeKind
+from .text import one_line, printable_lines, shown
+from .tracebacks import frames_of_job
 
 _MAX_PARAMETERS = 2_000
 _MAX_NAME = 255
@@ -64,27 +66,31 @@ def _on_completed(app: Flask, job: JobSpec, settled: Settled) -> None:
         _write(logging.INFO, "Job completed successfully", fields)
 
 
-def _on_retrying(app: Flask, job: JobSpec, settled: Settled) -> None:
-    next_run = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=settled.delay_seconds or 0)
-    fields = {
-        **_job_fields(state_of(app), job, settled),
-        "Error": _masked_error(app, job, settled),
+def log_failure(state: AppState, settled: Settled, error: BaseException | None = None) -> None:
+    """Write the line of an attempt that failed.
+
+    :param settled: what becomes of its job; it need not be recorded yet.
+    :param error: what its code raised, for ``exc_info`` of the record. The text of its traceback
+        is masked as it is in the database.
+    """
+    job, outcome = settled.spec, settled.outcome
+    fields: dict[str, object] = {
+        **_job_fields(state, job, settled),
+        "Error": _masked_error(state, settled),
         "Retry": f"{settled.retry_count}/{job.retries}",
-        "Next run": _clock_text(next_run),
     }
-    _write(logging.WARNING, "Job failed and will retry", fields)
-
-
-def _on_failed(app: Flask, job: JobSpec, settled: Settled) -> None:
-    stage = "Job failed"
-    if settled.outcome.kind is OutcomeKind.REFUSED:
+    level, stage = logging.ERROR, "Job failed"
+    if settled.status is JobStatus.RETRYING:
+        level, stage = logging.WARNING, "Job failed and will retry"
+        next_run = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=settled.delay_seconds or 0)
+        fields["Next run"] = _clock_text(next_run)
+    elif outcome.kind is OutcomeKind.REFUSED:
         stage = "Unauthorized or invalid job class/method"
-    fields = {
-        **_job_fields(state_of(app), job, settled),
-        "Error": _masked_error(app, job, settled),
-        "Retry": f"{settled.retry_count}/{job.retries}",
-    }
-    _write(logging.ERROR, stage, fields)
+    raised = None
+    if error is not None:
+        text = (outcome.traceback or "").removesuffix("\n")
+        raised = Raised(error, frames_of_job(error), printable_lines(text))
+    _write(level, stage, fields, {"Queue": job.queue}, raised)
 
 
 def _on_cancelled(app: Flask, job: JobSpec | Job, settled: Settled | None = None) -> None:
@@ -129,19 +135,33 @@ def _parameters(state: AppState, job: Job | JobSpec, names: tuple[str, ...] | No
     return text if len(text) <= _MAX_PARAMETERS else f"{text[:_MAX_PARAMETERS]}…"
 
 
-def _masked_error(app: Flask, job: JobSpec, settled: Settled) -> str:
+def _masked_error(state: AppState, settled: Settled) -> str:
+    job = settled.spec
     try:
         parameters: Any = job.parameters
     except ValueError:
         parameters = []
-    return state_of(app).logged_text(settled.error or "", job, parameters, _names(settled))
+    return state.logged_text(settled.error or "", job, parameters, _names(settled))
 
 
-def _write(level: int, stage: str, fields: dict[str, object]) -> None:
+def _write(
+    level: int,
+    stage: str,
+    fields: Mapping[str, object],
+    more: Mapping[str, object] | None = None,
+    raised: Raised | None = None,
+) -> None:
+    """Write a line.
+
+    :param more: fields that the record has, and the line does not show.
+    """
     fields = {**fields, "Timestamp": _clock_text(dt.datetime.now(dt.UTC))}
-    parts = [stage, *(f"{name}: {one_line(str(value))}" for name, value in fields.items())]
-    extra = {f"bgjobs_{name.lower().replace(' ', '_')}": value for name, value in fields.items()}
-    _logger.log(level, "%s", " | ".join(parts), extra={"bgjobs_stage": stage, **extra})
+    # One message for all lines of a stage, by which tools that collect errors group them.
+    message = " | ".join([stage, *(f"{name}: %s" for name in fields)])
+    values = [one_line(str(value)) for value in fields.values()]
+    attributes = {**fields, **(more or {})}
+    extra = {f"bgjobs_{name.lower().replace(' ', '_')}": v for name, v in attributes.items()}
+    _logger.write(level, message, *values, extra={"bgjobs_stage": stage, **extra}, raised=raised)
 
 
 def _clock_text(time: dt.datetime) -> str:
@@ -153,8 +173,6 @@ _RECEIVERS: dict[NamedSignal, Callable[..., None]] = {
     signals.job_enqueued: _on_enqueued,
     signals.job_started: _on_started,
     signals.job_completed: _on_completed,
-    signals.job_retrying: _on_retrying,
-    signals.job_failed: _on_failed,
     signals.job_cancelled: _on_cancelled,
     signals.job_rescued: _on_rescued,
     signals.worker_started: _on_worker_started,

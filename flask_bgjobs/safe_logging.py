@@ -11,13 +11,24 @@ import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, MutableMapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]
 else:
     _Adapter = logging.LoggerAdapter
+
+
+class Raised(NamedTuple):
+    """The exception that a record is about."""
+
+    error: BaseException
+    frames: TracebackType | None
+    """The part of its traceback that the record shows."""
+    text: str
+    """Its traceback as text."""
 
 
 class SafeLogger(_Adapter):
@@ -55,6 +66,31 @@ class SafeLogger(_Adapter):
         stacklevel = kwargs.pop("stacklevel", 1) + 1
         try:
             super().log(level, msg, *args, stacklevel=stacklevel, **kwargs)
+        except Exception:
+            _print_exception(self.logger.name)
+
+    def write(
+        self,
+        level: int,
+        msg: str,
+        *args: object,
+        extra: Mapping[str, object],
+        raised: Raised | None = None,
+    ) -> None:
+        """Log a record with fields of its own, and the exception that it is about."""
+        if not self.isEnabledFor(level):
+            return
+        try:
+            # This method is one frame, and who calls it another.
+            path, line, function, _ = self.logger.findCaller(stacklevel=2)
+            exc_info = raised and (type(raised.error), raised.error, raised.frames)
+            record = self.logger.makeRecord(
+                self.logger.name, level, path, line, msg, args, exc_info, function, extra
+            )
+            if raised is not None:
+                # Formatters print this text instead of making their own.
+                record.exc_text = raised.text
+            self.logger.handle(record)
         except Exception:
             _print_exception(self.logger.name)
 

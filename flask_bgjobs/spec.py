@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import serialize
 from .config import MAX_INTEGER
 from .retry import RetryPolicy
-from .states import JobStatus, OutcomeKind
+from .states import JobStatus, OutcomeKind, Settlement, settlement
 
 MAX_LINES = 1_000
 """Log lines of an attempt that are kept until they are written."""
@@ -106,7 +106,8 @@ class Outcome(NamedTuple):
     error: str | None = None
     traceback: str | None = None
     delay_seconds: float | None = None
-    """Asked for by the code with ``Retry`` or ``Snooze``."""
+    """Until the next attempt: asked for by the code with ``Retry`` or ``Snooze``, or decided when
+    the failure was reported. ``None``: the job's own retry delay."""
     wait_seconds: float | None = None
     """Between the claim and the start of the code; ``None``: it never started."""
     run_seconds: float = 0.0
@@ -114,6 +115,29 @@ class Outcome(NamedTuple):
     parameter_names: tuple[str, ...] | None = None
     """Of the positional parameters, with ``*rest`` last, by which secrets are masked in the log.
     ``None``: there are none, or they are not known."""
+    is_reported: bool = False
+    """Whether the process where it ran has logged the failure and called the host's functions."""
+
+
+def settlement_of(
+    spec: JobSpec, outcome: Outcome, *, max_crashes: int, cancel_requested: bool = False
+) -> Settlement:
+    """What ``outcome`` makes of its job.
+
+    :param max_crashes: proved crashes at which a job is failed.
+    :param cancel_requested: while the attempt ran.
+    """
+    return settlement(
+        outcome.kind,
+        retry_count=spec.retry_count,
+        retries=spec.retries,
+        crash_count=spec.crash_count,
+        max_crashes=max_crashes,
+        suspect=spec.suspect,
+        cancel_requested=cancel_requested,
+        retry_delay=lambda retry: spec.retry_policy.delay(retry),
+        delay_seconds=outcome.delay_seconds,
+    )
 
 
 def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcome:

@@ -13,7 +13,9 @@ from typing import Any
 
 from flask import Flask, g
 
-from flask_bgjobs import job_completed, job_failed
+from flask_bgjobs import job_completed, job_failed, job_started
+from flask_bgjobs.app_state import state_of
+from flask_bgjobs.spec import JobSpec
 
 
 def receiver_hangs(app: Flask) -> None:
@@ -157,3 +159,39 @@ def alembic_config(_app: Flask) -> None:
 def basic_config(_app: Flask) -> None:
     """Logging of everything from INFO on, as the documentation shows it."""
     logging.basicConfig(level=logging.INFO, format="host: %(name)s %(message)s")
+
+
+def sentry(app: Flask) -> None:
+    """The Sentry SDK with the recipe of the documentation; events go into a file."""
+    import json
+
+    import sentry_sdk
+    from sentry_sdk.transport import Transport
+
+    path = Path(app.config["TEST_MARKER"])
+
+    class Local(Transport):
+        def capture_envelope(self, envelope: Any) -> None:
+            event = envelope.get_event()
+            if event is not None:
+                with path.open("a") as file:
+                    file.write(json.dumps(event, default=str) + "\n")
+
+    sentry_sdk.init("http://key@127.0.0.1:9/1", transport=Local, traces_sample_rate=0.0)
+
+    def tag(_app: Flask, job: Any) -> None:
+        tags = {"job.id": job.id, "job.name": job.target}
+        sentry_sdk.set_tags({**tags, "job.queue": job.queue, "job.attempt": job.attempt})
+
+    job_started.connect(tag, app, weak=False)
+
+
+def failures_are_noted(app: Flask) -> None:
+    """A function for failed attempts that writes them down, with the process that calls it."""
+    path = Path(app.config["TEST_MARKER"])
+
+    def note(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+        with path.open("a") as file:
+            file.write(f"{job.id} {job.attempt} {type(exception).__name__} {final} {os.getpid()}\n")
+
+    state_of(app).failure_hooks = [note]

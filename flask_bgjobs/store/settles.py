@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from ..models import UtcTime
-from ..spec import JobSpec, Key, Outcome, Report, Settled
-from ..states import FINAL, JobStatus, OutcomeKind, Settlement, settlement
+from ..spec import JobSpec, Key, Outcome, Report, Settled, settlement_of
+from ..states import FINAL, JobStatus, OutcomeKind, Settlement
 from .database import ATTEMPTS, JOBS, WORKERS
 from .runs import Runs, by_key
 
@@ -220,16 +220,8 @@ class Settles(Runs):
         return {key: asked for key, asked in by_key(rows).items() if key in in_doubt}
 
     def _decide(self, spec: JobSpec, outcome: Outcome, cancel_requested: bool) -> Settlement:
-        return settlement(
-            outcome.kind,
-            retry_count=spec.retry_count,
-            retries=spec.retries,
-            crash_count=spec.crash_count,
-            max_crashes=self._max_crashes,
-            suspect=spec.suspect,
-            cancel_requested=cancel_requested,
-            retry_delay=lambda retry: spec.retry_policy.delay(retry),
-            delay_seconds=outcome.delay_seconds,
+        return settlement_of(
+            spec, outcome, max_crashes=self._max_crashes, cancel_requested=cancel_requested
         )
 
     @functools.cached_property

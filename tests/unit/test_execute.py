@@ -139,7 +139,7 @@ def test_failed(attempt: Attempt) -> None:
     assert outcome.error == "ValueError: no such order"
     assert outcome.traceback is not None
     assert outcome.traceback.endswith("ValueError: no such order\n")
-    assert (outcome.result_json, outcome.delay_seconds) == (None, None)
+    assert (outcome.result_json, outcome.delay_seconds) == (None, 5.0)
 
 
 def test_failed_without_message(attempt: Attempt) -> None:
@@ -523,9 +523,9 @@ def test_meta_that_cannot_be_stored(attempt: Attempt) -> None:
 
 
 @pytest.mark.parametrize(
-    ("delay", "seconds"), [(None, None), (0, 0.0), (7, 7.0), (dt.timedelta(minutes=1), 60.0)]
+    ("delay", "seconds"), [(None, 5.0), (0, 0.0), (7, 7.0), (dt.timedelta(minutes=1), 60.0)]
 )
-def test_retry(delay: Any, seconds: float | None, attempt: Attempt) -> None:
+def test_retry(delay: Any, seconds: float, attempt: Attempt) -> None:
     """``Retry`` asks for another attempt, after its own delay or the job's."""
     outcome = attempt(raising(Retry("busy", delay=delay)))
     assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.RETRY, seconds)
@@ -544,7 +544,7 @@ def test_snooze(delay: Any, attempt: Attempt) -> None:
 def test_bad_delay_of_retry(delay: Any, attempt: Attempt) -> None:
     """A delay that is no duration counts as not given: the job's own delay holds."""
     outcome = attempt(raising(Retry("busy", delay=delay)))
-    assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.RETRY, None)
+    assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.RETRY, 5.0)
 
 
 @pytest.mark.parametrize("delay", NO_DURATIONS, ids=lambda delay: type(delay).__name__)

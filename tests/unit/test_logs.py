@@ -298,6 +298,7 @@ def test_extra_fields(host: Flask, written: Written) -> None:
         "job": 42,
         "error": "ValueError: a\nb",
         "retry": "1/3",
+        "queue": "default",
     }
 
 

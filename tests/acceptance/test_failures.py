@@ -1,0 +1,108 @@
+"""Failed attempts, as the tools of people see them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from tests.acceptance.helpers import descendants, enqueue, lines
+from tests.conftest import DEADLINE_SECONDS, wait_until
+
+Start = Callable[..., Any]
+pytestmark = pytest.mark.on("sqlite")
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines(path)]
+
+
+@pytest.mark.parametrize("pool", ["thread", "process"])
+def test_sentry_gets_one_event_for_each_failure(
+    app: Flask, start_worker: Start, tmp_path: Path, pool: str
+) -> None:
+    """It names the exception and the job's own code, has the tags of the documented receiver, and
+    is grouped with others like it; an attempt that is retried makes no event."""
+    path = tmp_path / "events"
+    worker = start_worker(
+        "-P", pool, "-c", "2", TEST_SET_UP="sentry", TEST_MARKER=str(path), BGJOBS_APP="host"
+    )
+    failed = [enqueue("fail", "no such order", retries=0) for _ in range(2)]
+    failed.append(enqueue("fail", "at last", retries=1))
+    for job in failed:
+        job.wait(DEADLINE_SECONDS)
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    wait_until(lambda: len(events(path)) >= 3, "the events")
+    found = {event["tags"]["job.id"]: event for event in events(path)}
+    assert len(events(path)) == 3
+    assert set(found) == {job.id for job in failed}
+    for job in failed:
+        event = found[job.id]
+        assert event["level"] == "error"
+        (raised,) = event["exception"]["values"]
+        assert (raised["type"], raised["mechanism"]["handled"]) == ("ValueError", True)
+        frames = [(frame["module"], frame["function"]) for frame in raised["stacktrace"]["frames"]]
+        assert frames == [("tests.jobs", "fail")]
+        assert event["tags"]["job.name"] == "tests.jobs.fail"
+        assert event["tags"]["job.queue"] == "default"
+        assert event["tags"]["job.attempt"] == job.attempt
+        assert event["extra"]["bgjobs_job"] == job.id
+    assert len({event["logentry"]["message"] for event in found.values()}) == 1
+    assert worker.log.read_text().count("Job failed |") == 3
+
+
+@pytest.mark.parametrize("pool", ["thread", "process"])
+def test_each_failed_attempt_is_told_where_it_ran(
+    app: Flask, start_worker: Start, tmp_path: Path, pool: str
+) -> None:
+    """Once for each attempt, with ``final`` at the last; the traceback stands in the log."""
+    path = tmp_path / "failures"
+    worker = start_worker(
+        "-P",
+        pool,
+        "-c",
+        "1",
+        TEST_SET_UP="failures_are_noted",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+    )
+    job = enqueue("fail", "no such order", retries=1).wait(DEADLINE_SECONDS)
+    (first, *pid), (last, *_) = (line.rsplit(" ", 1) for line in lines(path))
+    assert first == f"{job.id} 1 ValueError False"
+    assert last == f"{job.id} 2 ValueError True"
+    ran_in = [worker.pid] if pool == "thread" else descendants(worker.pid)
+    assert int(*pid) in ran_in
+    wait_until(lambda: "Job failed |" in worker.log.read_text(), "the line")
+    said = worker.log.read_text()
+    assert said.count("Traceback (most recent call last):") == 2
+    assert said.count("raise ValueError(message)") == 2
+
+
+def test_a_dead_child_is_told_by_the_worker(
+    app: Flask, start_worker: Start, tmp_path: Path
+) -> None:
+    """A child that had to be killed for its job's timeout, and one that crashed too often."""
+    path = tmp_path / "failures"
+    worker = start_worker(
+        "-P",
+        "process",
+        "-c",
+        "1",
+        TEST_SET_UP="failures_are_noted",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+        BGJOBS_MAX_CRASHES=1,
+    )
+    stuck = enqueue("ignore_term", str(tmp_path / "stuck"), retries=0, timeout=0.5)
+    stuck.wait(DEADLINE_SECONDS)
+    crashed = enqueue("exit_quietly", 9, retries=0).wait(DEADLINE_SECONDS)
+    assert (stuck.status, crashed.status) == ("failed", "failed")
+    wait_until(lambda: len(lines(path)) == 2, "both failures")
+    assert [line.rsplit(" ", 1) for line in lines(path)] == [
+        [f"{stuck.id} 1 JobTimeout True", str(worker.pid)],
+        [f"{crashed.id} {crashed.attempt} AttemptFailed True", str(worker.pid)],
+    ]

@@ -1,0 +1,245 @@
+"""Failed attempts, reported where they ran."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask, current_app
+
+from flask_bgjobs import (
+    AttemptFailed,
+    BgJobs,
+    ConfigError,
+    Fail,
+    JobCancelled,
+    JobTimeout,
+    Retry,
+    Snooze,
+)
+from flask_bgjobs.app_state import AppState
+from flask_bgjobs.context import CurrentJob
+from flask_bgjobs.execute import execute
+from flask_bgjobs.registry import Registry
+from flask_bgjobs.signals import emit_settled
+from flask_bgjobs.spec import JobSpec, Outcome, Settled
+from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.window import Window
+from tests.unit.helpers import make_spec
+
+Attempt = Callable[..., Outcome]
+Call = tuple[JobSpec, BaseException, bool]
+
+
+@pytest.fixture
+def calls(bgjobs: BgJobs) -> list[Call]:
+    """What a function for failed attempts was called with."""
+    calls: list[Call] = []
+
+    @bgjobs.on_failure
+    def note(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+        calls.append((job, exception, final))
+
+    return calls
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def job(*_: Any) -> None:
+        raise error
+
+    return job
+
+
+def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "final"),
+    [
+        (ValueError("no"), {}, False),
+        (ValueError("no"), {"retries": 0}, True),
+        (ValueError("no"), {"retry_count": 3}, True),
+        (Fail("never"), {}, True),
+        (Retry("busy"), {}, False),
+        (Retry("busy"), {"retries": 0}, True),
+        (SystemExit(3), {"retries": 0}, True),
+        (KeyboardInterrupt(), {"retries": 0}, True),
+        (JobTimeout(), {}, False),
+    ],
+    ids=repr,
+)
+def test_a_failed_attempt_is_one_record_with_its_exception(
+    error: BaseException,
+    options: dict[str, Any],
+    final: bool,
+    attempt: Attempt,
+    calls: list[Call],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The record has the exception and what it belongs to, and the function gets the same."""
+    outcome = attempt(raising(error), **options)
+    (record,) = failures(caplog)
+    assert record.levelno == (logging.ERROR if final else logging.WARNING)
+    assert record.getMessage().startswith(
+        "Job failed |" if final else "Job failed and will retry |"
+    )
+    assert record.exc_info is not None
+    assert record.exc_info[:2] == (type(error), error)
+    assert [frame.name for frame in traceback.extract_tb(record.exc_info[2])] == ["job"]
+    fields = vars(record)
+    told = [fields[f"bgjobs_{name}"] for name in ("job", "class", "queue", "attempt")]
+    assert told == [42, fields["bgjobs_class"], "default", 1]
+    ((job, exception, is_final),) = calls
+    assert (job.id, exception, is_final) == (42, error, final)
+    assert outcome.is_reported
+
+
+@pytest.mark.parametrize("ending", [None, Snooze(1), JobCancelled()], ids=repr)
+def test_what_has_not_failed_is_not_reported(
+    ending: BaseException | None,
+    attempt: Attempt,
+    calls: list[Call],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither a job that completes, nor one that is snoozed or cancelled."""
+    outcome = attempt(raising(ending) if ending else lambda: None)
+    assert (calls, failures(caplog), outcome.is_reported) == ([], [], False)
+
+
+def test_what_a_cancel_made_a_job_raise_is_not_reported(
+    state: AppState, calls: list[Call], attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job that raises something else when it is cancelled or given back has not failed."""
+    spec = make_spec(target="nobody.knows")
+    window = Window()
+    window.interrupt(JobCancelled)
+    outcome = execute(state, spec, CurrentJob(spec), window, time.monotonic())
+    assert outcome.kind is OutcomeKind.REFUSED
+    assert (calls, failures(caplog)) == ([], [])
+
+
+def test_a_refused_name_is_reported(
+    state: AppState, calls: list[Call], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that the worker's allow-list does not hold keeps its own stage."""
+    state.registry = Registry((), {})
+    spec = make_spec(target="os.system")
+    execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+    (record,) = failures(caplog)
+    assert record.getMessage().startswith("Unauthorized or invalid job class/method |")
+    assert [final for _, _, final in calls] == [True]
+
+
+def test_the_traceback_in_the_log_is_masked(
+    attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Formatters print the masked text, with control characters as escapes."""
+
+    def login(user: str, password: str) -> None:
+        raise ValueError(f"{user} cannot log in with {password}\x1b[31m")
+
+    attempt(login, ["ann", "hunter2-and-more"])
+    (record,) = failures(caplog)
+    text = logging.Formatter("%(message)s").format(record)
+    assert "in login" in text
+    assert "ann cannot log in with ***\\x1b[31m" in text
+    assert "hunter2" not in text
+
+
+def test_all_records_of_a_stage_have_one_message(
+    attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tools that collect errors group records by the message without its arguments."""
+    for text in ("one", "100 % of it"):
+        attempt(raising(ValueError(text)))
+    first, second = failures(caplog)
+    assert first.msg == second.msg
+    assert first.msg.startswith("Job failed and will retry | Class: %s | Method: %s | ")
+    assert "100 % of it" in second.getMessage()
+
+
+def test_the_delay_that_the_line_names_is_recorded(
+    attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jitter is drawn once."""
+    outcomes = [attempt(raising(ValueError("no")), jitter=1.0) for _ in range(9)]
+    assert len({outcome.delay_seconds for outcome in outcomes}) > 1
+
+
+def test_a_function_that_raises_harms_nobody(
+    bgjobs: BgJobs, calls: list[Call], attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, the others are called, and the outcome is the same."""
+    order: list[str] = []
+
+    @bgjobs.on_failure
+    def broken(*_: Any, final: bool) -> None:
+        order.append("broken")
+        raise SystemExit(1)
+
+    @bgjobs.on_failure
+    def last(*_: Any, final: bool) -> None:
+        order.append(current_app.name)
+
+    outcome = attempt(raising(ValueError("no")))
+    assert order == ["broken", "shop"]
+    assert (outcome.kind, outcome.error) == (OutcomeKind.FAILED, "ValueError: no")
+    assert any("broken raised" in record.getMessage() for record in failures(caplog))
+
+
+@pytest.mark.parametrize("kind", [OutcomeKind.CRASHED, OutcomeKind.TIMEOUT])
+def test_a_failure_without_an_exception_is_reported_when_it_is_recorded(
+    kind: OutcomeKind,
+    state: AppState,
+    calls: list[Call],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The process that ran it is gone, so the worker that records it reports it."""
+    outcome = Outcome(42, 1, kind, error_type="X", error="X: the child process died")
+    emit_settled(state.app, Settled(make_spec(), outcome, JobStatus.FAILED))
+    ((_, exception, final),) = calls
+    assert isinstance(exception, JobTimeout if kind is OutcomeKind.TIMEOUT else AttemptFailed)
+    assert (str(exception), final) == ("X: the child process died", True)
+    assert any(record.getMessage().startswith("Job failed |") for record in failures(caplog))
+
+
+def test_what_was_reported_is_not_reported_again(
+    state: AppState, calls: list[Call], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker that records it writes no second line."""
+    outcome = Outcome(42, 1, OutcomeKind.FAILED, error="ValueError: no", is_reported=True)
+    emit_settled(state.app, Settled(make_spec(), outcome, JobStatus.FAILED))
+    assert (calls, failures(caplog)) == ([], [])
+
+
+async def is_async(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+    """Nobody would await it."""
+
+
+@pytest.mark.parametrize(
+    "function", [is_async, lambda job, exception: None, lambda: None, AttemptFailed, None]
+)
+def test_a_function_that_cannot_be_called_is_refused(bgjobs: BgJobs, function: Any) -> None:
+    """When it is registered, with what is wrong."""
+    with pytest.raises(ConfigError, match="on_failure"):
+        bgjobs.on_failure(function)
+
+
+def test_it_works_for_an_app_that_is_set_up_later(host: Flask) -> None:
+    """Functions may be registered before ``init_app``, as in a module of their own."""
+    bgjobs, seen = BgJobs(), []
+
+    @bgjobs.on_failure
+    def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+        seen.append(final)
+
+    bgjobs.init_app(host)
+    state: AppState = host.extensions["bgjobs"]
+    spec = make_spec(target="nobody.knows")
+    execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+    assert seen == [True]
