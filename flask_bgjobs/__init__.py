@@ -25,7 +25,7 @@ from .errors import (
     WorkerFailed,
 )
 from .extension import BgJobs
-from .models import Job
+from .models import Job, add_tables
 from .signals import (
     job_cancelled,
     job_completed,
@@ -63,6 +63,7 @@ __all__ = [
     "WaitTimeout",
     "WorkerFailed",
     "__version__",
+    "add_tables",
     "current_job",
     "job_cancelled",
     "job_completed",

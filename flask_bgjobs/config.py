@@ -6,13 +6,15 @@ that nobody knows is a warning.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import keyword
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -127,6 +129,7 @@ class Config:
         :raises ConfigError: names the key, the value and what is allowed.
         """
         given = {key: value for key, value in values.items() if key.startswith(_PREFIX)}
+        _warn_of_table(values)
         _warn_unknown(given)
         _refuse_both_names(given)
         checked: dict[str, Any] = {}
@@ -188,7 +191,38 @@ class _Key:
         try:
             return self.check(value)
         except ValueError as error:
-            raise ConfigError(f"{key} = {value!r}: {error}") from None
+            raise ConfigError(f"{key} = {value!r}: {error}{self._hint(value)}") from None
+
+    def _hint(self, value: object) -> str:
+        """What to write instead of a text that came from an environment variable."""
+        if not isinstance(value, str):
+            return ""
+        for meant in _meant_by(value):
+            try:
+                self.check(meant)
+            except ValueError:
+                continue
+            return f". It is a text, as from an environment variable; write {meant!r}"
+        return ""
+
+
+def _meant_by(text: str) -> Iterator[Any]:
+    """The values that somebody may have meant by a text."""
+    for json_text in (text, text.lower()):
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(json_text)
+    yield [part.strip() for part in text.split(",")]
+
+
+def _warn_of_table(values: Mapping[str, Any]) -> None:
+    table = values.get(_PREFIX.rstrip("_"))
+    if isinstance(table, Mapping):
+        first = next(iter(table), "ALLOWED_JOBS")
+        warnings.warn(
+            "flask-bgjobs does not read the table BGJOBS of a configuration file: write its keys "
+            f"at the top level, such as {_PREFIX}{str(first).upper()}",
+            stacklevel=4,
+        )
 
 
 def _warn_unknown(given: Mapping[str, Any]) -> None:

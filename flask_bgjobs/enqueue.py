@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import enum
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -23,8 +24,8 @@ from .registry import Target
 from .safe_logging import logger as _logger
 from .signals import emit_each, job_enqueued, job_refused
 from .states import JobStatus
-from .store import NewJobs, advice, unique_hash
-from .text import shown
+from .store import MAKE_TABLES, NewJobs, advice, is_missing_table, unique_hash
+from .text import one_line, shown
 
 
 class _Auto(enum.Enum):
@@ -88,7 +89,8 @@ def run_background_job(
         otherwise.
     :raises JobNotAllowed: when the allow-list does not hold target or method.
     :raises InvalidJob: when a parameter or option is not acceptable.
-    :raises DatabaseUnusable: when a SQLite file is locked for more than 30 s, full or read-only.
+    :raises DatabaseUnusable: when the tables are missing, or a SQLite file is locked for more than
+        30 s, full or read-only.
     :raises sqlalchemy.exc.OperationalError: when the database is away. Where the link breaks in the
         call, nobody can tell whether the job was stored.
     """
@@ -143,7 +145,8 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
     connection = joining.connection_to_join(joined, state.table, state.store.host_engine)
     if connection is None:
         return _save(state, jobs)
-    saved = state.store.insert(connection, jobs)
+    with _naming_missing_tables():
+        saved = state.store.insert(connection, jobs)
     joining.follow(joined, _new_among(saved), lambda job: _announce(state, [job]))
     if commits:
         joined.commit()
@@ -153,14 +156,31 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
 def _save(state: AppState, jobs: NewJobs) -> list[Job]:
     """Insert jobs in a transaction of their own, and announce them."""
     try:
-        saved = state.store.save(jobs)
+        with _naming_missing_tables():
+            saved = state.store.save(jobs)
     except DBAPIError as error:
         what_to_do = advice(error)
         if what_to_do is None:
             raise
-        raise DatabaseUnusable(f"the job was not enqueued: {error.orig} ({what_to_do})") from error
+        raise _not_enqueued(error, what_to_do) from error
     _announce(state, _new_among(saved))
     return saved
+
+
+@contextlib.contextmanager
+def _naming_missing_tables() -> Iterator[None]:
+    """Say what to do where the database has none of our tables."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not is_missing_table(error):
+            raise
+        raise _not_enqueued(error, MAKE_TABLES) from error
+
+
+def _not_enqueued(error: DBAPIError, what_to_do: str) -> DatabaseUnusable:
+    said = one_line(str(error.orig).partition("\n")[0])
+    return DatabaseUnusable(f"the job was not enqueued: {said} ({what_to_do})")
 
 
 def _new_jobs(

@@ -11,7 +11,7 @@
     ├── QueueNotFound          no queue has that name
     ├── JobNotCommitted        the job's transaction has not committed
     ├── WaitTimeout            job.wait() gave up
-    ├── DatabaseUnusable       the database is locked for too long, full or read-only
+    ├── DatabaseUnusable       the database lacks our tables, or is locked, full or read-only
     ├── WorkerFailed           a worker cannot go on, and has given its jobs back
     ├── AttemptFailed          an attempt failed whose own exception is not known
     └── DatabaseNotSupported   no store is written for that database, or it is too old
@@ -68,7 +68,8 @@ class WaitTimeout(BgJobsError, TimeoutError):
 
 
 class DatabaseUnusable(BgJobsError):
-    """The database is locked for too long, full or read-only; nothing was changed."""
+    """The database lacks our tables, or is locked for too long, full or read-only; nothing was
+    changed."""
 
 
 class WorkerFailed(BgJobsError):

@@ -12,15 +12,23 @@ from . import failures, joining, logs
 from .app_state import AppState, Authorizer, FailureHook, Identifier, state_of
 from .config import Config
 from .embedded import EmbeddedOptions, EmbeddedWorker
-from .enqueue import Parameters
-from .errors import ConfigError
+from .enqueue import AUTO, Parameters, SessionChoice
+from .errors import ConfigError, InvalidJob
 from .functions import BoundJob, JobFunction
 from .hooks import require_plain_function
-from .models import Job, copy_tables
-from .options import JobOptions, OptionValues
+from .models import Job, add_tables
+from .options import OptionValues, options_from
 from .redact import Redactor
-from .registry import Decorated, Registry, stored_name
+from .registry import (
+    Decorated,
+    Registry,
+    decorated,
+    require_job_function,
+    stored_name,
+    where,
+)
 from .store import make_store
+from .text import shown
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -89,33 +97,53 @@ class BgJobs:
         Decorating a function is what allows it to run as a job.
 
         :param name: the name under which its jobs are stored; by default its dotted name.
-            Functions in ``__main__`` or inside other functions need one.
+            Functions in ``__main__`` or inside other functions need one. The same lines may
+            run again, as in a factory that is called twice; the newest function is then run.
         :param options: fields of :class:`~flask_bgjobs.options.JobOptions`, defaults for its jobs.
         :raises ConfigError: when the function has no name that a worker could find, or another
             function has it.
         :raises TypeError: for an option that does not exist.
         """
-        chosen = JobOptions(**options)
+        chosen = options_from(options)
 
         def decorate(function: Callable[P, R]) -> JobFunction[P, R]:
+            require_job_function(function)
             stored = stored_name(function, name)
-            if stored in self._decorated:
-                raise ConfigError(f"another job function is already named {stored!r}")
-            self._decorated[stored] = Decorated(function, chosen)
+            found = decorated(function, chosen)
+            known = self._decorated.get(stored)
+            if known is not None and not found.is_same_definition(known):
+                raise ConfigError(
+                    f"another job function is already named {stored!r}: {where(known.function)}; "
+                    "give one of them another name with @bgjobs.job(name='…')"
+                )
+            self._decorated[stored] = found
             return JobFunction(function, stored)
 
         return decorate if function is None else decorate(function)
 
     def enqueue_many(
-        self, job: JobFunction[..., Any] | BoundJob[Any], parameter_sets: Sequence[Parameters]
+        self,
+        job: JobFunction[..., Any] | BoundJob[Any],
+        parameter_sets: Sequence[Parameters],
+        *,
+        session: SessionChoice = AUTO,
     ) -> list[Job]:
         """One job for each set of parameters, in order, all in one transaction.
 
         :param job: a decorated function, or one with ``using(...)``.
         :param parameter_sets: tuples or lists of positional, or dicts of keyword parameters.
-        :raises InvalidJob: when one of them cannot be stored; none is enqueued then.
+        :param session: as in :func:`~flask_bgjobs.run_background_job`; by default that of
+            ``using(...)``.
+        :raises InvalidJob: when one of them cannot be stored, or ``job`` is no decorated function;
+            none is enqueued then.
         """
         bound = job.using() if isinstance(job, JobFunction) else job
+        if not isinstance(bound, BoundJob):
+            raise InvalidJob(
+                f"enqueue_many needs a function decorated with @bgjobs.job, not {shown(job)}"
+            )
+        if session is not AUTO:
+            bound = bound.within(session)
         return bound.enqueue_many(parameter_sets)
 
     def start_worker(self, app: Flask, **options: Unpack[EmbeddedOptions]) -> EmbeddedWorker:
@@ -189,12 +217,12 @@ class BgJobs:
     def _make_state(self, app: Flask, db: SQLAlchemy, config: Config) -> AppState:
         engine = _find_engine(app, db, config)
         metadata = db.metadatas[config.bind_key]
-        copy_tables(metadata)
+        add_tables(metadata)
+        _warn_of_dropped_tables(app, db, config)
         schema = metadata.schema
         host = joining.HostSessions(app, db, engine, config.bind_key)
         store = make_store(engine, host, schema=schema, max_crashes=config.max_crashes)
         if advice := store.pool_advice():
-            # The line that calls init_app, or BgJobs(app) before it.
             warnings.warn(advice, stacklevel=3)
         joining.watch(engine)
         joining.tell_binds_apart(app, db)
@@ -241,6 +269,21 @@ def _find_engine(app: Flask, db: SQLAlchemy, config: Config) -> Any:
             "named by BGJOBS_BIND_KEY"
         )
     return engines[config.bind_key]
+
+
+def _warn_of_dropped_tables(app: Flask, db: SQLAlchemy, config: Config) -> None:
+    """Warn where a migration of the default metadata would drop our tables."""
+    if config.bind_key is None or Job.__tablename__ in db.metadata.tables:
+        return
+    with app.app_context():
+        engines = db.engines
+    if None in engines and engines[None].url == engines[config.bind_key].url:
+        warnings.warn(
+            f"BGJOBS_BIND_KEY = {config.bind_key!r} names the database of SQLALCHEMY_DATABASE_URI: "
+            "a migration of db.metadata would drop the tables of flask-bgjobs. Leave "
+            "BGJOBS_BIND_KEY out, or call flask_bgjobs.add_tables(db.metadata) first",
+            stacklevel=4,
+        )
 
 
 def _add_commands(app: Flask) -> None:

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, Unpack
 
 from .app_state import current_state
 from .enqueue import AUTO, Parameters, SessionChoice, enqueue
 from .errors import InvalidJob
 from .models import Job
-from .options import JobOptions, OptionValues
+from .options import JobOptions, OptionValues, options_from
 from .redact import signature_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_OTHER_NAMES = {
+    "apply_async": "using(…).enqueue(…)",
+    "defer": "enqueue(…)",
+    "defer_async": "enqueue(…)",
+    "delay": "enqueue(…)",
+    "enqueue_at": "using(run_at=…).enqueue(…)",
+    "enqueue_in": "using(delay=…).enqueue(…)",
+    "queue": "enqueue(…)",
+    "s": "bgjobs.enqueue_many(…)",
+    "schedule": "using(run_at=…).enqueue(…)",
+    "send": "enqueue(…)",
+    "send_with_options": "using(…).enqueue(…)",
+    "set": "using(…)",
+}
+"""What other job queues call our methods."""
 
 
 class JobFunction(Generic[P, R]):
@@ -47,7 +63,13 @@ class JobFunction(Generic[P, R]):
             stays as decorated.
         :raises TypeError: for an option that does not exist.
         """
-        return BoundJob(self.job_name, JobOptions(**options), session)
+        return BoundJob(self.job_name, options_from(options), session)
+
+    if not TYPE_CHECKING:
+        # For type checkers a name that does not exist must stay an error.
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = f": did you mean {_OTHER_NAMES[name]}?" if name in _OTHER_NAMES else ""
+            raise AttributeError(f"a job function has no {name}{hint}", name=name, obj=self)
 
     def __repr__(self) -> str:
         return f"<job {self.job_name}>"
@@ -67,6 +89,10 @@ class BoundJob(Generic[P]):
         :raises InvalidJob: when an argument or option cannot be stored.
         """
         return self.enqueue_many([_one_set(self._name, args, kwargs)])[0]
+
+    def within(self, session: SessionChoice) -> BoundJob[P]:
+        """The same, for another transaction."""
+        return BoundJob(self._name, self._options, session)
 
     def enqueue_many(self, parameter_sets: Sequence[Parameters]) -> list[Job]:
         """One job for each set of parameters, in order, all in one transaction."""

@@ -429,8 +429,13 @@ def detached_job(values: dict[str, Any]) -> Job:
     return job
 
 
-def copy_tables(metadata: sa.MetaData) -> None:
-    """Copy our tables into a host's ``metadata``, once, under its own schema."""
+def add_tables(metadata: sa.MetaData) -> None:
+    """Add the tables of flask-bgjobs to ``metadata``, in its schema; what is there already stays.
+
+    ``BgJobs(app)`` does it for Flask-SQLAlchemy's metadata of ``BGJOBS_BIND_KEY``. Call it in the
+    ``env.py`` of a migration tool that compares the database with another ``MetaData``: it would
+    drop the tables otherwise.
+    """
     for table in Base.metadata.sorted_tables:
         key = table.name if metadata.schema is None else f"{metadata.schema}.{table.name}"
         if key not in metadata.tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -62,6 +63,43 @@ class JobOptions:
 
 
 NO_OPTIONS = JobOptions()
+_OTHER_NAMES = {
+    "after": "delay",
+    "at": "run_at",
+    "countdown": "delay",
+    "default_retry_delay": "retry_delay",
+    "enqueue_at": "run_at",
+    "eta": "run_at",
+    "job_timeout": "timeout",
+    "lock": "unique_key",
+    "max_attempts": "retries",
+    "max_retries": "retries",
+    "queue_name": "queue",
+    "queueing_lock": "unique_key",
+    "retry": "retries",
+    "retry_backoff": "backoff",
+    "schedule_at": "run_at",
+    "soft_time_limit": "timeout",
+    "time_limit": "timeout",
+    "unique": "unique_key",
+    "wait": "delay",
+}
+"""What other job queues call our options."""
+
+
+def options_from(given: Mapping[str, Any]) -> JobOptions:
+    """The options that keyword arguments name.
+
+    :raises TypeError: for one that does not exist, with the name that was probably meant.
+    """
+    names = [field.name for field in dataclasses.fields(JobOptions)]
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            meant = _OTHER_NAMES.get(name) or next(iter(close), None)
+            hint = f"did you mean {meant}=?" if meant else f"there are {', '.join(names)}"
+            raise TypeError(f"a job has no option {name}=; {hint}")
+    return JobOptions(**given)
 
 
 class OptionValues(TypedDict, total=False):

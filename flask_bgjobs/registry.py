@@ -105,12 +105,31 @@ def named_after(names: tuple[str, ...]) -> Callable[..., Any]:
     return job
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Decorated:
     """A function that ``@bgjobs.job`` allowed, with the options given there."""
 
     function: Callable[..., Any]
     options: JobOptions
+    import_of_module: object = None
+    """What tells one import of its module from the next, as after a reload."""
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """The function, ready to be called."""
+        return Target(self.function)
+
+    def is_same_definition(self, other: Decorated) -> bool:
+        """Whether ``other`` comes from the same lines of source, run once more.
+
+        So it is in a factory that is called again, and in a module that is imported again.
+        """
+        mine, theirs = self.function, other.function
+        code = getattr(mine, "__code__", None)
+        if code is not None and code is getattr(theirs, "__code__", None):
+            return True
+        names = [(f.__module__, f.__qualname__) for f in (mine, theirs)]
+        return names[0] == names[1] and self.import_of_module is not other.import_of_module
 
 
 class Registry:
@@ -185,6 +204,8 @@ class Registry:
         :raises InvalidJob: when they are allowed but do not exist or cannot be imported.
         """
         self.check(name, method)
+        if method is None and name in self._decorated:
+            return self._decorated[name].target
         known = self._resolved.get((name, method))
         if known is not None:
             return known
@@ -208,9 +229,10 @@ class Registry:
 
     def _check_name(self, name: object) -> None:
         if not isinstance(name, str):
+            hint = ": call its own enqueue(…)" if hasattr(name, "job_name") else ""
             raise JobNotAllowed(
                 "a job is named by its dotted name, such as 'shop.jobs.SampleJob', not "
-                f"{shown(name)}"
+                f"{shown(name)}{hint}"
             )
         if name in self._allowed or name in self._decorated:
             return
@@ -218,7 +240,7 @@ class Registry:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise JobNotAllowed(
             f"{shown(name)} is not allowed to run as a job: BGJOBS_ALLOWED_JOBS does not hold it "
-            f"and no function decorated with @bgjobs.job has that name.{hint}"
+            f"and no function decorated with @bgjobs.job has that name.{hint or _cause(name)}"
         )
 
     def _find(self, name: str, method: str | None) -> Target:
@@ -227,6 +249,13 @@ class Registry:
         else:
             thing = _import(name)
         return _target_of(thing, name, method)
+
+
+def decorated(function: Callable[..., Any], options: JobOptions) -> Decorated:
+    """``function`` as ``@bgjobs.job`` keeps it."""
+    module = sys.modules.get(function.__module__)
+    # A reload gives the same module another one.
+    return Decorated(function, options, getattr(module, "__spec__", None))
 
 
 def stored_name(function: Callable[..., Any], name: str | None) -> str:
@@ -241,12 +270,76 @@ def stored_name(function: Callable[..., Any], name: str | None) -> str:
             )
         return name
     qualified = function.__qualname__
-    if function.__module__ == "__main__" or "." in qualified or not qualified.isidentifier():
+    if function.__module__ == "__main__":
+        raise ConfigError(
+            f"{qualified} has no name by which a worker could find it, because this program was "
+            "started as a script: give it one with @bgjobs.job(name='…'), or start the app with "
+            "`flask --app … run`"
+        )
+    if "." in qualified or not qualified.isidentifier():
         raise ConfigError(
             f"{function.__module__}.{qualified} cannot be found again by that name in a worker: "
             "give it one with @bgjobs.job(name='…')"
         )
     return f"{function.__module__}.{qualified}"
+
+
+def require_job_function(thing: object) -> None:
+    """Refuse what ``@bgjobs.job`` cannot make a job.
+
+    :raises ConfigError: says what to write instead.
+    """
+    if isinstance(thing, str):
+        raise ConfigError(f"write @bgjobs.job(name={shown(thing)})")
+    if isinstance(thing, type):
+        name = f"{thing.__module__}.{thing.__qualname__}"
+        raise ConfigError(
+            f"{name} is a class: decorate a function, or allow the class with BGJOBS_ALLOWED_JOBS "
+            f"= ['{name}'] and name the method when you enqueue"
+        )
+    if isinstance(thing, staticmethod | classmethod) or _is_method(thing):
+        raise ConfigError(
+            f"{getattr(thing, '__qualname__', thing)} is a method: decorate a function, or allow "
+            "its class in BGJOBS_ALLOWED_JOBS and name the method when you enqueue"
+        )
+    # A decorator such as functools.cache makes an object of a function, and names the function.
+    bare = inspect.unwrap(thing) if callable(thing) else None
+    if not inspect.isroutine(bare) or hasattr(thing, "job_name"):
+        raise ConfigError(
+            f"@bgjobs.job needs a function, not {shown(thing)}: write one with `def` that calls it"
+        )
+    if inspect.isgeneratorfunction(bare) or inspect.isasyncgenfunction(bare):
+        raise ConfigError(
+            f"{bare.__qualname__} is a generator, and nobody would run it to its end: return a "
+            "list instead"
+        )
+
+
+def _is_method(thing: object) -> bool:
+    if inspect.ismethod(thing):
+        return True
+    # Of a function in a class, the class stands before its name; of a nested one, `<locals>`.
+    outer, _, _ = getattr(thing, "__qualname__", "").rpartition(".")
+    return inspect.isfunction(thing) and bool(outer) and not outer.endswith("<locals>")
+
+
+def where(function: Callable[..., Any]) -> str:
+    """Where the source of a function stands, as ``file:line``."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else shown(function)
+
+
+def _cause(name: str) -> str:
+    """Why a name that is allowed elsewhere may not be allowed in this process."""
+    module = name.rpartition(".")[0]
+    if not module or not is_dotted_name(name):
+        return ""
+    if module not in sys.modules:
+        return (
+            f" This process has not imported {module}: import it where the app is built, or name "
+            "it in BGJOBS_IMPORTS."
+        )
+    return f" {module} is imported here, and decorates no such function: is this older code?"
 
 
 def _is_public(method: str) -> bool:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from . import joining
 from .app_state import AppState
-from .models import Base, copy_tables
+from .models import Base, add_tables
 
 
 def create_tables(state: AppState) -> list[str]:
@@ -23,6 +23,12 @@ def missing_tables(state: AppState) -> list[str]:
     with state.store.read() as connection:
         present = set(sa.inspect(connection).get_table_names(schema=state.store.schema))
     return sorted(name for name in Base.metadata.tables if name not in present)
+
+
+def is_migrated_by_alembic(state: AppState) -> bool:
+    """Whether the database has the table in which Alembic keeps its revision."""
+    with state.store.read() as connection:
+        return sa.inspect(connection).has_table("alembic_version")
 
 
 def differences(state: AppState) -> list[str]:
@@ -42,7 +48,7 @@ def differences(state: AppState) -> list[str]:
 
         options = {"include_name": ours_only, "include_schemas": schema is not None}
         wanted = sa.MetaData(schema=schema)
-        copy_tables(wanted)
+        add_tables(wanted)
         found = compare_metadata(MigrationContext.configure(connection, opts=options), wanted)
     changes = [change for group in found for change in _flat(group)]
     missing = {change[1].name for change in changes if change[0] == "add_table"}

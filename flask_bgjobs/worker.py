@@ -37,7 +37,7 @@ from .scheduler import STEP_SECONDS, Clock
 from .signals import worker_started, worker_stopped
 from .spec import JobSpec, Key, Outcome, Settled
 from .states import JobStatus, OutcomeKind
-from .store import LeaseView, Store
+from .store import MAKE_TABLES, LeaseView, Store
 from .suspects import Suspects
 from .text import shown
 from .threads import require_alive
@@ -262,6 +262,13 @@ class Worker:
         ending.callback(self._wake_ups.stop)
         self.state.enqueued.append(self._on_enqueued)
         ending.callback(self.state.enqueued.remove, self._on_enqueued)
+        if not self.state.registry:
+            _logger.warning(
+                "No job is allowed | Worker: %s | It will refuse every job: name the modules of "
+                "functions decorated with @bgjobs.job in BGJOBS_IMPORTS, or list names in "
+                "BGJOBS_ALLOWED_JOBS",
+                self.name,
+            )
         self._has_started = True
         self.state.emit_in_worker(worker_started, worker=self.name)
 
@@ -845,7 +852,4 @@ def _routes(state: AppState, options: WorkerOptions, queues: Sequence[str] | Non
 def _check_tables(state: AppState) -> None:
     missing = schema.missing_tables(state)
     if missing:
-        raise BgJobsError(
-            f"the database has no table {missing[0]}: run `flask db migrate` and `flask db "
-            "upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
-        )
+        raise BgJobsError(f"the database has no table {missing[0]}: {MAKE_TABLES}")

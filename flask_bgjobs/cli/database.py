@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..app_state import current_state
+from ..app_state import AppState, current_state
 from .group import bgjobs_commands, one_sentence
 
 
@@ -18,8 +18,30 @@ def init_db_command() -> None:
     created = schema.create_tables(state)
     notice = state.store.prepare(wal=state.config.sqlite_wal)
     click.echo(f"Created {', '.join(created)}" if created else "All tables are already there")
+    if created and (note := _migrations_note(state)):
+        click.echo(f"Note: {note}", err=True)
     if notice:
         click.echo(notice)
+
+
+def _migrations_note(state: AppState) -> str | None:
+    """What else is to be done where another tool makes and drops tables."""
+    from .. import schema
+
+    if "migrate" in state.app.extensions:
+        return (
+            "this app has Flask-Migrate, whose migrations do not know of these tables. Where a "
+            "migration makes them, `flask db upgrade` will fail in this database now: tell it with "
+            "`flask db stamp`. Elsewhere run `flask db migrate` and `flask db upgrade`, and not "
+            "this command"
+        )
+    if schema.is_migrated_by_alembic(state):
+        return (
+            "this database is migrated by Alembic, whose next `--autogenerate` will drop these "
+            "tables unless its target_metadata has them: call flask_bgjobs.add_tables(metadata) in "
+            "its env.py"
+        )
+    return None
 
 
 @bgjobs_commands.command("check")

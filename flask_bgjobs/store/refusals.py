@@ -10,7 +10,10 @@ from ..text import one_line
 from .sqlite import advice
 
 _MISSING_TABLE = re.compile(r"no such table|^relation .* does not exist$|^Table .* doesn't exist$")
-MAKE_TABLES = "run `flask db upgrade`, or `flask bgjobs init-db` without Flask-Migrate"
+MAKE_TABLES = (
+    "run `flask db upgrade` after `flask db migrate`, or `flask bgjobs init-db` without "
+    "Flask-Migrate; `db.create_all()` makes the tables only after `BgJobs(app)`"
+)
 
 
 def database_sentence(error: SQLAlchemyError) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, current_app
 
 from flask_bgjobs import (
     BgJobs,
+    DatabaseUnusable,
     InvalidJob,
     Job,
     JobNotAllowed,
@@ -23,10 +24,11 @@ from flask_bgjobs import (
     WaitTimeout,
     run_background_job,
 )
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.enqueue import enqueue
 from flask_bgjobs.errors import BgJobsError, ConfigError
 from flask_bgjobs.options import JobOptions
+from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 
 UTC = dt.UTC
@@ -59,6 +61,22 @@ def test_an_enqueue_is_one_statement(app: Flask, state: AppState) -> None:
     run_background_job("tests.jobs.echo")
     sa.event.remove(state.store.engine, "before_cursor_execute", note)
     assert [statement.split()[0] for statement in statements] == ["INSERT"]
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_an_enqueue_without_tables_says_how_to_make_them(
+    empty_database_url: str, joins: bool
+) -> None:
+    """In one sentence, whether the job would join the session or not."""
+    app = build_app(empty_database_url)
+    with app.app_context():
+        session = app.extensions["sqlalchemy"].session
+        with pytest.raises(DatabaseUnusable, match="`flask bgjobs init-db`") as refusal:
+            run_background_job("tests.jobs.echo", session=session if joins else None)
+        session.remove()
+        state_of(app).store.dispose()
+        app.extensions["sqlalchemy"].engine.dispose()
+    assert "\n" not in str(refusal.value)
 
 
 def test_every_option_is_stored(app: Flask) -> None:
@@ -332,6 +350,26 @@ class TestDecorator:
         assert (job.queue, job.priority, job.status) == ("mail", 9, "pending")
         later = dt.datetime.now(UTC) + dt.timedelta(hours=1)
         assert one.using(run_at=later).enqueue(1).status == "scheduled"
+
+    def test_enqueue_many_takes_a_session(self, shop: BgJobs) -> None:
+        """As ``using(session=…)`` does, which it goes before."""
+
+        @shop.job(name="shop.joined")
+        def joined(value: int) -> int:
+            return value
+
+        session = current_app.extensions["sqlalchemy"].session
+        for job in (joined, joined.using(session=None)):
+            made = shop.enqueue_many(job, [(1,), (2,)], session=session)
+            assert [each.id for each in made] != []
+            session.rollback()
+        assert count_jobs(current_app) == 0
+
+    @pytest.mark.parametrize("thing", [print, "shop.work", None], ids=repr)
+    def test_enqueue_many_of_anything_else_is_refused(self, shop: BgJobs, thing: Any) -> None:
+        """It says what it needs."""
+        with pytest.raises(InvalidJob, match=r"needs a function decorated with @bgjobs\.job"):
+            shop.enqueue_many(thing, [(1,)])
 
     def test_enqueue_many_is_one_transaction_in_order(self, shop: BgJobs) -> None:
         """Many jobs come back in order; when one is bad, none is enqueued."""

@@ -6,12 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
 
+from flask_bgjobs import BgJobs, add_tables
+from flask_bgjobs.app_state import AppState
 from tests import databases
+from tests.apps import build_app
 
 PLAIN = """
 from flask_sqlalchemy import SQLAlchemy
@@ -181,6 +189,63 @@ def test_tables_hold_every_letter_in_an_old_database(
     )
     assert "matches the models" in output
     assert json.loads(_flask(tmp_path, "bgjobs show 1 --json"))["result"] == "🦉🦉"
+
+
+def test_alembic_alone_drops_no_table(app: Flask, state: AppState) -> None:
+    """A comparison with the app's own metadata would drop our tables, unless they are added."""
+    metadata = sa.MetaData()
+    with state.store.read() as connection:
+        context = MigrationContext.configure(connection)
+        dropped = {
+            change[1].name
+            for change in compare_metadata(context, metadata)
+            if change[0] == "remove_table"
+        }
+        add_tables(metadata)
+        add_tables(metadata)
+        left = compare_metadata(context, metadata)
+    assert "bgjobs_job" in dropped
+    assert left == []
+
+
+@pytest.mark.on("sqlite")
+def test_init_db_beside_alembic_says_what_to_do(empty_database_url: str) -> None:
+    """Where Alembic's own table is, and Flask-Migrate is not."""
+    app = build_app(empty_database_url)
+    with app.app_context():
+        engine = app.extensions["sqlalchemy"].engine
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+    runner = app.test_cli_runner()
+    assert "add_tables(metadata) in its env.py" in runner.invoke(args=["bgjobs", "init-db"]).output
+    assert "Note:" not in runner.invoke(args=["bgjobs", "init-db"]).output
+    engine.dispose()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_bind_of_the_same_database_is_warned_of(tmp_path: Path, same: bool) -> None:
+    """A migration of the default metadata would drop the tables."""
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    jobs = url if same else f"sqlite:///{tmp_path / 'jobs.db'}"
+    config = {"SQLALCHEMY_BINDS": {"jobs": jobs}, "BGJOBS_BIND_KEY": "jobs"}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        build_app(url, **config)
+    said = [str(warning.message) for warning in found]
+    assert any("would drop the tables" in each for each in said) is same
+
+
+def test_a_bind_whose_tables_were_added_is_not(tmp_path: Path) -> None:
+    """Where the app has added the tables to the default metadata, nothing would be dropped."""
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    app = Flask("shop")
+    app.config.update(
+        SQLALCHEMY_DATABASE_URI=url, SQLALCHEMY_BINDS={"jobs": url}, BGJOBS_BIND_KEY="jobs"
+    )
+    db = SQLAlchemy()
+    add_tables(db.metadata)
+    db.init_app(app)
+    BgJobs(app)
 
 
 def test_init_db_without_flask_migrate(tmp_path: Path) -> None:

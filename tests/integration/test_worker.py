@@ -35,6 +35,7 @@ from flask_bgjobs.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt, JobLog
 from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.options import NO_OPTIONS
+from flask_bgjobs.registry import Registry
 from flask_bgjobs.worker import Worker, WorkerOptions, register
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
@@ -221,6 +222,17 @@ class TestOutcomes:
             refusals, dropped = iter(range(3)), iter(range(1))
             wait_until(lambda: "no token" in caplog.text, "the outage")
             assert enqueue("echo", 2).wait(30).result == 2
+
+    def test_a_worker_that_allows_nothing_says_so(
+        self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It names the keys, and its refusal of a job names the likely cause."""
+        job = enqueue("echo", 1)
+        state.registry = Registry({}, {})
+        with working(app):
+            assert job.wait(30).status == "failed"
+        assert "No job is allowed | Worker: " in caplog.text
+        assert "tests.jobs is imported here" in (job.error or "")
 
     def test_a_result_that_is_no_json_fails_at_once(self, app: Flask, state: AppState) -> None:
         """A result that cannot be stored fails the job, names the value, and is not retried."""

@@ -237,6 +237,38 @@ def test_bad_value(key: str, value: Any, allowed: str) -> None:
     assert str(refusal.value).startswith(f"{key} = {value!r}: ")
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "meant"),
+    [
+        ("BGJOBS_DASHBOARD", "True", "True"),
+        ("BGJOBS_READ_ONLY", "false", "False"),
+        ("BGJOBS_RETRIES", "5", "5"),
+        ("BGJOBS_LEASE", "30.5", "30.5"),
+        ("BGJOBS_ALLOWED_JOBS", "shop.jobs.send", r"\['shop.jobs.send'\]"),
+        ("BGJOBS_IMPORTS", "shop.jobs, shop.mail", r"\['shop.jobs', 'shop.mail'\]"),
+        ("BGJOBS_RETENTION", '{"completed": 60}', r"\{'completed': 60\}"),
+    ],
+)
+def test_texts_from_the_environment(key: str, text: str, meant: str) -> None:
+    """The error says what to write instead."""
+    with pytest.raises(ConfigError, match=f"environment variable; write {meant}$"):
+        read(**{key: text})
+
+
+@pytest.mark.parametrize("text", ["maybe", "[" * 100_000, "1" * 5_000])
+def test_texts_that_mean_nothing(text: str) -> None:
+    """Nothing is proposed that would not be accepted."""
+    with pytest.raises(ConfigError) as refusal:
+        read(BGJOBS_DASHBOARD=text)
+    assert str(refusal.value).endswith("must be True or False")
+
+
+def test_a_table_of_a_configuration_file() -> None:
+    """The keys of a TOML table ``[BGJOBS]`` would be ignored without a word."""
+    with pytest.warns(UserWarning, match="at the top level, such as BGJOBS_RETRIES"):
+        Config.from_mapping({"BGJOBS": {"retries": 3}})
+
+
 def test_bad_value_stops_init_app() -> None:
     """``init_app`` raises, and sets nothing up, when a value is bad."""
     app = Flask("shop")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -516,8 +519,145 @@ def test_name_taken() -> None:
     """Two functions cannot have one name: a worker could not tell them apart."""
     bgjobs = BgJobs()
     bgjobs.job(name="mail")(decorated_function)
-    with pytest.raises(ConfigError, match="another job function is already named 'mail'"):
-        bgjobs.job(name="mail")(decorated_function)
+    taken = r"another job function is already named 'mail': \S+test_registry.py:\d+; give one"
+    with pytest.raises(ConfigError, match=taken):
+        bgjobs.job(name="mail")(in_main)
+
+
+def test_a_factory_may_be_called_twice() -> None:
+    """The function of the newest call runs: the app of the first one is gone in most tests."""
+    bgjobs = BgJobs()
+    registry = Registry({}, bgjobs._decorated)
+
+    def create_app(number: int) -> None:
+        @bgjobs.job(name="shop.number")
+        def tell_number() -> int:
+            return number
+
+    for number in (1, 2):
+        create_app(number)
+        assert registry.resolve("shop.number").call((), {}) == number
+
+
+@pytest.mark.parametrize("how", ["reload", "import again"])
+def test_a_module_may_be_imported_twice(
+    how: str, make_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """After a reload the function has other lines; another function of that name is refused all
+    the same."""
+    holder = make_module("from flask_bgjobs import BgJobs\nbgjobs = BgJobs()")
+    name = make_module(f"from {holder} import bgjobs\n@bgjobs.job\ndef price(): return 1")
+    module = importlib.import_module(name)
+    registry = Registry({}, module.bgjobs._decorated)
+    assert registry.resolve(f"{name}.price").call((), {}) == 1
+    source = tmp_path / f"{name}.py"
+    source.write_text("# one line more\n" + source.read_text().replace("return 1", "return 22"))
+    importlib.invalidate_caches()
+    if how == "reload":
+        importlib.reload(module)
+    else:
+        sys.modules.pop(name)
+        importlib.import_module(name)
+    assert registry.resolve(f"{name}.price").call((), {}) == 22
+    with pytest.raises(ConfigError, match="already named"):
+        module.bgjobs.job(name=f"{name}.price")(decorated_function)
+
+
+class Instance:
+    def __call__(self) -> None: ...
+
+
+class HasStatic:
+    @staticmethod
+    def static() -> None: ...
+
+
+def generator() -> Any:
+    yield 1
+
+
+async def async_generator() -> Any:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        ("mail", r"write @bgjobs\.job\(name='mail'\)"),
+        (Methods, r"Methods is a class: decorate a function, or allow the class with BGJOBS_"),
+        (Methods.method, r"Methods\.method is a method: decorate a function"),
+        (Methods().method, r"Methods\.method is a method"),
+        (vars(HasStatic)["static"], r"HasStatic\.static is a method"),
+        (functools.partial(decorated_function, 1), r"needs a function, not functools\.partial"),
+        (Instance(), r"needs a function, not <.*Instance object"),
+        (None, r"needs a function, not None"),
+        (5, r"needs a function, not 5"),
+        (BgJobs().job(decorated_function), r"needs a function, not <job .*decorated_function>"),
+        (generator, r"generator is a generator, and nobody would run it"),
+        (async_generator, r"async_generator is a generator"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_cannot_be_a_job_is_refused(thing: Any, said: str) -> None:
+    """When it is decorated, with and without a name, and says what to write."""
+    bgjobs = BgJobs()
+    with pytest.raises(ConfigError, match=said):
+        bgjobs.job(name="shop.mail")(thing)
+    if thing is not None:
+        with pytest.raises(ConfigError, match=said):
+            bgjobs.job(thing)
+
+
+def test_functions_that_other_decorators_made_are_jobs() -> None:
+    """Such as the object that ``functools.cache`` makes."""
+    wrapped = BgJobs().job(functools.cache(decorated_function))
+    assert wrapped(5) == 5
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("countdown", r"a job has no option countdown=; did you mean delay=\?"),
+        ("max_retries", r"did you mean retries=\?"),
+        ("eta", r"did you mean run_at=\?"),
+        ("tag", r"did you mean tags=\?"),
+        ("colour", r"there are retries, priority, delay, "),
+    ],
+)
+def test_unknown_options_name_the_right_one(option: str, said: str) -> None:
+    """Where a function is decorated, and where it is enqueued."""
+    bgjobs = BgJobs()
+    with pytest.raises(TypeError, match=said):
+        bgjobs.job(**{option: 3})  # type: ignore[misc]
+    with pytest.raises(TypeError, match=said):
+        bgjobs.job(decorated_function).using(**{option: 3})
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("delay", r"has no delay: did you mean enqueue\(…\)\?"),
+        ("apply_async", r"did you mean using\(…\)\.enqueue\(…\)\?"),
+        ("colour", "a job function has no colour$"),
+    ],
+)
+def test_unknown_methods_name_the_right_one(method: str, said: str) -> None:
+    """The names that other job queues use."""
+    wrapped = BgJobs().job(decorated_function)
+    assert not hasattr(wrapped, method)
+    with pytest.raises(AttributeError, match=said):
+        getattr(wrapped, method)
+
+
+def test_a_refused_name_says_the_likely_cause(make_module: Callable[[str], str]) -> None:
+    """A worker that has not imported the module of a decorated function, or has older code."""
+    registry = Registry({}, {})
+    with pytest.raises(JobNotAllowed, match=r"has not imported shop\.jobs: .* BGJOBS_IMPORTS"):
+        registry.check("shop.jobs.send")
+    with pytest.raises(JobNotAllowed, match=r"json is imported here, .* older code\?"):
+        registry.check("json.send")
+    with pytest.raises(JobNotAllowed, match=r"call its own enqueue\(…\)"):
+        registry.check(BgJobs().job(decorated_function))
 
 
 def test_decorated_function_is_still_a_function() -> None:
