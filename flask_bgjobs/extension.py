@@ -74,7 +74,10 @@ class BgJobs:
         failures.connect()
         _add_commands(app)
         if config.dashboard:
-            _add_dashboard(app, config)
+            # Here, as a worker does without the dashboard's libraries.
+            from .dashboard import add_dashboard
+
+            add_dashboard(app, config)
 
     @overload
     def job(self, function: Callable[P, R], /) -> JobFunction[P, R]: ...
@@ -290,11 +293,3 @@ def _add_commands(app: Flask) -> None:
     from .cli import bgjobs_commands
 
     app.cli.add_command(bgjobs_commands)
-
-
-def _add_dashboard(app: Flask, config: Config) -> None:
-    from .dashboard import answer_health_check, create_blueprint
-
-    app.register_blueprint(create_blueprint(config))
-    # First of all, also before a function of the host's that sends everybody to log in.
-    app.before_request_funcs.setdefault(None, []).insert(0, answer_health_check)

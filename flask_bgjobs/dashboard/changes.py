@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 
-from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from flask import Blueprint, abort, flash, redirect, request, url_for
 from flask.typing import ResponseReturnValue
 
 from .. import actions
@@ -18,6 +18,7 @@ from ..errors import BgJobsError
 from ..store import DONE, ActionResult
 from ..text import sentence
 from . import access, asked, queries
+from .rendering import render
 
 ACTS: dict[str, actions.Act] = {
     "cancel": actions.cancel,
@@ -99,8 +100,8 @@ def bulk(verb: str) -> ResponseReturnValue:
             _carry_out(state, plan)
             return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
         wrong_number = f"{typed or 'No number'} is not {plan.count:,}: nothing was changed."
-    page = render_template(
-        "bgjobs/_confirm.html" if access.wants_fragment() else "bgjobs/confirm.html",
+    page = render(
+        "_confirm" if access.wants_fragment() else "confirm",
         plan=plan,
         wrong_number=wrong_number,
         next_page=asked.next_page(),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import hashlib
 import json
 import math
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
@@ -17,10 +15,9 @@ from .. import durations
 from ..app_state import AppState
 from ..models import Job
 from ..states import CAN_CHANGE, JobStatus
-from . import access, asked, queries
+from . import access, asked, assets, queries
 from .queries import JobRow
 
-_STATIC = pathlib.Path(__file__).parent / "static"
 _MAX_DELAYS_CHARACTERS = 200
 _VERBS = ("retry", "cancel", "delete")
 """In the order of their buttons."""
@@ -64,7 +61,7 @@ class Helpers:
 
     def asset(self, filename: str) -> str:
         """The address of a static file, new whenever its content is."""
-        return url_for(".static", filename=filename, v=_digest(filename))
+        return assets.address(filename)
 
     def list_url(self, filters: Any, **changes: Any) -> str:
         """The address of the list with ``filters``, and ``changes`` to its query."""
@@ -149,8 +146,3 @@ class Helpers:
             return ", ".join(f"{seconds:g}" for seconds in json.loads(text)) + " s"
         except (ValueError, TypeError, RecursionError):
             return text[:_MAX_DELAYS_CHARACTERS]
-
-
-@functools.cache
-def _digest(filename: str) -> str:
-    return hashlib.sha256((_STATIC / filename).read_bytes()).hexdigest()[:8]

@@ -13,7 +13,6 @@ from flask import (
     flash,
     make_response,
     redirect,
-    render_template,
     request,
     url_for,
 )
@@ -36,6 +35,7 @@ from ..text import one_line, sentence
 from . import access, api, asked, queries
 from .forms import DispatchForm, dispatch_job, form_like, job_choices
 from .page import Helpers
+from .rendering import render
 
 _MOST_QUEUES = 8
 """On the overview."""
@@ -193,9 +193,7 @@ def dispatch() -> ResponseReturnValue:
         if job is not None:
             flash(f"Job {job.id} enqueued.", "success")
             return redirect(url_for(".show_job", job_id=job.id), HTTPStatus.SEE_OTHER)
-    page = render_template(
-        "bgjobs/dispatch.html", form=form, again=again, jobs=job_choices(state.registry)
-    )
+    page = render("dispatch", form=form, again=again, jobs=job_choices(state.registry))
     return page, HTTPStatus.BAD_REQUEST if request.method == "POST" else HTTPStatus.OK
 
 
@@ -224,12 +222,12 @@ def _live_page(name: str, **values: Any) -> Response:
     """The page, or only the part of it that changes when our script asks for that."""
     if access.wants_fragment():
         return _fragment(name, **values)
-    return make_response(render_template(f"bgjobs/{name}.html", **values))
+    return make_response(render(name, **values))
 
 
 def _fragment(name: str, **values: Any) -> Response:
     """The part of a page that changes; 304 when it has not."""
-    fragment = render_template(f"bgjobs/_{name}.html", **values)
+    fragment = render(f"_{name}", **values)
     response = make_response(fragment)
     # "3 s ago" is brought up to date by the script, and is no news.
     news = _TIME_TEXT.sub(r"\1", fragment)
@@ -272,7 +270,7 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
         return Response(str(error.description), error.code, mimetype="text/plain")
     # A form may have been open for too long: a fresh one is sent with that page.
     again = asked.next_page() if request.method == "POST" and error.code == 400 else None
-    page = render_template("bgjobs/error.html", error=error, is_closed=is_closed, again=again)
+    page = render("error", error=error, is_closed=is_closed, again=again)
     return page, error.code or HTTPStatus.INTERNAL_SERVER_ERROR
 
 

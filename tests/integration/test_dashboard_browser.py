@@ -10,7 +10,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jinja2
 import pytest
+from flask import Response
 from werkzeug.serving import make_server
 
 from flask_bgjobs.rollup import MINUTE, OUTCOMES, RUN, Cell
@@ -131,6 +133,31 @@ def test_pages_run_clean_under_the_policy(host: Host, open_page: Browsing) -> No
     for path in (*paths, "/errors", "/queues", "/workers", "/audit"):
         page = open_page(path)
         page.wait_for_function("document.documentElement.dataset.bsTheme")
+
+
+def test_a_layout_without_bootstrap_keeps_its_looks(host: Host, open_page: Browsing) -> None:
+    """Our part of the page has its own, and the host's elements have theirs."""
+    object.__setattr__(host.state.config, "base_template", "site.html")
+    css = "* { padding: 0 } nav { background: teal } button { border: 3px dotted red }"
+    host.app.add_url_rule("/jobs-site.css", "css", lambda: Response(css, mimetype="text/css"))
+    site = """<!doctype html><html lang="en"><head><title>Shop</title>
+        <link rel="icon" href="data:,"><link rel="stylesheet" href="/jobs-site.css"></head><body>
+        <nav id="theirs"><button>Buy</button></nav>{% block content %}{% endblock %}
+        </body></html>"""
+    host.app.jinja_loader = jinja2.DictLoader({"site.html": site})
+    host.add(status="failed")
+    page = open_page("/list?status=failed")
+
+    def style(selector: str, name: str) -> str:
+        return str(page.eval_on_selector(selector, f"e => getComputedStyle(e).{name}"))
+
+    assert style("#theirs", "backgroundColor") == "rgb(0, 128, 128)"
+    assert style("#theirs button", "borderStyle") == "dotted"
+    assert style("body", "marginTop") == "8px"
+    assert style(".bgj-bar nav", "backgroundColor") == "rgba(0, 0, 0, 0)"
+    assert style(".bgj button.btn", "borderStyle") == "solid"
+    assert style(".bgj button.btn", "paddingLeft") != "0px"
+    assert style(".bgj .visually-hidden", "position") == "absolute"
 
 
 def _cell(host: Host, outcome: str) -> Cell:

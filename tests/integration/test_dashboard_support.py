@@ -57,8 +57,15 @@ def host_maker(tmp_path: pathlib.Path, prepared_databases: PreparedDatabases) ->
 class Host:
     """A Flask app with the dashboard in it, and a client for it."""
 
-    def __init__(self, folder: Any, *, authorizer: Any = "all", **config: Any) -> None:
-        self.app = flask.Flask(__name__)
+    def __init__(
+        self,
+        folder: Any,
+        *,
+        authorizer: Any = "all",
+        app: flask.Flask | None = None,
+        **config: Any,
+    ) -> None:
+        self.app = app or flask.Flask(__name__)
         self.app.config.update(
             SECRET_KEY="for tests",
             SQLALCHEMY_DATABASE_URI=f"sqlite:///{folder}/host.db",

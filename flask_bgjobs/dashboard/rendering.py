@@ -1,0 +1,63 @@
+"""Templates and JSON, whatever the host has set for its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+from flask import Response, current_app, render_template
+
+_DELIMITERS = {
+    f"{kind}_{end}": f"{kind}_{side}_string"
+    for kind in ("block", "variable", "comment")
+    for end, side in (("begin", "start"), ("end", "end"))
+}
+"""The attribute of an environment that holds the text of a token, by the token's type."""
+_PLAIN = jinja2.Environment()
+"""What our templates are written for."""
+
+
+class TemplateLoader(jinja2.PackageLoader):
+    """Loads our templates, written with the delimiters of the environment that reads them."""
+
+    def get_source(
+        self, environment: jinja2.Environment, template: str
+    ) -> tuple[str, str, Callable[[], bool] | None]:
+        """The source, its path, and whether it is still as it was."""
+        source, path, is_current = super().get_source(environment, template)
+        return _with_delimiters_of(environment, source), path, is_current
+
+
+def _with_delimiters_of(environment: jinja2.Environment, source: str) -> str:
+    names = _DELIMITERS.values()
+    if all(getattr(environment, name) == getattr(_PLAIN, name) for name in names):
+        return source
+    parts = []
+    for _, kind, text in _PLAIN.lex(source):
+        name = _DELIMITERS.get(kind)
+        if name is not None:
+            # The rest of the token is the sign that strips white space.
+            text = text.replace(getattr(_PLAIN, name), getattr(environment, name))
+        parts.append(text)
+    return "".join(parts)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of ours, with values escaped also where the host has switched that off."""
+    environment = current_app.jinja_env
+    name = f"bgjobs/{template}.html"
+    escapes = environment.autoescape
+    if not (escapes(name) if callable(escapes) else escapes):
+        environment = environment.overlay(autoescape=True)
+    return render_template(environment.get_template(name), **values)
+
+
+def json_response(**data: Any) -> Response:
+    """``data`` as JSON.
+
+    Not by the host's provider: that may rename keys, write times in another way, or refuse keys
+    that are no plain ``str``.
+    """
+    return Response(json.dumps(data, sort_keys=True) + "\n", mimetype="application/json")
