@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import enum
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -236,7 +238,17 @@ def _check_signature(target: Target, parameters: Parameters, name: str) -> None:
         target.check(parameters)
     except TypeError as error:
         wanted = signature_text(target.signature)
-        raise InvalidJob(f"the parameters do not fit {name}{wanted}: {error}") from None
+        hint = hint_at_options(target.signature, parameters)
+        raise InvalidJob(f"the parameters do not fit {name}{wanted}: {error}{hint}") from None
+
+
+def hint_at_options(signature: inspect.Signature, given: Parameters) -> str:
+    """What to write where an option of the job was given as a parameter of the function."""
+    names = given if isinstance(given, Mapping) else ()
+    for field in dataclasses.fields(JobOptions):
+        if field.name in names and field.name not in signature.parameters:
+            return f"; {field.name} is an option of the job: using({field.name}=…).enqueue(…)"
+    return ""
 
 
 def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:

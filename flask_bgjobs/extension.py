@@ -221,7 +221,6 @@ class BgJobs:
         engine = _find_engine(app, db, config)
         metadata = db.metadatas[config.bind_key]
         add_tables(metadata)
-        _warn_of_dropped_tables(app, db, config)
         schema = metadata.schema
         host = joining.HostSessions(app, db, engine, config.bind_key)
         store = make_store(engine, host, schema=schema, max_crashes=config.max_crashes)
@@ -229,6 +228,7 @@ class BgJobs:
             warnings.warn(advice, stacklevel=3)
         joining.watch(engine)
         joining.tell_binds_apart(app, db)
+        _warn_of_dropped_tables(app, db, config)
         job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"
         return AppState(
             app=app,
@@ -280,7 +280,7 @@ def _warn_of_dropped_tables(app: Flask, db: SQLAlchemy, config: Config) -> None:
         return
     with app.app_context():
         engines = db.engines
-    if None in engines and engines[None].url == engines[config.bind_key].url:
+    if None in engines and joining.is_same(engines[None], engines[config.bind_key]):
         warnings.warn(
             f"BGJOBS_BIND_KEY = {config.bind_key!r} names the database of SQLALCHEMY_DATABASE_URI: "
             "a migration of db.metadata would drop the tables of flask-bgjobs. Leave "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, Unpack
 
 from .app_state import current_state
-from .enqueue import AUTO, Parameters, SessionChoice, enqueue
+from .enqueue import AUTO, Parameters, SessionChoice, enqueue, hint_at_options
 from .errors import InvalidJob
 from .models import Job
 from .options import JobOptions, OptionValues, options_from
@@ -116,7 +116,9 @@ def _one_set(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Param
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InvalidJob(f"the parameters do not fit {wanted}: {error}") from None
+        raise InvalidJob(
+            f"the parameters do not fit {wanted}: {error}{hint_at_options(signature, kwargs)}"
+        ) from None
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise InvalidJob(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _WROTE = "bgjobs_wrote"
 _CONNECTIONS = "bgjobs_connections"
+_ROLLED_BACK = "bgjobs_rolled_back"
 _JOINED = "bgjobs_joined"
 _ENDS = ("commit", "rollback", "commit_twophase", "rollback_twophase")
 
@@ -76,10 +77,18 @@ class HostSessions:
             if (
                 isinstance(bind, sa.Connection)
                 and not bind.closed
-                and _is_same(bind.engine, self._engine)
+                and is_same(bind.engine, self._engine)
             ):
                 return bind
         return None
+
+    def holds_write_lock(self) -> bool:
+        """Whether the app's session of this context keeps other connections from writing."""
+        if not has_app_context() or current_app._get_current_object() is not self._app:  # type: ignore[attr-defined]  # LocalProxy
+            return False
+        if not self._db.session.registry.has():
+            return False
+        return holds_write_lock(self._db.session(), self._engine)
 
     def _binds(self) -> Iterator[object]:
         """To what tests bind sessions that they roll back, in each of the usual ways."""
@@ -188,7 +197,8 @@ def holds_write_lock(session: Session, engine: sa.Engine) -> bool:
 def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
     """Call ``on_commit`` for each of the jobs after the session's outermost commit.
 
-    A job whose transaction or savepoint is rolled back instead is logged at DEBUG.
+    A job whose transaction or savepoint is rolled back instead is logged at DEBUG, and one whose
+    session is closed without a commit as a warning: somebody has probably forgotten it.
     """
     transaction = session.get_nested_transaction() or session.get_transaction()
     while transaction is not None and not transaction.is_active:
@@ -200,6 +210,7 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
         return
     if _is_new(session):
         event.listen(session, "after_commit", _note_commit)
+        event.listen(session, "after_rollback", _note_rollback)
         event.listen(session, "after_soft_rollback", _drop_rolled_back)
         event.listen(session, "after_transaction_end", _finish_joined)
     joined = session.info.setdefault(_JOINED, [])
@@ -243,7 +254,7 @@ def _writing_connections(session: Session, engine: sa.Engine) -> list[sa.Connect
         for connection in connections
         if not connection.closed
         and not connection.invalidated
-        and _is_same(connection.engine, engine)
+        and is_same(connection.engine, engine)
         and _WROTE in connection.info
     ]
 
@@ -294,7 +305,7 @@ def _is_for(session: Session, thing: object, engine: sa.Engine) -> bool:
         bind = session.get_bind(mapper=object_mapper(thing))
     except sa.exc.UnboundExecutionError:
         return True
-    return _is_same(bind.engine, engine)
+    return is_same(bind.engine, engine)
 
 
 def _bind_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Engine | sa.Connection:
@@ -306,7 +317,7 @@ def _bind_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Engine 
                 bind = session.get_bind(clause=sa.insert(table))
         except sa.exc.UnboundExecutionError:
             bind = None
-    return engine if bind is None or not _is_same(bind.engine, engine) else bind
+    return engine if bind is None or not is_same(bind.engine, engine) else bind
 
 
 @contextlib.contextmanager
@@ -323,7 +334,7 @@ def _as_in_a_flush(session: Session) -> Iterator[None]:
         session._flushing = before
 
 
-def _is_same(one: sa.Engine, other: sa.Engine) -> bool:
+def is_same(one: sa.Engine, other: sa.Engine) -> bool:
     """Whether two engines are of the same database."""
     if one.pool is other.pool:
         return True
@@ -341,12 +352,16 @@ def _note_commit(session: Session) -> None:
             job.committed = True
 
 
+def _note_rollback(session: Session) -> None:
+    session.info[_ROLLED_BACK] = True
+
+
 def _drop_rolled_back(session: Session, rolled_back: SessionTransaction) -> None:
     kept = []
     for entry in session.info.pop(_JOINED, []):
         transaction, job, _ = entry
         if _is_within(transaction, rolled_back):
-            _logger.debug("Job %s was lost with its transaction: %s", job.id, job.name)
+            _log_loss(job)
         else:
             kept.append(entry)
     session.info[_JOINED] = kept
@@ -361,8 +376,21 @@ def _is_within(inner: SessionTransaction | None, outer: SessionTransaction) -> b
 def _finish_joined(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None:
         return
+    was_rolled_back = session.info.pop(_ROLLED_BACK, False)
     for _, job, on_commit in session.info.pop(_JOINED, []):
         if job.committed:
             on_commit(job)
+        elif was_rolled_back:
+            _log_loss(job)
         else:
-            _logger.debug("Job %s was lost with its transaction: %s", job.id, job.name)
+            _logger.warning(
+                "Job lost | Job: %s | Class: %s | Its session was closed without a commit: call "
+                "db.session.commit() after the enqueue",
+                job.id,
+                job.name,
+            )
+
+
+def _log_loss(job: Job) -> None:
+    """Log, for who looks for a job, that its transaction was rolled back on purpose."""
+    _logger.debug("Job %s was lost with its transaction: %s", job.id, job.name)

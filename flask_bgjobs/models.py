@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from flask import current_app
 from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.schema import SchemaConst
@@ -25,7 +26,7 @@ from sqlalchemy.sql.elements import conv
 
 from . import serialize
 from .errors import JobNotCommitted, JobNotFound, WaitTimeout
-from .states import JobStatus
+from .states import FINAL, JobStatus
 
 BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 """SQLite numbers rows by itself only in a column that is exactly INTEGER."""
@@ -107,7 +108,7 @@ class Job(Base):
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    """Never used again, not even after the job was deleted."""
+    """Never used again once the job is committed, not even after it was deleted."""
     target: Mapped[str] = mapped_column(sa.String(255))
     """Dotted name of the class or function."""
     method: Mapped[str | None] = mapped_column(sa.String(255))
@@ -194,20 +195,44 @@ class Job(Base):
         """The tags it was enqueued with."""
         return [] if self.tags_json is None else json.loads(self.tags_json)
 
-    @property
+    @hybrid_property
     def is_finished(self) -> bool:
         """``True`` when it completed, failed or was cancelled."""
         return JobStatus(self.status).is_final
 
-    @property
+    @is_finished.inplace.expression
+    @classmethod
+    def _is_finished_in_sql(cls) -> sa.ColumnElement[bool]:
+        return cls.status.in_(status.value for status in FINAL)
+
+    @hybrid_property
     def is_cancelling(self) -> bool:
         """``True`` when a cancel waits for its running code to stop."""
         return self.status == JobStatus.RUNNING and self.cancel_requested_at is not None
 
-    @property
+    @is_cancelling.inplace.expression
+    @classmethod
+    def _is_cancelling_in_sql(cls) -> sa.ColumnElement[bool]:
+        return sa.and_(has_status(JobStatus.RUNNING), cls.cancel_requested_at.is_not(None))
+
+    @hybrid_property
     def name(self) -> str:
         """Target and method as one dotted name, for people."""
         return self.target if self.method is None else f"{self.target}.{self.method}"
+
+    @name.inplace.expression
+    @classmethod
+    def _name_in_sql(cls) -> sa.ColumnElement[str]:
+        return sa.func.coalesce(cls.target + "." + cls.method, cls.target)
+
+    @classmethod
+    def get(cls, job_id: int) -> Job | None:
+        """The job with that id, read outside your session; ``None``: there is none.
+
+        Needs an application context.
+        """
+        found: Job | None = current_app.extensions["bgjobs"].store.get(job_id)
+        return found
 
     def refresh(self) -> Job:
         """Read the job anew from the database, outside your session, and return it.
@@ -223,7 +248,7 @@ class Job(Base):
                 "enqueue with session=None"
             )
         # Looked up rather than imported: the store stands above the tables.
-        fresh = current_app.extensions["bgjobs"].store.get(self.id)
+        fresh = self.get(self.id)
         if fresh is None:
             raise JobNotFound(f"job {self.id} does not exist (any more)")
         for column in sa.inspect(Job).column_attrs:

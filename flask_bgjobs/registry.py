@@ -186,10 +186,12 @@ class Registry:
         if method is None:
             return
         if not isinstance(method, str) or not _is_public(method):
-            raise JobNotAllowed(
-                f"{shown(method)} is not the name of a public method; jobs are run by methods "
-                "whose name does not start with an underscore"
+            hint = (
+                f"; did you mean parameters={shown(method)}?"
+                if isinstance(method, list | tuple | dict)
+                else "; jobs are run by methods whose name does not start with an underscore"
             )
+            raise JobNotAllowed(f"{shown(method)} is not the name of a public method{hint}")
         methods = self._allowed.get(str(name))
         if methods is not None and method not in methods:
             raise JobNotAllowed(

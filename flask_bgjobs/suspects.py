@@ -28,6 +28,7 @@ class Suspects:
 
     def __init__(self) -> None:
         self._waiting: collections.deque[JobSpec] = collections.deque()
+        self._claimed_at: dict[Key, float] = {}
         self._exclusive: Key | None = None
         """The one that runs with no other suspect beside it."""
         self._has_refused = False
@@ -46,17 +47,23 @@ class Suspects:
         """Whether suspects may be claimed: :meth:`add` would take any of them."""
         return self._exclusive is None and (self._is_empty or not self._has_refused)
 
-    def add(self, spec: JobSpec, *, is_exclusive: bool) -> bool:
+    def claimed_at(self, spec: JobSpec) -> float:
+        """When a suspect that waits was claimed, by ``time.monotonic()``."""
+        return self._claimed_at[spec.key]
+
+    def add(self, spec: JobSpec, *, is_exclusive: bool, claimed: float) -> bool:
         """Let a suspect wait for its turn. ``False``: it must be given back, because it would have
         to wait: for the exclusive one that is here or, if it is exclusive itself, for the others.
 
         :param is_exclusive: whether no other suspect may run beside it.
+        :param claimed: when it was claimed, by ``time.monotonic()``.
         """
         is_empty = self._is_empty
         self._has_refused = not is_empty and (self._has_refused or is_exclusive)
         if self._exclusive is not None or (is_exclusive and not is_empty):
             return False
         self._waiting.append(spec)
+        self._claimed_at[spec.key] = claimed
         if is_exclusive:
             self._exclusive = spec.key
         return True
@@ -85,6 +92,7 @@ class Suspects:
     def remove(self, spec: JobSpec) -> None:
         """Let a suspect wait no longer."""
         self._waiting.remove(spec)
+        del self._claimed_at[spec.key]
 
     def note_start(self, spec: JobSpec, *, has_own_process: bool) -> None:
         """Note that a suspect begins."""
@@ -103,6 +111,7 @@ class Suspects:
         """Those that wait; they will not be run here."""
         taken = list(self._waiting)
         self._waiting.clear()
+        self._claimed_at.clear()
         for spec in taken:
             self._forget_exclusive(spec.key)
         return taken

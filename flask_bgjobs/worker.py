@@ -585,7 +585,8 @@ class Worker:
         refused = [
             spec
             for spec in good
-            if spec.suspect and not self._suspects.add(spec, is_exclusive=spec.id in exclusive)
+            if spec.suspect
+            and not self._suspects.add(spec, is_exclusive=spec.id in exclusive, claimed=claimed)
         ]
         for spec in refused:
             self._outbox.put(spec, _given_back(spec))
@@ -620,6 +621,7 @@ class Worker:
         # committed, or it could be blamed for a crash although its code never ran.
         while spec := self._suspects.next(self._pools.can_begin, self._pools.has_own_process):
             started = self._store.mark_started(self._id, [spec])
+            claimed = self._suspects.claimed_at(spec)
             # Not before: where the database is away, it stays among those that wait.
             self._suspects.remove(spec)
             if spec.id in started.locked:
@@ -628,7 +630,7 @@ class Worker:
             elif spec.id in started.ours:
                 own = self._pools.has_own_process(spec)
                 self._suspects.note_start(spec, has_own_process=own)
-                self._pools.submit(spec, time.monotonic())
+                self._pools.submit(spec, claimed)
             else:
                 # Another worker took the lease: no outcome of it will come.
                 self._held.discard(spec.key)

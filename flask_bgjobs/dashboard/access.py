@@ -65,6 +65,8 @@ _READING = "bgjobs.reading"
 """Where the environment of a request holds what ends its reading."""
 _SAID = "bgjobs.said"
 """Where the environment of a request holds the errors that were logged for it."""
+_GUARDED = "bgjobs.guarded"
+"""Set in the environment of a request that our checks have seen."""
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
 """Sent by our script: the answer is the part of the page that changes."""
@@ -154,6 +156,11 @@ def visitor(reason: str | None = None) -> Actor:
     return Actor(_visitor_name(), "api" if is_api() else "dashboard", reason)
 
 
+def is_guarded() -> bool:
+    """Whether the request has come as far as to this module's own checks."""
+    return _GUARDED in request.environ
+
+
 def is_api() -> bool:
     """Whether the request is for the JSON API."""
     return _view().startswith("api_")
@@ -234,6 +241,7 @@ def _release(_error: BaseException | None = None) -> None:
 
 def _guard() -> ResponseReturnValue | None:
     view = _view()
+    request.environ[_GUARDED] = True
     if view in _OPEN:
         return None
     values: dict[str, Any] = request.view_args or {}

@@ -169,7 +169,10 @@ def api_act(job_id: int, verb: str) -> ResponseReturnValue:
     result = ACTS[verb](current_state(), [job_id], access.visitor())
     if job_id in result.skipped:
         return _refused(HTTPStatus.CONFLICT, f"job {job_id}: {result.skipped[job_id]}")
-    return json_response(id=job_id, requested=job_id in result.requested)
+    job = current_state().store.get(job_id)
+    return json_response(
+        id=job_id, requested=job_id in result.requested, status=None if job is None else job.status
+    )
 
 
 def api_errors() -> ResponseReturnValue:

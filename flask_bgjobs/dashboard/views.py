@@ -28,6 +28,7 @@ from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, ServiceUnavailable
 
 from ..app_state import AppState, current_state
+from ..errors import DatabaseUnusable
 from ..models import Job
 from ..safe_logging import logger as _logger
 from ..store import MAKE_TABLES, QueryTimeout, database_sentence, is_missing_table
@@ -60,6 +61,7 @@ def register(blueprint: Blueprint) -> None:
     blueprint.register_error_handler(QueryTimeout, _show_timeout)
     for refusal in (InterfaceError, NoConnectionFree, OperationalError, ProgrammingError):
         blueprint.register_error_handler(refusal, _show_refusal)
+    blueprint.register_error_handler(DatabaseUnusable, _show_unusable)
 
 
 def overview() -> ResponseReturnValue:
@@ -265,6 +267,10 @@ def _dispatched_again() -> Job | None:
 def _show_error(error: HTTPException) -> ResponseReturnValue:
     if access.is_api():
         return api.answer_error(error)
+    if not access.is_guarded():
+        # A function of the host's that runs before each request has refused: it knows why, and our
+        # page would ask its authorizer about a visitor that it does not know yet.
+        return error
     is_closed = error.code == HTTPStatus.FORBIDDEN and current_state().find_authorizer() is None
     if access.wants_fragment():
         return Response(str(error.description), error.code, mimetype="text/plain")
@@ -301,6 +307,11 @@ def _show_refusal(error: SQLAlchemyError) -> ResponseReturnValue:
     except SQLAlchemyError:
         # The page asks the host who the visitor is, and the host asks the database.
         return _plain(what, HTTPStatus(answer.code or HTTPStatus.SERVICE_UNAVAILABLE))
+
+
+def _show_unusable(error: DatabaseUnusable) -> ResponseReturnValue:
+    _logger.warning("Database not usable | Path: %s | Error: %s", request.path, error)
+    return _show_error(ServiceUnavailable(f"{sentence(str(error))}."))
 
 
 def _too_long(error: QueryTimeout) -> str:

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
 from .. import forks
+from ..errors import DatabaseUnusable
 from ..models import Attempt, Job, Queue, Rollup, Worker, by_index
 from ..threading_patches import Lock
 from .watchdog import Watchdog
@@ -51,6 +52,9 @@ class Host(Protocol):
 
     def outer_connection(self) -> sa.Connection | None:
         """The connection to which its sessions are bound, if they are bound to one."""
+
+    def holds_write_lock(self) -> bool:
+        """Whether its session of this context keeps other connections from writing."""
 
 
 class CommitInDoubt(OperationalError):
@@ -367,7 +371,9 @@ class Database(abc.ABC):
         a passing reason, for up to 30 s, and once when the connection dies before the commit.
 
         :raises CommitInDoubt: when the connection dies in the commit.
+        :raises DatabaseUnusable: when it would wait for the host's own session.
         """
+        self._refuse_to_wait_for_the_host()
 
         def attempt() -> T:
             with self._connected() as connection:
@@ -382,6 +388,15 @@ class Database(abc.ABC):
                 return result
 
         return self.redo(attempt)
+
+    def _refuse_to_wait_for_the_host(self) -> None:
+        if not self.has_one_writer or self._is_workers or self._shares_a_connection:
+            return
+        if self._host.holds_write_lock():
+            raise DatabaseUnusable(
+                "this would wait for your own uncommitted changes, because SQLite has one writer "
+                "at a time: commit db.session first"
+            )
 
     def redo(self, attempt: Callable[[], T]) -> T:
         """What ``attempt`` returns; called again while the database is busy, for up to 30 s."""
@@ -465,9 +480,11 @@ class Database(abc.ABC):
         That is a transaction by itself. It is redone where the database turned it away.
 
         :raises CommitInDoubt: when the connection dies.
+        :raises DatabaseUnusable: when it would wait for the host's own session.
         """
         if self._shares_a_connection:
             return self.transaction(work)
+        self._refuse_to_wait_for_the_host()
 
         def attempt() -> T:
             with self._connected(**{ALONE: True}) as connection:

@@ -14,7 +14,7 @@ import flask_login
 import pytest
 from flask_wtf import CSRFProtect
 
-from flask_bgjobs import BgJobs, ConfigError
+from flask_bgjobs import BgJobs, ConfigError, Job
 from flask_bgjobs.dashboard.access import CONTENT_SECURITY_POLICY
 from tests.integration.test_dashboard_support import (
     PREFIX,
@@ -110,6 +110,31 @@ def test_an_authorizer_that_refuses_closes_everything(make_host: MakeHost) -> No
     host = make_host(authorizer=lambda action, job: None)
     assert set(sweep(host, host.add()).values()) == {403}
     assert "authorize_dashboard" not in host.get("/", 403)
+
+
+def test_a_gate_of_the_host_answers_by_itself(
+    make_host: MakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What runs before each request may refuse; the authorizer is not asked about a visitor that
+    the host does not know yet."""
+    asked: list[str] = []
+
+    def allow(action: str, job: Job | None) -> bool:
+        asked.append(action)
+        return bool(flask.g.user.is_admin)
+
+    host = make_host(authorizer=allow)
+    gate = host.app.before_request(lambda: flask.abort(401, "Who are you?"))
+    assert gate is not None
+    for path in ("/", "/list", "/job/1"):
+        page = host.get(path, 401)
+        assert "Who are you?" in page
+        assert "Background jobs" not in page
+    assert host.client.get(f"{PREFIX}/api/v1/stats").json == {
+        "error": {"status": 401, "message": "Who are you?"}
+    }
+    assert asked == []
+    assert "raised" not in caplog.text
 
 
 class _Answer:

@@ -181,7 +181,11 @@ def test_secrets_are_masked(host: Host) -> None:
 def test_jobs_are_changed(host: Host) -> None:
     """Verbs do what buttons do; what cannot be done is a conflict."""
     job_id = host.add()
-    assert post(host, f"/jobs/{job_id}/cancel") == {"id": job_id, "requested": False}
+    assert post(host, f"/jobs/{job_id}/cancel") == {
+        "id": job_id,
+        "requested": False,
+        "status": "cancelled",
+    }
     assert host.job(job_id).status == "cancelled"
     assert (
         "already cancelled" in post(host, f"/jobs/{job_id}/cancel", None, 409)["error"]["message"]

@@ -365,6 +365,18 @@ class TestDecorator:
             session.rollback()
         assert count_jobs(current_app) == 0
 
+    def test_an_option_among_the_parameters_is_explained(self, shop: BgJobs) -> None:
+        """Where other queues take options, ours take parameters."""
+
+        @shop.job(name="shop.work")
+        def work(number: int) -> None: ...
+
+        for call in (lambda: work.enqueue(1, delay=5), lambda: work.enqueue(number=1, delay=5)):  # type: ignore[call-arg]  # the mistake
+            with pytest.raises(InvalidJob, match=r"delay is an option of the job: using\(delay=…"):
+                call()
+        with pytest.raises(JobNotAllowed, match=r"did you mean parameters=\[1\]\?"):
+            run_background_job("shop.work", [1])  # type: ignore[arg-type]  # the mistake
+
     @pytest.mark.parametrize("thing", [print, "shop.work", None], ids=repr)
     def test_enqueue_many_of_anything_else_is_refused(self, shop: BgJobs, thing: Any) -> None:
         """It says what it needs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,12 +18,15 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from flask_bgjobs import (
     BgJobs,
+    DatabaseUnusable,
     InvalidJob,
+    Job,
     JobNotCommitted,
     job_enqueued,
     joining,
     run_background_job,
 )
+from flask_bgjobs.actions import delete, pause, retry
 from flask_bgjobs.app_state import AppState, state_of
 from tests import jobs
 from tests.conftest import count_jobs, stored, wait_until
@@ -303,13 +307,63 @@ def test_a_released_savepoint_is_lost_with_its_transaction(shop: Shop, end: str)
 
 
 def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
-    """Closing a session without a commit loses the job, and says so at DEBUG."""
-    caplog.set_level(logging.DEBUG, "flask_bgjobs")
+    """Closing a session without a commit loses the job, and warns: a commit was forgotten."""
     shop.session.add(shop.purchase(name="a"))
-    shop.enqueue()
+    job = shop.enqueue()
     shop.session.remove()
     assert count_jobs(shop.app) == 0
-    assert "was lost with its transaction" in caplog.text
+    assert f"Job lost | Job: {job.id} | Class: tests.jobs.echo | " in caplog.text
+
+
+@pytest.mark.on("sqlite")
+def test_changes_do_not_wait_for_ones_own_writes(shop: Shop) -> None:
+    """On SQLite a session that has written keeps all others from writing: to wait for it would
+    last until the timeout of the database, and then fail."""
+    job = shop.enqueue()
+    shop.session.commit()
+    shop.session.add(shop.purchase(name="a"))
+    shop.session.flush()
+    for change in (
+        job.cancel,
+        lambda: retry(state_of(shop.app), [job.id]),
+        lambda: delete(state_of(shop.app), [job.id]),
+        lambda: pause(state_of(shop.app), "default"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnusable, match=r"commit db\.session first"):
+            change()
+        assert time.monotonic() - began < 4
+    assert Job.get(job.id) is not None
+    shop.session.commit()
+    assert job.cancel().status == "cancelled"
+
+
+def test_a_job_is_read_by_its_id(shop: Shop) -> None:
+    """Outside the session, so that it is as it is now."""
+    job = shop.enqueue()
+    shop.session.commit()
+    found = Job.get(job.id)
+    assert found is not None
+    assert (found.id, found.target, found.committed) == (job.id, "tests.jobs.echo", True)
+    assert Job.get(job.id + 1) is None
+
+
+def test_jobs_are_found_by_what_their_attributes_say(shop: Shop) -> None:
+    """``name``, ``is_finished`` and ``is_cancelling`` may stand in queries."""
+    job = shop.enqueue()
+    other = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"])
+    shop.session.commit()
+
+    def ids(condition: Any) -> list[int]:
+        return list(shop.session.scalars(sa.select(Job.id).where(condition)))
+
+    assert ids(Job.name == "tests.jobs.echo") == [job.id]
+    assert ids(Job.name == "tests.jobs.SampleJob.execute") == [other.id]
+    assert ids(Job.is_finished) == []
+    shop.session.rollback()
+    job.cancel()
+    assert ids(Job.is_finished) == [job.id]
+    assert ids(Job.is_cancelling) == []
 
 
 def test_joining_flushes(shop: Shop) -> None:
@@ -748,7 +802,8 @@ def test_two_binds_of_one_url_may_differ_in_other_ways(empty_database_url: str) 
         "url": empty_database_url,
         "connect_args": {"options": "-c statement_timeout=60000"},
     }
-    shop = Shop(empty_database_url, SQLALCHEMY_BINDS={"jobs": bind}, BGJOBS_BIND_KEY="jobs")
+    with pytest.warns(UserWarning, match="would drop the tables"):
+        shop = Shop(empty_database_url, SQLALCHEMY_BINDS={"jobs": bind}, BGJOBS_BIND_KEY="jobs")
     with shop.app.app_context():
         shop.session.add(shop.purchase(name="a"))
         job = shop.enqueue()

@@ -675,6 +675,22 @@ class TestLease:
         assert events == ["start", "end"] * 3
         assert not any(job.suspect for job in jobs)
 
+    def test_the_times_of_suspects_are_those_of_their_code(
+        self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also of one that has waited for its turn after its claim."""
+        monkeypatch.setattr("flask_bgjobs.suspects._PROVING_SECONDS", 1.0)
+        jobs = [enqueue("hold", os.devnull, 0.5) for _ in range(2)]
+        state.store.transaction(lambda c: c.execute(sa.update(Job).values(suspect=True)))
+        with working(app, concurrency=2):
+            for job in jobs:
+                job.wait(30)
+        first, second = jobs
+        assert first.claimed_at == second.claimed_at
+        assert first.finished_at is not None
+        assert second.started_at is not None
+        assert second.started_at >= first.finished_at
+
     def test_suspects_lost_among_others_run_on_all_workers(
         self, app: Flask, state: AppState, tmp_path: Path
     ) -> None:

@@ -596,7 +596,6 @@ async def async_generator() -> Any:
         (generator, r"generator is a generator, and nobody would run it"),
         (async_generator, r"async_generator is a generator"),
     ],
-    ids=lambda value: repr(value)[:30],
 )
 def test_what_cannot_be_a_job_is_refused(thing: Any, said: str) -> None:
     """When it is decorated, with and without a name, and says what to write."""

@@ -28,7 +28,7 @@ def waiting(number: int) -> tuple[Suspects, list[JobSpec]]:
     specs = [make_spec(id=job_id, suspect=True) for job_id in range(number)]
     found = Suspects()
     for spec in specs:
-        assert found.add(spec, is_exclusive=False)
+        assert found.add(spec, is_exclusive=False, claimed=0.0)
     return found, specs
 
 
@@ -75,17 +75,17 @@ def test_an_exclusive_one_has_no_other_beside_it(clock: Clock, in_processes: boo
     """While a suspect that was lost among several waits or runs, no other is taken."""
     found, _ = waiting(0)
     exclusive, other = (make_spec(id=job_id, suspect=True) for job_id in (1, 2))
-    assert found.add(exclusive, is_exclusive=True)
-    assert not found.add(other, is_exclusive=False)
+    assert found.add(exclusive, is_exclusive=True, claimed=0.0)
+    assert not found.add(other, is_exclusive=False, claimed=0.0)
     assert not found.may_claim
     assert start_all(found, in_processes=in_processes) == [1]
     clock.now += 60
-    assert not found.add(other, is_exclusive=False)
-    assert not found.add(other, is_exclusive=True)
+    assert not found.add(other, is_exclusive=False, claimed=0.0)
+    assert not found.add(other, is_exclusive=True, claimed=0.0)
     assert not found.may_claim
     assert found.note_end(exclusive.key)
     assert found.may_claim
-    assert found.add(other, is_exclusive=True)
+    assert found.add(other, is_exclusive=True, claimed=0.0)
 
 
 def test_an_exclusive_one_waits_for_no_other(clock: Clock) -> None:
@@ -93,9 +93,9 @@ def test_an_exclusive_one_waits_for_no_other(clock: Clock) -> None:
     one would be claimed and given back again and again."""
     found, _ = waiting(2)
     assert found.may_claim
-    assert not found.add(make_spec(id=7, suspect=True), is_exclusive=True)
+    assert not found.add(make_spec(id=7, suspect=True), is_exclusive=True, claimed=0.0)
     assert not found.may_claim
-    assert found.add(make_spec(id=8, suspect=True), is_exclusive=False)
+    assert found.add(make_spec(id=8, suspect=True), is_exclusive=False, claimed=0.0)
     assert not found.may_claim
     for job_id in (0, 1, 8):
         assert start_all(found) == [job_id]
@@ -116,7 +116,7 @@ def test_given_back(clock: Clock) -> None:
     """What waits can be taken back, and nothing of it is left."""
     found, _ = waiting(0)
     specs = [make_spec(id=1, suspect=True)]
-    assert found.add(specs[0], is_exclusive=True)
+    assert found.add(specs[0], is_exclusive=True, claimed=0.0)
     assert found.take_waiting() == specs
     assert found.may_claim
     assert len(found) == 0
