@@ -442,6 +442,11 @@ def has_status(status: JobStatus) -> sa.ColumnElement[bool]:
     return Job.status == sa.literal_column(f"'{status.value}'", sa.String)
 
 
+def last_event() -> sa.ColumnElement[dt.datetime]:
+    """When something last happened to a job: its end, else its newest claim, else its enqueue."""
+    return sa.func.coalesce(Job.finished_at, Job.claimed_at, Job.created_at)
+
+
 def detached_job(values: dict[str, Any]) -> Job:
     """A :class:`Job` as if it had been loaded from a row with these ``values``.
 

@@ -82,22 +82,28 @@ def _priority(text: str | None) -> int | str | None:
 @bgjobs_commands.command("list")
 @click.option("--status", type=click.Choice([s.value for s in JobStatus]), multiple=True)
 @click.option("--queue", multiple=True, help="Only this queue; may be repeated.")
+@click.option("--error", default="", help="Only with this exception class, as ValueError.")
 @click.option("--search", default="", help="Text in name, error, tags or key; or an id.")
 @click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True)
 @json_option
 @one_sentence
 def list_command(
-    status: Sequence[str], queue: Sequence[str], search: str, limit: int, as_json: bool
+    status: Sequence[str],
+    queue: Sequence[str],
+    error: str,
+    search: str,
+    limit: int,
+    as_json: bool,
 ) -> None:
     """List jobs, newest first."""
     from ..dashboard.queries import InvalidSearch, JobFilters, job_data, list_jobs
 
     import_jobs(current_state())
     try:
-        filters = JobFilters(statuses=tuple(status), queues=tuple(queue), q=search)
+        filters = JobFilters(statuses=tuple(status), queues=tuple(queue), error=error, q=search)
         rows = list_jobs(current_state(), filters, per=limit).jobs
-    except InvalidSearch as error:
-        raise click.BadParameter(one_line(str(error)), param_hint="--search") from None
+    except InvalidSearch as wrong:
+        raise click.BadParameter(one_line(str(wrong)), param_hint="--search") from None
     if as_json:
         print_json([job_data(row) for row in rows])
     else:

@@ -20,8 +20,8 @@ from .output import counted, progress_bar
 from .user import this_user
 
 _NEITHER_OR_BOTH = (
-    "name jobs by their ids, or select them with --status, --queue, --target, --since and "
-    "--until, and not both"
+    "name jobs by their ids, or select them with --status, --queue, --target, --error, --since "
+    "and --until, and not both"
 )
 
 
@@ -54,6 +54,7 @@ def chosen_jobs(verb: Verb) -> Callable[[Callable[..., None]], Callable[..., Non
         click.option("--status", "statuses", type=statuses, multiple=True, help="Repeatable."),
         click.option("--queue", "queues", multiple=True, help="Name of a queue; repeatable."),
         click.option("--target", help="A class or function, or a class with its method."),
+        click.option("--error", help="An exception class, as ValueError: of the last attempt."),
         click.option("--since", type=Moment(), help="From then on: 2h ago, or an ISO 8601 time."),
         click.option("--until", type=Moment(), help="Up to then: 2h ago, or an ISO 8601 time."),
         yes_option,
@@ -86,6 +87,7 @@ def _selection(
     statuses: Sequence[str],
     queues: Sequence[str],
     target: str | None,
+    error: str | None,
     since: dt.datetime | dt.timedelta | None,
     until: dt.datetime | dt.timedelta | None,
 ) -> Selection:
@@ -100,6 +102,7 @@ def _selection(
         since=None if since is None else moment(since),
         queues=tuple(queues),
         target=target,
+        error=error,
     )
 
 

@@ -61,6 +61,8 @@ _OPEN = frozenset({"static", "healthz"})
 
 QUERY_SECONDS = 2.0
 """For each query of a page: a visitor waits, and asks again."""
+_JUDGED = 20
+"""Jobs by which it is decided whether a visitor may see all."""
 _READING = "bgjobs.reading"
 """Where the environment of a request holds what ends its reading."""
 _SAID = "bgjobs.said"
@@ -146,6 +148,18 @@ def visible(job: Job) -> bool:
 def visible_filter() -> Callable[[Job], bool] | None:
     """The same, to be asked for each job of a list; ``None`` where everybody sees all."""
     return None if current_state().config.dashboard_public else visible
+
+
+def sees_all() -> bool:
+    """Whether the visitor may see the newest jobs, each of them; then numbers of all are shown."""
+    may_see = visible_filter()
+    return may_see is None or all(map(may_see, queries.newest_jobs(current_state(), _JUDGED)))
+
+
+def require_all_jobs() -> None:
+    """Refuse numbers of all jobs to who may see only some of them."""
+    if not sees_all():
+        abort(403, "These are numbers of all jobs, and you may see only some of them.")
 
 
 def visitor(reason: str | None = None) -> Actor:

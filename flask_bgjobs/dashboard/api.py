@@ -30,7 +30,7 @@ _OPENAPI = pathlib.Path(__file__).with_name("openapi.json")
 _QUERY = {
     "api_stats": ("period",),
     "api_jobs": (
-        *("status", "queue", "job", "tag", "owner", "since", "until", "q", "sort"),
+        *("status", "queue", "job", "tag", "owner", "error", "since", "until", "q", "sort"),
         *("after", "before", "per"),
     ),
     "api_errors": ("period",),
@@ -99,19 +99,32 @@ def api_stats() -> ResponseReturnValue:
     """Counts by status, who works, and what ended in a period."""
     state = current_state()
     service = queries.service_now(state)
+    if not access.sees_all():
+        return json_response(
+            **_stats(service),
+            **dict.fromkeys(("jobs", "capped", "ended", "wait_seconds", "run_seconds")),
+            period=asked.period().name,
+        )
     chart = queries.chart(state, service.now, asked.period())
     counts = queries.count_by_status(state)
     return json_response(
-        now=queries.time_text(service.now),
+        **_stats(service),
         jobs={status: min(count.number, count.limit) for status, count in counts.items()},
         capped=[status for status, count in counts.items() if count.number > count.limit],
-        workers={"alive": service.alive, "silent": service.silent},
-        unserved_queues=service.unserved,
         period=chart.period.name,
         ended=dict(chart.totals),
         wait_seconds={"p50": chart.wait_p50, "p95": chart.wait_p95},
         run_seconds={"p50": chart.run_p50, "p95": chart.run_p95},
     )
+
+
+def _stats(service: queries.Service) -> dict[str, Any]:
+    """What tells nothing of how many jobs there are."""
+    return {
+        "now": queries.time_text(service.now),
+        "workers": {"alive": service.alive, "silent": service.silent},
+        "unserved_queues": service.unserved,
+    }
 
 
 def api_jobs() -> ResponseReturnValue:
@@ -187,6 +200,7 @@ def api_errors() -> ResponseReturnValue:
 
 def api_queues() -> ResponseReturnValue:
     """What each queue holds, and who serves it."""
+    access.require_all_jobs()
     stats = queries.queue_stats(current_state(), most=queries.COUNTED_IN_QUEUES)
     return json_response(queues=[queries.plain(queue) for queue in stats])
 

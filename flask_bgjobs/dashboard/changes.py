@@ -118,7 +118,7 @@ def _plan(state: AppState, verb: str) -> Plan:
     except ValueError as error:
         abort(400, f"{sentence(str(error))}.")
     if not filters.is_exact:
-        abort(400, "All that match can be changed only where no words, tag or owner are asked for.")
+        abort(400, "All that match can be changed only where no words are searched for.")
     up_to = asked.number("up_to") or queries.highest_id(state)
     # What was asked is answered, whatever workers have done to these jobs meanwhile.
     count = asked.number("count") or queries.count_matching(state, filters, verb, up_to)
@@ -150,7 +150,9 @@ def _carry_out(state: AppState, plan: Plan) -> None:
 def _act_on_allowed(state: AppState, plan: Plan, ids: Sequence[int]) -> ActionResult:
     """Do it to those of the jobs that the visitor may change; the others do not exist for them."""
     jobs = queries.jobs_to_judge(state, ids)
-    visible = {number for number, job in jobs.items() if access.visible(job)}
+    # SQL knows what is stored, and nobody may find out by a change what is masked.
+    listed = {n: job for n, job in jobs.items() if queries.is_listed(state, job, plan.filters)}
+    visible = {number for number, job in listed.items() if access.visible(job)}
     allowed = [number for number in visible if access.is_allowed(plan.verb, jobs[number])]
     reason = None if plan.ids else asked.query_string(plan.filters) or "all jobs"
     result = ACTS[plan.verb](state, sorted(allowed), access.visitor(reason))

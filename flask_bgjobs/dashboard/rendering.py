@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ _DELIMITERS = {
     for end, side in (("begin", "start"), ("end", "end"))
 }
 """The attribute of an environment that holds the text of a token, by the token's type."""
+_TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Characters of a job's texts that would turn the direction of the page around them."""
 _PLAIN = jinja2.Environment()
 """What our templates are written for."""
 
@@ -51,7 +54,8 @@ def render(template: str, **values: Any) -> str:
     escapes = environment.autoescape
     if not (escapes(name) if callable(escapes) else escapes):
         environment = environment.overlay(autoescape=True)
-    return render_template(environment.get_template(name), **values)
+    page = render_template(environment.get_template(name), **values)
+    return _TURNS_TEXT.sub(lambda match: f"\\u{ord(match[0]):04x}", page)
 
 
 def json_response(**data: Any) -> Response:

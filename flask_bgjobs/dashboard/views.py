@@ -68,14 +68,17 @@ def overview() -> ResponseReturnValue:
     """What is broken, and how it goes: counts, warnings, queues, charts and recent failures."""
     state = current_state()
     service = queries.service_now(state)
-    queues = queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES)
+    counts = _counts(state)
+    queues = []
+    if counts is not None:
+        queues = queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES)
     return _live_page(
         "overview",
-        counts=queries.count_by_status(state),
+        counts=counts,
         service=service,
         queues=queries.urgent_first(queues, service),
         most_queues=_MOST_QUEUES,
-        chart=queries.chart(state, service.now, asked.period()),
+        chart=counts and queries.chart(state, service.now, asked.period()),
         failures=queries.recent_failures(state, visible=access.visible_filter()),
     )
 
@@ -107,7 +110,8 @@ def list_jobs() -> ResponseReturnValue:
         raise BadRequest(f"{sentence(str(error))}.") from None
     response = _live_page(
         "list",
-        counts=queries.count_by_status(state),
+        # Numbers of all jobs above a part of them would be taken for those of the part.
+        counts=None if filters.is_narrowed else _counts(state),
         service=queries.service_now(state),
         filters=filters,
         page=page,
@@ -155,6 +159,7 @@ def list_errors() -> ResponseReturnValue:
 def list_queues() -> ResponseReturnValue:
     """What each queue holds and does."""
     state = current_state()
+    access.require_all_jobs()
     service = queries.service_now(state)
     return _live_page(
         "queues",
@@ -168,10 +173,12 @@ def list_workers() -> ResponseReturnValue:
     """Who works, and on what."""
     state = current_state()
     with_ended = "ended" in request.args
+    workers = queries.list_workers(state, ended=with_ended)
     return _live_page(
         "workers",
         service=queries.service_now(state),
-        workers=queries.list_workers(state, ended=with_ended),
+        workers=workers,
+        last=None if workers else queries.last_worker(state),
         with_ended=with_ended,
     )
 
@@ -214,6 +221,11 @@ def healthz() -> Response:
 def answer_health_check() -> Response | None:
     """The answer of :func:`healthz`, where it is asked for; runs before each request of the app."""
     return healthz() if request.endpoint == "bgjobs.healthz" else None
+
+
+def _counts(state: AppState) -> dict[str, queries.Count] | None:
+    """How many jobs have each status; ``None`` where the visitor may not see all of them."""
+    return queries.count_by_status(state) if access.sees_all() else None
 
 
 def _plain(text: str, status: HTTPStatus) -> Response:

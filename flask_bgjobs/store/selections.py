@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import sqlalchemy as sa
 
-from ..models import has_status
+from ..models import has_status, last_event
 from ..states import FINAL, JobStatus
 from .database import JOBS, Database
 
@@ -20,8 +20,8 @@ Conditions = list[sa.ColumnElement[bool]]
 class Selection:
     """Which jobs to act on; what is empty does not select.
 
-    Times are UTC without ``tzinfo``. They are about the end of a finished job, and about the
-    enqueue of any other.
+    Times are UTC without ``tzinfo``. They are about the end of a finished job, about the newest
+    attempt of one that was tried, and about the enqueue of any other.
     """
 
     statuses: tuple[JobStatus, ...]
@@ -32,6 +32,8 @@ class Selection:
     queues: tuple[str, ...] = ()
     target: str | None = None
     """Dotted name of a class or function, or of a class with its method."""
+    error: str | None = None
+    """Name of the last attempt's exception class."""
 
     def in_words(self) -> str:
         """What selects, as options of the command line."""
@@ -41,6 +43,8 @@ class Selection:
         ]
         if self.target is not None:
             chosen.append(f"--target {self.target}")
+        if self.error is not None:
+            chosen.append(f"--error {self.error}")
         if self.since is not None:
             chosen.append(f"--since {self.since:%Y-%m-%dT%H:%M:%S}")
         return " ".join([*chosen, f"--until {self.until:%Y-%m-%dT%H:%M:%S}"])
@@ -92,7 +96,7 @@ def _conditions(selection: Selection) -> list[Conditions]:
 
 
 def _wanted(selection: Selection, status: JobStatus) -> Conditions:
-    when = JOBS.c.finished_at if status in FINAL else JOBS.c.created_at
+    when = JOBS.c.finished_at if status in FINAL else last_event()
     wanted = [has_status(status), when <= selection.until]
     if selection.since is not None:
         wanted.append(when >= selection.since)
@@ -101,4 +105,6 @@ def _wanted(selection: Selection, status: JobStatus) -> Conditions:
     if selection.target is not None:
         full_name = JOBS.c.target + "." + JOBS.c.method
         wanted.append(sa.or_(JOBS.c.target == selection.target, full_name == selection.target))
+    if selection.error is not None:
+        wanted.append(JOBS.c.error_type == selection.error)
     return wanted

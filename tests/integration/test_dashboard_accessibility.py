@@ -175,4 +175,5 @@ def _without_times(tree: str) -> str:
     """The tree without what the clock writes."""
     tree = re.sub(r"\b(now|(in )?\d+ (ms|s|min|h|d)( ago)?)(?=[\s\"]|$)", "…", tree)
     tree = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "…", tree)
+    tree = re.sub(r"since=[\dT:-]+", "since=…", tree)
     return tree.rstrip() + "\n"

@@ -394,6 +394,59 @@ def test_many_jobs_are_changed_after_a_question(host: Host, open_page: Browsing)
     assert host.count() == 2
 
 
+def test_rows_stay_under_a_pointer_that_aims(host: Host, open_page: Browsing) -> None:
+    """While the pointer is on a row's button no refresh moves another row under it."""
+    host.add(2)
+    page = open_page("/list")
+    button = page.locator("#job-1 .bgj-actions button")
+    button.hover()
+    host.add()
+    page.wait_for_timeout(1_500)
+    assert page.locator("#job-3").count() == 0
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector("text=Job 1 cancelled.")
+    assert [host.job(number).status for number in (1, 2, 3)] == ["cancelled", "pending", "pending"]
+    page.mouse.move(1, 1)
+    host.add()
+    page.wait_for_selector("#job-4")
+
+
+@pytest.mark.parametrize("width", [1280, 320])
+def test_choosing_moves_nothing(host: Host, open_page: Browsing, width: int) -> None:
+    """The second click of somebody who chooses rows hits what the first one would have."""
+    host.add(3)
+    page = open_page("/list", viewport={"width": width, "height": 900})
+    watched = "#bgjobs-bulk button, #bgjobs-bulk label, #job-1, #job-2"
+    places = (
+        f"() => [...document.querySelectorAll('{watched}')]"
+        ".map((element) => element.getBoundingClientRect().toJSON())"
+    )
+    before = page.evaluate(places)
+    page.check('[aria-label="Choose job 3"]')
+    page.wait_for_selector("text=1 chosen")
+    assert page.evaluate(places) == before
+
+
+def test_times_of_filters_are_the_visitors(host: Host, open_page: Browsing) -> None:
+    """They are shown in the zone in which all other times are, and sent in UTC."""
+    host.add(created_at=dt.datetime(2026, 6, 1, 12, 30))
+    page = open_page("/list?since=2026-06-01T12:00:00", timezone_id="Asia/Tokyo")
+    page.click("#bgjobs-by-more summary")
+    assert page.input_value('[name="since"]') == "2026-06-01T21:00"
+    assert page.is_visible("text=From")
+    host.add(created_at=dt.datetime(2026, 6, 1, 12, 35))
+    page.wait_for_selector("#job-2")
+    assert page.locator("text=From (UTC)").count() == 0
+    assert page.input_value('[name="since"]') == "2026-06-01T21:00"
+    page.fill('[name="until"]', "2026-06-01T21:40")
+    page.click('button:has-text("Filter")')
+    page.wait_for_url("**until=**")
+    assert "since=2026-06-01T12%3A00%3A00" in page.url
+    assert "until=2026-06-01T12%3A40%3A00" in page.url
+    assert page.is_visible("#job-1")
+
+
 def test_this_page_is_chosen_at_once(host: Host, open_page: Browsing) -> None:
     """One box chooses all rows of the page, and frees them again."""
     host.add(4)

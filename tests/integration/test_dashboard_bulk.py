@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from flask_bgjobs.dashboard import changes
 from flask_bgjobs.models import AuditEntry, Job, Worker
-from tests.integration.test_dashboard_support import PREFIX, Host, MakeHost, now
+from tests.integration.test_dashboard_support import PREFIX, RECEIPT, Host, MakeHost, now
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
 
@@ -151,15 +151,60 @@ def test_the_number_that_was_asked_is_answered(host: Host) -> None:
     assert host.job(1).status == "pending"
 
 
-@pytest.mark.parametrize(
-    "field", ["sort=zzz", 'q="', "since=zzz", "status=zzz", "owner=x", "tag=x"]
-)
+@pytest.mark.parametrize("field", ["sort=zzz", 'q="', "since=zzz", "status=zzz"])
 def test_filters_that_cannot_be_meant(host: Host, field: str) -> None:
-    """A filter that makes no sense, or is of what is masked, changes nothing."""
+    """A filter that makes no sense changes nothing."""
     host.add(owner="x", tags_json='["x"]')
     name, _, value = field.partition("=")
     send(host, "/bulk/cancel", [("csrf_token", host.token()), ("all", 1), (name, value)], 400)
     assert host.job(1).status == "pending"
+
+
+@pytest.mark.parametrize(
+    ("field", "meant", "others"),
+    [
+        (
+            ("error", "ValueError"),
+            {"error_type": "ValueError"},
+            [{"error_type": "valueerror"}, {"error_type": "ValueErrors"}, {}],
+        ),
+        (("owner", "42"), {"owner": "42"}, [{"owner": "4"}, {"owner": "421"}, {}]),
+        (
+            ("tag", "eu"),
+            {"tags_json": '["vip", "eu"]'},
+            [{"tags_json": '["EU"]'}, {"tags_json": '["europe"]'}, {"tags_json": '["e\\"u"]'}, {}],
+        ),
+    ],
+    ids=["error", "owner", "tag"],
+)
+def test_all_of_one_kind_are_changed(
+    host: Host, field: tuple[str, str], meant: dict[str, Any], others: list[dict[str, Any]]
+) -> None:
+    """All jobs with one exception, owner or tag, and no other."""
+    for values in others:
+        host.add(status="failed", error="E: x", **values)
+    last = host.add(3, status="failed", error="E: x", **meant)
+    name, value = field
+    assert "All that match" in host.get(f"/list?status=failed&{name}={value}")
+    question = ask(host, "retry", ("all", 1), ("status", "failed"), field)
+    assert "Retry 3 jobs?" in question
+    assert "3 pending again." in answer(host, "retry", question)
+    statuses = [host.job(number).status for number in range(1, last + 1)]
+    assert statuses == ["failed"] * len(others) + ["pending"] * 3
+
+
+def test_what_is_masked_is_not_found_by_a_change(host: Host) -> None:
+    """An owner that is a secret of the job's parameters is not shown, so nobody can mean it."""
+    host.add(
+        status="failed",
+        target=RECEIPT,
+        method=None,
+        owner="hunter2",
+        parameters_json='{"order_id": 1, "password": "hunter2"}',
+    )
+    question = ask(host, "retry", ("all", 1), ("owner", "hunter2"))
+    answer(host, "retry", question)
+    assert host.job(1).status == "failed"
 
 
 def test_words_cannot_mean_all(host: Host) -> None:

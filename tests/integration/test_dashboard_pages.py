@@ -350,6 +350,127 @@ def test_no_page_needs_inline_style_or_foreign_files(host: Host) -> None:
         assert re.findall(r'(?:src|href)="(?:https?:)?//', page) == []
 
 
+def test_a_time_means_the_same_in_every_order(host: Host) -> None:
+    """The end of a job, else its newest attempt, else its enqueue."""
+    old, new = now(-7_200), now(-60)
+    ended = host.add(status="failed", created_at=old, finished_at=new)
+    tried = host.add(status="retrying", created_at=old, claimed_at=new, run_at=now(60))
+    waiting = host.add(status="retrying", created_at=new, run_at=now(60))
+    host.add(status="failed", created_at=old, finished_at=old)
+    host.add(status="retrying", created_at=old, claimed_at=old, run_at=now(60))
+    since = f"since={now(-600):%Y-%m-%dT%H:%M:%S}"
+    for sort, expected in (
+        ("-created", [waiting, tried, ended]),
+        ("created", [ended, tried, waiting]),
+        ("-finished", [ended]),
+        ("due", [tried, waiting]),
+    ):
+        assert listed_ids(host.get(f"/list?{since}&sort={sort}")) == expected, sort
+
+
+def test_errors_lead_to_their_jobs_of_the_period(host: Host) -> None:
+    """With the exception by its name, so that all of them can be retried at once."""
+    values = {"status": "failed", "error_type": "ValueError", "error": "ValueError: no"}
+    recent = host.add(**values)
+    host.add_attempt(recent, error_type="ValueError", error="ValueError: no")
+    old = host.add(**values, finished_at=now(-7_200), created_at=now(-7_200))
+    host.add_attempt(old, error_type="ValueError", finished_at=now(-7_200))
+    for period, expected in (("1h", [recent]), ("24h", [old, recent])):
+        page = host.get(f"/errors?period={period}")
+        (link,) = re.findall(r'href="/jobs(/list\?[^"]+)"', page)
+        assert "error=ValueError" in link
+        listed = host.get(link.replace("&amp;", "&"))
+        assert sorted(listed_ids(listed)) == sorted(expected)
+        assert "All that match" in listed
+
+
+def test_numbers_stand_for_what_is_listed(host: Host) -> None:
+    """Numbers of all jobs do not stand above a part of them."""
+    host.add(7, queue="mail")
+    assert '<span class="bgj-number">7</span>' in host.get("/list")
+    assert '<span class="bgj-number">7</span>' in host.get("/list?status=failed")
+    for part in ("queue=default", "q=x", "owner=42", "error=E"):
+        page = host.get(f"/list?{part}")
+        assert "bgj-number" not in page
+        assert f'href="/jobs/list?status=failed&amp;{part}"' in page or "status=failed" in page
+
+
+def test_numbers_of_all_jobs_are_for_who_may_see_all(make_host: MakeHost) -> None:
+    """A visitor with jobs of his own learns nothing of how many others there are."""
+    host = make_host(authorizer=lambda action, job: job is None or job.owner == "42")
+    host.add(3, owner="42", status="failed", error="E: x")
+    assert '<span class="bgj-number">3</span>' in host.get("/")
+    host.add(4, owner="7", status="failed", error="E: x")
+    for path in ("/", "/list", "/list?status=failed"):
+        page = host.get(path)
+        assert "bgj-number" not in page
+        assert "bgj-chart" not in page
+    assert sorted(listed_ids(host.get("/list"))) == [1, 2, 3]
+    assert "only some of them" in host.get("/queues", 403)
+    stats = host.client.get("/jobs/api/v1/stats").json
+    assert (stats["jobs"], stats["ended"]) == (None, None)
+    assert host.client.get("/jobs/api/v1/queues").status_code == 403
+
+
+def test_a_missing_worker_is_the_first_thing_told(host: Host) -> None:
+    """Also where nothing waits, and where the only worker is silent; with the one that was last."""
+    host.add(status="completed")
+    for path in ("/", "/list", "/workers"):
+        assert "<strong>No worker is alive.</strong>" in host.get(path)
+    host.add_worker("spring", status="dead", heartbeat_at=now(-300))
+    host.add_worker("autumn", status="stopped", heartbeat_at=now(-600), stopped_at=now(-600))
+    workers = host.get("/workers")
+    assert "The last one was <strong>spring</strong>" in workers
+    assert "It was found dead" in workers
+    host.add_worker("winter", heartbeat_at=now(-3_600))
+    workers = host.get("/workers")
+    assert "<strong>No worker is alive.</strong>" in workers
+    assert "is silent" in workers
+    host.add_worker("summer")
+    assert "<strong>No worker is alive.</strong>" not in host.get("/")
+
+
+def test_draining_is_asked_twice(host: Host) -> None:
+    """Its button stands in a menu, which opens first and says what it does."""
+    host.add_worker()
+    page = host.get("/workers")
+    menu = page.split('<details class="bgj-choice bgj-confirm"')[1].split("</details>")[0]
+    assert "finishes what it runs, and ends." in menu
+    assert page.count('name="worker"') == menu.count('name="worker"') == 1
+
+
+def test_busy_slots_are_the_reason(host: Host) -> None:
+    """A job that is due waits because all workers of its queue have as many jobs as they take."""
+    host.add_worker(concurrency=2)
+    host.add_worker("other", queues='["other"]', concurrency=9)
+    waiting = host.add()
+    host.add(status="running", worker_id=1)
+    assert "slots" not in host.get(f"/job/{waiting}")
+    host.add(status="running", worker_id=1)
+    assert "All 2 slots of the workers that serve the queue are busy." in host.get(
+        f"/job/{waiting}"
+    )
+    host.add_worker("third", concurrency=1)
+    assert "slots" not in host.get(f"/job/{waiting}")
+
+
+def test_a_draining_worker_serves_nothing_new(host: Host) -> None:
+    """So a queue that only it serves is told as one that nobody does."""
+    waiting = host.add()
+    host.add_worker(drain_requested_at=now())
+    assert "No live worker serves the queue default" in host.get(f"/job/{waiting}")
+
+
+def test_texts_do_not_turn_the_page(host: Host) -> None:
+    """Characters that turn the direction of a text are shown as escapes."""
+    turned = "moc.live\u202e"
+    job_id = host.add(owner=turned, status="failed", error=f"E: {turned}", tags_json='["\u2066x"]')
+    for path in ("/list", f"/job/{job_id}"):
+        page = host.get(path)
+        assert re.search("[\u202a-\u202e\u2066-\u2069]", page) is None
+        assert r"moc.live\u202e" in page
+
+
 @pytest.mark.parametrize("when", ["9999-12-31T23:59:59", "0001-01-01T00:00", "1970-01-01"])
 def test_times_at_the_ends_of_the_calendar(host: Host, when: str) -> None:
     """The first and the last time that there is are times like others."""

@@ -49,7 +49,9 @@ def _add(store: Store, number: int, seed: int = 3) -> None:
             if status in _ENDED
             else None,
             "owner": chance.choice([None, "anna", "bert"]),
-            "tags": chance.choice([None, '["a"]', '["a","b"]']),
+            "tags": chance.choice([None, '["a"]', '["a","b"]', '["A","bb"]']),
+            "error_type": chance.choice([None, "ValueError", "valueerror"]),
+            "claimed_at": chance.choice([None, moment + dt.timedelta(minutes=2)]),
         }
         rows.append({**row._mapping, **changes})
     store.transaction(lambda connection: connection.execute(sa.insert(Job.__table__), rows))
@@ -80,7 +82,6 @@ def _pages(state: AppState, filters: JobFilters, per: int) -> list[int]:
 
 def _expected(rows: list[Any], filters: JobFilters) -> list[int]:
     key = {"created": "id", "finished": "finished_at", "due": "run_at"}[filters.sort.lstrip("-")]
-    timed = "created_at" if key == "id" else key
     wanted = [
         row
         for row in rows
@@ -89,11 +90,17 @@ def _expected(rows: list[Any], filters: JobFilters) -> list[int]:
         and (not filters.queues or row.queue in filters.queues)
         and (not filters.owner or row.owner == filters.owner)
         and (not filters.tag or filters.tag in json.loads(row.tags or "[]"))
-        and (filters.since is None or getattr(row, timed) >= filters.since)
-        and (filters.until is None or getattr(row, timed) <= filters.until)
+        and (filters.error in ("", row.error_type))
+        and (filters.since is None or _last_event(row) >= filters.since)
+        and (filters.until is None or _last_event(row) <= filters.until)
     ]
     wanted.sort(key=lambda row: (getattr(row, key), row.id), reverse=filters.sort.startswith("-"))
     return [row.id for row in wanted]
+
+
+def _last_event(row: Any) -> dt.datetime:
+    when: dt.datetime = row.finished_at or row.claimed_at or row.created_at
+    return when
 
 
 @pytest.mark.parametrize("sort", ORDERS)
@@ -106,10 +113,21 @@ def _expected(rows: list[Any], filters: JobFilters) -> list[int]:
         {"queues": ("mail",)},
         {"statuses": ("retrying", "scheduled"), "queues": ("mail", "default")},
         {"owner": "anna", "tag": "b"},
+        {"error": "ValueError"},
         {"since": START + dt.timedelta(seconds=40), "until": START + dt.timedelta(hours=3)},
         {"until": START + dt.timedelta(seconds=130)},
     ],
-    ids=["all", "one status", "statuses", "queue", "both", "owner and tag", "since", "until"],
+    ids=[
+        "all",
+        "one status",
+        "statuses",
+        "queue",
+        "both",
+        "owner and tag",
+        "error",
+        "since",
+        "until",
+    ],
 )
 def test_every_filter_in_every_order(
     app: Flask, state: AppState, store: Store, sort: str, changes: dict[str, Any]

@@ -416,6 +416,27 @@ def test_selections_narrow(app: Flask, state: AppState, run: Any) -> None:
     assert run("delete", "--target", "a.B", "--yes") == "6 jobs deleted\n"
 
 
+def test_jobs_are_chosen_by_their_exception(state: AppState, run: Any) -> None:
+    """By the class of the last one, as it is spelled; to list and to change."""
+    ids = add(state, 2, status="failed", error_type="ValueError", error="ValueError: no")
+    add(state, 1, status="failed", error_type="valueerror", error="valueerror: no")
+    add(state, 1, status="failed", error_type="KeyError", error="KeyError: ValueError")
+    listed = json.loads(run("list", "--error", "ValueError", "--json"))
+    assert sorted(job["id"] for job in listed) == ids
+    assert run("retry", "--error", "ValueError", "--yes") == "2 jobs pending again\n"
+    assert with_status(state, "pending") == ids
+    assert run("retry", "--error", "OSError", "--yes") == "No jobs match\n"
+
+
+def test_times_are_of_the_newest_attempt(state: AppState, run: Any) -> None:
+    """Of a job that was tried and has not ended."""
+    (tried,), (untried,) = add(state, 1, age=DAY, status="retrying"), add(state, 1, age=DAY)
+    change(state, sa.update(Job).where(Job.id == tried).values(claimed_at=state.store.now))
+    assert run("cancel", "--since", "1h", "--yes") == "1 job cancelled\n"
+    assert with_status(state, "cancelled") == [tried]
+    assert with_status(state, "pending") == [untried]
+
+
 def test_times_are_of_the_end_or_of_the_enqueue(state: AppState, run: Any) -> None:
     """Finished jobs are chosen by their end, others by their enqueue, in UTC or as it says."""
     (finished,), (waiting,) = add(state, 1, status="failed"), add(state, 1)

@@ -12,7 +12,16 @@ from .data import detail_data, job_data, plain, time_text
 from .detail import JobDetail, is_possible_id, job_detail
 from .errors import ErrorGroup, Errors, errors_in
 from .filters import DEFAULT_ORDER, ORDERS, JobFilters
-from .listing import MAX_PER_PAGE, Page, count_new, jobs_to_judge, list_jobs, recent_failures
+from .listing import (
+    MAX_PER_PAGE,
+    Page,
+    count_new,
+    is_listed,
+    jobs_to_judge,
+    list_jobs,
+    newest_jobs,
+    recent_failures,
+)
 from .matching import count_matching, highest_id, matching_ids
 from .queues import COUNTED_IN_QUEUES, QueueStats, queue_stats, queues_of, urgent_first
 from .rows import JobRow
@@ -20,7 +29,7 @@ from .search import InvalidSearch
 from .service import HEALTH_SECONDS, Service, WorkerRow, service_now
 from .shown import is_readable
 from .stats import Count, Stats, count_by_status, stats_now
-from .workers import WorkerDetail, count_live_workers, list_workers
+from .workers import WorkerDetail, count_live_workers, last_worker, list_workers
 
 __all__ = [
     "COUNTED_IN_QUEUES",
@@ -57,15 +66,18 @@ __all__ = [
     "errors_in",
     "finished_by_queue",
     "highest_id",
+    "is_listed",
     "is_possible_id",
     "is_readable",
     "job_data",
     "job_detail",
     "jobs_to_judge",
+    "last_worker",
     "list_audit",
     "list_jobs",
     "list_workers",
     "matching_ids",
+    "newest_jobs",
     "plain",
     "queue_stats",
     "queues_of",

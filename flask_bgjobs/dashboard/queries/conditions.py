@@ -38,9 +38,11 @@ def sql_conditions(filters: JobFilters) -> Iterator[sa.ColumnElement[bool]]:
     if filters.job:
         yield sa.or_(_job.c.target == filters.job, _full_name == filters.job)
     if filters.tag:
-        yield _holds(_job.c.tags, filters.tag)
+        yield _position(_job.c.tags, json.dumps(filters.tag)) > 0
     if filters.owner:
         yield _job.c.owner == filters.owner
+    if filters.error:
+        yield _job.c.error_type == filters.error
     for term in filters.terms:
         yield _term_condition(term)
 
@@ -78,6 +80,23 @@ def _anywhere(value: str) -> Iterator[sa.ColumnElement[bool]]:
     yield from (_holds(column, value) for column in _JSON)
     if (job_id := as_id(value)) is not None:
         yield _job.c.id == job_id
+
+
+class _position(FunctionElement[int]):  # noqa: N801  # written as the function that it is
+    """Where a text stands in another one, letter for letter; 0 where it does not."""
+
+    inherit_cache = True
+    type = sa.Integer()
+
+
+@compiles(_position)
+def _instr(element: _position, compiler: Any, **kw: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(_position, "postgresql")
+def _strpos(element: _position, compiler: Any, **kw: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **kw)})"
 
 
 class _CaseFolded(FunctionElement[str]):
@@ -120,6 +139,8 @@ def is_shown_to_match(row: JobRow, filters: JobFilters) -> bool:
     if filters.tag and filters.tag not in row.tags:
         return False
     if filters.owner and filters.owner != row.owner:
+        return False
+    if filters.error and filters.error != row.error_type:
         return False
     return all(_term_matches(row, term) for term in filters.terms)
 

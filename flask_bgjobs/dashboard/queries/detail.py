@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -14,7 +15,7 @@ from ...states import WAITING, JobStatus
 from .attempts import AttemptRow, LogLine, Run, attempts_of, lines_of, runs_of
 from .audit import AuditRow, audit_of
 from .rows import JobRow, job_row
-from .service import Service, service_now
+from .service import Service, WorkerRow, service_now
 from .shown import Shown
 
 _MAX_AHEAD = 1_000
@@ -66,6 +67,11 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
             )
         ).one()
     service = service_now(state)
+    serving = [worker for worker in service.workers if worker.serves(job.queue)]
+    held = 0
+    if job.status == JobStatus.PENDING and serving:
+        with state.store.read() as connection:
+            held = connection.scalar(_count_held(serving)) or 0
     return JobDetail(
         row=job_row(job, shown),
         parameters=shown.parameters(indented=True) or "not readable",
@@ -76,12 +82,20 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
         runs=runs_of(job, worker_name, attempts, lines),
         changes=changes,
         worker_name=worker_name,
-        reasons=_reasons(job, service, worker_name, ahead),
+        reasons=_reasons(job, service, worker_name, ahead, held),
         now=service.now,
     )
 
 
-def _reasons(job: Job, service: Service, worker_name: str | None, ahead: int) -> list[str]:
+def _count_held(workers: Sequence[WorkerRow]) -> sa.Select[Any]:
+    """How many jobs workers hold."""
+    held = _job.c.worker_id.in_([worker.id for worker in workers])
+    return sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held)
+
+
+def _reasons(
+    job: Job, service: Service, worker_name: str | None, ahead: int, held: int
+) -> list[str]:
     if job.status == JobStatus.RUNNING:
         return list(_running_trouble(job, service, worker_name))
     if job.status not in WAITING:
@@ -93,7 +107,14 @@ def _reasons(job: Job, service: Service, worker_name: str | None, ahead: int) ->
         reasons.append("It is not due yet.")
     if job.queue in service.paused:
         reasons.append(f"The queue {job.queue} is paused.")
-    if not any(worker.serves(job.queue) for worker in service.workers):
+    serving = [worker for worker in service.workers if worker.serves(job.queue)]
+    places = sum(worker.concurrency for worker in serving)
+    if serving and held >= places:
+        slots = "The only slot" if places == 1 else f"All {places:,} slots"
+        workers, are = ("worker", "is") if places == 1 else ("workers", "are")
+        serve = "serves" if places == 1 else "serve"
+        reasons.append(f"{slots} of the {workers} that {serve} the queue {are} busy.")
+    if not serving:
         reasons.append(
             f"No live worker serves the queue {job.queue}. Start one with: flask bgjobs worker"
         )

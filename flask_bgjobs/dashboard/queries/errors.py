@@ -54,6 +54,8 @@ class Errors:
     period: Period
     now: dt.datetime
     """The database's clock."""
+    since: dt.datetime
+    """When the period began."""
     groups: list[ErrorGroup]
     """The most frequent first."""
     is_complete: bool
@@ -116,6 +118,7 @@ def errors_in(
     return Errors(
         period=period,
         now=now,
+        since=since,
         groups=[group for group in groups if group is not None],
         is_complete=number < READ_ATTEMPTS or oldest < since,
     )

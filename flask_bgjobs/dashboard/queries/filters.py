@@ -61,8 +61,11 @@ class JobFilters:
     """The dotted name of a class or function, or of a class with its method."""
     tag: str = ""
     owner: str = ""
+    error: str = ""
+    """Name of the last attempt's exception class."""
     since: dt.datetime | None = None
-    """Of the time that the list is sorted by, UTC without ``tzinfo``, as is the next."""
+    """Of the end of a finished job, of the newest attempt of one that was tried, and of the
+    enqueue of any other; UTC without ``tzinfo``, as is the next."""
     until: dt.datetime | None = None
     q: str = ""
     """See :mod:`.search`."""
@@ -99,16 +102,24 @@ class JobFilters:
         return tuple(status for status in chosen if status in self.order.statuses)
 
     @property
+    def is_narrowed(self) -> bool:
+        """Whether more is asked for than a status and an order."""
+        return self != JobFilters(statuses=self.statuses, sort=self.sort)
+
+    @property
     def is_exact(self) -> bool:
-        """Whether the database alone decides which jobs are meant: words, tags and owners are
-        looked at as they are shown."""
-        return not (self.q or self.tag or self.owner)
+        """Whether all jobs that match can be meant: which words match is only known of what is
+        shown."""
+        return not self.q
 
     @property
     def needs_reading(self) -> bool:
         """Whether rows must be looked at one by one, as no index knows what is asked for."""
         words = [term for term in self.terms if term.field != "id"]
-        return bool(self.queues or self.job or self.tag or self.owner or words)
+        # The index of the order by the end has the time that is asked for.
+        times = (self.since or self.until) and self.order.column is not _job.c.finished_at
+        named = self.queues or self.job or self.tag or self.owner or self.error
+        return bool(named or words or times)
 
 
 # Pages ask for the terms of one text several times.

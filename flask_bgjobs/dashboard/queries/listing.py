@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Job, by_index, detached_job, has_status
+from ...models import Job, by_index, detached_job, has_status, last_event
 from ...states import JobStatus
 from .conditions import as_id, is_shown_to_match, sql_conditions
 from .cursors import Cursor, decode_cursor
@@ -137,6 +137,19 @@ def jobs_to_judge(state: AppState, ids: Sequence[int]) -> dict[int, Job]:
     return {values["id"]: _listed_job(values) for values in found}
 
 
+def newest_jobs(state: AppState, number: int) -> list[Job]:
+    """The newest jobs, for the authorizer; as by :func:`jobs_to_judge`."""
+    newest = sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS).order_by(_job.c.id.desc()).limit(number)
+    with state.store.read() as connection:
+        return [_listed_job(values) for values in connection.execute(newest).mappings()]
+
+
+def is_listed(state: AppState, job: Job, filters: JobFilters) -> bool:
+    """Whether what is shown of a job, as :func:`jobs_to_judge` gives it, matches."""
+    shown = Shown.of(state, job.target, job.method, vars(job).get("parameters_json"))
+    return is_shown_to_match(job_row(job, shown), filters)
+
+
 class _Walk:
     """Reads a list from a cursor on, in one direction, in chunks that grow.
 
@@ -166,7 +179,7 @@ class _Walk:
     ) -> list[JobRow]:
         """The next ``limit`` jobs that match and are visible."""
         wanted = [*sql_conditions(self._filters), *self._times()]
-        end = self._end(cursor) if self._needs_reading else None
+        end = self._end(cursor) if self._filters.needs_reading else None
         named = [] if end is None or cursor is not None else self._named(wanted, end, visible)
         if end is not None:
             wanted.append(self._up_to(end))
@@ -286,39 +299,29 @@ class _Walk:
     def _times(self) -> list[sa.ColumnElement[bool]]:
         """What ``since`` and ``until`` ask for."""
         since, until = self._filters.since, self._filters.until
-        column = self._column if self._is_timed else _job.c.created_at
+        is_indexed = self._column is _job.c.finished_at
+        column = self._column if is_indexed else last_event()
         wanted = [column >= since] if since is not None else []
-        wanted += [column <= until] if until is not None else []
-        if wanted and not self._is_timed and self._state.store.seeks_ranges:
-            wanted += self._ids_between(since, until)
+        if until is not None:
+            wanted.append(column <= until)
+            if not self._is_timed and self._state.store.seeks_ranges:
+                wanted += self._created_by(until)
         return wanted
 
-    @property
-    def _needs_reading(self) -> bool:
-        """Whether rows must be looked at one by one, as no index knows what is asked for."""
-        times = self._filters.since, self._filters.until
-        by_time = any(times) and not self._is_timed and not self._state.store.seeks_ranges
-        return by_time or self._filters.needs_reading
-
-    def _ids_between(
-        self, since: dt.datetime | None, until: dt.datetime | None
-    ) -> list[sa.ColumnElement[bool]]:
-        """The ids of about these times: no index knows when a job was created."""
-        # Nothing was created in the first minute that a calendar has, or in the last one.
-        after = None if since is None or since < dt.datetime.min + _ID_LAG else since - _ID_LAG
-        before = None if until is None or until > dt.datetime.max - _ID_LAG else until + _ID_LAG
-        first = sa.null() if after is None else _last_id_before(after, "first")
-        last = sa.null() if before is None else _last_id_before(before, "last")
-        above, up_to = self._connection.execute(sa.select(first, last)).one()
-        wanted = [] if above is None else [_job.c.id > int(above)]
-        return wanted if up_to is None else [*wanted, _job.c.id <= int(up_to)]
+    def _created_by(self, until: dt.datetime) -> list[sa.ColumnElement[bool]]:
+        """The ids up to about this time: what was created later, has not happened before."""
+        # Nothing was created in the last minute that a calendar has.
+        if until > dt.datetime.max - _ID_LAG:
+            return []
+        last = _last_id_before(until + _ID_LAG)
+        return [_job.c.id <= int(self._connection.execute(sa.select(last)).scalar_one())]
 
 
 def _place(cursor: Cursor) -> tuple[Any, ...]:
     return cursor.when, cursor.id
 
 
-def _last_id_before(moment: dt.datetime, name: str) -> sa.ScalarSelect[int]:
+def _last_id_before(moment: dt.datetime) -> sa.ScalarSelect[int]:
     """An id up to which all jobs were created before ``moment``, and behind it none was.
 
     Found by halving the range of ids, within one statement.
@@ -326,9 +329,7 @@ def _last_id_before(moment: dt.datetime, name: str) -> sa.ScalarSelect[int]:
     newest = sa.select(sa.func.coalesce(sa.func.max(_job.c.id), 0)).scalar_subquery()
     # Cast, because psycopg2 writes a number without its type into the statement.
     zero = sa.cast(0, sa.BigInteger)
-    halves = sa.select(zero.label("low"), (newest + 1).label("high")).cte(
-        f"halves_{name}", recursive=True
-    )
+    halves = sa.select(zero.label("low"), (newest + 1).label("high")).cte("halves", recursive=True)
     low, high = halves.c.low, halves.c.high
     middle = (low + high) // 2
     created = (

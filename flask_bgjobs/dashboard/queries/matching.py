@@ -8,7 +8,7 @@ from typing import cast
 import sqlalchemy as sa
 
 from ...app_state import AppState
-from ...models import Job, has_status
+from ...models import Job, has_status, last_event
 from ...states import CAN_CHANGE, FINAL, JobStatus
 from ...store import Conditions
 from .conditions import sql_conditions
@@ -38,16 +38,16 @@ def matching_ids(
 def _each(state: AppState, filters: JobFilters, verb: str, up_to: int) -> list[Conditions]:
     """The conditions on the jobs of each status."""
     now = state.store.clock()
-    column = filters.order.column if filters.order.is_timed else _job.c.created_at
     common = [*sql_conditions(filters), _job.c.id <= up_to]
-    if filters.since is not None:
-        common.append(column >= filters.since)
-    if filters.until is not None:
-        common.append(column <= filters.until)
 
     def conditions(status: JobStatus) -> Conditions:
-        ended = [_job.c.finished_at <= now] if status in FINAL else []
-        return [has_status(status), *common, *ended]
+        column = _job.c.finished_at if status in FINAL else last_event()
+        times = [column <= now] if status in FINAL else []
+        if filters.since is not None:
+            times.append(column >= filters.since)
+        if filters.until is not None:
+            times.append(column <= filters.until)
+        return [has_status(status), *common, *times]
 
     listed = filters.ranges
     return [conditions(each) for each in CAN_CHANGE[verb] if listed is None or each in listed]

@@ -32,10 +32,15 @@ class WorkerRow:
     heartbeat_at: dt.datetime
     is_silent: bool
     """Not heard of for the lease: it is probably dead."""
+    is_draining: bool
+    """It takes no more jobs."""
+    concurrency: int
+    """Jobs at once."""
 
     def serves(self, queue: str) -> bool:
         """Whether it is alive and takes jobs of ``queue``."""
-        return not self.is_silent and (self.queues is None or queue in self.queues)
+        takes_jobs = not (self.is_silent or self.is_draining)
+        return takes_jobs and (self.queues is None or queue in self.queues)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +110,8 @@ def _worker_row(row: sa.Row[Any], now: dt.datetime, lease: float) -> WorkerRow:
         queues=None if row.queues is None else tuple(json.loads(row.queues)),
         heartbeat_at=row.heartbeat_at,
         is_silent=(now - row.heartbeat_at).total_seconds() > lease,
+        is_draining=row.drain_requested_at is not None,
+        concurrency=row.concurrency,
     )
 
 

@@ -64,6 +64,18 @@ def list_workers(state: AppState, *, ended: bool = False) -> list[WorkerDetail]:
     return sorted(workers, key=lambda worker: _ORDER.index(worker.status))
 
 
+def last_worker(state: AppState) -> WorkerDetail | None:
+    """The worker that was heard of last, whatever became of it."""
+    statement = (
+        sa.select(_worker, state.store.now.label("now"))
+        .order_by(_worker.c.heartbeat_at.desc(), _worker.c.id.desc())
+        .limit(1)
+    )
+    with state.store.read() as connection:
+        row = connection.execute(statement).one_or_none()
+    return None if row is None else _detail(row, 0, state.config.lease)
+
+
 def count_live_workers(state: AppState) -> int:
     """How many workers are heard of, by one statement, within 5 s."""
     heard_of_since = state.store.after(sa.literal(-state.config.lease))

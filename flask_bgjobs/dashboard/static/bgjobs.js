@@ -81,8 +81,22 @@
   let etag = null, failures = 0, timer = null;
   function isBusy(live) {
     const selection = getSelection();
-    return document.hidden || document.querySelector("dialog[open]") || chosen().length ||
+    return document.hidden || document.querySelector("dialog[open], .bgj-confirm[open]") ||
+      chosen().length || isAiming(live) ||
       (!selection.isCollapsed && live.contains(selection.anchorNode));
+  }
+  // Rows must not move under a pointer that is about to press a button or to check a box.
+  const STILL_MS = 1500;
+  let pointed = 0, isPressed = false;
+  function isAiming(live) {
+    return isPressed || live.matches(":has(tbody :is(button, input, summary):hover)") ||
+      (live.matches(":has(tbody tr:hover)") && performance.now() - pointed < STILL_MS);
+  }
+  document.addEventListener("pointermove", () => { pointed = performance.now(); });
+  document.addEventListener("pointerdown", () => { isPressed = true; });
+  for (const end of ["pointerup", "pointercancel"]) {
+    // A click follows, which has to find the button where it was.
+    document.addEventListener(end, () => setTimeout(() => { isPressed = false; }, 50));
   }
   async function refresh(live) {
     const headers = { "X-Bgjobs-Fragment": "1", ...(etag && { "If-None-Match": etag }) };
@@ -101,6 +115,7 @@
     const html = await response.text();
     if (isBusy(live)) return;
     morph(live, html);
+    showLocalTimes();
     etag = response.headers.get("ETag");
   }
   async function turn(live) {
@@ -184,6 +199,26 @@
     });
     dialog.showModal();
   }
+  // Times of a filter: shown in the visitor's zone, as all others are, and sent in UTC.
+  const LOCAL = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "medium" });
+  const local = (utc) => LOCAL.format(new Date(`${utc}Z`)).replace(" ", "T");
+  const shownLocally = new WeakSet();
+  function showLocalTimes() {
+    for (const input of document.querySelectorAll("[data-bgjobs-utc]")) {
+      if (input.value && !shownLocally.has(input)) input.value = local(input.value);
+      shownLocally.add(input);
+    }
+    for (const label of document.querySelectorAll("[data-bgjobs-zoned]")) {
+      label.textContent = label.dataset.bgjobsZoned;
+    }
+  }
+  document.addEventListener("formdata", (event) => {
+    for (const input of event.target.querySelectorAll("[data-bgjobs-utc]")) {
+      if (!input.value || !shownLocally.has(input)) continue;
+      event.formData.set(input.name, new Date(input.value).toISOString().slice(0, 19));
+    }
+  });
+
   document.addEventListener("submit", (event) => {
     if (!event.target.matches("[data-bgjobs-confirm]") || !event.submitter) return;
     event.preventDefault();
@@ -283,6 +318,7 @@
       keys.addEventListener("click", tellKeys);
     }
     age();
+    showLocalTimes();
     document.querySelector('[aria-invalid="true"]')?.focus();
     const live = document.querySelector("[data-bgjobs-live]");
     if (!live) return;
