@@ -15,6 +15,7 @@ from werkzeug.local import LocalProxy
 from . import serialize
 from .errors import JobCancelled
 from .redact import MASK
+from .safe_logging import logger as _logger
 from .spec import MAX_LINES, JobSpec, Report
 from .text import storable
 
@@ -38,6 +39,7 @@ class CurrentJob:
         self._dropped = 0
         self._progress: float | None = None
         self._note: str | None = None
+        self._warned_of_progress = False
         self._written_meta = spec.meta_json or _NO_META
         self._cancelled = False
         self._make_masker: Callable[[], Callable[[str], str]] | None = None
@@ -83,13 +85,18 @@ class CurrentJob:
     def progress(self, fraction: float, note: str | None = None) -> None:
         """Show how far the job is.
 
-        :param fraction: 0 to 1; values outside are cut to that.
+        :param fraction: 0 to 1; values outside are cut to that, with a warning in the log.
         :param note: a few words, such as ``"4 of 10"``.
         :raises ValueError: when ``fraction`` is no number.
         """
         fraction = float(fraction)
         if math.isnan(fraction):
             raise ValueError("progress must be a number from 0 to 1, not nan")
+        if not (0 <= fraction <= 1 or self._warned_of_progress):
+            self._warned_of_progress = True
+            _logger.warning(
+                "Progress is a fraction from 0 to 1 | Job: %s | Given: %g", self.id, fraction
+            )
         with self._lock:
             self._progress = min(max(fraction, 0.0), 1.0)
             if note is not None:

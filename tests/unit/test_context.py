@@ -249,3 +249,22 @@ def test_meta_that_raises_is_no_concern_of_the_worker(job: CurrentJob, in_meta: 
     assert job.take_report() is None
     with pytest.raises(NotSerializable):
         job.check_meta()
+
+
+def test_progress_that_is_no_fraction_is_told(
+    job: CurrentJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other queues count to 100: what would show as done at once is a warning, once."""
+    for step in (40, 50, 100):
+        job.progress(step)
+    (told,) = caplog.messages
+    assert told == "Progress is a fraction from 0 to 1 | Job: 42 | Given: 40"
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5, 1])
+def test_a_fraction_is_not(
+    job: CurrentJob, fraction: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ends of the range are part of it."""
+    job.progress(fraction)
+    assert caplog.messages == []
