@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,8 +89,9 @@ def log_failure(state: AppState, settled: Settled, error: BaseException | None =
         stage = "Unauthorized or invalid job class/method"
     raised = None
     if error is not None:
-        text = (outcome.traceback or "").removesuffix("\n")
-        raised = Raised(error, frames_of_job(error), printable_lines(text))
+        # Indented, as a line of a message must not look like one of the log.
+        text = textwrap.indent(printable_lines(outcome.traceback or ""), "  ", lambda _: True)
+        raised = Raised(error, frames_of_job(error), text.rstrip())
     _write(level, stage, fields, {"Queue": job.queue}, raised)
 
 

@@ -151,6 +151,16 @@ def test_the_traceback_in_the_log_is_masked(
     assert "hunter2" not in text
 
 
+def test_a_message_forges_no_line(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
+    """Each line of a traceback is indented, whatever the exception says."""
+    attempt(raising(ValueError("no\nERROR Job failed | forged\r\n\nINFO forged\u2028INFO forged")))
+    (record,) = failures(caplog)
+    line, *others = logging.Formatter("%(levelname)s %(message)s").format(record).splitlines()
+    assert line.startswith("WARNING Job failed and will retry | ")
+    assert others
+    assert all(other.startswith("  ") for other in others)
+
+
 def test_all_records_of_a_stage_have_one_message(
     attempt: Attempt, caplog: pytest.LogCaptureFixture
 ) -> None:
