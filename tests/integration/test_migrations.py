@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask import Flask
+from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, add_tables
@@ -220,6 +221,21 @@ def test_init_db_beside_alembic_says_what_to_do(empty_database_url: str) -> None
     assert "add_tables(metadata) in its env.py" in runner.invoke(args=["bgjobs", "init-db"]).output
     assert "Note:" not in runner.invoke(args=["bgjobs", "init-db"]).output
     engine.dispose()
+
+
+@pytest.mark.on("sqlite")
+def test_init_db_beside_flask_migrate_says_what_to_do(empty_database_url: str) -> None:
+    """A migration that makes the tables would fail afterwards."""
+    app = build_app(empty_database_url)
+    Migrate(app, app.extensions["sqlalchemy"])
+    runner = app.test_cli_runner()
+    first = runner.invoke(args=["bgjobs", "init-db"])
+    assert first.exit_code == 0
+    assert "Note: this app has Flask-Migrate" in first.output
+    assert "`flask db stamp`" in first.output
+    assert "Note:" not in runner.invoke(args=["bgjobs", "init-db"]).output
+    with app.app_context():
+        app.extensions["sqlalchemy"].engine.dispose()
 
 
 @pytest.mark.parametrize("same", [True, False])
