@@ -454,6 +454,17 @@ def test_busy_slots_are_the_reason(host: Host) -> None:
     assert "slots" not in host.get(f"/job/{waiting}")
 
 
+def test_busy_slots_are_the_reason_after_a_claim(host: Host) -> None:
+    """Workers claim jobs ahead, which then wait for a slot of that worker."""
+    host.add_worker("w1", concurrency=2)
+    claimed = host.add(status="running", worker_id=1)
+    assert "w1 has claimed it and starts it next." in host.get(f"/job/{claimed}")
+    host.add(count=2, status="running", worker_id=1, started_at=now())
+    assert "w1 has claimed it, and starts it as soon as one of its 2 slots is free." in host.get(
+        f"/job/{claimed}"
+    )
+
+
 def test_a_draining_worker_serves_nothing_new(host: Host) -> None:
     """So a queue that only it serves is told as one that nobody does."""
     waiting = host.add()

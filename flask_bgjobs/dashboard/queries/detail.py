@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -67,11 +67,8 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
             )
         ).one()
     service = service_now(state)
-    serving = [worker for worker in service.workers if worker.serves(job.queue)]
-    held = 0
-    if job.status == JobStatus.PENDING and serving:
-        with state.store.read() as connection:
-            held = connection.scalar(_count_held(serving)) or 0
+    with state.store.read() as connection:
+        held = connection.scalar(_count_held(job, service)) or 0
     return JobDetail(
         row=job_row(job, shown),
         parameters=shown.parameters(indented=True) or "not readable",
@@ -87,17 +84,28 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
     )
 
 
-def _count_held(workers: Sequence[WorkerRow]) -> sa.Select[Any]:
-    """How many jobs workers hold."""
-    held = _job.c.worker_id.in_([worker.id for worker in workers])
-    return sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held)
+def _runners(job: Job, service: Service) -> list[WorkerRow]:
+    """The workers that could begin a job now: those that serve its queue, or the one that has
+    claimed it."""
+    if job.status == JobStatus.PENDING:
+        return [worker for worker in service.workers if worker.serves(job.queue)]
+    if job.status == JobStatus.RUNNING and job.started_at is None:
+        return [worker for worker in service.workers if worker.id == job.worker_id]
+    return []
+
+
+def _count_held(job: Job, service: Service) -> sa.Select[Any]:
+    """How many other jobs the workers hold that could begin a job now."""
+    held = _job.c.worker_id.in_([worker.id for worker in _runners(job, service)])
+    others = _job.c.id != job.id
+    return sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held, others)
 
 
 def _reasons(
     job: Job, service: Service, worker_name: str | None, ahead: int, held: int
 ) -> list[str]:
     if job.status == JobStatus.RUNNING:
-        return list(_running_trouble(job, service, worker_name))
+        return list(_running_trouble(job, service, worker_name, held))
     if job.status not in WAITING:
         return []
     reasons = []
@@ -107,14 +115,14 @@ def _reasons(
         reasons.append("It is not due yet.")
     if job.queue in service.paused:
         reasons.append(f"The queue {job.queue} is paused.")
-    serving = [worker for worker in service.workers if worker.serves(job.queue)]
-    places = sum(worker.concurrency for worker in serving)
-    if serving and held >= places:
-        slots = "The only slot" if places == 1 else f"All {places:,} slots"
-        workers, are = ("worker", "is") if places == 1 else ("workers", "are")
-        serve = "serves" if places == 1 else "serve"
-        reasons.append(f"{slots} of the {workers} that {serve} the queue {are} busy.")
-    if not serving:
+    slots = sum(worker.concurrency for worker in _runners(job, service))
+    if slots and held >= slots:
+        reasons.append(
+            "The only slot of the worker that serves the queue is busy."
+            if slots == 1
+            else f"All {slots:,} slots of the workers that serve the queue are busy."
+        )
+    if not any(worker.serves(job.queue) for worker in service.workers):
         reasons.append(
             f"No live worker serves the queue {job.queue}. Start one with: flask bgjobs worker"
         )
@@ -149,7 +157,9 @@ def _count_ahead(job: Job) -> sa.ScalarSelect[int]:
     return sa.select(sa.func.count()).select_from(ahead).scalar_subquery()
 
 
-def _running_trouble(job: Job, service: Service, worker_name: str | None) -> Iterator[str]:
+def _running_trouble(
+    job: Job, service: Service, worker_name: str | None, held: int
+) -> Iterator[str]:
     holder = next((worker for worker in service.workers if worker.id == job.worker_id), None)
     if holder is not None and holder.is_silent:
         yield (
@@ -161,6 +171,9 @@ def _running_trouble(job: Job, service: Service, worker_name: str | None) -> Ite
             f"A worker died with it. The worker {worker_name or job.worker_id} runs such jobs one "
             "at a time, and starts this one in its turn."
         )
+    elif job.started_at is None and holder is not None and held >= holder.concurrency:
+        slot = "its slot" if holder.concurrency == 1 else f"one of its {holder.concurrency:,} slots"
+        yield f"The worker {holder.name} has claimed it, and starts it as soon as {slot} is free."
     elif job.started_at is None:
         yield f"The worker {worker_name or job.worker_id} has claimed it and starts it next."
 
