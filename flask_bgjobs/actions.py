@@ -101,7 +101,8 @@ def resume(state: AppState, queue: str, by: Actor | None = None) -> bool:
 
 def _check_exists(state: AppState, queue: str) -> None:
     config = state.config
-    known = state.store.queue_names() | {"default", *(config.queues or ()), *config.queue_pools}
+    named = {"default", *(config.queues or ()), *config.queue_pools, *state.registry.queues()}
+    known = state.store.queue_names() | named
     if queue not in known:
         close = difflib.get_close_matches(queue, sorted(known), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"

@@ -202,7 +202,10 @@ class _Key:
                 self.check(meant)
             except ValueError:
                 continue
-            return f". It is a text, as from an environment variable; write {meant!r}"
+            return (
+                f". It is a text, as from an environment variable: write {meant!r} in Python, or "
+                f"{json.dumps(meant)} where app.config.from_prefixed_env() reads it"
+            )
         return ""
 
 
@@ -227,7 +230,7 @@ def _warn_of_table(values: Mapping[str, Any]) -> None:
 
 def _warn_unknown(given: Mapping[str, Any]) -> None:
     for key in given:
-        if key in _KEYS:
+        if key in _KEYS or key.startswith(_OF_COMMANDS):
             continue
         words = {known.removeprefix(_PREFIX): known for known in _KEYS}
         close = difflib.get_close_matches(key.removeprefix(_PREFIX), words, n=1)
@@ -236,6 +239,11 @@ def _warn_unknown(given: Mapping[str, Any]) -> None:
 
 
 _PREFIX = "BGJOBS_"
+_OF_COMMANDS = tuple(
+    f"BGJOBS_{command}_"
+    for command in ("WORKER", "ENQUEUE", "LIST", "SHOW", "CANCEL", "DELETE", "HEALTH", "STATS")
+)
+"""Options of commands, which click reads from the environment, as ``from_prefixed_env`` does."""
 _ALIAS = "BGJOBS_ALLOWED_CLASSES"
 
 

@@ -133,8 +133,8 @@ def _attempt(
         text = serialize.dumps(result, name="result", max_bytes=state.config.max_payload)
         return {"kind": OutcomeKind.COMPLETED, "result_json": text}
     except JobTimeout as error:
-        timeout = f"JobTimeout: it ran longer than {spec.timeout} s"
-        return {**_of_exception(job, error), "error": timeout}
+        error.args = (f"it ran longer than {spec.timeout} s",)
+        return _of_exception(job, error)
     except BaseException as error:
         return _of_exception(job, error)
     finally:

@@ -244,8 +244,7 @@ class Job(Base):
         """
         if not self.committed:
             raise JobNotCommitted(
-                f"job {self.id} joined a transaction that has not committed: commit first, or "
-                "enqueue with session=None"
+                f"job {self.id} joined a transaction that has not committed: commit it first"
             )
         # Looked up rather than imported: the store stands above the tables.
         fresh = self.get(self.id)

@@ -177,6 +177,10 @@ class Registry:
         decorated = self._decorated.get(name)
         return NO_OPTIONS if decorated is None else decorated.options
 
+    def queues(self) -> set[str]:
+        """The queues that decorators name."""
+        return {each.options.queue for each in self._decorated.values() if each.options.queue}
+
     def check(self, name: object, method: object = None) -> None:
         """Refuse what the allow-list does not hold, without importing anything.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 
 from .registry import Target
@@ -10,19 +11,33 @@ from .registry import Target
 _MAX_CHAIN = 20
 """Exceptions of a chain that a traceback shows; formatting hundreds takes seconds."""
 _MAX_FRAMES = 50
-_CALLERS = frozenset(f"{__package__}.{module}" for module in ("execute", "window"))
+_OURS = frozenset(f"{__package__}.{module}" for module in ("execute", "window", "pools.child"))
 
 
 def frames_of_job(error: BaseException) -> TracebackType | None:
-    """The traceback from the first frame of the job's code: what calls it tells nothing."""
-    start = frame = error.__traceback__
+    """The traceback within the job's code: neither what calls it, nor what interrupts it from a
+    signal handler."""
+    frames = list(_frames(error.__traceback__))
+    while frames and _is_ours(frames[-1]):
+        frames.pop()
+    calls = [number for number, frame in enumerate(frames) if _is_ours(frame)]
+    # Made anew, as the exception keeps its own.
+    found: TracebackType | None = None
+    for frame in reversed(frames[calls[-1] + 1 :] if calls else frames):
+        found = TracebackType(found, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    return found
+
+
+def _frames(frame: TracebackType | None) -> Iterator[TracebackType]:
     while frame is not None:
-        if frame.tb_frame.f_globals.get("__name__") in _CALLERS:
-            start = frame.tb_next
+        yield frame
         frame = frame.tb_next
-    if start is not None and start.tb_frame.f_code is Target.call.__code__:
-        start = start.tb_next
-    return start
+
+
+def _is_ours(frame: TracebackType) -> bool:
+    if frame.tb_frame.f_code is Target.call.__code__:
+        return True
+    return frame.tb_frame.f_globals.get("__name__") in _OURS
 
 
 def formatted(error: BaseException) -> str:

@@ -98,10 +98,11 @@ class Window:
 
         try:
             return asyncio.run(main())
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if self.interruption is None:
                 raise
-            raise self.interruption from None
+            # With the place where the coroutine stood.
+            raise self.interruption().with_traceback(error.__traceback__) from None
         finally:
             coroutine.close()
 

@@ -65,6 +65,8 @@ _JUDGED = 20
 """Jobs by which it is decided whether a visitor may see all."""
 _READING = "bgjobs.reading"
 """Where the environment of a request holds what ends its reading."""
+_RAISED = "bgjobs.raised"
+"""Set in the environment of a request for which the authorizer has raised."""
 _SAID = "bgjobs.said"
 """Where the environment of a request holds the errors that were logged for it."""
 _GUARDED = "bgjobs.guarded"
@@ -108,7 +110,7 @@ def _is_allowed(action: str, job: Job | None) -> bool:
     elif action != AUDIT and state.config.read_only:
         return False
     authorizer = state.find_authorizer()
-    if authorizer is None:
+    if authorizer is None or _RAISED in request.environ:
         return False
     try:
         answer: object = authorizer(action, job)
@@ -116,6 +118,8 @@ def _is_allowed(action: str, job: Job | None) -> bool:
         raise
     except Exception:
         _logger.exception("The dashboard's authorizer raised for %r; access is refused", action)
+        # Once is enough: the page that says so would ask for each of its links.
+        request.environ[_RAISED] = True
         return False
     if not isinstance(answer, bool | None):
         hooks.discard(answer)

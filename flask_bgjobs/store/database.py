@@ -390,12 +390,12 @@ class Database(abc.ABC):
         return self.redo(attempt)
 
     def _refuse_to_wait_for_the_host(self) -> None:
-        if not self.has_one_writer or self._is_workers or self._shares_a_connection:
+        if not self.has_one_writer or self._is_workers or self.outer_connection is not None:
             return
         if self._host.holds_write_lock():
             raise DatabaseUnusable(
-                "this would wait for your own uncommitted changes, because SQLite has one writer "
-                "at a time: commit db.session first"
+                "this would wait for your own uncommitted changes, or commit them, because SQLite "
+                "has one writer at a time: commit db.session first"
             )
 
     def redo(self, attempt: Callable[[], T]) -> T:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from flask import Flask
 
+from flask_bgjobs.app_state import state_of
+from flask_bgjobs.dashboard.queries import job_detail
 from tests.acceptance.helpers import descendants, enqueue, lines
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
@@ -80,6 +82,22 @@ def test_each_failed_attempt_is_told_where_it_ran(
     said = worker.log.read_text()
     assert said.count("Traceback (most recent call last):") == 2
     assert said.count("raise ValueError(message)") == 2
+
+
+@pytest.mark.parametrize("pool", ["thread", "process"])
+@pytest.mark.parametrize("name", ["hold", "async_hold"])
+def test_a_timeout_tells_where_the_code_stood(
+    app: Flask, start_worker: Start, tmp_path: Path, pool: str, name: str
+) -> None:
+    """The last frame is the job's own, also of a coroutine and where a signal has stopped it."""
+    start_worker("-P", pool, "-c", "1", BGJOBS_APP="host")
+    job = enqueue(name, str(tmp_path / "journal"), retries=0, timeout=0.5)
+    assert job.wait(DEADLINE_SECONDS).error == "JobTimeout: it ran longer than 0.5 s"
+    (attempt,) = job_detail(state_of(app), job).attempts
+    assert attempt.traceback is not None
+    assert f"in {name}" in attempt.traceback
+    for own in ("window.py", "child.py", "execute.py"):
+        assert own not in attempt.traceback
 
 
 def test_a_dead_child_is_told_by_the_worker(

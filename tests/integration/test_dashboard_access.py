@@ -137,6 +137,23 @@ def test_a_gate_of_the_host_answers_by_itself(
     assert "raised" not in caplog.text
 
 
+def test_an_authorizer_that_raises_is_asked_once(
+    make_host: MakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not again for each link of the page that refuses."""
+    asked: list[str] = []
+
+    def fail(action: str, job: Job | None) -> bool:
+        asked.append(action)
+        raise KeyError("user")
+
+    host = make_host(authorizer=fail)
+    for number in (1, 2):
+        host.get("/", 403)
+        assert len(asked) == number
+    assert caplog.text.count("Traceback") == 2
+
+
 class _Answer:
     """An answer of a class of its own, which is true as most objects are."""
 

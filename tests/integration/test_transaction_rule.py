@@ -428,6 +428,22 @@ def test_in_memory_always_joins() -> None:
         assert count_jobs(shop.app) == 1
 
 
+def test_changes_in_memory_commit_nothing_of_the_hosts() -> None:
+    """As on a file, a cancel beside uncommitted writes is refused: all share one connection."""
+    shop = Shop("sqlite://")
+    with shop.app.app_context():
+        job = shop.enqueue()
+        shop.session.commit()
+        shop.session.add(shop.purchase(name="a"))
+        shop.session.flush()
+        with pytest.raises(DatabaseUnusable, match=r"commit db\.session first"):
+            job.cancel()
+        shop.session.rollback()
+        assert shop.session.query(shop.purchase).count() == 0
+        shop.session.rollback()
+        assert job.cancel().status == "cancelled"
+
+
 def test_writes_on_another_bind_do_not_count(tmp_path: Any) -> None:
     """There is no atomicity across binds: a write elsewhere does not make the job join."""
     shop = Shop(

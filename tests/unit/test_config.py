@@ -251,8 +251,13 @@ def test_bad_value(key: str, value: Any, allowed: str) -> None:
 )
 def test_texts_from_the_environment(key: str, text: str, meant: str) -> None:
     """The error says what to write instead."""
-    with pytest.raises(ConfigError, match=f"environment variable; write {meant}$"):
+    with pytest.raises(ConfigError, match=f"environment variable: write {meant} in Python, or"):
         read(**{key: text})
+
+
+def test_options_of_commands_are_no_unknown_keys() -> None:
+    """``FLASK_BGJOBS_WORKER_QUEUES`` is read by the command, and by ``from_prefixed_env``."""
+    assert read(BGJOBS_WORKER_QUEUES="mail", BGJOBS_ENQUEUE_QUEUE="mail").queues is None
 
 
 @pytest.mark.parametrize("text", ["maybe", "[" * 100_000, "1" * 5_000])
