@@ -21,6 +21,7 @@ from flask_bgjobs.dashboard.queries import queue_stats, service_now
 from flask_bgjobs.enqueue import enqueue
 from flask_bgjobs.models import Queue, Worker
 from flask_bgjobs.options import JobOptions
+from flask_bgjobs.registry import Decorated
 from flask_bgjobs.signals import job_cancelled
 from flask_bgjobs.testing import drain
 from flask_bgjobs.worker import register
@@ -483,3 +484,12 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
             advance(4)
         assert ("100%" in stream.getvalue()) is is_drawn
         assert bool(stream.getvalue()) is is_drawn
+
+
+def test_a_queue_of_a_decorator_can_be_paused_before_its_first_job(
+    state: AppState, run: Any
+) -> None:
+    """So that its jobs wait from the beginning."""
+    options = JobOptions(queue="reports")
+    state.registry._decorated["shop.report"] = Decorated(print, options)  # type: ignore[index]
+    assert run("pause", "reports") == "Queue reports paused\n"
