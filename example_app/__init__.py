@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flask import Flask, Response, render_template
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
-from . import admin, auth, cli, config, formats, shop
+from . import admin, auth, cli, config, formats, shop, short_log
 from .extensions import bgjobs, csrf, db, login_manager, migrate
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
@@ -30,6 +31,9 @@ def create_app(overrides: Mapping[str, Any] | None = None) -> Flask:
     app = Flask(__name__, instance_path=config.instance_path())
     app.config.from_mapping(config.from_environment(Path(app.instance_path)))
     app.config.from_mapping(overrides or {})
+
+    if os.environ.get("SHOP_SHORT_LOG") == "1":
+        short_log.turn_on()
 
     db.init_app(app)
     migrate.init_app(app, db, directory=str(MIGRATIONS))

@@ -13,6 +13,7 @@ variable                  meaning
 ``SHOP_SMTP_STARTTLS``    ``1`` to encrypt
 ``SHOP_SMTP_USER``        with ``SHOP_SMTP_PASSWORD``, where the server wants a login
 ``SHOP_MAIL_FROM``        ``shop@example.com`` by default
+``SHOP_SHORT_LOG``        ``1`` to log jobs without tracebacks, as the demo does
 ========================  ==============================================================
 """
 

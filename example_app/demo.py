@@ -72,15 +72,25 @@ class Child:
     """A process of the demo.
 
     :param end_signal: what asks it to end.
+    :param environment: variables beside those of this process.
     """
 
-    def __init__(self, name: str, arguments: list[str], end_signal: signal.Signals) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        end_signal: signal.Signals,
+        **environment: str,
+    ) -> None:
         self.name = name
         self._end_signal = end_signal
         # In a session of its own, a Ctrl-C in the terminal reaches the demo alone, which
         # then ends its children in order.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
 
     @property
@@ -155,7 +165,8 @@ def _web_server(port: int) -> Child:
 def _worker() -> Child:
     grace = ["--shutdown-timeout", str(WORKER_GRACE_SECONDS)]
     work = ["flask", "--app", "example_app", "bgjobs", "worker", *grace]
-    return Child("worker", work, signal.SIGTERM)
+    # Its sample jobs fail on purpose.
+    return Child("worker", work, signal.SIGTERM, SHOP_SHORT_LOG="1")
 
 
 def _wait_until_served(port: int, children: list[Child], stop: StopRequest) -> bool:

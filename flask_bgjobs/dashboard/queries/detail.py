@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 from collections.abc import Iterator
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -56,19 +55,18 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
     :param job: freshly read, as by ``state.store.get``.
     """
     shown = Shown.of(state, job.target, job.method, job.parameters_json)
+    service = service_now(state)
     with state.store.read() as connection:
         attempts = attempts_of(connection, job, shown)
         lines = lines_of(connection, job, shown)
         changes = audit_of(connection, job.id)
-        worker_name, ahead = connection.execute(
+        worker_name, ahead, held = connection.execute(
             sa.select(
                 sa.select(_worker.c.name).where(_worker.c.id == job.worker_id).scalar_subquery(),
                 _count_ahead(job) if job.status == JobStatus.PENDING else sa.literal(0),
+                _count_held(job, service),
             )
         ).one()
-    service = service_now(state)
-    with state.store.read() as connection:
-        held = connection.scalar(_count_held(job, service)) or 0
     return JobDetail(
         row=job_row(job, shown),
         parameters=shown.parameters(indented=True) or "not readable",
@@ -94,11 +92,14 @@ def _runners(job: Job, service: Service) -> list[WorkerRow]:
     return []
 
 
-def _count_held(job: Job, service: Service) -> sa.Select[Any]:
+def _count_held(job: Job, service: Service) -> sa.ColumnElement[int]:
     """How many other jobs the workers hold that could begin a job now."""
-    held = _job.c.worker_id.in_([worker.id for worker in _runners(job, service)])
-    others = _job.c.id != job.id
-    return sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held, others)
+    runners = [worker.id for worker in _runners(job, service)]
+    if not runners:
+        return sa.literal(0)
+    held = sa.and_(_job.c.worker_id.in_(runners), _job.c.id != job.id)
+    count = sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held)
+    return count.scalar_subquery()
 
 
 def _reasons(
