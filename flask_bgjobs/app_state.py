@@ -31,6 +31,11 @@ FailureHook = Callable[..., object]
 """Called with the job and the exception, and with ``final`` by name."""
 
 
+def call_now(call: Callable[[], None]) -> None:
+    """Make a call at once, in this thread."""
+    call()
+
+
 @dataclasses.dataclass(slots=True)
 class AppState:
     """The parts of flask-bgjobs that belong to one app."""
@@ -49,6 +54,8 @@ class AppState:
     """Who the visitor is, for the audit trail; ``None``: Flask-Login knows, or nobody."""
     failure_hooks: Sequence[FailureHook] = ()
     """Called with each failed attempt; the host may register more of them at any time."""
+    call_soon: Callable[[Callable[[], None]], object] = call_now
+    """Makes a call of the host's functions; a worker and its children do it in a thread."""
     enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
     """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
     commits_clean_sessions: bool = False

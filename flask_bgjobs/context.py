@@ -44,8 +44,9 @@ class CurrentJob:
         self._cancelled = False
         self._make_masker: Callable[[], Callable[[str], str]] | None = None
         self._masker: Callable[[str], str] | None = None
-        self.failure: BaseException | None = None
-        """What ended the attempt, until that is reported; for :mod:`.execute`."""
+        self.raised: tuple[BaseException, BaseException] | None = None
+        """What ended the attempt, and the same without secrets; for :mod:`.execute`."""
+        self._report: Callable[[], None] | None = None
         self.meta: dict[str, Any] = _readable_meta(self._written_meta)
         """A dict of yours, kept with the job over all its attempts."""
 
@@ -131,6 +132,17 @@ class CurrentJob:
         except Exception:
             # Rather nothing than a secret; an attempt must not fail for it.
             return MASK
+
+    def report_with(self, report: Callable[[], None]) -> None:
+        """Keep how the attempt's failure is reported; for :mod:`.execute`."""
+        self._report = report
+
+    def report_failure(self) -> None:
+        """Report the attempt's failure, if it has failed; for pools, after they have handed its
+        outcome over."""
+        report, self._report = self._report, None
+        if report is not None:
+            report()
 
     def after_fork_in_child(self) -> None:
         """Take a new lock: another thread of the parent may have held the old one."""

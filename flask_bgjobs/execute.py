@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import decimal
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from .errors import Fail, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
 from .leftovers import ThreadState
 from .registry import Target
 from .safe_logging import SafeLogger
-from .safe_logging import logger as _logger
 from .signals import job_started
 from .spec import JobSpec, Outcome
 from .states import OutcomeKind
@@ -39,6 +39,7 @@ def execute(
     :param job: what its code sees as ``current_job``.
     :param window: through which it may be stopped.
     :param claimed: when it was claimed, by ``time.monotonic()``.
+    :returns: to be handed over first; then :meth:`.CurrentJob.report_failure` is to be called.
     """
     with forks.CopiesEnd():
         # A copy of the context: what the job sets in it is gone when it ends.
@@ -48,25 +49,15 @@ def execute(
         except BaseException as error:
             # Such as an alarm of the job's after its code had ended, or no memory.
             outcome = _failure(job, spec, OutcomeKind.FAILED, error)
-        try:
-            return context_of_job.run(_reported, state, spec, job, window, outcome)
-        finally:
-            # Its frames refer to the job: this ends the cycle, and with it what they hold.
-            job.failure = None
-
-
-def _reported(
-    state: AppState, spec: JobSpec, job: CurrentJob, window: Window, outcome: Outcome
-) -> Outcome:
-    """The outcome to record, reported if it is a failure."""
-    # What a cancelled job raised is no failure, and one that is given back runs again.
-    if job.failure is None or job.cancelled or window.interruption is JobCancelled:
-        return outcome
-    try:
-        return failures.report(state, spec, outcome, job.failure)
-    except BaseException:
-        _logger.exception("The failure of job %s could not be reported", spec.id)
-        return outcome
+        raised, job.raised = job.raised, None
+        # What a cancelled job raised is no failure, and one that is given back runs again.
+        if raised is None or job.cancelled or window.interruption is JobCancelled:
+            return outcome
+        settled = failures.expected(state, spec, outcome)
+        if settled is None:
+            return outcome
+        job.report_with(functools.partial(failures.report, state, settled, *raised, context_of_job))
+        return settled.outcome
 
 
 def _execute(
@@ -186,14 +177,16 @@ def _failure(job: CurrentJob, spec: JobSpec, kind: OutcomeKind, error: BaseExcep
 
 def _described(job: CurrentJob, error: BaseException) -> dict[str, Any]:
     """Type, message and traceback of an exception, fit for any database, whatever it is."""
-    job.failure = error
     kind = storable(type(error).__qualname__)[:255]
     try:
         message = str(error)
     except BaseException as broken:
         message = f"(its message cannot be read: {type(broken).__name__})"
+    text = tracebacks.formatted(error)
+    masked = job.masked(text)
+    job.raised = error, error if masked == text else tracebacks.stand_in(error, job.masked(message))
     return {
         "error_type": kind,
         "error": storable(job.masked(f"{kind}: {message}" if message else kind)),
-        "traceback": storable(job.masked(tracebacks.formatted(error)), MAX_TRACEBACK_CHARS),
+        "traceback": storable(masked, MAX_TRACEBACK_CHARS),
     }

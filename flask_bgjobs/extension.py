@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 
 from flask import Flask
 
-from . import failures, joining, logs
+from . import joining, logs
 from .app_state import AppState, Authorizer, FailureHook, Identifier, state_of
 from .config import Config
 from .embedded import EmbeddedOptions, EmbeddedWorker
@@ -23,6 +23,7 @@ from .registry import (
     Decorated,
     Registry,
     decorated,
+    is_same_source,
     require_job_function,
     stored_name,
     where,
@@ -71,7 +72,6 @@ class BgJobs:
         config = Config.from_mapping(app.config)
         app.extensions["bgjobs"] = self._make_state(app, database, config)
         logs.connect()
-        failures.connect()
         _add_commands(app)
         if config.dashboard:
             # Here, as a worker does without the dashboard's libraries.
@@ -202,18 +202,22 @@ class BgJobs:
         """Decorator for a function that is called with each attempt that failed.
 
         It is called as ``function(job, exception, final=…)`` in the process where the attempt ran,
-        in an application context of its own, before the outcome is recorded. ``job`` is a
-        :class:`~flask_bgjobs.spec.JobSpec`; ``final`` is ``False`` when a retry follows. What it
-        raises is logged, and changes nothing. Several functions may be registered.
+        in a thread and an application context of its own, when the outcome was handed to the
+        worker. ``job`` is a :class:`~flask_bgjobs.spec.JobSpec`; ``final`` is ``False`` when a
+        retry follows. What it raises is logged, and changes nothing. Several functions may be
+        registered; of the same lines, run again in a factory, the newest one counts.
 
         For a job whose process died the worker that records it calls the function, with
         :exc:`~flask_bgjobs.JobTimeout` or :exc:`~flask_bgjobs.AttemptFailed`. A job that is rescued
-        to run again, snoozed, cancelled or given back has not failed.
+        to run again, snoozed or given back has not failed.
 
         :raises ConfigError: when it is not a plain function that takes these arguments, such as
             an ``async def``.
         """
         require_plain_function(function, "on_failure", None, None, final=True)
+        same = [hook for hook in self._failure_hooks if is_same_source(hook, function)]
+        for hook in same:
+            self._failure_hooks.remove(hook)
         self._failure_hooks.append(function)
         return function
 

@@ -170,11 +170,18 @@ def _clock_text(time: dt.datetime) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
+def _on_failure(app: Flask, job: JobSpec, settled: Settled) -> None:
+    if not settled.outcome.is_reported:
+        log_failure(state_of(app), settled)
+
+
 _RECEIVERS: dict[NamedSignal, Callable[..., None]] = {
     signals.job_refused: _on_refused,
     signals.job_enqueued: _on_enqueued,
     signals.job_started: _on_started,
     signals.job_completed: _on_completed,
+    signals.job_retrying: _on_failure,
+    signals.job_failed: _on_failure,
     signals.job_cancelled: _on_cancelled,
     signals.job_rescued: _on_rescued,
     signals.worker_started: _on_worker_started,

@@ -124,12 +124,10 @@ class Decorated:
 
         So it is in a factory that is called again, and in a module that is imported again.
         """
-        mine, theirs = self.function, other.function
-        code = getattr(mine, "__code__", None)
-        if code is not None and code is getattr(theirs, "__code__", None):
+        if is_same_source(self.function, other.function):
             return True
-        names = [(f.__module__, f.__qualname__) for f in (mine, theirs)]
-        return names[0] == names[1] and self.import_of_module is not other.import_of_module
+        mine, theirs = ((f.__module__, f.__qualname__) for f in (self.function, other.function))
+        return mine == theirs and self.import_of_module is not other.import_of_module
 
 
 class Registry:
@@ -255,6 +253,13 @@ class Registry:
         else:
             thing = _import(name)
         return _target_of(thing, name, method)
+
+
+def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two functions come from the same lines of source, run twice."""
+    # All that one decorator wraps have the code of its wrapper.
+    codes = [getattr(inspect.unwrap(each), "__code__", None) for each in (one, other)]
+    return codes[0] is not None and codes[0] is codes[1]
 
 
 def decorated(function: Callable[..., Any], options: JobOptions) -> Decorated:

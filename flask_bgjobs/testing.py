@@ -13,6 +13,7 @@ from .app_state import AppState, import_jobs, state_of
 from .context import CurrentJob
 from .errors import BgJobsError
 from .execute import execute
+from .failures import report_lost
 from .models import Job
 from .row_check import bad_row, checked
 from .spec import JobSpec, Settled
@@ -111,11 +112,14 @@ def _run(state: AppState, worker_id: int, specs: list[JobSpec]) -> list[Settled]
     settled: list[Settled] = []
     for claimed in specs:
         spec, flaw = checked(claimed)
+        job = CurrentJob(spec)
         if flaw is None:
-            outcome = execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+            outcome = execute(state, spec, job, Window(), time.monotonic())
         else:
             outcome = bad_row(spec, flaw)
         settled += state.store.settle(worker_id, "testing", [(spec, outcome)])
+        job.report_failure()
     for entry in settled:
         state.emit_settled(entry)
+        report_lost(state, entry)
     return settled

@@ -40,6 +40,17 @@ def _is_ours(frame: TracebackType) -> bool:
     return frame.tb_frame.f_globals.get("__name__") in _OURS
 
 
+def stand_in(error: BaseException, message: str) -> BaseException:
+    """An exception of the same name and place with another message, and without a chain.
+
+    Log handlers may format an exception by themselves, and would show what the message masks.
+    """
+    kind = type(error)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    made: BaseException = type(kind.__name__, (Exception,), names)(message)
+    return made.with_traceback(error.__traceback__)
+
+
 def formatted(error: BaseException) -> str:
     """The traceback as text, whatever the exception is."""
     frames = frames_of_job(error)

@@ -16,8 +16,9 @@ from typing import Literal
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from . import schema
-from .app_state import AppState, import_jobs
+from .app_state import AppState, call_now, import_jobs
 from .errors import BgJobsError, WorkerFailed
+from .failures import CallThread, report_lost
 from .heart import Heart, LoopProgress
 from .identity import this_process
 from .lanes import Finished, Lane, Lanes, Pool, Route, routes
@@ -62,6 +63,8 @@ _PLACES = {"thread": "thread", "process": "child process"}
 """What a job holds in each pool."""
 _LAST_SETTLE_TRIES = 3
 _LAST_LOCKS_SECONDS = 3.0
+_LAST_CALLS_SECONDS = 3.0
+"""For the host's functions for failed attempts."""
 _END_SECONDS = 8.0
 """After the grace of its jobs, for a worker to stop those that are left and to record the rest."""
 _DEADLINES_PER_LEASE = 4
@@ -239,6 +242,9 @@ class Worker:
 
         :param ending: ends, in the reverse order, what was started, also when the rest fails.
         """
+        calls = self.state.call_soon = CallThread()
+        ending.callback(setattr, self.state, "call_soon", call_now)
+        ending.callback(calls.finish, _LAST_CALLS_SECONDS)
         ending.callback(self._tell_of_end)
         ending.callback(self._store.dispose)
         notice = self._store.prepare(wal=self.state.config.sqlite_wal)
@@ -375,7 +381,11 @@ class Worker:
         self._look_due |= settled.status is JobStatus.PENDING
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
             self._clock.wake_in([settled.delay_seconds])
+        self._tell_of(settled)
+
+    def _tell_of(self, settled: Settled) -> None:
         self.state.emit_settled(settled)
+        report_lost(self.state, settled)
 
     def _give_back_unseen(self) -> None:
         """Give back what a claim took whose commit got no answer."""
@@ -513,7 +523,7 @@ class Worker:
         for settled in self._sweeper.sweep(self._id):
             self._look_due = True
             self._tally.note(settled)
-            self.state.emit_settled(settled)
+            self._tell_of(settled)
             self._progress.note()
 
     def _roll_up(self, *, at_once: bool = False) -> None:
@@ -738,7 +748,8 @@ class Worker:
         still_running = {spec.key: spec for spec in self._pools.running_specs()}
         for spec, outcome in self._outbox.take_all():
             still_running.pop(spec.key, None)
-            stopped_by_us = spec.key in given_back
+            # What was reported as failed had failed by itself.
+            stopped_by_us = spec.key in given_back and not outcome.is_reported
             if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
                 outcome = _given_back(spec)._replace(report=outcome.report)
             self._outbox.put(spec, outcome)

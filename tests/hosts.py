@@ -195,3 +195,15 @@ def failures_are_noted(app: Flask) -> None:
             file.write(f"{job.id} {job.attempt} {type(exception).__name__} {final} {os.getpid()}\n")
 
     state_of(app).failure_hooks = [note]
+
+
+def failures_take_long(app: Flask) -> None:
+    """A function for failed attempts that notes each call and never returns."""
+    failures_are_noted(app)
+    (note,) = state_of(app).failure_hooks
+
+    def hang(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+        note(job, exception, final=final)
+        threading.Event().wait()
+
+    state_of(app).failure_hooks = [hang]

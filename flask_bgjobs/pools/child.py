@@ -19,6 +19,7 @@ from ..console import show_logs
 from ..context import CurrentJob
 from ..errors import JobCancelled, JobTimeout
 from ..execute import execute
+from ..failures import CallThread
 from ..leftovers import ProcessState
 from ..memory import memory_in_use
 from ..signal_handlers import reset_in_copies
@@ -32,6 +33,8 @@ from .tickets import Marks, Tickets
 
 _REPORT_SECONDS = 0.25
 """How often the worker is told what running code reports."""
+_LAST_CALLS_SECONDS = 1.0
+"""For functions of the host's; the worker kills a child that has not ended after two."""
 READY, BROKEN, OUTCOME, REPORT = "ready", "broken", "outcome", "report"
 
 
@@ -88,6 +91,7 @@ class _Child:
     def run(self, limits: Limits) -> None:
         reset_in_copies({signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_term)})
         self._process = ProcessState()
+        calls = self._state.call_soon = CallThread()
         threading.Thread(target=self._report, name="bgjobs-reports", daemon=True).start()
         with self._channel.lock:
             self._channel.send([READY])
@@ -97,6 +101,7 @@ class _Child:
             if self._run_one(number) or _is_used_up(limits, jobs, time.monotonic() - started):
                 break
         self._channel.close()
+        calls.finish(_LAST_CALLS_SECONDS)
 
     def _run_one(self, number: int) -> bool:
         """Run the job of a ticket; whether its code was interrupted.
@@ -118,6 +123,7 @@ class _Child:
         with self._channel.lock:
             self._channel.send([OUTCOME, number, pack_outcome(outcome)])
         self._marks.finish(number)
+        job.report_failure()
         return window.interruption is not None
 
     def _data_of(self, number: int) -> tuple[float, JobSpec]:

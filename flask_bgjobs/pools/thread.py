@@ -158,6 +158,7 @@ class ThreadPool:
         if task.spec.timeout is not None:
             self._deadlines.add(time.monotonic() + task.spec.timeout, task.window)
         self._finish(task, execute(self._state, task.spec, task.job, task.window, task.claimed))
+        task.job.report_failure()
         return True
 
     def _finish(self, task: _Task, outcome: Outcome) -> None:

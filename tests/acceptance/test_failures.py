@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.dashboard.queries import job_detail
-from tests.acceptance.helpers import descendants, enqueue, lines
+from tests.acceptance.helpers import beats, descendants, enqueue, lines
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
 Start = Callable[..., Any]
@@ -82,6 +83,51 @@ def test_each_failed_attempt_is_told_where_it_ran(
     said = worker.log.read_text()
     assert said.count("Traceback (most recent call last):") == 2
     assert said.count("raise ValueError(message)") == 2
+
+
+@pytest.mark.parametrize("pool", ["thread", "process"])
+def test_a_function_that_hangs_changes_no_outcome(
+    app: Flask, start_worker: Start, tmp_path: Path, pool: str
+) -> None:
+    """The outcome is recorded first, the time limit of the job does not count any more, and a stop
+    of the worker gives nothing back that was reported."""
+    path = tmp_path / "failures"
+    worker = start_worker(
+        *("-P", pool, "-c", "1", "--shutdown-timeout", "5"),
+        TEST_SET_UP="failures_take_long",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+    )
+    job = enqueue("fail", "no such order", retries=0, timeout=1).wait(DEADLINE_SECONDS)
+    wait_until(lambda: lines(path), "the call")
+    # Longer than the time limit, and another job of the same thread or child meanwhile.
+    assert enqueue("hold", str(tmp_path / "held"), 1.5).wait(DEADLINE_SECONDS).status == "completed"
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    assert (job.refresh().status, job.error) == ("failed", "ValueError: no such order")
+    assert [line.split()[:4] for line in lines(path)] == [[str(job.id), "1", "ValueError", "True"]]
+    said = worker.log.read_text()
+    assert said.count("Job failed |") == 1
+    assert "put back" not in said
+
+
+def test_a_function_that_hangs_stops_no_worker(
+    app: Flask, start_worker: Start, state: AppState, tmp_path: Path
+) -> None:
+    """Also where the worker itself calls it, for a child that died."""
+    path = tmp_path / "failures"
+    start_worker(
+        *("-P", "process", "-c", "1"),
+        TEST_SET_UP="failures_take_long",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+        BGJOBS_MAX_CRASHES=1,
+    )
+    enqueue("exit_quietly", 9, retries=0).wait(DEADLINE_SECONDS)
+    wait_until(lambda: lines(path), "the call")
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    seen = sum(beats(state).values())
+    wait_until(lambda: sum(beats(state).values()) > seen + 2, "further heartbeats")
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])

@@ -85,7 +85,9 @@ def attempt(bgjobs: BgJobs, state: AppState) -> Attempt:
         given = parameters if isinstance(parameters, dict) else list(parameters)
         spec = make_spec(target=name, parameters=given, **changes)
         job = CurrentJob(spec, max_payload=state.config.max_payload)
-        return execute(state, spec, job, window or Window(), time.monotonic())
+        outcome = execute(state, spec, job, window or Window(), time.monotonic())
+        job.report_failure()
+        return outcome
 
     return run
 

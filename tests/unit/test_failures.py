@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from flask_bgjobs import (
 from flask_bgjobs.app_state import AppState
 from flask_bgjobs.context import CurrentJob
 from flask_bgjobs.execute import execute
+from flask_bgjobs.failures import CallThread, report_lost
 from flask_bgjobs.registry import Registry
 from flask_bgjobs.signals import emit_settled
 from flask_bgjobs.spec import JobSpec, Outcome, Settled
@@ -52,6 +55,13 @@ def raising(error: BaseException) -> Callable[..., None]:
         raise error
 
     return job
+
+
+def run(state: AppState, spec: JobSpec, window: Window) -> Outcome:
+    job = CurrentJob(spec)
+    outcome = execute(state, spec, job, window, time.monotonic())
+    job.report_failure()
+    return outcome
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -118,7 +128,7 @@ def test_what_a_cancel_made_a_job_raise_is_not_reported(
     spec = make_spec(target="nobody.knows")
     window = Window()
     window.interrupt(JobCancelled)
-    outcome = execute(state, spec, CurrentJob(spec), window, time.monotonic())
+    outcome = run(state, spec, window)
     assert outcome.kind is OutcomeKind.REFUSED
     assert (calls, failures(caplog)) == ([], [])
 
@@ -129,7 +139,7 @@ def test_a_refused_name_is_reported(
     """A name that the worker's allow-list does not hold keeps its own stage."""
     state.registry = Registry((), {})
     spec = make_spec(target="os.system")
-    execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+    run(state, spec, Window())
     (record,) = failures(caplog)
     assert record.getMessage().startswith("Unauthorized or invalid job class/method |")
     assert [final for _, _, final in calls] == [True]
@@ -181,8 +191,15 @@ def test_the_delay_that_the_line_names_is_recorded(
     assert len({outcome.delay_seconds for outcome in outcomes}) > 1
 
 
+@pytest.mark.parametrize(
+    "error", [ValueError(), SystemExit(1), asyncio.CancelledError(), BaseException()], ids=repr
+)
 def test_a_function_that_raises_harms_nobody(
-    bgjobs: BgJobs, calls: list[Call], attempt: Attempt, caplog: pytest.LogCaptureFixture
+    error: BaseException,
+    bgjobs: BgJobs,
+    calls: list[Call],
+    attempt: Attempt,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It is logged, the others are called, and the outcome is the same."""
     order: list[str] = []
@@ -190,7 +207,7 @@ def test_a_function_that_raises_harms_nobody(
     @bgjobs.on_failure
     def broken(*_: Any, final: bool) -> None:
         order.append("broken")
-        raise SystemExit(1)
+        raise error
 
     @bgjobs.on_failure
     def last(*_: Any, final: bool) -> None:
@@ -211,7 +228,9 @@ def test_a_failure_without_an_exception_is_reported_when_it_is_recorded(
 ) -> None:
     """The process that ran it is gone, so the worker that records it reports it."""
     outcome = Outcome(42, 1, kind, error_type="X", error="X: the child process died")
-    emit_settled(state.app, Settled(make_spec(), outcome, JobStatus.FAILED))
+    settled = Settled(make_spec(), outcome, JobStatus.FAILED)
+    emit_settled(state.app, settled)
+    report_lost(state, settled)
     ((_, exception, final),) = calls
     assert isinstance(exception, JobTimeout if kind is OutcomeKind.TIMEOUT else AttemptFailed)
     assert (str(exception), final) == ("X: the child process died", True)
@@ -223,7 +242,9 @@ def test_what_was_reported_is_not_reported_again(
 ) -> None:
     """The worker that records it writes no second line."""
     outcome = Outcome(42, 1, OutcomeKind.FAILED, error="ValueError: no", is_reported=True)
-    emit_settled(state.app, Settled(make_spec(), outcome, JobStatus.FAILED))
+    settled = Settled(make_spec(), outcome, JobStatus.FAILED)
+    emit_settled(state.app, settled)
+    report_lost(state, settled)
     assert (calls, failures(caplog)) == ([], [])
 
 
@@ -251,5 +272,77 @@ def test_it_works_for_an_app_that_is_set_up_later(host: Flask) -> None:
     bgjobs.init_app(host)
     state: AppState = host.extensions["bgjobs"]
     spec = make_spec(target="nobody.knows")
-    execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+    run(state, spec, Window())
     assert seen == [True]
+
+
+def test_handlers_that_format_the_exception_see_no_secret(
+    attempt: Attempt, calls: list[Call], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those that write JSON do: they get a stand-in of the same name and place, which tools
+    group with the others; the host's function gets the exception itself."""
+
+    def login(user: str, password: str) -> None:
+        raise PermissionError(f"{user} cannot log in with {password}") from KeyError(password)
+
+    attempt(login, ["ann", "hunter2-and-more"])
+    (record,) = failures(caplog)
+    assert record.exc_info is not None
+    text = logging.Formatter().formatException(record.exc_info)
+    assert text.splitlines()[-1] == "PermissionError: ann cannot log in with ***"
+    assert "in login" in text
+    assert "hunter2" not in text
+    ((_, exception, _),) = calls
+    assert type(exception) is PermissionError
+    assert "hunter2" in str(exception)
+
+
+def test_a_function_in_a_factory_is_called_once(bgjobs: BgJobs, attempt: Attempt) -> None:
+    """The one of the newest call, as with jobs."""
+    called: list[int] = []
+
+    def create_app(number: int) -> None:
+        @bgjobs.on_failure
+        def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+            called.append(number)
+
+    for number in (1, 2):
+        create_app(number)
+    attempt(raising(ValueError("no")))
+    assert called == [2]
+
+
+def test_slow_functions_hold_nothing_up(
+    state: AppState, bgjobs: BgJobs, attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker calls them in a thread of its own, and does not wait for them for ever."""
+    gate, called = threading.Event(), []
+
+    @bgjobs.on_failure
+    def slow(job: JobSpec, exception: BaseException, final: bool) -> None:
+        gate.wait()
+        called.append(threading.current_thread().name)
+
+    state.call_soon = calls = CallThread()
+    for _ in range(3):
+        attempt(raising(ValueError("no")))
+    calls.finish(0.05)
+    assert called == []
+    assert "on_failure did not end | Waited: 0.05 s | Calls left out: 3" in caplog.text
+    gate.set()
+    calls.finish(30)
+    assert called == ["bgjobs-failures"] * 3
+
+
+def test_calls_that_wait_are_limited(caplog: pytest.LogCaptureFixture) -> None:
+    """Each keeps an exception in memory: those beyond a thousand are left out, and that is said."""
+    gate, made = threading.Event(), []
+    calls = CallThread()
+    calls(gate.wait)
+    for number in range(1_500):
+        calls(lambda number=number: made.append(number))  # type: ignore[misc]
+    gate.set()
+    calls.finish(30)
+    # The first one waits as well until the thread has taken it.
+    assert len(made) in (999, 1_000)
+    assert caplog.text.count("on_failure not called") == 1_500 - len(made)

@@ -539,6 +539,23 @@ def test_a_factory_may_be_called_twice() -> None:
         assert registry.resolve("shop.number").call((), {}) == number
 
 
+def test_functions_that_one_decorator_wraps_are_not_the_same() -> None:
+    """They share the wrapper's code, but not their own."""
+
+    def logged(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function(*args)
+
+        return wrapper
+
+    bgjobs = BgJobs()
+    bgjobs.job(name="mail")(logged(decorated_function))
+    with pytest.raises(ConfigError, match="already named 'mail'"):
+        bgjobs.job(name="mail")(logged(in_main))
+    bgjobs.job(name="mail")(logged(decorated_function))
+
+
 @pytest.mark.parametrize("how", ["reload", "import again"])
 def test_a_module_may_be_imported_twice(
     how: str, make_module: Callable[[str], str], tmp_path: Path
