@@ -99,7 +99,7 @@ def api_stats() -> ResponseReturnValue:
     """Counts by status, who works, and what ended in a period."""
     state = current_state()
     service = queries.service_now(state)
-    if not access.sees_all():
+    if not access.may_see_totals():
         return json_response(
             **_stats(service),
             **dict.fromkeys(("jobs", "capped", "ended", "wait_seconds", "run_seconds")),
@@ -148,7 +148,9 @@ def api_jobs() -> ResponseReturnValue:
 
 def api_job(job_id: int) -> ResponseReturnValue:
     """One job, with all that is known of it."""
-    detail = queries.job_detail(current_state(), access.requested_job())
+    detail = queries.job_detail(
+        current_state(), access.requested_job(), with_totals=access.may_see_totals()
+    )
     return json_response(**queries.detail_data(detail))
 
 
@@ -200,7 +202,7 @@ def api_errors() -> ResponseReturnValue:
 
 def api_queues() -> ResponseReturnValue:
     """What each queue holds, and who serves it."""
-    access.require_all_jobs()
+    access.require_totals()
     stats = queries.queue_stats(current_state(), most=queries.COUNTED_IN_QUEUES)
     return json_response(queues=[queries.plain(queue) for queue in stats])
 

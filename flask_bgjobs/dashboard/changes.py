@@ -15,6 +15,7 @@ from flask.typing import ResponseReturnValue
 from .. import actions
 from ..app_state import AppState, current_state
 from ..errors import BgJobsError
+from ..models import Job
 from ..store import DONE, ActionResult
 from ..text import sentence
 from . import access, asked, queries
@@ -29,6 +30,8 @@ ACTS: dict[str, actions.Act] = {
 _AT_ONCE = 1_000
 """Jobs per transaction, where all that match are meant."""
 _MAX_CHOSEN = 1_000
+_COUNT_SECONDS = 2.0
+"""For counting jobs one by one."""
 _FREE_OF_TYPING = 100
 """So many jobs are changed without typing their number."""
 _BUDGET_SECONDS = 15.0
@@ -75,6 +78,8 @@ class Plan:
     up_to: int
     """The highest id of all that match."""
     count: int
+    has_more: bool = False
+    """Whether there are more than were counted in time."""
 
     @property
     def must_be_typed(self) -> bool:
@@ -89,7 +94,7 @@ def bulk(verb: str) -> ResponseReturnValue:
     """
     state = current_state()
     plan = _plan(state, verb)
-    if not plan.count:
+    if not (plan.count or plan.has_more):
         nothing = f"There is no job to {verb}." if "all" in request.form else "Choose jobs first."
         flash(nothing, "warning")
         return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
@@ -117,12 +122,38 @@ def _plan(state: AppState, verb: str) -> Plan:
         filters = asked.filters()
     except ValueError as error:
         abort(400, f"{sentence(str(error))}.")
-    if not filters.is_exact:
+    if not filters.offers_all:
         abort(400, "All that match can be changed only where no words are searched for.")
     up_to = asked.number("up_to") or queries.highest_id(state)
-    # What was asked is answered, whatever workers have done to these jobs meanwhile.
-    count = asked.number("count") or queries.count_matching(state, filters, verb, up_to)
-    return Plan(verb, (), filters, up_to, count)
+    plan = Plan(verb, (), filters, up_to, asked.number("count"), "more" in request.form)
+    if plan.count:
+        # What was asked is answered, whatever workers have done to these jobs meanwhile.
+        return plan
+    if access.may_see_totals() and not filters.asks_for_texts:
+        count = queries.count_matching(state, filters, verb, up_to)
+        return dataclasses.replace(plan, count=count)
+    return _counted_one_by_one(state, plan)
+
+
+def _counted_one_by_one(state: AppState, plan: Plan) -> Plan:
+    """The plan with the number of the jobs that the visitor may change; the database would count
+    others as well."""
+    deadline = time.monotonic() + _COUNT_SECONDS
+    count = 0
+    for ids in queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _AT_ONCE):
+        jobs = _meant(state, plan, ids)
+        count += sum(access.is_allowed(plan.verb, job) for job in jobs.values())
+        if time.monotonic() > deadline:
+            return dataclasses.replace(plan, count=count, has_more=True)
+    return dataclasses.replace(plan, count=count)
+
+
+def _meant(state: AppState, plan: Plan, ids: Sequence[int]) -> dict[int, Job]:
+    """Those of the jobs that the visitor may see, and that are shown to match."""
+    jobs = queries.jobs_to_judge(state, ids)
+    if plan.filters.asks_for_texts:
+        jobs = {n: job for n, job in jobs.items() if queries.is_listed(state, job, plan.filters)}
+    return {number: job for number, job in jobs.items() if access.visible(job)}
 
 
 def _carry_out(state: AppState, plan: Plan) -> None:
@@ -149,16 +180,14 @@ def _carry_out(state: AppState, plan: Plan) -> None:
 
 def _act_on_allowed(state: AppState, plan: Plan, ids: Sequence[int]) -> ActionResult:
     """Do it to those of the jobs that the visitor may change; the others do not exist for them."""
-    jobs = queries.jobs_to_judge(state, ids)
-    # SQL knows what is stored, and nobody may find out by a change what is masked.
-    listed = {n: job for n, job in jobs.items() if queries.is_listed(state, job, plan.filters)}
-    visible = {number for number, job in listed.items() if access.visible(job)}
-    allowed = [number for number in visible if access.is_allowed(plan.verb, jobs[number])]
+    jobs = _meant(state, plan, ids)
+    allowed = [number for number, job in jobs.items() if access.is_allowed(plan.verb, job)]
     reason = None if plan.ids else asked.query_string(plan.filters) or "all jobs"
     result = ACTS[plan.verb](state, sorted(allowed), access.visitor(reason))
-    refused = visible.difference(allowed)
+    refused = jobs.keys() - set(allowed)
     result.skipped |= dict.fromkeys(refused, "you are not allowed to")
-    result.skipped |= {number: "it does not exist" for number in ids if number not in visible}
+    # Of all that match, nothing is said of those that the visitor may not see.
+    result.skipped |= {n: "it does not exist" for n in plan.ids if n not in jobs}
     return result
 
 

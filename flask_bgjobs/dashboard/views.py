@@ -145,7 +145,9 @@ def count_new() -> ResponseReturnValue:
 
 def show_job(job_id: int) -> ResponseReturnValue:
     """One job, with all that is known of it."""
-    detail = queries.job_detail(current_state(), access.requested_job())
+    detail = queries.job_detail(
+        current_state(), access.requested_job(), with_totals=access.may_see_totals()
+    )
     return _live_page("job", detail=detail)
 
 
@@ -159,7 +161,7 @@ def list_errors() -> ResponseReturnValue:
 def list_queues() -> ResponseReturnValue:
     """What each queue holds and does."""
     state = current_state()
-    access.require_all_jobs()
+    access.require_totals()
     service = queries.service_now(state)
     return _live_page(
         "queues",
@@ -225,7 +227,7 @@ def answer_health_check() -> Response | None:
 
 def _counts(state: AppState) -> dict[str, queries.Count] | None:
     """How many jobs have each status; ``None`` where the visitor may not see all of them."""
-    return queries.count_by_status(state) if access.sees_all() else None
+    return queries.count_by_status(state) if access.may_see_totals() else None
 
 
 def _plain(text: str, status: HTTPStatus) -> Response:

@@ -202,9 +202,37 @@ def test_what_is_masked_is_not_found_by_a_change(host: Host) -> None:
         owner="hunter2",
         parameters_json='{"order_id": 1, "password": "hunter2"}',
     )
-    question = ask(host, "retry", ("all", 1), ("owner", "hunter2"))
-    answer(host, "retry", question)
+    send(host, "/bulk/retry", [("csrf_token", host.token()), ("all", 1), ("owner", "hunter2")], 303)
+    assert "There is no job to retry." in host.get("/list")
+    forged = [("all", 1), ("owner", "hunter2"), ("count", 1), ("up_to", 9), ("confirmed", 1)]
+    send(host, "/bulk/retry", [("csrf_token", host.token()), *forged], 303)
+    assert "skipped" not in host.get("/list")
     assert host.job(1).status == "failed"
+
+
+def test_jobs_that_one_may_not_see_are_not_counted(make_host: MakeHost) -> None:
+    """Neither in the question nor in what is told of its answer."""
+    host = make_host(authorizer=lambda action, job: job is None or job.owner == "42")
+    host.add(30, owner="7")
+    host.add(2, owner="42")
+    question = ask(host, "cancel", ("all", 1))
+    assert "Cancel 2 jobs?" in question
+    page = answer(host, "cancel", question)
+    assert "2 cancelled." in page
+    assert "skipped" not in page
+    assert host.job(1).status == "pending"
+
+
+def test_a_count_that_takes_too_long_says_more_than(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was counted by then has to be typed."""
+    monkeypatch.setattr(changes, "_COUNT_SECONDS", 0.0)
+    monkeypatch.setattr(changes, "_AT_ONCE", 150)
+    host.add(200, owner="42")
+    question = ask(host, "cancel", ("all", 1), ("owner", "42"))
+    assert "Cancel more than 150 jobs?" in question
+    assert "200 cancelled." in answer(host, "cancel", question, typed="150")
 
 
 def test_words_cannot_mean_all(host: Host) -> None:

@@ -16,9 +16,10 @@ import jinja2
 import pytest
 import sqlalchemy as sa
 from flask import Flask
+from werkzeug.exceptions import Forbidden
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from flask_bgjobs import serialize
+from flask_bgjobs import Job, serialize
 from flask_bgjobs.dashboard import queries
 from flask_bgjobs.states import JobStatus
 from flask_bgjobs.store import Actor
@@ -398,18 +399,55 @@ def test_numbers_stand_for_what_is_listed(host: Host) -> None:
 def test_numbers_of_all_jobs_are_for_who_may_see_all(make_host: MakeHost) -> None:
     """A visitor with jobs of his own learns nothing of how many others there are."""
     host = make_host(authorizer=lambda action, job: job is None or job.owner == "42")
-    host.add(3, owner="42", status="failed", error="E: x")
-    assert '<span class="bgj-number">3</span>' in host.get("/")
     host.add(4, owner="7", status="failed", error="E: x")
+    host.add(30, owner="42", status="failed", error="E: x")
     for path in ("/", "/list", "/list?status=failed"):
         page = host.get(path)
         assert "bgj-number" not in page
         assert "bgj-chart" not in page
-    assert sorted(listed_ids(host.get("/list"))) == [1, 2, 3]
+    assert len(listed_ids(host.get("/list"))) == 30
+    host.add(5, owner="7", priority=9)
+    waiting = host.add(owner="42")
+    for address in (f"/job/{waiting}", f"/api/v1/jobs/{waiting}"):
+        assert "before it" not in host.get(address)
     assert "only some of them" in host.get("/queues", 403)
     stats = host.client.get("/jobs/api/v1/stats").json
     assert (stats["jobs"], stats["ended"]) == (None, None)
     assert host.client.get("/jobs/api/v1/queues").status_code == 403
+
+
+@pytest.mark.parametrize(
+    "authorizer",
+    [
+        lambda action, job: True,
+        lambda action, job: action == "view",
+        lambda action, job: job is None or not job.tags,
+    ],
+)
+def test_who_may_see_all_jobs_sees_their_numbers(make_host: MakeHost, authorizer: Any) -> None:
+    """Whatever the authorizer looks at, as long as it allows a job of nobody's."""
+    host = make_host(authorizer=authorizer)
+    host.add(4, owner="7")
+    assert '<span class="bgj-number">4</span>' in host.get("/")
+    host.get("/queues")
+
+
+@pytest.mark.parametrize("error", [KeyError("no such owner"), Forbidden()], ids=repr)
+def test_an_authorizer_that_knows_no_job_of_nobody(
+    make_host: MakeHost, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gets no numbers, and nothing else is refused or logged for it."""
+
+    def allow(action: str, job: Job | None) -> bool:
+        if job is not None and job.owner != "7":
+            raise error
+        return True
+
+    host = make_host(authorizer=allow)
+    job_id = host.add(owner="7")
+    assert "bgj-number" not in host.get("/")
+    assert listed_ids(host.get("/list")) == [job_id]
+    assert "raised" not in caplog.text
 
 
 def test_a_missing_worker_is_the_first_thing_told(host: Host) -> None:

@@ -49,10 +49,11 @@ class JobDetail:
     """The database's clock."""
 
 
-def job_detail(state: AppState, job: Job) -> JobDetail:
+def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDetail:
     """All that is known of ``job``, masked.
 
     :param job: freshly read, as by ``state.store.get``.
+    :param with_totals: whether to say how many other jobs stand before it.
     """
     shown = Shown.of(state, job.target, job.method, job.parameters_json)
     service = service_now(state)
@@ -63,7 +64,9 @@ def job_detail(state: AppState, job: Job) -> JobDetail:
         worker_name, ahead, held = connection.execute(
             sa.select(
                 sa.select(_worker.c.name).where(_worker.c.id == job.worker_id).scalar_subquery(),
-                _count_ahead(job) if job.status == JobStatus.PENDING else sa.literal(0),
+                _count_ahead(job)
+                if with_totals and job.status == JobStatus.PENDING
+                else sa.literal(0),
                 _count_held(job, service),
             )
         ).one()

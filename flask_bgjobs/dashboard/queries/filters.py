@@ -107,16 +107,21 @@ class JobFilters:
         return self != JobFilters(statuses=self.statuses, sort=self.sort)
 
     @property
-    def is_exact(self) -> bool:
-        """Whether all jobs that match can be meant: which words match is only known of what is
-        shown."""
+    def offers_all(self) -> bool:
+        """Whether *All that match* can be offered: words match what is shown, which the database
+        does not have."""
         return not self.q
+
+    @property
+    def asks_for_texts(self) -> bool:
+        """Whether it asks for texts that may be masked where they are shown."""
+        return bool(self.tag or self.owner)
 
     @property
     def needs_reading(self) -> bool:
         """Whether rows must be looked at one by one, as no index knows what is asked for."""
         words = [term for term in self.terms if term.field != "id"]
-        # The index of the order by the end has the time that is asked for.
+        # Sorted by the end, the index covers the time asked for.
         times = (self.since or self.until) and self.order.column is not _job.c.finished_at
         named = self.queues or self.job or self.tag or self.owner or self.error
         return bool(named or words or times)
