@@ -270,9 +270,9 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
         return session
     if choice is AUTO and joining.holds_writes(session, state.store.host_engine):
         return session
-    if state.store.has_one_writer and joining.holds_write_lock(session, state.store.host_engine):
+    if state.store.would_wait_for_the_host():
         raise InvalidJob(
-            "session=None would wait for your own uncommitted changes, because SQLite has one "
+            "session=None would wait for your own open transaction, because SQLite has one "
             "writer at a time: commit db.session first, or let the job join it"
         )
     return None

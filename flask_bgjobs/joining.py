@@ -83,12 +83,15 @@ class HostSessions:
         return None
 
     def holds_write_lock(self) -> bool:
-        """Whether the app's session of this context keeps other connections from writing."""
+        """Whether the app's session of this context may keep other connections from writing."""
         if not has_app_context() or current_app._get_current_object() is not self._app:  # type: ignore[attr-defined]  # LocalProxy
             return False
         if not self._db.session.registry.has():
             return False
-        return holds_write_lock(self._db.session(), self._engine)
+        return any(
+            getattr(connection.connection.driver_connection, "in_transaction", False)
+            for connection in _writing_connections(self._db.session(), self._engine)
+        )
 
     def _binds(self) -> Iterator[object]:
         """To what tests bind sessions that they roll back, in each of the usual ways."""
@@ -184,14 +187,6 @@ def was_rolled_back(session: Session) -> bool:
     """Whether the session's transaction has been rolled back, and the session is not told yet."""
     transaction = session._transaction
     return transaction is not None and transaction._state is SessionTransactionState.DEACTIVE
-
-
-def holds_write_lock(session: Session, engine: sa.Engine) -> bool:
-    """Whether ``session`` keeps every other connection from writing, as one on SQLite may."""
-    return any(
-        getattr(connection.connection.driver_connection, "in_transaction", False)
-        for connection in _writing_connections(session, engine)
-    )
 
 
 def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:

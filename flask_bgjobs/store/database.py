@@ -54,7 +54,7 @@ class Host(Protocol):
         """The connection to which its sessions are bound, if they are bound to one."""
 
     def holds_write_lock(self) -> bool:
-        """Whether its session of this context keeps other connections from writing."""
+        """Whether its session of this context may keep other connections from writing."""
 
 
 class CommitInDoubt(OperationalError):
@@ -381,21 +381,26 @@ class Database(abc.ABC):
                 transaction = connection.begin_nested() if is_within else connection.begin()
                 try:
                     result = work(connection)
+                    _commit(transaction)
                 except BaseException:
+                    # After a failed commit too: the pool would keep the transaction open.
                     transaction.rollback()
                     raise
-                _commit(transaction)
                 return result
 
         return self.redo(attempt)
 
+    def would_wait_for_the_host(self) -> bool:
+        """Whether our changes would wait for the host's session of this context, for ever."""
+        return False
+
     def _refuse_to_wait_for_the_host(self) -> None:
-        if not self.has_one_writer or self._is_workers or self.outer_connection is not None:
+        if self._is_workers or self.outer_connection is not None:
             return
-        if self._host.holds_write_lock():
+        if self.would_wait_for_the_host():
             raise DatabaseUnusable(
-                "this would wait for your own uncommitted changes, or commit them, because SQLite "
-                "has one writer at a time: commit db.session first"
+                "db.session has an open transaction, and SQLite has one writer at a time: commit "
+                "or roll back first"
             )
 
     def redo(self, attempt: Callable[[], T]) -> T:

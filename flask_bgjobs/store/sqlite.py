@@ -28,6 +28,8 @@ _BUSY_TIMEOUT_MS = 5_000
 """SQLite's own wait for the write lock; then the transaction is redone with jitter."""
 _WATCH_SECONDS, _QUIET_WATCH_SECONDS = 0.005, 0.015
 """How often it is looked whether somebody has committed: one look costs microseconds."""
+_LOCK_LOOKS, _LOCK_LOOK_SECONDS = 10, 0.02
+"""Looks at a lock that the host may hold, before it is said that it does."""
 _STEPS_PER_LOOK = 10_000
 """Of SQLite's machine, between two looks at the time that a query takes; less than 1 ms."""
 _CLOCK = "%Y-%m-%d %H:%M:%f000"
@@ -204,6 +206,21 @@ class SqliteStore(Store):
                 if stopped.wait(_QUIET_WATCH_SECONDS if is_quiet() else _WATCH_SECONDS):
                     return
 
+    def would_wait_for_the_host(self) -> bool:
+        if not self._host.holds_write_lock():
+            return False
+        # The session has run something else than a plain SELECT; whether it wrote is not known.
+        return self.always_joins or self._stays_locked()
+
+    def _stays_locked(self) -> bool:
+        """Whether nobody can write, and not only for the moment that others need."""
+        with self.engine.connect().execution_options(**{ALONE: True}) as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+            try:
+                return not any(_can_write(connection) for _ in range(_LOCK_LOOKS))
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+
     def _data_version(self, connection: sqlite3.Connection) -> int | None:
         """A number that each commit of another connection changes; ``None`` while one has locked
         the file exclusively."""
@@ -276,6 +293,20 @@ class SqliteStore(Store):
 
     def is_redoable(self, error: DBAPIError) -> bool:
         return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _can_write(connection: sa.Connection) -> bool:
+    """Whether the write lock is free; a while later, where it is not."""
+    try:
+        # Without WAL, a reader keeps others from committing: only EXCLUSIVE notices it.
+        connection.exec_driver_sql("BEGIN EXCLUSIVE")
+        connection.exec_driver_sql("ROLLBACK")
+    except OperationalError as error:
+        if _primary_code(error) != sqlite3.SQLITE_BUSY:
+            raise
+        time.sleep(_LOCK_LOOK_SECONDS)
+        return False
+    return True
 
 
 def is_in_memory(engine: sa.Engine) -> bool:

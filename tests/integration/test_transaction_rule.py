@@ -330,7 +330,7 @@ def test_changes_do_not_wait_for_ones_own_writes(shop: Shop) -> None:
         lambda: pause(state_of(shop.app), "default"),
     ):
         began = time.monotonic()
-        with pytest.raises(DatabaseUnusable, match=r"commit db\.session first"):
+        with pytest.raises(DatabaseUnusable, match="commit or roll back first"):
             change()
         assert time.monotonic() - began < 4
     assert Job.get(job.id) is not None
@@ -428,6 +428,62 @@ def test_in_memory_always_joins() -> None:
         assert count_jobs(shop.app) == 1
 
 
+@pytest.fixture
+def explicit(tmp_path: Any) -> Iterator[Shop]:
+    """A shop that begins each transaction by itself, as the documentation of SQLAlchemy advises."""
+    shop = Shop(f"sqlite:///{tmp_path / 'shop.db'}")
+    with shop.app.app_context():
+        engine = shop.db.engine
+        sa.event.listen(
+            engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None)
+        )
+        sa.event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN"))
+        engine.dispose()
+        yield shop
+        shop.session.remove()
+        engine.dispose()
+    state_of(shop.app).store.dispose()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["WITH one AS (SELECT 1) SELECT * FROM one", "PRAGMA user_version", "EXPLAIN SELECT 1"],
+)
+def test_changes_wait_for_nothing_that_is_not_locked(explicit: Shop, statement: str) -> None:
+    """What only looks like a write does not keep a job from being enqueued or cancelled."""
+    assert "WAL mode is now on" in str(state_of(explicit.app).store.prepare(wal=True))
+    explicit.session.execute(sa.text(statement)).all()
+    job = run_background_job("tests.jobs.echo", session=None)
+    assert job.cancel().status == "cancelled"
+
+
+def test_changes_do_not_wait_for_ones_own_reads_without_wal(explicit: Shop) -> None:
+    """There a reader keeps all others from committing."""
+    job = run_background_job("tests.jobs.echo", session=None)
+    explicit.session.execute(sa.text("PRAGMA user_version")).all()
+    for change in (job.cancel, lambda: run_background_job("tests.jobs.echo", session=None)):
+        with pytest.raises((DatabaseUnusable, InvalidJob), match="open transaction"):
+            change()
+    explicit.session.rollback()
+    assert job.cancel().status == "cancelled"
+
+
+def test_a_commit_that_failed_leaves_no_transaction_open(
+    explicit: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt began a transaction within it, on the same connection."""
+    monkeypatch.setattr("flask_bgjobs.store.sqlite._BUSY_TIMEOUT_MS", 50)
+    job = run_background_job("tests.jobs.echo", session=None)
+    state_of(explicit.app).store.dispose()
+    with explicit.db.engine.connect() as reader:
+        reader.execute(sa.text("SELECT * FROM sqlite_master")).all()
+        ends = threading.Timer(0.5, reader.rollback)
+        ends.start()
+        job.cancel()
+        ends.join()
+    assert stored(explicit.app, job.id).status == "cancelled"
+
+
 def test_changes_in_memory_commit_nothing_of_the_hosts() -> None:
     """As on a file, a cancel beside uncommitted writes is refused: all share one connection."""
     shop = Shop("sqlite://")
@@ -436,7 +492,7 @@ def test_changes_in_memory_commit_nothing_of_the_hosts() -> None:
         shop.session.commit()
         shop.session.add(shop.purchase(name="a"))
         shop.session.flush()
-        with pytest.raises(DatabaseUnusable, match=r"commit db\.session first"):
+        with pytest.raises(DatabaseUnusable, match="commit or roll back first"):
             job.cancel()
         shop.session.rollback()
         assert shop.session.query(shop.purchase).count() == 0
