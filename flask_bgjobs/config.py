@@ -26,6 +26,8 @@ from .text import shown
 AllowedJobs = Mapping[str, frozenset[str] | None]
 """Dotted name to the methods allowed, or ``None`` for all public methods (or a function)."""
 
+MAX_ID = 2**63 - 1
+"""The largest number that a column of ids holds."""
 MAX_INTEGER = 2**31 - 1
 """Priorities and counts are 32-bit integers in the database."""
 

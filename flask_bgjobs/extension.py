@@ -110,7 +110,7 @@ class BgJobs:
         chosen = options_from(options)
 
         def decorate(function: Callable[P, R]) -> JobFunction[P, R]:
-            require_job_function(function)
+            require_job_function(function, name)
             stored = stored_name(function, name)
             found = decorated(function, chosen)
             known = self._decorated.get(stored)

@@ -25,8 +25,10 @@ from sqlalchemy.schema import SchemaConst
 from sqlalchemy.sql.elements import conv
 
 from . import serialize
+from .config import MAX_ID
 from .errors import JobNotCommitted, JobNotFound, WaitTimeout
 from .states import FINAL, JobStatus
+from .text import shown
 
 BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 """SQLite numbers rows by itself only in a column that is exactly INTEGER."""
@@ -230,7 +232,13 @@ class Job(Base):
         """The job with that id, read outside your session; ``None``: there is none.
 
         Needs an application context.
+
+        :raises TypeError: when the id is not an ``int``, such as a text from a request.
         """
+        if not isinstance(job_id, int) or isinstance(job_id, bool):
+            raise TypeError(f"the id of a job is an int, not {shown(job_id)}")
+        if not 0 < job_id <= MAX_ID:
+            return None
         found: Job | None = current_app.extensions["bgjobs"].store.get(job_id)
         return found
 

@@ -21,6 +21,9 @@ from .errors import ConfigError, InvalidJob, JobNotAllowed
 from .options import NO_OPTIONS, JobOptions
 from .text import shown
 
+_OWNERS = ("self", "cls")
+"""Names of the first parameter of methods that are called on an instance or a class."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -295,20 +298,21 @@ def stored_name(function: Callable[..., Any], name: str | None) -> str:
     return f"{function.__module__}.{qualified}"
 
 
-def require_job_function(thing: object) -> None:
+def require_job_function(thing: object, name: str | None) -> None:
     """Refuse what ``@bgjobs.job`` cannot make a job.
 
+    :param name: the one given to the decorator, by which also a method can be found.
     :raises ConfigError: says what to write instead.
     """
     if isinstance(thing, str):
         raise ConfigError(f"write @bgjobs.job(name={shown(thing)})")
     if isinstance(thing, type):
-        name = f"{thing.__module__}.{thing.__qualname__}"
+        dotted = f"{thing.__module__}.{thing.__qualname__}"
         raise ConfigError(
-            f"{name} is a class: decorate a function, or allow the class with BGJOBS_ALLOWED_JOBS "
-            f"= ['{name}'] and name the method when you enqueue"
+            f"{dotted} is a class: decorate a function, or allow the class with "
+            f"BGJOBS_ALLOWED_JOBS = ['{dotted}'] and name the method when you enqueue"
         )
-    if isinstance(thing, staticmethod | classmethod) or _is_method(thing):
+    if _needs_class(thing) or (name is None and _is_in_class(thing)):
         raise ConfigError(
             f"{getattr(thing, '__qualname__', thing)} is a method: decorate a function, or allow "
             "its class in BGJOBS_ALLOWED_JOBS and name the method when you enqueue"
@@ -319,15 +323,24 @@ def require_job_function(thing: object) -> None:
         raise ConfigError(
             f"@bgjobs.job needs a function, not {shown(thing)}: write one with `def` that calls it"
         )
-    if inspect.isgeneratorfunction(bare) or inspect.isasyncgenfunction(bare):
+    # Another decorator may run the generator that it wraps.
+    if inspect.isgeneratorfunction(thing) or inspect.isasyncgenfunction(thing):
         raise ConfigError(
             f"{bare.__qualname__} is a generator, and nobody would run it to its end: return a "
             "list instead"
         )
 
 
-def _is_method(thing: object) -> bool:
-    if inspect.ismethod(thing):
+def _needs_class(thing: object) -> bool:
+    """Whether it is a function of a class that cannot be called without an instance or class."""
+    if isinstance(thing, classmethod):
+        return True
+    is_plain = inspect.isfunction(thing) and _is_in_class(thing)
+    return is_plain and next(iter(inspect.signature(thing).parameters), "") in _OWNERS
+
+
+def _is_in_class(thing: object) -> bool:
+    if inspect.ismethod(thing) or isinstance(thing, staticmethod):
         return True
     # Of a function in a class, the class stands before its name; of a nested one, `<locals>`.
     outer, _, _ = getattr(thing, "__qualname__", "").rpartition(".")
@@ -350,7 +363,7 @@ def _cause(name: str) -> str:
             f" This process has not imported {module}: import it where the app is built, or name "
             "it in BGJOBS_IMPORTS."
         )
-    return f" {module} is imported here, and decorates no such function: is this older code?"
+    return f" {module} has no such job function: does this process run older code?"
 
 
 def _is_public(method: str) -> bool:

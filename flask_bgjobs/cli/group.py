@@ -28,8 +28,6 @@ else:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MAX_ID = 2**63 - 1
-
 bgjobs_commands = AppGroup("bgjobs", help="Background jobs: run a worker, see and change jobs.")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")

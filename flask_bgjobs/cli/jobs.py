@@ -10,10 +10,11 @@ import click
 
 from .. import actions, serialize
 from ..app_state import current_state, import_jobs
+from ..config import MAX_ID
 from ..errors import JobNotFound
 from ..states import JobStatus
 from ..text import one_line, printable_lines
-from .group import MAX_ID, bgjobs_commands, json_option, one_sentence
+from .group import bgjobs_commands, json_option, one_sentence
 from .output import print_json, print_table
 from .selection import Verb, act_on_chosen, chosen_jobs
 from .user import this_user

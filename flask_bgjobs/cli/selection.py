@@ -13,9 +13,10 @@ import click
 
 from .. import actions
 from ..app_state import AppState, current_state
+from ..config import MAX_ID
 from ..states import CAN_CHANGE, JobStatus
 from ..store import DONE, ActionResult, Selection
-from .group import MAX_ID, Moment, yes_option
+from .group import Moment, yes_option
 from .output import counted, progress_bar
 from .user import this_user
 

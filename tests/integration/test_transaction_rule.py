@@ -346,6 +346,10 @@ def test_a_job_is_read_by_its_id(shop: Shop) -> None:
     assert found is not None
     assert (found.id, found.target, found.committed) == (job.id, "tests.jobs.echo", True)
     assert Job.get(job.id + 1) is None
+    assert [Job.get(number) for number in (0, -(2**70), 2**63, 2**70)] == [None] * 4
+    for no_id in (str(job.id), "abc", True, None, 1.5):
+        with pytest.raises(TypeError, match="the id of a job is an int, not"):
+            Job.get(no_id)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
 def test_jobs_are_found_by_what_their_attributes_say(shop: Shop) -> None:

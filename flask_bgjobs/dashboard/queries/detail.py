@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from ...app_state import AppState
+from ...config import MAX_ID
 from ...models import Job, Worker, has_status
 from ...states import WAITING, JobStatus
 from .attempts import AttemptRow, LogLine, Run, attempts_of, lines_of, runs_of
@@ -18,7 +19,6 @@ from .service import Service, WorkerRow, service_now
 from .shown import Shown
 
 _MAX_AHEAD = 1_000
-_MAX_ID = 2**63 - 1
 
 _job = Job.__table__
 _worker = Worker.__table__
@@ -184,4 +184,4 @@ def _running_trouble(
 
 def is_possible_id(job_id: int) -> bool:
     """Whether the database can hold the id at all, so that it may be asked for."""
-    return 0 < job_id <= _MAX_ID
+    return 0 < job_id <= MAX_ID

@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from ...config import MAX_ID
+
 FIELDS = ("job", "queue", "tag", "owner", "worker", "id", "error", "parameters")
 _MAX_TERMS = 20
 _SHOWN_CHARACTERS = 40
@@ -31,7 +33,6 @@ _TERM = re.compile(
 )
 _FIELD_ALONE = re.compile(r'[A-Za-z_]++(?:\.[^\s:",]++)?:')
 _VALUE = re.compile(r'"([^"]*)"|([^\s",]+)')
-_LARGEST_ID = 2**63 - 1
 
 
 class InvalidSearch(ValueError):
@@ -106,7 +107,7 @@ def _ids(value: str) -> range:
         shown = value[:_SHOWN_CHARACTERS]
         raise InvalidSearch(f"id:{shown} is neither a number nor a range such as 100..200")
     first, last = int(found[1]), int(found[2] or found[1])
-    return range(min(first, _LARGEST_ID), min(last, _LARGEST_ID - 1) + 1)
+    return range(min(first, MAX_ID), min(last, MAX_ID - 1) + 1)
 
 
 def _what_is_wrong(rest: str) -> str:
