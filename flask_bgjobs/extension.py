@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
@@ -232,6 +233,8 @@ class BgJobs:
             warnings.warn(advice, stacklevel=3)
         joining.watch(engine)
         joining.tell_binds_apart(app, db)
+        # Before Flask-SQLAlchemy's own, which was registered earlier, closes the session.
+        app.teardown_appcontext(functools.partial(joining.discard_on_error, db))
         _warn_of_dropped_tables(app, db, config)
         job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"
         return AppState(

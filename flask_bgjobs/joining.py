@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _WROTE = "bgjobs_wrote"
 _CONNECTIONS = "bgjobs_connections"
-_ROLLED_BACK = "bgjobs_rolled_back"
+_IS_DISCARDED = "bgjobs_is_discarded"
+"""In a session's info: that what it has not committed is lost on purpose, or by an exception."""
 _JOINED = "bgjobs_joined"
 _ENDS = ("commit", "rollback", "commit_twophase", "rollback_twophase")
 
@@ -193,7 +195,8 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
     """Call ``on_commit`` for each of the jobs after the session's outermost commit.
 
     A job whose transaction or savepoint is rolled back instead is logged at DEBUG, and one whose
-    session is closed without a commit as a warning: somebody has probably forgotten it.
+    session is closed without a commit as a warning: somebody has probably forgotten it. An
+    exception that leaves the block or the request tells enough by itself.
     """
     transaction = session.get_nested_transaction() or session.get_transaction()
     while transaction is not None and not transaction.is_active:
@@ -347,8 +350,16 @@ def _note_commit(session: Session) -> None:
             job.committed = True
 
 
+def discard_on_error(db: SQLAlchemy, error: BaseException | None) -> None:
+    """Note, at the end of an application context, whether an exception ended it."""
+    if error is not None and db.session.registry.has():
+        db.session().info[_IS_DISCARDED] = True
+
+
 def _note_rollback(session: Session) -> None:
-    session.info[_ROLLED_BACK] = True
+    # Fires for a savepoint as well, and the transaction goes on.
+    if not session.in_nested_transaction():
+        session.info[_IS_DISCARDED] = True
 
 
 def _drop_rolled_back(session: Session, rolled_back: SessionTransaction) -> None:
@@ -371,21 +382,21 @@ def _is_within(inner: SessionTransaction | None, outer: SessionTransaction) -> b
 def _finish_joined(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None:
         return
-    was_rolled_back = session.info.pop(_ROLLED_BACK, False)
+    is_discarded = session.info.pop(_IS_DISCARDED, False) or sys.exc_info()[0] is not None
     for _, job, on_commit in session.info.pop(_JOINED, []):
         if job.committed:
             on_commit(job)
-        elif was_rolled_back:
+        elif is_discarded:
             _log_loss(job)
         else:
             _logger.warning(
                 "Job lost | Job: %s | Class: %s | Its session was closed without a commit: call "
-                "db.session.commit() after the enqueue",
+                "db.session.commit() after the enqueue, or db.session.rollback() to discard it",
                 job.id,
                 job.name,
             )
 
 
 def _log_loss(job: Job) -> None:
-    """Log, for who looks for a job, that its transaction was rolled back on purpose."""
+    """Log, for who looks for a job, that its transaction was rolled back."""
     _logger.debug("Job %s was lost with its transaction: %s", job.id, job.name)

@@ -335,8 +335,9 @@ def _needs_class(thing: object) -> bool:
     """Whether it is a function of a class that cannot be called without an instance or class."""
     if isinstance(thing, classmethod):
         return True
-    is_plain = inspect.isfunction(thing) and _is_in_class(thing)
-    return is_plain and next(iter(inspect.signature(thing).parameters), "") in _OWNERS
+    if not (inspect.isfunction(thing) and _is_in_class(thing)):
+        return False
+    return next(iter(inspect.signature(thing).parameters), "") in _OWNERS
 
 
 def _is_in_class(thing: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -313,6 +314,51 @@ def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFix
     shop.session.remove()
     assert count_jobs(shop.app) == 0
     assert f"Job lost | Job: {job.id} | Class: tests.jobs.echo | " in caplog.text
+
+
+def test_a_savepoint_that_was_rolled_back_hides_no_lost_job(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The transaction around it went on, and its commit was forgotten."""
+    shop.session.add(shop.purchase(name="a"))
+    job = shop.enqueue()
+    shop.session.begin_nested().rollback()
+    shop.session.remove()
+    assert f"Job lost | Job: {job.id} | " in caplog.text
+
+
+@pytest.mark.parametrize("propagates", [True, False])
+def test_an_exception_is_no_forgotten_commit(
+    shop: Shop, caplog: pytest.LogCaptureFixture, propagates: bool
+) -> None:
+    """A request or a block that raised has lost its job by that."""
+
+    @shop.app.route("/")
+    def view() -> str:
+        shop.session.add(shop.purchase(name="a"))
+        shop.enqueue()
+        raise LookupError("no such customer")
+
+    def ask() -> None:
+        with contextlib.suppress(LookupError):
+            assert shop.app.test_client().get("/").status_code == 500
+
+    def work() -> None:
+        with Session(shop.db.engine) as session:
+            session.add(shop.purchase(name="a"))
+            session.flush()
+            run_background_job("tests.jobs.echo", session=session)
+            raise LookupError
+
+    shop.app.config["PROPAGATE_EXCEPTIONS"] = propagates
+    # A request in this thread would share the context, and so the session, of the test.
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    with pytest.raises(LookupError):
+        work()
+    assert count_jobs(shop.app) == 0
+    assert "Job lost" not in caplog.text
 
 
 @pytest.mark.on("sqlite")

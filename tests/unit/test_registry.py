@@ -698,7 +698,7 @@ def test_a_refused_name_says_the_likely_cause(make_module: Callable[[str], str])
     registry = Registry({}, {})
     with pytest.raises(JobNotAllowed, match=r"has not imported shop\.jobs: .* BGJOBS_IMPORTS"):
         registry.check("shop.jobs.send")
-    with pytest.raises(JobNotAllowed, match=r"json has no such job function: does this process run older code\?"):
+    with pytest.raises(JobNotAllowed, match=r"json has no such job function: does .* older code\?"):
         registry.check("json.send")
     with pytest.raises(JobNotAllowed, match=r"call its own enqueue\(…\)"):
         registry.check(BgJobs().job(decorated_function))
