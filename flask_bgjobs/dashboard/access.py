@@ -91,8 +91,11 @@ def protect(blueprint: Blueprint) -> None:
 def is_allowed(action: str, job: Job | None = None) -> bool:
     """Whether the visitor may do ``action``, by configuration and the host's authorizer.
 
-    Only ``True`` means yes. An authorizer that raises or aborts allows nothing.
+    Only ``True`` means yes. An authorizer that raises or aborts allows nothing. It is not asked
+    where a function of the host's has refused the request: it may not know the visitor yet.
     """
+    if not is_guarded():
+        return False
     try:
         return _is_allowed(action, job)
     except HTTPException:

@@ -10,6 +10,7 @@ from typing import Any
 from flask import (
     Blueprint,
     Response,
+    current_app,
     flash,
     make_response,
     redirect,
@@ -17,6 +18,7 @@ from flask import (
     url_for,
 )
 from flask.typing import ResponseReturnValue
+from flask_wtf.csrf import CSRFError
 from sqlalchemy.exc import (
     DBAPIError,
     InterfaceError,
@@ -282,9 +284,11 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
     if access.is_api():
         return api.answer_error(error)
     if not access.is_guarded():
-        # A function of the host's that runs before each request has refused: it knows why, and our
-        # page would ask its authorizer about a visitor that it does not know yet.
-        return error
+        # A function of the host's that runs before each request has refused, and it knows why.
+        answer = _answer_of_host(error)
+        # Of CSRFProtect the visitor would read one sentence, and no way to go on.
+        if answer is not None or not isinstance(error, CSRFError):
+            return answer or error
     is_closed = error.code == HTTPStatus.FORBIDDEN and current_state().find_authorizer() is None
     if access.wants_fragment():
         return Response(str(error.description), error.code, mimetype="text/plain")
@@ -292,6 +296,17 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
     again = asked.next_page() if request.method == "POST" and error.code == 400 else None
     page = render("error", error=error, is_closed=is_closed, again=again)
     return page, error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _answer_of_host(error: HTTPException) -> ResponseReturnValue | None:
+    """What the app's own error handler makes of ``error``; Flask asks those of a blueprint first."""
+    for code in (error.code, None):
+        handlers = current_app.error_handler_spec[None][code]
+        for kind in type(error).__mro__:
+            if kind in handlers:
+                answer: ResponseReturnValue = current_app.ensure_sync(handlers[kind])(error)
+                return answer
+    return None
 
 
 def _show_timeout(error: QueryTimeout) -> ResponseReturnValue:

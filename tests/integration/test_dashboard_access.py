@@ -13,6 +13,7 @@ import flask
 import flask_login
 import pytest
 from flask_wtf import CSRFProtect
+from flask_wtf.csrf import CSRFError
 
 from flask_bgjobs import BgJobs, ConfigError, Job
 from flask_bgjobs.dashboard.access import CONTENT_SECURITY_POLICY
@@ -135,6 +136,38 @@ def test_a_gate_of_the_host_answers_by_itself(
     }
     assert asked == []
     assert "raised" not in caplog.text
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_an_expired_token_leads_back_to_the_page(make_host: MakeHost, protected: bool) -> None:
+    """Also where the host's own protection notices it, before the authorizer is asked."""
+    asked: list[str] = []
+
+    def allow(action: str, job: Job | None) -> bool:
+        asked.append(action)
+        return True
+
+    host = make_host(authorizer=allow)
+    if protected:
+        CSRFProtect(host.app)
+    page = _send_old_token(host)
+    assert page.status_code == 400
+    assert f'href="{PREFIX}/list?status=failed">Open the page again' in page.text
+    assert bool(asked) is not protected
+
+
+@pytest.mark.parametrize("kind", [CSRFError, 400])
+def test_a_refusal_of_the_host_has_the_page_of_the_host(make_host: MakeHost, kind: Any) -> None:
+    """Flask would ask the handlers of the dashboard alone."""
+    host = make_host()
+    CSRFProtect(host.app)
+    host.app.register_error_handler(kind, lambda error: ("Too late.", 400))
+    assert _send_old_token(host).text == "Too late."
+
+
+def _send_old_token(host: Host) -> Any:
+    form = {"csrf_token": "old", "next": f"{PREFIX}/list?status=failed"}
+    return host.client.post(f"{PREFIX}/job/{host.add()}/cancel", data=form)
 
 
 def test_an_authorizer_that_raises_is_asked_once(
