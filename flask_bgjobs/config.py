@@ -31,6 +31,8 @@ MAX_ID = 2**63 - 1
 MAX_INTEGER = 2**31 - 1
 """Priorities and counts are 32-bit integers in the database."""
 
+OUR_LAYOUT = "bgjobs/layout.html"
+
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _DAY = 86_400.0
 _THREADS = 10
@@ -117,7 +119,7 @@ class Config:
     """``BGJOBS_DASHBOARD_PUBLIC``: let anybody view, and only view."""
     read_only: bool = False
     """``BGJOBS_READ_ONLY``: no change through the dashboard, whoever asks."""
-    base_template: str = "bgjobs/layout.html"
+    base_template: str = OUR_LAYOUT
     """``BGJOBS_BASE_TEMPLATE``: the template that the dashboard's pages extend."""
     sqlite_wal: bool = True
     """``BGJOBS_SQLITE_WAL``: worker and ``init-db`` turn SQLite's WAL mode on."""

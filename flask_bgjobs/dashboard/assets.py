@@ -42,7 +42,8 @@ def send(filename: str) -> Response:
     response = Response(asset.content, mimetype=kind)
     response.set_etag(asset.digest)
     if request.args.get("v") == asset.digest:
-        response.cache_control.public = True
+        # Not for caches that people share: Flask may send a session's cookie with it.
+        response.cache_control.private = True
         response.cache_control.immutable = True
         response.cache_control.max_age = _YEAR_SECONDS
     else:

@@ -9,6 +9,10 @@ from typing import Any
 
 import jinja2
 from flask import Response, current_app, render_template
+from markupsafe import Markup
+
+from ..app_state import current_state
+from ..config import OUR_LAYOUT
 
 _DELIMITERS = {
     f"{kind}_{end}": f"{kind}_{side}_string"
@@ -20,6 +24,8 @@ _TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069]")
 """Characters of a job's texts that would turn the direction of the page around them."""
 _PLAIN = jinja2.Environment()
 """What our templates are written for."""
+_ENVIRONMENT = "bgjobs_jinja_env"
+"""Where an app keeps what :func:`_environment` returns."""
 
 
 class TemplateLoader(jinja2.PackageLoader):
@@ -48,14 +54,35 @@ def _with_delimiters_of(environment: jinja2.Environment, source: str) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of ours, with values escaped also where the host has switched that off."""
-    environment = current_app.jinja_env
-    name = f"bgjobs/{template}.html"
-    escapes = environment.autoescape
-    if not (escapes(name) if callable(escapes) else escapes):
-        environment = environment.overlay(autoescape=True)
-    page = render_template(environment.get_template(name), **values)
-    return _TURNS_TEXT.sub(lambda match: f"\\u{ord(match[0]):04x}", page)
+    """A template of ours, in the layout that the app has chosen."""
+    layout: str | jinja2.Template = current_state().config.base_template
+    if layout != OUR_LAYOUT:
+        # The host's own is read as the host reads it.
+        layout = current_app.jinja_env.get_template(layout)
+    page = _environment().get_template(f"bgjobs/{template}.html")
+    return render_template(page, bgjobs_base_template=layout, **values)
+
+
+def _environment() -> jinja2.Environment:
+    """The app's environment, but with values escaped wherever our templates show them."""
+    environment: jinja2.Environment | None = current_app.extensions.get(_ENVIRONMENT)
+    if environment is None:
+        environment = current_app.jinja_env.overlay(
+            autoescape=True,
+            finalize=_without_turns,
+            # Its keys do not tell the two environments apart.
+            bytecode_cache=None,
+        )
+        current_app.extensions[_ENVIRONMENT] = environment
+    return environment
+
+
+def _without_turns(value: object) -> object:
+    """A value as a page shows it: what turns the direction of the text around it is spelled out."""
+    if not isinstance(value, str) or _TURNS_TEXT.search(value) is None:
+        return value
+    text = _TURNS_TEXT.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
+    return Markup(text) if isinstance(value, Markup) else text
 
 
 def json_response(**data: Any) -> Response:

@@ -299,7 +299,7 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
 
 
 def _answer_of_host(error: HTTPException) -> ResponseReturnValue | None:
-    """What the app's own error handler makes of ``error``; Flask asks those of a blueprint first."""
+    """What the app's own handler makes of ``error``; Flask asks those of a blueprint first."""
     for code in (error.code, None):
         handlers = current_app.error_handler_spec[None][code]
         for kind in type(error).__mro__:
@@ -351,8 +351,4 @@ def _too_long(error: QueryTimeout) -> str:
 
 
 def _template_values() -> dict[str, Any]:
-    state = current_state()
-    return {
-        "bgjobs_base_template": state.config.base_template,
-        "bgjobs": Helpers(state),
-    }
+    return {"bgjobs": Helpers(current_state())}

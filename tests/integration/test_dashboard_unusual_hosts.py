@@ -71,6 +71,32 @@ def test_values_are_escaped_where_the_host_escapes_nothing(make_host: MakeHost) 
         page = host.get(path)
         assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in host.get(f"/job/{job_id}")
+    environment = host.app.extensions["bgjobs_jinja_env"]
+    host.get("/list")
+    assert host.app.extensions["bgjobs_jinja_env"] is environment, "it holds compiled templates"
+
+
+@pytest.mark.parametrize("escapes", [True, False])
+def test_the_layout_of_the_host_is_read_as_the_host_reads_it(
+    make_host: MakeHost, escapes: bool
+) -> None:
+    """Its own signs of direction stay, as does what it escapes; those of jobs are spelled out."""
+    host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
+    host.app.jinja_env.autoescape = escapes
+    host.app.jinja_loader = jinja2.DictLoader(
+        {
+            "site.html": "<title>{% block title %}{% endblock %}</title>\u2068{{ '<b>shop</b>' }}"
+            "\u2069{% include 'bgjobs/_messages.html' %}{% block content %}{% endblock %}"
+        }
+    )
+    job_id = host.add(owner="a\u202eb", status="failed", error="E: <script>\u2067")
+    with host.client.session_transaction() as session:
+        session["_flashes"] = [("message", "<script>")]
+    page = host.get(f"/job/{job_id}")
+    assert f"\u2068{'&lt;b&gt;shop&lt;/b&gt;' if escapes else '<b>shop</b>'}\u2069" in page
+    assert "a\\u202eb" in page
+    assert "E: &lt;script&gt;\\u2067" in page
+    assert "<script>" not in page
 
 
 class Strict(JSONProvider):
@@ -195,7 +221,7 @@ def test_files_are_kept_for_as_long_as_they_are_the_same(make_host: MakeHost) ->
         with host.app.test_request_context():
             current = address(name)
         kept = host.client.get(current)
-        assert kept.headers["Cache-Control"] == "public, immutable, max-age=31536000"
+        assert kept.headers["Cache-Control"] == "private, immutable, max-age=31536000"
         for old in (f"{PREFIX}/static/{name}", f"{PREFIX}/static/{name}?v=0"):
             answer = host.client.get(old)
             assert answer.status_code == 200
