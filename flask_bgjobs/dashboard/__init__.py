@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from flask import Blueprint, Flask, current_app, has_request_context, request
+from werkzeug.routing import Rule
 
 from ..config import Config
 from ..safe_logging import logger as _logger
@@ -14,6 +16,10 @@ from .rendering import TemplateLoader
 _HOST = "bgjobs_host"
 """The name of the host in an address, where the app's routes name hosts."""
 _LOOKED = "bgjobs_routes_were_looked_at"
+_METHODS = frozenset({"GET", "POST"})
+"""Those of our routes."""
+_AUTOMATIC = frozenset({"HEAD", "OPTIONS"})
+"""Methods that Flask answers by itself beside others."""
 
 
 def add_dashboard(app: Flask, config: Config) -> None:
@@ -77,14 +83,25 @@ def _warn_of_shadowed_routes() -> None:
         return
     current_app.extensions[_LOOKED] = True
     rules = list(current_app.url_map.iter_rules())
-    ours = {r.rule.rstrip("/"): r for r in rules if r.endpoint.startswith("bgjobs.")}
-    for rule in rules:
-        mine = ours.get(rule.rule.rstrip("/"))
-        if mine is not None and not rule.endpoint.startswith("bgjobs."):
+    ours = [rule for rule in rules if rule.endpoint.startswith("bgjobs.")]
+    for theirs in rules:
+        if theirs.endpoint.startswith("bgjobs."):
+            continue
+        for mine in filter(functools.partial(_is_same_place, theirs), ours):
             _logger.warning(
                 "Path in two places | Path: %s | Endpoints: %s, %s | Only the one registered first "
                 "answers: set BGJOBS_DASHBOARD_URL_PREFIX, or move the app's own page",
-                rule.rule,
-                rule.endpoint,
+                theirs.rule,
+                theirs.endpoint,
                 mine.endpoint,
             )
+
+
+def _is_same_place(theirs: Rule, mine: Rule) -> bool:
+    if theirs.rule.rstrip("/") != mine.rule.rstrip("/"):
+        return False
+    # With `host_matching`, ours are on each host.
+    if not current_app.url_map.host_matching and theirs.subdomain != mine.subdomain:
+        return False
+    shared = (theirs.methods or _METHODS) & (mine.methods or _METHODS)
+    return bool(shared - _AUTOMATIC)

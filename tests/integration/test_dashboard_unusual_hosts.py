@@ -189,7 +189,7 @@ def test_host_matching(make_host: MakeHost) -> None:
     assert host.client.get("/", base_url="http://other.example").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/jobs/", "/jobs", "/jobs/list"])
+@pytest.mark.parametrize("path", ["/jobs/", "/jobs", "/jobs/list", "/jobs/api/v1/stats"])
 def test_a_path_of_the_app_is_told(
     make_host: MakeHost, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,9 +207,14 @@ def test_a_path_of_the_app_is_told(
 def test_paths_beside_the_dashboards_are_not(
     make_host: MakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Such as a route for one job, which every tutorial has."""
+    """Such as a route for one job, which every tutorial has, one of another subdomain, and one
+    that takes forms."""
     host = make_host()
+    host.app.add_url_rule("/jobs/", "of_tenant", lambda tenant: tenant, subdomain="<tenant>")
+    host.app.add_url_rule("/jobs/", "create", lambda: "created", methods=["POST"])
     host.app.add_url_rule("/jobs/<int:number>", "status", lambda number: str(number))
+    assert host.client.post("/jobs/").text == "created"
+    host.get("/")
     assert host.get("/7") == "7"
     assert "Path in two places" not in caplog.text
 
