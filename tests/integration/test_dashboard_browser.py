@@ -158,6 +158,9 @@ def test_a_layout_without_bootstrap_keeps_its_looks(host: Host, open_page: Brows
     assert style(".bgj button.btn", "borderStyle") == "solid"
     assert style(".bgj button.btn", "paddingLeft") != "0px"
     assert style(".bgj .visually-hidden", "position") == "absolute"
+    page.evaluate("document.documentElement.dataset.bsTheme = 'dark'")
+    assert style(".bgj", "backgroundColor") == "rgb(33, 37, 41)"
+    assert style(".bgj", "color") == "rgb(222, 226, 230)"
 
 
 def _cell(host: Host, outcome: str) -> Cell:
@@ -407,9 +410,36 @@ def test_rows_stay_under_a_pointer_that_aims(host: Host, open_page: Browsing) ->
     page.mouse.up()
     page.wait_for_selector("text=Job 1 cancelled.")
     assert [host.job(number).status for number in (1, 2, 3)] == ["cancelled", "pending", "pending"]
-    page.mouse.move(1, 1)
     host.add()
+    page.locator("#job-1 a").first.hover()
+    page.locator("#job-2 .bgj-actions button").hover()
+    page.wait_for_selector("text=Not refreshed while the pointer is on a row")
+    page.mouse.move(1, 1)
     page.wait_for_selector("#job-4")
+    page.wait_for_selector("text=Not refreshed", state="detached")
+
+
+def test_a_finger_stops_no_refresh(host: Host, open_page: Browsing) -> None:
+    """What was touched last looks as if a pointer were on it."""
+    host.add(2)
+    page = open_page("/list", has_touch=True)
+    box = page.locator('[aria-label="Choose job 1"]')
+    box.tap()
+    page.wait_for_selector("text=1 chosen")
+    box.tap()
+    assert box.evaluate("element => element.matches(':hover')")
+    host.add()
+    page.wait_for_selector("#job-3")
+
+
+def test_a_press_that_never_ends_stops_no_refresh(host: Host, open_page: Browsing) -> None:
+    """Such as one that has opened the menu of the browser."""
+    host.add(2)
+    page = open_page("/list")
+    page.dispatch_event("h1", "pointerdown", {"bubbles": True})
+    page.dispatch_event("h1", "contextmenu", {"bubbles": True})
+    host.add()
+    page.wait_for_selector("#job-3")
 
 
 @pytest.mark.parametrize("width", [1280, 320])
@@ -445,6 +475,28 @@ def test_times_of_filters_are_the_visitors(host: Host, open_page: Browsing) -> N
     assert "since=2026-06-01T12%3A00%3A00" in page.url
     assert "until=2026-06-01T12%3A40%3A00" in page.url
     assert page.is_visible("#job-1")
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "shown"),
+    [
+        ("2026-10-25T00:30:00", "2026-10-25T01:30:00", "2026-10-25T02:30"),
+        ("0001-01-01T12:00:00", "0999-06-01T00:00:00", None),
+    ],
+)
+def test_times_that_were_not_changed_stay(
+    host: Host, open_page: Browsing, since: str, until: str, shown: str | None
+) -> None:
+    """In the hour that a zone has twice, the clock alone does not say which one is meant."""
+    host.add()
+    page = open_page(f"/list?since={since}&until={until}", timezone_id="Europe/Berlin")
+    page.click("#bgjobs-by-more summary")
+    if shown is not None:
+        assert [page.input_value(f'[name="{name}"]') for name in ("since", "until")] == [shown] * 2
+    page.fill('[name="tag"]', "tests")
+    page.click('button:has-text("Filter")')
+    page.wait_for_url("**tag=tests**")
+    assert f"since={since.replace(':', '%3A')}&until={until.replace(':', '%3A')}" in page.url
 
 
 def test_this_page_is_chosen_at_once(host: Host, open_page: Browsing) -> None:

@@ -79,24 +79,34 @@
 
   // Refresh: asks for the changing part of this page, and learns with 304 that nothing changed.
   let etag = null, failures = 0, timer = null;
-  function isBusy(live) {
+  // Why the page must not change just now; empty where it may.
+  function obstacle(live) {
     const selection = getSelection();
-    return document.hidden || document.querySelector("dialog[open], .bgj-confirm[open]") ||
-      chosen().length || isAiming(live) ||
-      (!selection.isCollapsed && live.contains(selection.anchorNode));
+    if (document.querySelector("dialog[open], .bgj-confirm[open]")) return "a question is open";
+    if (chosen().length) return "jobs are chosen";
+    if (isAiming(live)) return "the pointer is on a row";
+    if (!selection.isCollapsed && live.contains(selection.anchorNode)) return "text is selected";
+    return "";
   }
   // Rows must not move under a pointer that is about to press a button or to check a box.
   const STILL_MS = 1500;
-  let pointed = 0, isPressed = false;
+  let pointed = 0, isPressed = false, hovers = false;
   function isAiming(live) {
-    return isPressed || live.matches(":has(tbody :is(button, input, summary):hover)") ||
-      (live.matches(":has(tbody tr:hover)") && performance.now() - pointed < STILL_MS);
+    if (isPressed) return true;
+    return hovers && Boolean(live.querySelector("tbody :is(button, input, summary):hover") ||
+      (live.querySelector("tbody tr:hover") && performance.now() - pointed < STILL_MS));
   }
-  document.addEventListener("pointermove", () => { pointed = performance.now(); });
-  document.addEventListener("pointerdown", () => { isPressed = true; });
-  for (const end of ["pointerup", "pointercancel"]) {
+  for (const move of ["pointermove", "pointerdown"]) {
+    document.addEventListener(move, (event) => {
+      // A finger hovers over nothing, but what it touched last keeps `:hover`.
+      hovers = event.pointerType !== "touch";
+      pointed = performance.now();
+      if (move === "pointerdown") isPressed = true;
+    });
+  }
+  for (const end of ["pointerup", "pointercancel", "contextmenu", "blur"]) {
     // A click follows, which has to find the button where it was.
-    document.addEventListener(end, () => setTimeout(() => { isPressed = false; }, 50));
+    window.addEventListener(end, () => setTimeout(() => { isPressed = false; }, 50));
   }
   async function refresh(live) {
     const headers = { "X-Bgjobs-Fragment": "1", ...(etag && { "If-None-Match": etag }) };
@@ -113,13 +123,15 @@
     }
     if (response.status === 304) return;
     const html = await response.text();
-    if (isBusy(live)) return;
+    if (obstacle(live)) return;
     morph(live, html);
     showLocalTimes();
     etag = response.headers.get("ETag");
   }
   async function turn(live) {
-    if (!isBusy(live)) {
+    held = obstacle(live);
+    turnsHeld = held ? turnsHeld + 1 : 0;
+    if (!held && !document.hidden) {
       try {
         await refresh(live);
         failures = 0;
@@ -133,7 +145,7 @@
     schedule(live);
   }
   // Where a page does not refresh, or cannot, it says so: old figures look like new ones.
-  let refreshed = new Date();
+  let refreshed = new Date(), held = "", turnsHeld = 0;
   function tellFreshness() {
     const note = document.querySelector("[data-bgjobs-fresh]");
     if (!note) return;
@@ -141,6 +153,8 @@
     let words = "";
     if (failures > 1) words = `Not refreshed since ${time}: the server does not answer`;
     else if (chosen().length) words = "Not refreshed while jobs are chosen";
+    // Once is no news: a pointer often rests for a moment.
+    else if (turnsHeld > 1) words = `Not refreshed while ${held}`;
     note.classList.toggle("bgj-stale", failures > 1);
     if (note.textContent !== words) note.textContent = words;
   }
@@ -201,12 +215,16 @@
   }
   // Times of a filter: shown in the visitor's zone, as all others are, and sent in UTC.
   const LOCAL = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "medium" });
-  const local = (utc) => LOCAL.format(new Date(`${utc}Z`)).replace(" ", "T");
-  const shownLocally = new WeakSet();
+  // A year has four digits here, the first one too.
+  const local = (utc) => LOCAL.format(new Date(`${utc}Z`)).replace(" ", "T").padStart(19, "0");
+  const given = new WeakMap(); // what each field held, in UTC and as it is shown
   function showLocalTimes() {
     for (const input of document.querySelectorAll("[data-bgjobs-utc]")) {
-      if (input.value && !shownLocally.has(input)) input.value = local(input.value);
-      shownLocally.add(input);
+      if (given.has(input)) continue;
+      // Not its value, which the browser may have kept from before a reload.
+      const utc = input.defaultValue;
+      if (utc) input.value = local(utc);
+      given.set(input, { utc, shown: input.value });
     }
     for (const label of document.querySelectorAll("[data-bgjobs-zoned]")) {
       label.textContent = label.dataset.bgjobsZoned;
@@ -214,8 +232,11 @@
   }
   document.addEventListener("formdata", (event) => {
     for (const input of event.target.querySelectorAll("[data-bgjobs-utc]")) {
-      if (!input.value || !shownLocally.has(input)) continue;
-      event.formData.set(input.name, new Date(input.value).toISOString().slice(0, 19));
+      if (!input.value || !given.has(input)) continue;
+      const { utc, shown } = given.get(input);
+      // An hour that a zone repeats could be either one.
+      const time = input.value === shown ? utc : new Date(input.value).toISOString().slice(0, 19);
+      event.formData.set(input.name, time);
     }
   });
 
