@@ -198,7 +198,7 @@ class _Key:
             raise ConfigError(f"{key} = {value!r}: {error}{self._hint(value)}") from None
 
     def _hint(self, value: object) -> str:
-        """What to write instead of a text that came from an environment variable."""
+        """What to write instead of a string that came from an environment variable."""
         if not isinstance(value, str):
             return ""
         for meant in _meant_by(value):
@@ -207,8 +207,8 @@ class _Key:
             except ValueError:
                 continue
             return (
-                f". It is a text, as from an environment variable: write {meant!r} in Python, or "
-                f"{json.dumps(meant)} where app.config.from_prefixed_env() reads it"
+                f". It is a string, perhaps from an environment variable: write {meant!r} in "
+                f"Python, or {json.dumps(meant)} where app.config.from_prefixed_env() reads it"
             )
         return ""
 

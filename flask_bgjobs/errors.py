@@ -77,8 +77,8 @@ class WorkerFailed(BgJobsError):
 
 
 class AttemptFailed(BgJobsError):
-    """An attempt failed, and no exception of its code is known: its process died with it, or its
-    row could not be run. Given to the functions of :meth:`~flask_bgjobs.BgJobs.on_failure`."""
+    """An attempt failed, and its exception is not known: its process died, or its row could not be
+    run. Given to the functions of :meth:`~flask_bgjobs.BgJobs.on_failure`."""
 
 
 class DatabaseNotSupported(BgJobsError):

@@ -110,7 +110,7 @@ class Job(Base):
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    """Never used again once the job is committed, not even after it was deleted."""
+    """Once committed, an id is never given to another job, even if the job is deleted."""
     target: Mapped[str] = mapped_column(sa.String(255))
     """Dotted name of the class or function."""
     method: Mapped[str | None] = mapped_column(sa.String(255))

@@ -11,8 +11,8 @@ from .sqlite import advice
 
 _MISSING_TABLE = re.compile(r"no such table|^relation .* does not exist$|^Table .* doesn't exist$")
 MAKE_TABLES = (
-    "run `flask db upgrade` after `flask db migrate`, or `flask bgjobs init-db` without "
-    "Flask-Migrate; `db.create_all()` makes the tables only after `BgJobs(app)`"
+    "run `flask db migrate`, then `flask db upgrade`; without Flask-Migrate, run "
+    "`flask bgjobs init-db`. `db.create_all()` makes the tables only after `BgJobs(app)`"
 )
 
 

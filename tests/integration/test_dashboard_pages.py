@@ -485,11 +485,12 @@ def test_busy_slots_are_the_reason(host: Host) -> None:
     host.add(status="running", worker_id=1)
     assert "slots" not in host.get(f"/job/{waiting}")
     host.add(status="running", worker_id=1)
-    assert "All 2 slots of the workers that serve the queue are busy." in host.get(
-        f"/job/{waiting}"
-    )
+    reason = "All {} slots of the {} the queue are busy."
+    assert reason.format(2, "worker that serves") in host.get(f"/job/{waiting}")
     host.add_worker("third", concurrency=1)
     assert "slots" not in host.get(f"/job/{waiting}")
+    host.add(status="running", worker_id=3)
+    assert reason.format(3, "workers that serve") in host.get(f"/job/{waiting}")
 
 
 def test_busy_slots_are_the_reason_after_a_claim(host: Host) -> None:

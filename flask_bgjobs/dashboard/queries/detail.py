@@ -119,12 +119,14 @@ def _reasons(
         reasons.append("It is not due yet.")
     if job.queue in service.paused:
         reasons.append(f"The queue {job.queue} is paused.")
-    slots = sum(worker.concurrency for worker in _runners(job, service))
+    runners = _runners(job, service)
+    slots = sum(worker.concurrency for worker in runners)
     if slots and held >= slots:
+        serving = "worker that serves" if len(runners) == 1 else "workers that serve"
         reasons.append(
-            "The only slot of the worker that serves the queue is busy."
+            f"The only slot of the {serving} the queue is busy."
             if slots == 1
-            else f"All {slots:,} slots of the workers that serve the queue are busy."
+            else f"All {slots:,} slots of the {serving} the queue are busy."
         )
     if not any(worker.serves(job.queue) for worker in service.workers):
         reasons.append(
