@@ -302,7 +302,7 @@ def test_health(state: AppState, run: Any) -> None:
 
 @pytest.mark.parametrize(
     ("url", "said"),
-    [(None, "run `flask db upgrade`"), ("sqlite:////nowhere/at/all.db", "unable to open")],
+    [(None, "then `flask db upgrade`"), ("sqlite:////nowhere/at/all.db", "unable to open")],
 )
 def test_health_without_a_database(empty_database_url: str, url: str | None, said: str) -> None:
     """A database that does not answer is one sentence and exit code 1, in JSON as well."""
