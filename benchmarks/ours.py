@@ -14,8 +14,8 @@ import time
 from http import HTTPStatus
 from typing import Any
 
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.worker import register
+from flask_bgjobs.state import state_of
+from flask_bgjobs.worker.worker import register
 
 from .apps.bgjobs import create_app, record
 

@@ -13,7 +13,7 @@ import signal
 import time
 
 from flask_bgjobs import Fail
-from flask_bgjobs.pools import is_child
+from flask_bgjobs.execution.pools import is_child
 
 from .config import DANGER_QUEUE
 from .extensions import bgjobs

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .context import current_job
-from .enqueue import run_background_job
+from .enqueue.enqueue import run_background_job
 from .errors import (
     AttemptFailed,
     BgJobsError,
@@ -24,7 +23,9 @@ from .errors import (
     WaitTimeout,
     WorkerFailed,
 )
+from .execution.current import current_job
 from .extension import BgJobs
+from .job.statuses import JobStatus
 from .models import Job, add_tables
 from .signals import (
     job_cancelled,
@@ -37,7 +38,6 @@ from .signals import (
     worker_started,
     worker_stopped,
 )
-from .states import JobStatus
 from .version import __version__
 
 __all__ = [

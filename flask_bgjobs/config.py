@@ -18,18 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from . import durations
 from .errors import ConfigError
-from .states import JobStatus
-from .text import shown
+from .job import durations
+from .job.records import MAX_INTEGER
+from .job.statuses import JobStatus
+from .job.text import shown
 
 AllowedJobs = Mapping[str, frozenset[str] | None]
 """Dotted name to the methods allowed, or ``None`` for all public methods (or a function)."""
 
-MAX_ID = 2**63 - 1
-"""The largest number that a column of ids holds."""
-MAX_INTEGER = 2**31 - 1
-"""Priorities and counts are 32-bit integers in the database."""
 
 OUR_LAYOUT = "bgjobs/layout.html"
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 
 from flask import Flask
 
-from . import joining, logs
-from .app_state import AppState, Authorizer, FailureHook, Identifier, state_of
 from .config import Config
-from .embedded import EmbeddedOptions, EmbeddedWorker
-from .enqueue import AUTO, Parameters, SessionChoice
+from .enqueue import transactions
+from .enqueue.decorator import BoundJob, JobFunction
+from .enqueue.enqueue import AUTO, Parameters, SessionChoice
 from .errors import ConfigError, InvalidJob
-from .functions import BoundJob, JobFunction
 from .hooks import require_plain_function
+from .job.redact import Redactor
+from .job.text import shown
 from .models import Job, add_tables
+from .observability import logs
 from .options import OptionValues, options_from
-from .redact import Redactor
 from .registry import (
     Decorated,
     Registry,
@@ -29,8 +29,9 @@ from .registry import (
     stored_name,
     where,
 )
+from .state import AppState, Authorizer, FailureHook, Identifier, state_of
 from .store import make_store
-from .text import shown
+from .worker.embedded import EmbeddedOptions, EmbeddedWorker
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -204,9 +205,9 @@ class BgJobs:
 
         It is called as ``function(job, exception, final=…)`` in the process where the attempt ran,
         in a thread and an application context of its own, when the outcome was handed to the
-        worker. ``job`` is a :class:`~flask_bgjobs.spec.JobSpec`; ``final`` is ``False`` when a
-        retry follows. What it raises is logged, and changes nothing. Several functions may be
-        registered; of the same lines, run again in a factory, the newest one counts.
+        worker. ``job`` is a :class:`~flask_bgjobs.job.records.JobSpec`; ``final`` is ``False``
+        when a retry follows. What it raises is logged, and changes nothing. Several functions may
+        be registered; of the same lines, run again in a factory, the newest one counts.
 
         For a job whose process died the worker that records it calls the function, with
         :exc:`~flask_bgjobs.JobTimeout` or :exc:`~flask_bgjobs.AttemptFailed`. A job that is rescued
@@ -227,14 +228,14 @@ class BgJobs:
         metadata = db.metadatas[config.bind_key]
         add_tables(metadata)
         schema = metadata.schema
-        host = joining.HostSessions(app, db, engine, config.bind_key)
+        host = transactions.HostSessions(app, db, engine, config.bind_key)
         store = make_store(engine, host, schema=schema, max_crashes=config.max_crashes)
         if advice := store.pool_advice():
             warnings.warn(advice, stacklevel=3)
-        joining.watch(engine)
-        joining.tell_binds_apart(app, db)
+        transactions.watch(engine)
+        transactions.tell_binds_apart(app, db)
         # Before Flask-SQLAlchemy's own, which was registered earlier, closes the session.
-        app.teardown_appcontext(functools.partial(joining.discard_on_error, db))
+        app.teardown_appcontext(functools.partial(transactions.discard_on_error, db))
         _warn_of_dropped_tables(app, db, config)
         job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"
         return AppState(
@@ -287,7 +288,7 @@ def _warn_of_dropped_tables(app: Flask, db: SQLAlchemy, config: Config) -> None:
         return
     with app.app_context():
         engines = db.engines
-    if None in engines and joining.is_same(engines[None], engines[config.bind_key]):
+    if None in engines and transactions.is_same(engines[None], engines[config.bind_key]):
         warnings.warn(
             f"BGJOBS_BIND_KEY = {config.bind_key!r} names the database of SQLALCHEMY_DATABASE_URI: "
             "a migration of db.metadata would drop the tables of flask-bgjobs. Leave "

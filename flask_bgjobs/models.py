@@ -24,11 +24,11 @@ from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.schema import SchemaConst
 from sqlalchemy.sql.elements import conv
 
-from . import serialize
-from .config import MAX_ID
 from .errors import JobNotCommitted, JobNotFound, WaitTimeout
-from .states import FINAL, JobStatus
-from .text import shown
+from .job import serialize
+from .job.records import MAX_ID
+from .job.statuses import FINAL, JobStatus
+from .job.text import shown
 
 BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 """SQLite numbers rows by itself only in a column that is exactly INTEGER."""
@@ -313,7 +313,7 @@ class Attempt(Base):
     job_id: Mapped[int] = mapped_column(sa.BigInteger)
     attempt: Mapped[int] = mapped_column(sa.Integer)
     outcome: Mapped[str] = mapped_column(sa.String(16))
-    """One of :class:`~flask_bgjobs.states.OutcomeKind`."""
+    """One of :class:`~flask_bgjobs.job.statuses.OutcomeKind`."""
     worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
     worker_name: Mapped[str | None] = mapped_column(sa.String(255))
     due_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
@@ -387,7 +387,7 @@ class Queue(Base):
 
 
 class AuditEntry(Base):
-    """A change that a person made, and who it was; see :mod:`flask_bgjobs.store.audits`."""
+    """A change that a person made, and who it was."""
 
     __tablename__ = "bgjobs_audit"
     __table_args__ = _NUMBERED_TABLE
@@ -417,7 +417,7 @@ class AuditedJob(Base):
 
 
 class Rollup(Base):
-    """How many attempts ended in a minute or an hour; see :mod:`flask_bgjobs.rollup`."""
+    """How many attempts ended in a minute or an hour; see :mod:`flask_bgjobs.job.rollup`."""
 
     __tablename__ = "bgjobs_rollup"
     __table_args__ = _TABLE

@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from . import durations
-from .config import MAX_INTEGER, Config, check_queue, retry_delays
+from .config import Config, check_queue, retry_delays
 from .errors import InvalidJob
-from .retry import BACKOFFS, MAX_DELAY_SECONDS
-from .text import shown, storable
+from .job import durations
+from .job.records import MAX_INTEGER
+from .job.retry import BACKOFFS, MAX_DELAY_SECONDS
+from .job.text import shown, storable
 
 MAX_TAGS = 20
 _MAX_RETRIES = 10_000

@@ -18,8 +18,8 @@ from typing import Any
 
 from .config import AllowedJobs, is_dotted_name
 from .errors import ConfigError, InvalidJob, JobNotAllowed
+from .job.text import shown
 from .options import NO_OPTIONS, JobOptions
-from .text import shown
 
 _OWNERS = ("self", "cls")
 """Names of the first parameter of methods that are called on an instance or a class."""

@@ -1,8 +1,8 @@
 """Blinker signals, sent with the Flask app as sender.
 
 ``job_enqueued`` carries ``job``, a :class:`~flask_bgjobs.Job`. Those of a worker carry
-``job``, a :class:`~flask_bgjobs.spec.JobSpec` with the same field names; all but
-``job_started`` also carry ``settled``, a :class:`~flask_bgjobs.spec.Settled`, and follow
+``job``, a :class:`~flask_bgjobs.job.records.JobSpec` with the same field names; all but
+``job_started`` also carry ``settled``, a :class:`~flask_bgjobs.job.records.Settled`, and follow
 the commit of what they tell. A cancel of a waiting job carries ``job`` alone. ``job_refused``
 carries ``target``, ``method`` and ``error``. The signals of
 workers carry ``worker``, the worker's name.
@@ -19,9 +19,9 @@ from typing import NamedTuple
 from blinker import NamedSignal, Namespace
 from flask import Flask
 
-from .safe_logging import logger as _logger
-from .spec import Settled
-from .states import JobStatus, OutcomeKind
+from .job.records import Settled
+from .job.statuses import JobStatus, OutcomeKind
+from .system.safe_logging import logger as _logger
 
 _namespace = Namespace()
 

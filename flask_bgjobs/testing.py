@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 from flask import Flask, has_app_context
 
-from . import joining
-from .app_state import AppState, import_jobs, state_of
-from .context import CurrentJob
+from .enqueue import transactions
 from .errors import BgJobsError
-from .execute import execute
-from .failures import report_lost
+from .execution.current import CurrentJob
+from .execution.execute import execute
+from .execution.interrupt import Window
+from .job.records import JobSpec, Settled
+from .job.row_check import bad_row, checked
 from .models import Job
-from .row_check import bad_row, checked
-from .spec import JobSpec, Settled
-from .window import Window
-from .worker import register
+from .observability.failures import report_lost
+from .state import AppState, import_jobs, state_of
+from .worker.worker import register
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def _holds_changes(state: AppState) -> bool:
         return False
     if not has_app_context() or not state.db.session.registry.has():
         return False
-    return joining.has_written(state.db.session(), store.host_engine)
+    return transactions.has_written(state.db.session(), store.host_engine)
 
 
 def _run(state: AppState, worker_id: int, specs: list[JobSpec]) -> list[Settled]:

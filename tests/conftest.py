@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_bgjobs import Job
-from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import Store
 from tests import databases
 from tests.apps import build_app, create_tables

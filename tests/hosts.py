@@ -14,8 +14,8 @@ from typing import Any
 from flask import Flask, g
 
 from flask_bgjobs import job_completed, job_failed, job_started
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.spec import JobSpec
+from flask_bgjobs.job.records import JobSpec
+from flask_bgjobs.state import state_of
 
 
 def receiver_hangs(app: Flask) -> None:
@@ -77,7 +77,7 @@ def loop_exits(app: Flask) -> None:
 
 
 def _break_loop(app: Flask, error: BaseException) -> None:
-    from flask_bgjobs import worker
+    from flask_bgjobs.worker import worker
 
     def fail(*_: object) -> None:
         raise error
@@ -90,7 +90,7 @@ def _break_loop(app: Flask, error: BaseException) -> None:
 
 def pool_fails(app: Flask) -> None:
     """A fault in the thread that serves the child processes, once a job has failed."""
-    from flask_bgjobs.pools.process import ProcessPool
+    from flask_bgjobs.execution.pools.process.pool import ProcessPool
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
@@ -103,7 +103,7 @@ def pool_fails(app: Flask) -> None:
 
 def pool_fails_in_a_stop(_app: Flask) -> None:
     """A fault in the thread that serves the child processes, once the worker stops."""
-    from flask_bgjobs.pools.process import ProcessPool
+    from flask_bgjobs.execution.pools.process.pool import ProcessPool
 
     take_unstarted = ProcessPool.take_unstarted
 

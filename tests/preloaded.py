@@ -38,7 +38,7 @@ _MODULES = (
     "sqlalchemy.dialects.postgresql.psycopg",
     "sqlalchemy.dialects.sqlite.pysqlite",
     "tests.apps",
-    "flask_bgjobs.worker",
+    "flask_bgjobs.worker.worker",
     "flask_bgjobs.cli.worker",
 )
 """What is imported before the first fork; nothing of it starts a thread or opens a file."""

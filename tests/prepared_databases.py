@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from tests import databases
 from tests.apps import build_app
 

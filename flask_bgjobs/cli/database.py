@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..app_state import AppState, current_state
+from ..state import AppState, current_state
 from .group import bgjobs_commands, one_sentence
 
 
@@ -12,7 +12,7 @@ from .group import bgjobs_commands, one_sentence
 @one_sentence
 def init_db_command() -> None:
     """Create the tables, for apps without Flask-Migrate."""
-    from .. import schema
+    from ..operations import schema
 
     state = current_state()
     created = schema.create_tables(state)
@@ -26,7 +26,7 @@ def init_db_command() -> None:
 
 def _migrations_note(state: AppState) -> str | None:
     """What else is to be done where another tool makes and drops tables."""
-    from .. import schema
+    from ..operations import schema
 
     if "migrate" in state.app.extensions:
         return (
@@ -51,7 +51,7 @@ def check_command() -> None:
 
     The exit code is 1 when they differ.
     """
-    from .. import schema
+    from ..operations import schema
 
     state = current_state()
     found = schema.differences(state)

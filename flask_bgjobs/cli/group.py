@@ -13,11 +13,11 @@ import click
 from flask.cli import AppGroup
 from sqlalchemy.exc import DBAPIError
 
-from .. import durations
 from ..config import check_queue
 from ..errors import BgJobsError
+from ..job import durations
+from ..job.text import one_line
 from ..store import database_sentence
-from ..text import one_line
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import actions, serialize
-from ..app_state import current_state, import_jobs
-from ..config import MAX_ID
 from ..errors import JobNotFound
-from ..states import JobStatus
-from ..text import one_line, printable_lines
+from ..job import serialize
+from ..job.records import MAX_ID
+from ..job.statuses import JobStatus
+from ..job.text import one_line, printable_lines
+from ..operations import actions
+from ..state import current_state, import_jobs
 from .group import bgjobs_commands, json_option, one_sentence
 from .output import print_json, print_table
 from .selection import Verb, act_on_chosen, chosen_jobs
 from .user import this_user
 
 if TYPE_CHECKING:
-    from ..dashboard.queries import JobRow
+    from ..operations.queries import JobRow
 
 _RETRY = Verb("retry", actions.retry, "Retry {}?")
 _CANCEL = Verb("cancel", actions.cancel, "Cancel {}?")
@@ -97,7 +98,7 @@ def list_command(
     as_json: bool,
 ) -> None:
     """List jobs, newest first."""
-    from ..dashboard.queries import InvalidSearch, JobFilters, job_data, list_jobs
+    from ..operations.queries import InvalidSearch, JobFilters, job_data, list_jobs
 
     import_jobs(current_state())
     try:
@@ -117,7 +118,7 @@ def list_command(
 @one_sentence
 def show_command(job_id: int, as_json: bool) -> None:
     """Show one job: its fields, its log, and the attempts that did not complete."""
-    from ..dashboard.queries import detail_data, job_detail
+    from ..operations.queries import detail_data, job_detail
 
     state = current_state()
     import_jobs(state)

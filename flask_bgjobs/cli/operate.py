@@ -10,23 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from sqlalchemy.exc import SQLAlchemyError
 
-from .. import actions, durations
-from ..app_state import AppState, current_state
 from ..config import Config
-from ..states import FINAL, JobStatus
+from ..job import durations
+from ..job.statuses import FINAL, JobStatus
+from ..operations import actions
+from ..state import AppState, current_state
 from ..store import database_sentence
-from .group import (
-    Duration,
-    bgjobs_commands,
-    json_option,
-    one_sentence,
-    yes_option,
-)
+from .group import Duration, bgjobs_commands, json_option, one_sentence, yes_option
 from .output import counted, print_json, print_table, progress_bar
 from .user import this_user
 
 if TYPE_CHECKING:
-    from ..dashboard.queries import QueueStats, Stats, WorkerDetail
+    from ..operations.queries import QueueStats, Stats, WorkerDetail
 
 _FINISHED = [status for status in JobStatus if status in FINAL]
 
@@ -36,7 +31,7 @@ _FINISHED = [status for status in JobStatus if status in FINAL]
 @one_sentence
 def stats_command(as_json: bool) -> None:
     """Show how many jobs and workers there are."""
-    from ..dashboard.queries import stats_now, time_text
+    from ..operations.queries import stats_now, time_text
 
     stats = stats_now(current_state())
     if as_json:
@@ -89,7 +84,7 @@ def _oldest(queue: QueueStats) -> str:
 @one_sentence
 def queues_command(as_json: bool) -> None:
     """Show what each queue holds, and who serves it."""
-    from ..dashboard.queries import plain, queue_stats, time_text
+    from ..operations.queries import plain, queue_stats, time_text
 
     queues = queue_stats(current_state())
     if as_json:
@@ -134,7 +129,7 @@ def resume_command(names: Sequence[str]) -> None:
 @one_sentence
 def workers_command(ended: bool, as_json: bool) -> None:
     """Show the workers, and how they are."""
-    from ..dashboard.queries import list_workers, plain
+    from ..operations.queries import list_workers, plain
 
     workers = list_workers(current_state(), ended=ended)
     if as_json:
@@ -199,7 +194,7 @@ def _retention(
 
 
 def _prune(state: AppState, retention: Mapping[JobStatus, float | None], count: int) -> None:
-    from ..maintenance import Pruner
+    from ..worker.maintenance import Pruner
 
     pruner = Pruner(state.store, retention)
     with progress_bar(count, "Jobs") as advance:
@@ -236,7 +231,7 @@ def health_command(as_json: bool) -> None:
 
 
 def _health(state: AppState) -> _Health:
-    from ..dashboard.queries import HEALTH_SECONDS, service_now
+    from ..operations.queries import HEALTH_SECONDS, service_now
 
     try:
         service = service_now(state, within=HEALTH_SECONDS)

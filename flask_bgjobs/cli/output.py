@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from .. import serialize
-from ..text import one_line, printable_json
+from ..job import serialize
+from ..job.text import one_line, printable_json
 
 _COLUMN_WIDTH = 60
 

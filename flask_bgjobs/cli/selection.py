@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from .. import actions
-from ..app_state import AppState, current_state
-from ..config import MAX_ID
-from ..states import CAN_CHANGE, JobStatus
+from ..job.records import MAX_ID
+from ..job.statuses import CAN_CHANGE, JobStatus
+from ..operations import actions
+from ..state import AppState, current_state
 from ..store import DONE, ActionResult, Selection
 from .group import Moment, yes_option
 from .output import counted, progress_bar

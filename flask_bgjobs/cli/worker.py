@@ -17,25 +17,25 @@ from flask import Flask
 from flask.cli import ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-from .. import sd_notify
-from ..app_state import AppState, current_state
-from ..console import show_logs
 from ..errors import BgJobsError
-from ..leftovers import owning_process
-from ..reload import run_with_reload, watched_folders
-from ..safe_logging import logger as _logger
-from ..signal_handlers import STOP_SIGNALS, handled
+from ..execution.leftovers import owning_process
+from ..job.statuses import JobStatus
+from ..job.text import one_line
 from ..signals import worker_started
-from ..states import JobStatus
+from ..state import AppState, current_state
 from ..store import database_sentence
-from ..supervised import OPTION, Supervised
-from ..supervisor import Supervisor
-from ..text import one_line
+from ..system.console import show_logs
+from ..system.safe_logging import logger as _logger
+from ..system.signal_handlers import STOP_SIGNALS, handled
 from ..version import __version__
+from ..worker.supervisor import sd_notify
+from ..worker.supervisor.reload import run_with_reload, watched_folders
+from ..worker.supervisor.supervised import OPTION, Supervised
+from ..worker.supervisor.supervisor import Supervisor
 from .group import NumberRange, QueueNames, bgjobs_commands, one_sentence
 
 if TYPE_CHECKING:
-    from ..worker import Worker
+    from ..worker.worker import Worker
 
 _FLASKS_OWN_CHOICE = ("wsgi.py", "app.py")
 """What ``flask`` looks for when nobody names an app."""
@@ -141,7 +141,7 @@ def _supervise(state: AppState, processes: int, options: dict[str, Any]) -> int:
 
 def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **options: Any) -> None:
     """Run one worker in this process, until it is told to stop or is done."""
-    from ..worker import Worker, WorkerOptions
+    from ..worker.worker import Worker, WorkerOptions
 
     worker = Worker(
         state,

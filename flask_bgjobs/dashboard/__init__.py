@@ -9,8 +9,8 @@ from flask import Blueprint, Flask, current_app, has_request_context, request
 from werkzeug.routing import Rule
 
 from ..config import Config
-from ..safe_logging import logger as _logger
-from . import access, api, assets, changes, views
+from ..system.safe_logging import logger as _logger
+from . import access, api, assets, changes, pages
 from .rendering import TemplateLoader
 
 _HOST = "bgjobs_host"
@@ -32,13 +32,13 @@ def add_dashboard(app: Flask, config: Config) -> None:
     kind = _OnAnyHost if app.url_map.host_matching else _Dashboard
     blueprint = kind("bgjobs", __name__, url_prefix=config.dashboard_url_prefix)
     access.protect(blueprint)
-    views.register(blueprint)
+    pages.register(blueprint)
     assets.register(blueprint)
     changes.register(blueprint)
     api.register(blueprint)
     app.register_blueprint(blueprint)
     # First of all, also before a function of the host's that sends everybody to log in.
-    app.before_request_funcs.setdefault(None, []).insert(0, views.answer_health_check)
+    app.before_request_funcs.setdefault(None, []).insert(0, pages.answer_health_check)
     app.before_request(_warn_of_shadowed_routes)
 
 

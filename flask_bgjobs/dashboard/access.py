@@ -21,11 +21,12 @@ from werkzeug.sansio.response import Response as WerkzeugResponse
 from wtforms import ValidationError
 
 from .. import hooks
-from ..app_state import current_state
 from ..models import Job
-from ..safe_logging import logger as _logger
+from ..operations import queries
+from ..state import current_state
 from ..store import Actor
-from . import asked, queries
+from ..system.safe_logging import logger as _logger
+from . import params
 
 VIEW, AUDIT, DISPATCH = "view", "audit", "dispatch"
 _ACTIONS = {
@@ -318,7 +319,7 @@ def _refuse(action: str, job: Job | None = None) -> ResponseReturnValue | None:
             return Response("Log in first.", 401, mimetype="text/plain")
         answer = make_response(current_app.login_manager.unauthorized())  # type: ignore[attr-defined]  # set by Flask-Login
         if request.url_rule is not None and "GET" not in (request.url_rule.methods or ()):
-            _return_to(asked.next_page(), answer)
+            _return_to(params.next_page(), answer)
         return answer
     if current_state().config.read_only and action not in (VIEW, AUDIT):
         abort(403, "BGJOBS_READ_ONLY is set: nothing can be changed here.")

@@ -17,11 +17,11 @@ from flask import Blueprint, Response, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
-from .. import actions
-from ..app_state import current_state
 from ..errors import BgJobsError, JobNotAllowed, QueueNotFound
-from ..text import storable
-from . import access, asked, queries
+from ..job.text import storable
+from ..operations import actions, queries
+from ..state import current_state
+from . import access, params
 from .changes import ACTS
 from .rendering import json_response
 
@@ -72,7 +72,7 @@ def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., Response
     @functools.wraps(view)
     def wrapped(**values: Any) -> ResponseReturnValue:
         try:
-            asked.only(*_QUERY.get(view.__name__, ()))
+            params.only(*_QUERY.get(view.__name__, ()))
         except ValueError as error:
             raise BadRequest(str(error)) from None
         return view(**values)
@@ -103,9 +103,9 @@ def api_stats() -> ResponseReturnValue:
         return json_response(
             **_stats(service),
             **dict.fromkeys(("jobs", "capped", "ended", "wait_seconds", "run_seconds")),
-            period=asked.period().name,
+            period=params.period().name,
         )
-    chart = queries.chart(state, service.now, asked.period())
+    chart = queries.chart(state, service.now, params.period())
     counts = queries.count_by_status(state)
     return json_response(
         **_stats(service),
@@ -133,10 +133,10 @@ def api_jobs() -> ResponseReturnValue:
     try:
         page = queries.list_jobs(
             state,
-            asked.filters(),
+            params.filters(),
             after=request.args.get("after"),
             before=request.args.get("before"),
-            per=asked.per_page(),
+            per=params.per_page(),
             visible=access.visible_filter(),
         )
     except ValueError as error:
@@ -167,9 +167,9 @@ def api_dispatch() -> ResponseReturnValue:
             f"there is no field {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
         )
     try:
-        body["run_at"] = asked.moment("run_at", body.get("run_at"))
+        body["run_at"] = params.moment("run_at", body.get("run_at"))
         job = actions.dispatch(state, access.visitor(), target, method, parameters, **body)
-    except (BgJobsError, asked.InvalidTime) as error:
+    except (BgJobsError, params.InvalidTime) as error:
         code = HTTPStatus.FORBIDDEN if isinstance(error, JobNotAllowed) else HTTPStatus.BAD_REQUEST
         return _refused(code, str(error))
     if job.deduplicated and not access.visible(job):
@@ -192,7 +192,7 @@ def api_act(job_id: int, verb: str) -> ResponseReturnValue:
 
 def api_errors() -> ResponseReturnValue:
     """What fails, by job and exception."""
-    errors = queries.errors_in(current_state(), asked.period(), access.visible_filter())
+    errors = queries.errors_in(current_state(), params.period(), access.visible_filter())
     return json_response(
         period=errors.period.name,
         errors=[queries.plain(group) for group in errors.groups],
@@ -239,7 +239,7 @@ def api_audit() -> ResponseReturnValue:
     """Who changed what."""
     try:
         page = queries.list_audit(
-            current_state(), after=request.args.get("after"), per=asked.per_page()
+            current_state(), after=request.args.get("after"), per=params.per_page()
         )
     except ValueError as error:
         raise BadRequest(str(error)) from None

@@ -1,4 +1,4 @@
-"""The POSTs: what people change. Each goes through :mod:`flask_bgjobs.actions`, and is audited."""
+"""The POSTs: what people change. Each goes through the operations, and is audited."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from http import HTTPStatus
 from flask import Blueprint, abort, flash, redirect, request, url_for
 from flask.typing import ResponseReturnValue
 
-from .. import actions
-from ..app_state import AppState, current_state
 from ..errors import BgJobsError
+from ..job.text import sentence
 from ..models import Job
+from ..operations import actions, queries
+from ..state import AppState, current_state
 from ..store import DONE, ActionResult
-from ..text import sentence
-from . import access, asked, queries
+from . import access, params
 from .rendering import render
 
 ACTS: dict[str, actions.Act] = {
@@ -61,7 +61,7 @@ def act(job_id: int, verb: str) -> ResponseReturnValue:
         flash(f"Job {number} was asked to stop.", "success")
     for number, reason in result.skipped.items():
         flash(f"Job {number} skipped: {reason}.", "warning")
-    following = asked.next_page()
+    following = params.next_page()
     if verb == "delete" and result.done and following == url_for(".show_job", job_id=job_id):
         following = url_for(".list_jobs")
     return redirect(following, HTTPStatus.SEE_OTHER)
@@ -97,35 +97,35 @@ def bulk(verb: str) -> ResponseReturnValue:
     if not (plan.count or plan.has_more):
         nothing = f"There is no job to {verb}." if "all" in request.form else "Choose jobs first."
         flash(nothing, "warning")
-        return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
+        return redirect(params.next_page(), HTTPStatus.SEE_OTHER)
     wrong_number = None
     if "confirmed" in request.form:
         typed = re.sub(r"[\s.,']", "", request.form.get("typed", ""))
         if not plan.must_be_typed or typed == str(plan.count):
             _carry_out(state, plan)
-            return redirect(asked.next_page(), HTTPStatus.SEE_OTHER)
+            return redirect(params.next_page(), HTTPStatus.SEE_OTHER)
         wrong_number = f"{typed or 'No number'} is not {plan.count:,}: nothing was changed."
     page = render(
         "_confirm" if access.wants_fragment() else "confirm",
         plan=plan,
         wrong_number=wrong_number,
-        next_page=asked.next_page(),
+        next_page=params.next_page(),
     )
     return page, HTTPStatus.OK if wrong_number is None else HTTPStatus.BAD_REQUEST
 
 
 def _plan(state: AppState, verb: str) -> Plan:
     if "all" not in request.form:
-        ids = asked.ids(_MAX_CHOSEN)
+        ids = params.ids(_MAX_CHOSEN)
         return Plan(verb, ids, queries.JobFilters(), 0, len(ids))
     try:
-        filters = asked.filters()
+        filters = params.filters()
     except ValueError as error:
         abort(400, f"{sentence(str(error))}.")
     if not filters.offers_all:
         abort(400, "All that match can be changed only where no words are searched for.")
-    up_to = asked.number("up_to") or queries.highest_id(state)
-    plan = Plan(verb, (), filters, up_to, asked.number("count"), "more" in request.form)
+    up_to = params.number("up_to") or queries.highest_id(state)
+    plan = Plan(verb, (), filters, up_to, params.number("count"), "more" in request.form)
     if plan.count:
         # What was asked is answered, whatever workers have done to these jobs meanwhile.
         return plan
@@ -182,7 +182,7 @@ def _act_on_allowed(state: AppState, plan: Plan, ids: Sequence[int]) -> ActionRe
     """Do it to those of the jobs that the visitor may change; the others do not exist for them."""
     jobs = _meant(state, plan, ids)
     allowed = [number for number, job in jobs.items() if access.is_allowed(plan.verb, job)]
-    reason = None if plan.ids else asked.query_string(plan.filters) or "all jobs"
+    reason = None if plan.ids else params.query_string(plan.filters) or "all jobs"
     result = ACTS[plan.verb](state, sorted(allowed), access.visitor(reason))
     refused = jobs.keys() - set(allowed)
     result.skipped |= dict.fromkeys(refused, "you are not allowed to")
@@ -211,7 +211,7 @@ def act_on_queue(verb: str) -> ResponseReturnValue:
 
 def act_on_worker(verb: str) -> ResponseReturnValue:
     """Ask a worker to finish what it runs, and to end."""
-    worker_id = asked.number("worker")
+    worker_id = params.number("worker")
     asked_now = current_state().store.drain_worker(worker_id, access.visitor())
     if asked_now:
         flash("The worker was asked to finish what it runs, and to end.", "success")

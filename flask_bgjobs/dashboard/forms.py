@@ -16,16 +16,17 @@ from typing import Any
 from flask_wtf import FlaskForm
 from wtforms import Field, HiddenField, StringField, TextAreaField, ValidationError
 
-from .. import actions, serialize
-from ..app_state import AppState, current_state
 from ..config import check_queue
 from ..errors import BgJobsError, JobNotAllowed
+from ..job import serialize
+from ..job.redact import MASK
+from ..job.text import sentence
 from ..models import Job
+from ..operations import actions
 from ..options import priority_number
-from ..redact import MASK
 from ..registry import Registry
+from ..state import AppState, current_state
 from ..store import Actor
-from ..text import sentence
 
 _UTC = "UTC"
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")

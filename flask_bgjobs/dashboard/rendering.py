@@ -11,8 +11,8 @@ import jinja2
 from flask import Response, current_app, render_template
 from markupsafe import Markup
 
-from ..app_state import current_state
 from ..config import OUR_LAYOUT
+from ..state import current_state
 
 _DELIMITERS = {
     f"{kind}_{end}": f"{kind}_{side}_string"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from ..errors import DatabaseNotSupported
-from .audits import Actor
 from .base import Store
-from .by_hand import DONE, ActionResult
 from .database import CommitInDoubt, Host, QueryTimeout
-from .inserts import NewJobs, unique_hash
-from .mysql import MysqlStore
-from .postgresql import PostgresStore
-from .prunes import PruneCursor, Pruned, Retention
-from .refusals import MAKE_TABLES, database_sentence, is_missing_table
-from .runs import LeaseView
-from .selections import Conditions, Selection
+from .dialects.mysql import MysqlStore
+from .dialects.postgresql import PostgresStore
+from .dialects.sqlite import SqliteStore, advice, is_in_memory
+from .errors import MAKE_TABLES, database_sentence, is_missing_table
 from .sizes import batches, statement_bytes
-from .sqlite import SqliteStore, advice, is_in_memory
+from .statements.audit import Actor
+from .statements.enqueue import NewJobs, unique_hash
+from .statements.manual import DONE, ActionResult
+from .statements.progress import LeaseView
+from .statements.prune import PruneCursor, Pruned, Retention
+from .statements.select import Conditions, Selection
 
 __all__ = [
     "DONE",

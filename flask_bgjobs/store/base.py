@@ -5,14 +5,14 @@ A subclass per dialect supplies the clock, the claim and the tolerant insert.
 
 from __future__ import annotations
 
-from .by_hand import ByHand
-from .claims import Claims
-from .due import Due
-from .inserts import Inserts
-from .leases import Leases
-from .prunes import Prunes
-from .rollups import Rollups
-from .selections import Selections
+from .statements.claim import Claims
+from .statements.enqueue import Inserts
+from .statements.lease import Leases
+from .statements.manual import ByHand
+from .statements.promote import Due
+from .statements.prune import Prunes
+from .statements.rollup import Rollups
+from .statements.select import Selections
 
 
 class Store(Inserts, Claims, Leases, Due, Prunes, Rollups, Selections, ByHand):

@@ -19,10 +19,10 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
-from .. import forks
 from ..errors import DatabaseUnusable
 from ..models import Attempt, Job, Queue, Rollup, Worker, by_index
-from ..threading_patches import Lock
+from ..system import forks
+from ..system.threading_patches import Lock
 from .watchdog import Watchdog
 
 T = TypeVar("T")

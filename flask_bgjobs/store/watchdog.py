@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..safe_logging import logger as _logger
-from ..threading_patches import Lock
-from ..threads import WorkerThread
+from ..system.safe_logging import logger as _logger
+from ..system.threading_patches import Lock
+from ..system.threads import WorkerThread
 
 _LOOK_SECONDS = 0.5
 

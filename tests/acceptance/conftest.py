@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import pytest
 
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from tests.apps import build_app, create_tables
 from tests.conftest import DEADLINE_SECONDS, wait_until
 from tests.preloaded import preloaded_interpreter

@@ -12,8 +12,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState
 from flask_bgjobs.models import Worker
+from flask_bgjobs.state import AppState
 from tests.conftest import wait_until
 
 

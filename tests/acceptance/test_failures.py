@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.dashboard.queries import job_detail
+from flask_bgjobs.operations.queries import job_detail
+from flask_bgjobs.state import AppState, state_of
 from tests.acceptance.helpers import beats, descendants, enqueue, lines
 from tests.conftest import DEADLINE_SECONDS, wait_until
 

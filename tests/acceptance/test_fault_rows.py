@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job
-from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.models import Attempt
+from flask_bgjobs.state import AppState, state_of
 from tests import databases
 from tests.acceptance.conftest import Workers
 from tests.acceptance.helpers import enqueue, lines

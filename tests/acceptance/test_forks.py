@@ -20,8 +20,8 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from flask_bgjobs.app_state import AppState
 from flask_bgjobs.models import Job, Worker
+from flask_bgjobs.state import AppState
 from tests.acceptance.helpers import lines
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.acceptance
 START = """
 import json, os, sys
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from tests.apps import build_app
 from tests.databases import number_of
 
@@ -75,7 +75,7 @@ SITE = """
 import itertools, os, threading
 import sqlalchemy as sa
 from flask_bgjobs import BgJobs, run_background_job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from tests.apps import build_app
 from tests.databases import number_of
 

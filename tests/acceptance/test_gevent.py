@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from flask import Flask
 
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.state import AppState
 from tests.conftest import DEADLINE_SECONDS, count_jobs, wait_until
 
 pytestmark = pytest.mark.acceptance

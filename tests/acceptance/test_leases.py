@@ -13,10 +13,11 @@ import pytest
 from flask import Flask
 from sqlalchemy.exc import OperationalError
 
-from flask_bgjobs import Job, maintenance
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.maintenance import Sweeper
-from flask_bgjobs.worker import register
+from flask_bgjobs import Job
+from flask_bgjobs.state import AppState
+from flask_bgjobs.worker import maintenance
+from flask_bgjobs.worker.maintenance import Sweeper
+from flask_bgjobs.worker.worker import register
 from tests.acceptance.helpers import beats, enqueue, lines, stop_between_transactions, workers
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 

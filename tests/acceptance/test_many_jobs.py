@@ -14,10 +14,10 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import BgJobsError, Job, run_background_job
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.enqueue import enqueue as enqueue_sets
+from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_sets
+from flask_bgjobs.job.statuses import FINAL
 from flask_bgjobs.options import JobOptions
-from flask_bgjobs.states import FINAL
+from flask_bgjobs.state import AppState
 from tests.acceptance.helpers import descendants
 from tests.conftest import count_jobs, wait_until
 

@@ -20,7 +20,7 @@ from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
 from flask_bgjobs import BgJobsError, Job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from tests.acceptance.helpers import beats, enqueue, lines, starts
 from tests.apps import build_app
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until

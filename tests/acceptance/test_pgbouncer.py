@@ -15,7 +15,7 @@ import pytest
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from tests.acceptance.helpers import enqueue, lines
 from tests.apps import build_app
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until

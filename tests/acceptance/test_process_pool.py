@@ -19,12 +19,12 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState
 from flask_bgjobs.config import Config
-from flask_bgjobs.enqueue import enqueue as enqueue_sets
+from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.registry import Registry
+from flask_bgjobs.state import AppState
 from tests import jobs
 from tests.acceptance.helpers import (
     descendants,
@@ -360,7 +360,7 @@ def test_an_app_that_cannot_be_built_is_said_at_once(
 ) -> None:
     """A worker whose children cannot build the app ends with one sentence and exit code 1."""
     (tmp_path / "host.py").write_text(
-        "from flask_bgjobs.pools import is_child\n"
+        "from flask_bgjobs.execution.pools import is_child\n"
         "if is_child():\n    raise RuntimeError('no such thing in a child')\n"
         + (tmp_path / "host.py").read_text()
     )
@@ -414,7 +414,7 @@ def test_a_child_that_does_not_finish_its_start_is_replaced(
     check = f"import os, time\nwhile os.path.exists({str(hang)!r}):\n    time.sleep(0.1)\n"
     (tmp_path / "host.py").write_text(check + host)
     (tmp_path / "sitecustomize.py").write_text(
-        "from flask_bgjobs.pools import process\nprocess._START_SECONDS = 3.0\n"
+        "from flask_bgjobs.execution.pools import process\nprocess._START_SECONDS = 3.0\n"
     )
     worker = start_worker("-P", "process", "-c", "1", "--max-jobs", "1")
     hang.touch()
@@ -502,7 +502,7 @@ def test_children_killed_at_random_cost_no_neighbour(
 
 FRAGILE = """
 import os, sys
-from flask_bgjobs.pools import is_child
+from flask_bgjobs.execution.pools import is_child
 if {where}:
     os._exit(9)
 def login(user, password):

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import DatabaseUnusable
-from flask_bgjobs.app_state import state_of
 from flask_bgjobs.models import Worker
+from flask_bgjobs.state import state_of
 from tests.acceptance.conftest import HOST, Workers
 from tests.acceptance.helpers import enqueue, lines
 from tests.apps import build_app

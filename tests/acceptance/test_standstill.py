@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.state import AppState
 from tests.acceptance.helpers import descendants, enqueue, lines, workers
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
@@ -79,7 +79,7 @@ def test_processes_run_out(app: Flask, start_worker: Start, tmp_path: Path) -> N
     """A fork server that may not fork goes on, its other children as well."""
     program = (
         "import os\n"
-        "from flask_bgjobs.pools import nursery\n"
+        "from flask_bgjobs.execution.pools import nursery\n"
         "fork = os.fork\n"
         "def refuse():\n"
         f"    if os.path.exists({str(tmp_path / 'refuse')!r}):\n"
@@ -196,7 +196,7 @@ def test_no_child_process_is_free_for_good(
     a worker that has no other exits with code 1."""
     (tmp_path / "sitecustomize.py").write_text(
         "from flask_bgjobs import worker\n"
-        "from flask_bgjobs.pools.nursery import Nursery\n"
+        "from flask_bgjobs.execution.pools.process.forkserver import Nursery\n"
         "worker._FIRST_OVERDUE_SECONDS = 2.0\n"
         "Nursery.signal_group = lambda *_: None\n"
     )

@@ -18,8 +18,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState
 from flask_bgjobs.models import Worker
+from flask_bgjobs.state import AppState
 from tests.conftest import DEADLINE_SECONDS, wait_until
 from tests.databases import KINDS
 

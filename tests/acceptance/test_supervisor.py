@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.state import AppState
 from tests.acceptance.helpers import beats, descendants, enqueue, is_alive, lines, starts
 from tests.conftest import DEADLINE_SECONDS, wait_until
 from tests.databases import KINDS
@@ -271,7 +271,7 @@ def test_a_change_of_code_starts_all_workers_anew(app: Flask, start: Start, tmp_
 
 SUPERVISOR = """
 import logging, sys
-from flask_bgjobs import supervisor
+from flask_bgjobs.worker.supervisor import supervisor
 
 logging.basicConfig()
 supervisor.END_SECONDS = 0.2

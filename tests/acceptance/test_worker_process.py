@@ -15,7 +15,7 @@ import pytest
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.state import AppState
 from tests.acceptance.helpers import beats, enqueue, lines, stop_between_transactions
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 

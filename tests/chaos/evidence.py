@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.job.statuses import OutcomeKind
+from flask_bgjobs.state import state_of
 
 from . import history
 from .app import table

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.states import JobStatus
+from flask_bgjobs.job.statuses import JobStatus
+from flask_bgjobs.state import state_of
 
 from .app import LEASE_SECONDS, MAX_CRASHES, table
 from .crew import Crew, WorkerProcess

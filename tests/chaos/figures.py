@@ -8,7 +8,7 @@ import itertools
 import statistics
 from collections.abc import Iterator
 
-from flask_bgjobs.states import FINAL
+from flask_bgjobs.job.statuses import FINAL
 
 from .crew import Death
 from .evidence import CRASHED, LOST, Evidence

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import sqlalchemy as sa
 from flask import Flask
 
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 
 from .app import table
 

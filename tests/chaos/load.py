@@ -14,8 +14,8 @@ from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
 from flask_bgjobs import BgJobsError, Job, run_background_job
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.states import FINAL
+from flask_bgjobs.job.statuses import FINAL
+from flask_bgjobs.state import state_of
 
 from .app import table
 from .plan import Plan, Planned

@@ -12,7 +12,7 @@ from typing import Any
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 
 from . import history
 from .app import build_app

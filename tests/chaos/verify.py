@@ -8,7 +8,7 @@ import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
 
 from flask_bgjobs import Job
-from flask_bgjobs.states import FINAL, JobStatus
+from flask_bgjobs.job.statuses import FINAL, JobStatus
 
 from .evidence import CRASHED, LOST, Evidence
 from .journal import END, Run

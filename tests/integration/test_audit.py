@@ -10,11 +10,12 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from flask_bgjobs import actions, run_background_job
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs import run_background_job
 from flask_bgjobs.models import AuditedJob, AuditEntry, Worker
+from flask_bgjobs.operations import actions
+from flask_bgjobs.state import AppState
 from flask_bgjobs.store import DONE, Actor, Store
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.worker import register
 from tests.conftest import stored, wait_until
 from tests.integration.test_worker import working
 

@@ -11,11 +11,11 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.job.row_check import checked
 from flask_bgjobs.models import Worker as WorkerRow
-from flask_bgjobs.row_check import checked
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.testing import drain
-from flask_bgjobs.worker import Worker, WorkerOptions
+from flask_bgjobs.worker.worker import Worker, WorkerOptions
 from tests.conftest import stored, wait_until
 from tests.unit.helpers import make_spec
 
@@ -288,7 +288,7 @@ def test_a_bad_row_of_a_dead_worker_is_rescued(
     app: Flask, state: AppState, column: str, value: Any
 ) -> None:
     """A row that was spoilt while it ran does not keep its neighbours from being rescued."""
-    from flask_bgjobs.worker import register
+    from flask_bgjobs.worker.worker import register
 
     dead = register(state, "dead", concurrency=1)
     bad, good = (run_background_job("tests.jobs.echo", parameters=[n]) for n in range(2))

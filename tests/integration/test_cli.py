@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.models import JobLog
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.testing import drain
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored

@@ -10,7 +10,7 @@ from typing import Any
 import axe_playwright_python
 import pytest
 
-from flask_bgjobs.rollup import MINUTE, OUTCOMES, RUN, WAIT, Cell
+from flask_bgjobs.job.rollup import MINUTE, OUTCOMES, RUN, WAIT, Cell
 from flask_bgjobs.store import Actor
 from tests.integration.test_dashboard_browser import Browsing, pytestmark
 from tests.integration.test_dashboard_browser import address as address

@@ -15,7 +15,7 @@ import pytest
 from flask import Response
 from werkzeug.serving import make_server
 
-from flask_bgjobs.rollup import MINUTE, OUTCOMES, RUN, Cell
+from flask_bgjobs.job.rollup import MINUTE, OUTCOMES, RUN, Cell
 from flask_bgjobs.store import Actor
 from tests.integration.test_dashboard_support import (
     RECEIPT,

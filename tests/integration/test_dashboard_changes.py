@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs import serialize
+from flask_bgjobs.job import serialize
 from tests.integration.test_dashboard_support import (
     BROKEN,
     PREFIX,

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, Job, run_background_job
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.dashboard.queries import listing
 from flask_bgjobs.models import Attempt
+from flask_bgjobs.operations.queries import listing
+from flask_bgjobs.state import state_of
 from flask_bgjobs.store import Actor
 from tests.integration.test_store import _copy_job, _line, _scans, analyze
 

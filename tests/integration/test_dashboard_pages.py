@@ -19,9 +19,10 @@ from flask import Flask
 from werkzeug.exceptions import Forbidden
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from flask_bgjobs import Job, serialize
-from flask_bgjobs.dashboard import queries
-from flask_bgjobs.states import JobStatus
+from flask_bgjobs import Job
+from flask_bgjobs.job import serialize
+from flask_bgjobs.job.statuses import JobStatus
+from flask_bgjobs.operations import queries
 from flask_bgjobs.store import Actor
 from tests.conftest import wait_until
 from tests.integration.test_dashboard_support import (

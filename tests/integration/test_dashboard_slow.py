@@ -8,9 +8,10 @@ import flask
 import pytest
 import sqlalchemy as sa
 
-from flask_bgjobs import Job, actions
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.dashboard import access, queries
+from flask_bgjobs import Job
+from flask_bgjobs.dashboard import access
+from flask_bgjobs.operations import actions, queries
+from flask_bgjobs.state import AppState
 from tests.databases import product_of
 from tests.integration.test_dashboard_support import Host, MakeHost, listed_ids
 from tests.integration.test_dashboard_support import host_maker as host_maker

@@ -15,8 +15,8 @@ from flask.testing import FlaskClient
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs.extension import BgJobs
+from flask_bgjobs.job.statuses import FINAL
 from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
-from flask_bgjobs.states import FINAL
 from tests.apps import create_tables
 from tests.prepared_databases import PreparedDatabases
 

@@ -14,10 +14,10 @@ import pytest
 from flask import Flask
 
 from flask_bgjobs import BgJobs, ConfigError, run_background_job
-from flask_bgjobs import worker as worker_module
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.embedded import EmbeddedWorker
 from flask_bgjobs.models import Worker as WorkerRow
+from flask_bgjobs.state import state_of
+from flask_bgjobs.worker import worker as worker_module
+from flask_bgjobs.worker.embedded import EmbeddedWorker
 from tests.apps import build_app
 from tests.conftest import wait_until
 from tests.integration.test_worker import rows
@@ -93,7 +93,7 @@ def test_it_waits_for_the_tables(
     empty_database_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that cannot start breaks no request: it says why, and tries again."""
-    monkeypatch.setattr("flask_bgjobs.embedded._LEAST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("flask_bgjobs.worker.embedded._LEAST_PAUSE_SECONDS", 0.05)
     app = build_app(empty_database_url)
     with app.app_context(), caplog.at_level(logging.ERROR, "flask_bgjobs"):
         worker = BgJobs().start_worker(app)
@@ -115,8 +115,8 @@ def test_it_does_not_start_beside_code_that_still_runs(
 ) -> None:
     """After jobs that cannot be stopped have ended the worker, another one would lose its threads
     in the same way; it starts when their code has ended."""
-    monkeypatch.setattr("flask_bgjobs.embedded._LEAST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("flask_bgjobs.embedded._LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("flask_bgjobs.worker.embedded._LEAST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("flask_bgjobs.worker.embedded._LOOK_SECONDS", 0.05)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     app = make_app(BGJOBS_LEASE=2, BGJOBS_HEARTBEAT_INTERVAL=0.5, BGJOBS_SHUTDOWN_TIMEOUT=0.5)
@@ -147,7 +147,7 @@ def test_an_exit_in_its_loop_is_a_failure_like_any_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """``sys.exit()`` in a listener of the host ends neither the server nor the worker for good."""
-    monkeypatch.setattr("flask_bgjobs.embedded._LEAST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("flask_bgjobs.worker.embedded._LEAST_PAUSE_SECONDS", 0.05)
     roll_up = worker_module.Worker._roll_up
     exits = [SystemExit(0)]
 

@@ -24,10 +24,10 @@ from flask_bgjobs import (
     WaitTimeout,
     run_background_job,
 )
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.enqueue import enqueue
+from flask_bgjobs.enqueue.enqueue import enqueue
 from flask_bgjobs.errors import BgJobsError, ConfigError
 from flask_bgjobs.options import JobOptions
+from flask_bgjobs.state import AppState, state_of
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 

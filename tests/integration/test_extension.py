@@ -16,7 +16,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, ConfigError, DatabaseNotSupported, run_background_job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from flask_bgjobs.store import make_store
 from flask_bgjobs.testing import drain
 
@@ -178,7 +178,7 @@ with app.app_context():
     run_background_job("tests.jobs.echo")
 loaded = [name for name in sys.modules if name.startswith("apscheduler")]
 assert not loaded, loaded
-assert "flask_bgjobs.worker" not in sys.modules
+assert "flask_bgjobs.worker.worker" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

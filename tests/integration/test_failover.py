@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState, state_of
 from flask_bgjobs.models import Worker as WorkerRow
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import Store
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.worker import register
 from tests.conftest import stored, wait_until
 from tests.integration.test_redo import RAISE
 from tests.integration.test_worker import working
@@ -152,7 +152,7 @@ def test_a_worker_that_may_not_count_works_on(
         store.transaction(lambda connection: connection.exec_driver_sql(denied))
 
     monkeypatch.setattr(type(state.store), "add_to_rollup", refuse)
-    monkeypatch.setattr("flask_bgjobs.worker._ROLL_UP_SECONDS", 0.0)
+    monkeypatch.setattr("flask_bgjobs.worker.worker._ROLL_UP_SECONDS", 0.0)
     with working(app):
         for _ in range(3):
             assert run_background_job("tests.jobs.echo").wait(60).status == "completed"

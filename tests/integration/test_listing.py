@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.dashboard.queries import (
+from flask_bgjobs.job.statuses import FINAL, JobStatus
+from flask_bgjobs.operations.queries import (
     ORDERS,
     InvalidCursor,
     InvalidSearch,
@@ -21,7 +21,7 @@ from flask_bgjobs.dashboard.queries import (
     list_jobs,
     listing,
 )
-from flask_bgjobs.states import FINAL, JobStatus
+from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
 
 START = dt.datetime(2026, 1, 1, 12)

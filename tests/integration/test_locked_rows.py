@@ -13,15 +13,15 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.maintenance import Sweeper
+from flask_bgjobs.job.records import JobSpec, Outcome, Report
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import Attempt, JobLog
 from flask_bgjobs.models import Worker as WorkerRow
-from flask_bgjobs.outbox import Outbox
-from flask_bgjobs.spec import JobSpec, Outcome, Report
-from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.maintenance import Sweeper
+from flask_bgjobs.worker.outbox import Outbox
+from flask_bgjobs.worker.worker import register
 from tests.conftest import EXPORT, stored, wait_until
 from tests.integration.test_worker import rows, working
 

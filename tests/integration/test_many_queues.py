@@ -12,11 +12,11 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.maintenance import Pruner
 from flask_bgjobs.models import Queue
+from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.maintenance import Pruner
+from flask_bgjobs.worker.worker import register
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_best_jobs_of_open_queues_are_claimed(
     """Each claim takes what comes first in all open queues, however many jobs of closed ones or
     suspects come before them, and in whatever number of queues they are."""
     for name, value in {"_WINDOW": 12, "_QUEUES_AT_ONCE": 5, "_ROWS_AT_ONCE": 20}.items():
-        monkeypatch.setattr(f"flask_bgjobs.store.claims.{name}", value)
+        monkeypatch.setattr(f"flask_bgjobs.store.statements.claim.{name}", value)
     chance = random.Random(seed)
     queues = [f"q{number:02}" for number in range(30)]
     some = chance.choices(queues, k=4)
@@ -184,7 +184,7 @@ class TestPruning:
         store.claim(worker, 1)
         old = sa.update(Queue).values(created_at=dt.datetime(2020, 1, 1))
         store.transaction(lambda connection: connection.execute(old))
-        monkeypatch.setattr("flask_bgjobs.store.claims._REGISTERED_SECONDS", 0.0)
+        monkeypatch.setattr("flask_bgjobs.store.statements.claim._REGISTERED_SECONDS", 0.0)
         run_background_job("tests.jobs.echo", queue="mail")
         store.claim(worker, 1)
         assert store.prune_queues(10) == 0

@@ -18,7 +18,7 @@ from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, add_tables
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.state import AppState
 from tests import databases
 from tests.apps import build_app
 

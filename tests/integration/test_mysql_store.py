@@ -13,15 +13,15 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.enqueue import enqueue
+from flask_bgjobs.enqueue.enqueue import enqueue
 from flask_bgjobs.errors import DatabaseNotSupported, InvalidJob
+from flask_bgjobs.job.records import Outcome, Report
+from flask_bgjobs.job.statuses import OutcomeKind
+from flask_bgjobs.job.text import storable
 from flask_bgjobs.options import JobOptions
-from flask_bgjobs.spec import Outcome, Report
-from flask_bgjobs.states import OutcomeKind
-from flask_bgjobs.store.mysql import require_skip_locked
-from flask_bgjobs.text import storable
-from flask_bgjobs.worker import Worker, WorkerOptions, register
+from flask_bgjobs.state import AppState, state_of
+from flask_bgjobs.store.dialects.mysql import require_skip_locked
+from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 
@@ -219,7 +219,7 @@ class TestConnections:
         self, database_kind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Our connections do not wait for ever for a greeting, and the host's are its own."""
-        monkeypatch.setattr("flask_bgjobs.store.mysql._CONNECT_SECONDS", 0.3)
+        monkeypatch.setattr("flask_bgjobs.store.dialects.mysql._CONNECT_SECONDS", 0.3)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"mysql+pymysql://root@127.0.0.1:{silent.getsockname()[1]}/none"
             app = build_app(url)

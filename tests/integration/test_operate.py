@@ -14,17 +14,18 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from flask_bgjobs import Job, JobStatus, QueueNotFound, actions, run_background_job
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs import Job, JobStatus, QueueNotFound, run_background_job
 from flask_bgjobs.cli.output import progress_bar
-from flask_bgjobs.dashboard.queries import queue_stats, service_now
-from flask_bgjobs.enqueue import enqueue
+from flask_bgjobs.enqueue.enqueue import enqueue
 from flask_bgjobs.models import Queue, Worker
+from flask_bgjobs.operations import actions
+from flask_bgjobs.operations.queries import queue_stats, service_now
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.registry import Decorated
 from flask_bgjobs.signals import job_cancelled
+from flask_bgjobs.state import AppState
 from flask_bgjobs.testing import drain
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.worker import register
 from tests.apps import build_app
 from tests.conftest import EXPORT, count_jobs, stored
 

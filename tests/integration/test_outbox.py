@@ -14,13 +14,14 @@ from flask import Flask
 from sqlalchemy.exc import DataError, OperationalError
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.job.records import JobSpec, Outcome, Report
+from flask_bgjobs.job.statuses import OutcomeKind
 from flask_bgjobs.models import JobLog
-from flask_bgjobs.outbox import Outbox
-from flask_bgjobs.spec import JobSpec, Outcome, Report
-from flask_bgjobs.states import OutcomeKind
-from flask_bgjobs.store import CommitInDoubt, mysql
-from flask_bgjobs.worker import register
+from flask_bgjobs.state import AppState
+from flask_bgjobs.store import CommitInDoubt
+from flask_bgjobs.store.dialects import mysql
+from flask_bgjobs.worker.outbox import Outbox
+from flask_bgjobs.worker.worker import register
 from tests.conftest import stored
 from tests.integration.test_worker import rows
 
@@ -275,7 +276,7 @@ def small_limit(
     """A database that takes a million bytes, and what an error says of that limit."""
     store = state.store
     if database_kind == "postgresql":
-        monkeypatch.setattr("flask_bgjobs.store.runs.BATCH_BYTES", 1_000)
+        monkeypatch.setattr("flask_bgjobs.store.statements.progress.BATCH_BYTES", 1_000)
         monkeypatch.setattr(type(store), "largest_text", 1_000_000)
         yield "1,000,000"
         return

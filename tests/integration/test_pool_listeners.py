@@ -14,8 +14,8 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.worker import Worker, WorkerOptions
+from flask_bgjobs.state import AppState, state_of
+from flask_bgjobs.worker.worker import Worker, WorkerOptions
 from tests.apps import build_app
 from tests.conftest import wait_until
 

@@ -9,12 +9,12 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import JobStatus, run_background_job
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.enqueue import enqueue
-from flask_bgjobs.maintenance import Pruner
+from flask_bgjobs.enqueue.enqueue import enqueue
 from flask_bgjobs.models import Attempt, Job, JobLog, Worker
 from flask_bgjobs.options import JobOptions
-from flask_bgjobs.worker import register
+from flask_bgjobs.state import AppState
+from flask_bgjobs.worker.maintenance import Pruner
+from flask_bgjobs.worker.worker import register
 from tests.conftest import EXPORT, count_jobs
 
 DAY = 86_400.0

@@ -25,9 +25,9 @@ from flask_bgjobs import (
     worker_started,
     worker_stopped,
 )
-from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.testing import drain
-from flask_bgjobs.worker import Worker, WorkerOptions, register
+from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
 from tests.conftest import count_jobs
 
 COUNT = "SELECT count(*) FROM bgjobs_job WHERE status = 'completed'"
@@ -154,7 +154,7 @@ def test_each_batch_of_a_cancel_is_clean(
     app: Flask, session: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A receiver that leaves a transaction open does not block the next batch of the command."""
-    monkeypatch.setattr("flask_bgjobs.actions._AT_ONCE", 1)
+    monkeypatch.setattr("flask_bgjobs.operations.actions._AT_ONCE", 1)
     seen: list[Any] = []
 
     def receiver(_app: Flask, **_values: object) -> None:

@@ -15,12 +15,12 @@ from flask import Flask
 from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.job.records import Outcome
+from flask_bgjobs.job.statuses import OutcomeKind
 from flask_bgjobs.models import Job
-from flask_bgjobs.spec import Outcome
-from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import CommitInDoubt
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.worker import register
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.on("postgresql", "mysql")
@@ -133,7 +133,7 @@ def test_a_lock_that_is_held_for_long_is_waited_for_again(
     state: AppState, counter: sa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wait for a lock that the server gives up is redone, with all that was done before it."""
-    monkeypatch.setattr("flask_bgjobs.store.mysql._LOCK_WAIT_SECONDS", 1)
+    monkeypatch.setattr("flask_bgjobs.store.dialects.mysql._LOCK_WAIT_SECONDS", 1)
     state.store.dispose()
     tried_again = threading.Event()
     tries = 0
@@ -194,7 +194,9 @@ def test_a_settle_locks_rows_in_the_order_of_their_ids(
 ) -> None:
     """A bulk completion that waits for a job holds no later one, so that two of them, in whatever
     order their outcomes came, never wait for each other."""
-    monkeypatch.setattr("flask_bgjobs.store.postgresql._LOCK_WAIT_SECONDS", DEADLINE_SECONDS)
+    monkeypatch.setattr(
+        "flask_bgjobs.store.dialects.postgresql._LOCK_WAIT_SECONDS", DEADLINE_SECONDS
+    )
     store = state.store.with_deadline(DEADLINE_SECONDS)
     worker = register(state, "one")
     first, second = (run_background_job("tests.jobs.echo").id for _ in range(2))

@@ -11,12 +11,12 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.dashboard.queries import PERIODS, chart, finished_by_queue
+from flask_bgjobs.job.rollup import HOUR, MINUTE, RUN, WAIT, Cell
 from flask_bgjobs.models import Rollup
-from flask_bgjobs.rollup import HOUR, MINUTE, RUN, WAIT, Cell
+from flask_bgjobs.operations.queries import PERIODS, chart, finished_by_queue
+from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
-from flask_bgjobs.store.rollups import Rollups
+from flask_bgjobs.store.statements.rollup import Rollups
 from tests.conftest import wait_until
 from tests.integration.test_worker import working
 

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import state_of
-from flask_bgjobs.worker import Worker, WorkerOptions
+from flask_bgjobs.state import state_of
+from flask_bgjobs.worker.worker import Worker, WorkerOptions
 from tests.apps import build_app, create_tables
 
 

@@ -15,13 +15,13 @@ from flask import Flask
 from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import DatabaseUnusable, Job, run_background_job
-from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.job.records import Outcome
+from flask_bgjobs.job.statuses import OutcomeKind
 from flask_bgjobs.models import Queue, Worker
-from flask_bgjobs.mounts import network_file_system
-from flask_bgjobs.spec import Outcome
-from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import Store
-from flask_bgjobs.worker import register
+from flask_bgjobs.system.mounts import network_file_system
+from flask_bgjobs.worker.worker import register
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 
@@ -282,7 +282,7 @@ def test_a_network_file_system_is_a_warning(
     """The start of a worker warns of a file on NFS, and leaves WAL mode alone there."""
     table = tmp_path / "mounts"
     table.write_text(f"server:/export {tmp_path} nfs4 rw 0 0\n")
-    monkeypatch.setattr("flask_bgjobs.mounts._MOUNTS", table)
+    monkeypatch.setattr("flask_bgjobs.system.mounts._MOUNTS", table)
     assert store.prepare(wal=True) is None
     (record,) = [r for r in caplog.records if "network file system (nfs4)" in r.message]
     assert record.levelno == logging.WARNING

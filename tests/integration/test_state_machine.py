@@ -35,11 +35,11 @@ from hypothesis.stateful import (
 )
 
 from flask_bgjobs import run_background_job
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs.job.records import JobSpec, Key, Outcome
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import Attempt, Base, Job, Worker
-from flask_bgjobs.spec import JobSpec, Key, Outcome
-from flask_bgjobs.states import JobStatus, OutcomeKind
-from flask_bgjobs.worker import register
+from flask_bgjobs.state import AppState
+from flask_bgjobs.worker.worker import register
 
 _EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "100"))
 _FEWER_ON_SERVERS = 4

@@ -16,16 +16,16 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.dashboard.queries import stats_now
-from flask_bgjobs.enqueue import enqueue as enqueue_sets
-from flask_bgjobs.maintenance import Sweeper
+from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_sets
+from flask_bgjobs.job.records import JobSpec, Outcome, Report, Settled
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import Attempt, JobLog, Queue, Worker
+from flask_bgjobs.operations.queries import stats_now
 from flask_bgjobs.options import JobOptions
-from flask_bgjobs.spec import JobSpec, Outcome, Report, Settled
-from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import QueryTimeout, Selection, Store
-from flask_bgjobs.worker import register
+from flask_bgjobs.worker.maintenance import Sweeper
+from flask_bgjobs.worker.worker import register
 from tests.conftest import EXPORT, stored, wait_until
 from tests.databases import END_CONNECTION, number_of, product_of
 
@@ -540,7 +540,7 @@ class TestSettle:
         """Also where the code never ran: a worker's own clock may be years off."""
         enqueue()
         (spec,) = store.claim(worker, 1)
-        monkeypatch.setattr("flask_bgjobs.store.settles.dt", None)
+        monkeypatch.setattr("flask_bgjobs.store.statements.settle.dt", None)
         store.settle(worker, "one", [(spec, Outcome(spec.id, 1, OutcomeKind.REFUSED))])
         (job,), (attempt,) = rows(store, Job), rows(store, Attempt)
         for ended in (job, attempt):
@@ -818,7 +818,7 @@ def test_a_lock_of_the_host_makes_nobody_fail(
 ) -> None:
     """While a host holds the write lock, our transactions wait for it, and are redone where
     SQLite itself has waited for long enough."""
-    monkeypatch.setattr("flask_bgjobs.store.sqlite._BUSY_TIMEOUT_MS", waits_ms)
+    monkeypatch.setattr("flask_bgjobs.store.dialects.sqlite._BUSY_TIMEOUT_MS", waits_ms)
     app = make_app()
     with app.app_context():
         host = state_of(app).db.engine.connect()

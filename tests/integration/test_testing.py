@@ -11,9 +11,9 @@ from flask import Flask, globals, has_app_context
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from flask_bgjobs import BgJobsError, ConfigError, run_background_job
-from flask_bgjobs.app_state import state_of
+from flask_bgjobs.state import state_of
 from flask_bgjobs.testing import drain, inline
-from flask_bgjobs.worker import Worker
+from flask_bgjobs.worker.worker import Worker
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 

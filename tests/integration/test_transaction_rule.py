@@ -24,11 +24,11 @@ from flask_bgjobs import (
     Job,
     JobNotCommitted,
     job_enqueued,
-    joining,
     run_background_job,
 )
-from flask_bgjobs.actions import delete, pause, retry
-from flask_bgjobs.app_state import AppState, state_of
+from flask_bgjobs.enqueue import transactions
+from flask_bgjobs.operations.actions import delete, pause, retry
+from flask_bgjobs.state import AppState, state_of
 from tests import jobs
 from tests.conftest import count_jobs, stored, wait_until
 from tests.databases import END_CONNECTION, number_of
@@ -522,7 +522,7 @@ def test_a_commit_that_failed_leaves_no_transaction_open(
     explicit: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next attempt began a transaction within it, on the same connection."""
-    monkeypatch.setattr("flask_bgjobs.store.sqlite._BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr("flask_bgjobs.store.dialects.sqlite._BUSY_TIMEOUT_MS", 50)
     job = run_background_job("tests.jobs.echo", session=None)
     state_of(explicit.app).store.dispose()
     with explicit.db.engine.connect() as reader:
@@ -619,9 +619,9 @@ def test_a_session_at_the_address_of_one_that_is_gone_is_watched() -> None:
     for number in range(100):
         # The one before is gone, and leaves its address to this one.
         sessions = scoped_session(sessionmaker(engine))
-        joining.watch(engine)
+        transactions.watch(engine)
         sessions.execute(sa.text("CREATE TABLE IF NOT EXISTS note (id INTEGER)"))
-        assert joining.holds_writes(sessions(), engine), f"session {number}"
+        assert transactions.holds_writes(sessions(), engine), f"session {number}"
         sessions.remove()
         del sessions
     engine.dispose()

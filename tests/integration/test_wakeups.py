@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.enqueue import enqueue
+from flask_bgjobs.enqueue.enqueue import enqueue
 from flask_bgjobs.options import NO_OPTIONS
-from flask_bgjobs.wakeups import WakeUps
+from flask_bgjobs.state import AppState, state_of
+from flask_bgjobs.worker.listener import WakeUps
 from tests.conftest import wait_until
 from tests.integration.test_worker import working
 from tests.servers import PostgresServer
@@ -158,7 +158,7 @@ def test_polls_decay(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the database cannot tell, it is asked often after work, and rarely after a silence."""
     now = time.monotonic()
     wake_ups = WakeUps(Deaf(), lambda: None, 1.0)  # type: ignore[arg-type]
-    monkeypatch.setattr("flask_bgjobs.wakeups.time.monotonic", lambda: now)
+    monkeypatch.setattr("flask_bgjobs.worker.listener.time.monotonic", lambda: now)
     wake_ups.note_work()
     assert wake_ups.poll_seconds() == 0.02
     now += 29

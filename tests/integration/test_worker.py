@@ -30,13 +30,13 @@ from flask_bgjobs import (
     job_started,
     run_background_job,
 )
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.enqueue import enqueue as enqueue_sets
+from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_sets
 from flask_bgjobs.models import Attempt, JobLog
 from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.registry import Registry
-from flask_bgjobs.worker import Worker, WorkerOptions, register
+from flask_bgjobs.state import AppState, state_of
+from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 
@@ -527,7 +527,7 @@ class TestStop:
     ) -> None:
         """The log names a job that holds a thread after its time was up, and where it stands; the
         other threads go on."""
-        monkeypatch.setattr("flask_bgjobs.worker._FIRST_OVERDUE_SECONDS", 0.1)
+        monkeypatch.setattr("flask_bgjobs.worker.worker._FIRST_OVERDUE_SECONDS", 0.1)
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
         with working(app, concurrency=2):
@@ -688,7 +688,7 @@ class TestLease:
         self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also of one that has waited for its turn after its claim."""
-        monkeypatch.setattr("flask_bgjobs.suspects._PROVING_SECONDS", 1.0)
+        monkeypatch.setattr("flask_bgjobs.worker.suspects._PROVING_SECONDS", 1.0)
         jobs = [enqueue("hold", os.devnull, 0.5) for _ in range(2)]
         state.store.transaction(lambda c: c.execute(sa.update(Job).values(suspect=True)))
         with working(app, concurrency=2):
@@ -733,7 +733,7 @@ class TestLease:
         self, app: Flask, state: AppState, journal: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A cancel does not wait for the suspects ahead, and the job's code never begins."""
-        monkeypatch.setattr("flask_bgjobs.suspects._PROVING_SECONDS", 600.0)
+        monkeypatch.setattr("flask_bgjobs.worker.suspects._PROVING_SECONDS", 600.0)
         with working(app, concurrency=2):
             first, second = (_suspect(state, "hold", str(journal)) for _ in range(2))
             wait_until(lambda: stored(app, second).status == "running", "the claim")
@@ -838,7 +838,7 @@ class TestLease:
 
     def test_another_workers_jobs_are_rescued(self, app: Flask, state: AppState) -> None:
         """A worker finds the jobs of a dead one by itself, and signals it."""
-        from flask_bgjobs.worker import register
+        from flask_bgjobs.worker.worker import register
 
         dead = register(state, "dead", concurrency=1)
         job = enqueue("echo", 8)
@@ -892,7 +892,7 @@ class TestSignalsAndLogs:
             receivers.append(note)
         good, bad = enqueue("echo"), enqueue("fail", retries=1, retry_delay=0)
         waiting = enqueue("echo", delay=60)
-        from flask_bgjobs import actions
+        from flask_bgjobs.operations import actions
 
         actions.cancel(state, [waiting.id])
         with working(app):
@@ -953,7 +953,7 @@ class TestCannotWork:
         def fail(*_: object) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr("flask_bgjobs.worker.WakeUps", fail)
+        monkeypatch.setattr("flask_bgjobs.worker.worker.WakeUps", fail)
         before = set(threading.enumerate())
         with pytest.raises(RuntimeError, match="new thread"):
             Worker(state).run()

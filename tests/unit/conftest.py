@@ -16,11 +16,11 @@ from flask_sqlalchemy import SQLAlchemy
 from hypothesis import HealthCheck, settings
 
 from flask_bgjobs import BgJobs
-from flask_bgjobs.app_state import AppState, state_of
-from flask_bgjobs.context import CurrentJob
-from flask_bgjobs.execute import execute
-from flask_bgjobs.spec import Outcome
-from flask_bgjobs.window import Window
+from flask_bgjobs.execution.current import CurrentJob
+from flask_bgjobs.execution.execute import execute
+from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.job.records import Outcome
+from flask_bgjobs.state import AppState, state_of
 from tests.unit.helpers import make_spec
 
 # A slow machine is no failure, and a failing example is printed anyway.

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flask_bgjobs import serialize
-from flask_bgjobs.spec import JobSpec
+from flask_bgjobs.job import serialize
+from flask_bgjobs.job.records import JobSpec
 
 
 def make_spec(**changes: Any) -> JobSpec:

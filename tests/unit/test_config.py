@@ -13,9 +13,9 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, ConfigError
-from flask_bgjobs.app_state import state_of
 from flask_bgjobs.config import Config, check_queue, is_dotted_name
-from flask_bgjobs.states import JobStatus
+from flask_bgjobs.job.statuses import JobStatus
+from flask_bgjobs.state import state_of
 
 DAY = 86_400
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs import JobCancelled, context, current_job
-from flask_bgjobs.context import CurrentJob
-from flask_bgjobs.serialize import NotSerializable, loads
-from flask_bgjobs.spec import Report
+from flask_bgjobs import JobCancelled, current_job
+from flask_bgjobs.execution import current as context
+from flask_bgjobs.execution.current import CurrentJob
+from flask_bgjobs.job.records import Report
+from flask_bgjobs.job.serialize import NotSerializable, loads
 from tests.unit.helpers import make_spec
 
 

@@ -8,8 +8,8 @@ from decimal import Decimal
 
 import pytest
 
-from flask_bgjobs.durations import in_words, parse, seconds
-from flask_bgjobs.retry import MAX_DELAY_SECONDS
+from flask_bgjobs.job.durations import in_words, parse, seconds
+from flask_bgjobs.job.retry import MAX_DELAY_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -21,24 +21,16 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_bgjobs import (
-    Fail,
-    JobCancelled,
-    JobTimeout,
-    Retry,
-    Snooze,
-    current_job,
-    job_started,
-)
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs import Fail, JobCancelled, JobTimeout, Retry, Snooze, current_job, job_started
 from flask_bgjobs.config import Config
-from flask_bgjobs.context import CurrentJob
-from flask_bgjobs.execute import execute
+from flask_bgjobs.execution.current import CurrentJob
+from flask_bgjobs.execution.execute import execute
+from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.job.records import JobSpec, Outcome, Report
+from flask_bgjobs.job.serialize import loads
+from flask_bgjobs.job.statuses import OutcomeKind
 from flask_bgjobs.registry import Registry
-from flask_bgjobs.serialize import loads
-from flask_bgjobs.spec import JobSpec, Outcome, Report
-from flask_bgjobs.states import OutcomeKind
-from flask_bgjobs.window import Window
+from flask_bgjobs.state import AppState
 from tests.unit.helpers import make_spec, wait_until
 
 Attempt = Callable[..., Outcome]
@@ -903,7 +895,7 @@ def test_what_cannot_be_masked_is_not_shown(
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("flask_bgjobs.redact.Redactor.masker", fail)
+    monkeypatch.setattr("flask_bgjobs.job.redact.Redactor.masker", fail)
 
     def job(note: str) -> None:
         current_job.log(note)

@@ -23,15 +23,15 @@ from flask_bgjobs import (
     Retry,
     Snooze,
 )
-from flask_bgjobs.app_state import AppState
-from flask_bgjobs.context import CurrentJob
-from flask_bgjobs.execute import execute
-from flask_bgjobs.failures import CallThread, report_lost
+from flask_bgjobs.execution.current import CurrentJob
+from flask_bgjobs.execution.execute import execute
+from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.job.records import JobSpec, Outcome, Settled
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
+from flask_bgjobs.observability.failures import CallThread, report_lost
 from flask_bgjobs.registry import Registry
 from flask_bgjobs.signals import emit_settled
-from flask_bgjobs.spec import JobSpec, Outcome, Settled
-from flask_bgjobs.states import JobStatus, OutcomeKind
-from flask_bgjobs.window import Window
+from flask_bgjobs.state import AppState
 from tests.unit.helpers import make_spec
 
 Attempt = Callable[..., Outcome]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flask_bgjobs.pools.hands import Hands
+from flask_bgjobs.execution.pools.hands import Hands
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
 SIZE = 4

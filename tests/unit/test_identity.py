@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs import identity
-from flask_bgjobs.identity import is_gone, this_process
+from flask_bgjobs.system import identity
+from flask_bgjobs.system.identity import is_gone, this_process
 from tests.unit.helpers import wait_until
 
 THIS = this_process()
@@ -51,7 +51,7 @@ def test_fits_its_column() -> None:
 
 
 CHILD = (
-    "import sys; from flask_bgjobs.identity import this_process; "
+    "import sys; from flask_bgjobs.system.identity import this_process; "
     "print(this_process().process, flush=True); sys.stdin.read()"
 )
 
@@ -151,7 +151,7 @@ print(*answers)
 def test_without_descriptors() -> None:
     """A process that has used up its descriptors takes nobody for gone who lives."""
     assert THIS.process
-    code = "from flask_bgjobs.identity import is_gone\n" + WITHOUT_DESCRIPTORS
+    code = "from flask_bgjobs.system.identity import is_gone\n" + WITHOUT_DESCRIPTORS
     done = subprocess.run(
         [sys.executable, "-c", code, THIS.process], capture_output=True, text=True, timeout=60
     )

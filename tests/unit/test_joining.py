@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flask_bgjobs.joining import is_plain_select
+from flask_bgjobs.enqueue.transactions import is_plain_select
 
 READS = [
     "SELECT 1",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs.lanes import Route, routes
+from flask_bgjobs.worker.routing import Route, routes
 
 IMAGES = {"images": "process"}
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_bgjobs import BgJobs, JobNotAllowed, logs, signals
-from flask_bgjobs.app_state import AppState
+from flask_bgjobs import BgJobs, JobNotAllowed, signals
 from flask_bgjobs.config import Config
+from flask_bgjobs.job.records import JobSpec, Outcome, Settled
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import detached_job
+from flask_bgjobs.observability import logs
 from flask_bgjobs.registry import Registry
 from flask_bgjobs.signals import emit, emit_settled
-from flask_bgjobs.spec import JobSpec, Outcome, Settled
-from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.state import AppState
 from tests.unit.helpers import make_spec
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"

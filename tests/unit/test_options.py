@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_bgjobs import InvalidJob
-from flask_bgjobs.config import MAX_INTEGER, Config
+from flask_bgjobs.config import Config
+from flask_bgjobs.job.records import MAX_INTEGER
+from flask_bgjobs.job.retry import MAX_DELAY_SECONDS
 from flask_bgjobs.options import JobOptions, column_values, first_run, priority_number
-from flask_bgjobs.retry import MAX_DELAY_SECONDS
 
 CONFIG = Config()
 MINUTE = dt.timedelta(minutes=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from flask_bgjobs.outage import Outage
+from flask_bgjobs.worker.outage import Outage
 
 ERROR = OperationalError("SELECT 1", {}, Exception("the server is gone"))
 

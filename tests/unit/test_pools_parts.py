@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs.pools import messages
-from flask_bgjobs.pools.channel import ChildEnd, ParentEnd
-from flask_bgjobs.pools.tickets import Marks, Tickets
-from flask_bgjobs.spec import JobSpec, Outcome, Report
-from flask_bgjobs.states import OutcomeKind
+from flask_bgjobs.execution.pools.process import messages
+from flask_bgjobs.execution.pools.process.channel import ChildEnd, ParentEnd
+from flask_bgjobs.execution.pools.process.tickets import Marks, Tickets
+from flask_bgjobs.job.records import JobSpec, Outcome, Report
+from flask_bgjobs.job.statuses import OutcomeKind
 
 NOW = dt.datetime(2026, 11, 24, 12, 0, 0, 123456)
 SPEC = JobSpec(

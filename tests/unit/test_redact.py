@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flask_bgjobs.config import DEFAULT_REDACT
-from flask_bgjobs.redact import MASK, Redactor
+from flask_bgjobs.job.redact import MASK, Redactor
 
 redactor = Redactor(DEFAULT_REDACT)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs.retry import BACKOFFS, MAX_DELAY_SECONDS, RetryPolicy
+from flask_bgjobs.job.retry import BACKOFFS, MAX_DELAY_SECONDS, RetryPolicy
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs.rollup import HOUR, MINUTE, RUN, WAIT, Tally, bucket_of, percentile
-from flask_bgjobs.spec import Outcome, Settled
-from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.job.records import Outcome, Settled
+from flask_bgjobs.job.rollup import HOUR, MINUTE, RUN, WAIT, Tally, bucket_of, percentile
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from tests.unit.helpers import make_spec
 
 CLAIMED = dt.datetime(2026, 1, 2, 3, 4, 58)

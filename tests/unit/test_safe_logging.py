@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs.safe_logging import SafeLogger
+from flask_bgjobs.system.safe_logging import SafeLogger
 
 
 class Broken:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from flask_bgjobs import scheduler
-from flask_bgjobs.scheduler import STEP_SECONDS, Clock
-from flask_bgjobs.threads import require_alive
+from flask_bgjobs.system.threads import require_alive
+from flask_bgjobs.worker import clock as clock_module
+from flask_bgjobs.worker.clock import STEP_SECONDS, Clock
 from tests.unit.helpers import wait_until
 
 NEVER = 3_600.0
@@ -61,7 +61,7 @@ def make_clock(wakes: Wakes) -> Iterator[MakeClock]:
 def shift_wall_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """The scheduler's wall clock jumps; its monotonic one does not."""
     shifted = SimpleNamespace(time=lambda: time.time() + seconds, monotonic=time.monotonic)
-    monkeypatch.setattr(scheduler, "time", shifted)
+    monkeypatch.setattr(clock_module, "time", shifted)
 
 
 def rest(clock: Clock, wakes: Wakes) -> None:
@@ -97,7 +97,7 @@ def test_rounded_up(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> N
             set_for.append(run_date.timestamp()) or SimpleNamespace(id="1")
         ),
     )
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(time=lambda: 1_000.0))
+    monkeypatch.setattr(clock_module, "time", SimpleNamespace(time=lambda: 1_000.0))
     clock.wake_in([0.0, 0.01, 0.049, 0.07, 0.13, 60.0])
     assert set_for == pytest.approx([1000.0, 1000.05, 1000.1, 1000.15, 1060.0])
 
@@ -127,7 +127,7 @@ def test_same_time_asked_again(make_clock: MakeClock, wakes: Wakes, monkeypatch:
     clock = make_clock()
     instant = time.time()
     monkeypatch.setattr(
-        scheduler, "time", SimpleNamespace(time=lambda: instant, monotonic=time.monotonic)
+        clock_module, "time", SimpleNamespace(time=lambda: instant, monotonic=time.monotonic)
     )
     for _ in range(100):
         clock.wake_in([30.0])
@@ -214,7 +214,7 @@ def test_a_call_that_never_ends_does_not_hang_the_stop(
     wakes: Wakes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A stop leaves a scheduler that hangs behind, and says so."""
-    monkeypatch.setattr(scheduler, "_STOP_SECONDS", 0.2)
+    monkeypatch.setattr(clock_module, "_STOP_SECONDS", 0.2)
     entered, release = threading.Event(), threading.Event()
 
     def hang() -> None:

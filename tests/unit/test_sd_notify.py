@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flask_bgjobs.sd_notify import notify
+from flask_bgjobs.worker.supervisor.sd_notify import notify
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs.dashboard.queries.search import InvalidSearch, Term, parse
+from flask_bgjobs.operations.queries.search import InvalidSearch, Term, parse
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs.serialize import (
-    MAX_DEPTH,
-    TAG,
-    NotSerializable,
-    dumps,
-    dumps_plain,
-    loads,
-)
+from flask_bgjobs.job.serialize import MAX_DEPTH, TAG, NotSerializable, dumps, dumps_plain, loads
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 ZONES = st.integers(-86_340, 86_340).map(lambda s: dt.timezone(dt.timedelta(seconds=s)))

@@ -10,9 +10,9 @@ from blinker import NamedSignal
 from flask import Flask
 
 from flask_bgjobs import signals
+from flask_bgjobs.job.records import Outcome, Settled
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.signals import emit, emit_in_worker, emit_settled
-from flask_bgjobs.spec import Outcome, Settled
-from flask_bgjobs.states import JobStatus, OutcomeKind
 from tests.unit.helpers import make_spec
 
 ALL = [signal for signal in vars(signals).values() if isinstance(signal, NamedSignal)]

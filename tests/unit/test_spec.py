@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 
-from flask_bgjobs import serialize
-from flask_bgjobs.retry import RetryPolicy
-from flask_bgjobs.spec import Outcome, Settled
-from flask_bgjobs.states import JobStatus, OutcomeKind
+from flask_bgjobs.job import serialize
+from flask_bgjobs.job.records import Outcome, Settled
+from flask_bgjobs.job.retry import RetryPolicy
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from tests.unit.helpers import make_spec
 
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from flask_bgjobs import states
-from flask_bgjobs.states import JobStatus, OutcomeKind, Settlement, lost_kind, settlement
+from flask_bgjobs.job import statuses
+from flask_bgjobs.job.statuses import JobStatus, OutcomeKind, Settlement, lost_kind, settlement
 
 MAX_CRASHES = 3
 
@@ -148,6 +148,6 @@ def test_status_groups() -> None:
     """The statuses are those of the life cycle; each is final, waiting or running."""
     words = {"scheduled", "pending", "running", "retrying", "completed", "failed", "cancelled"}
     assert {status.value for status in JobStatus} == words
-    assert {status for status in JobStatus if status.is_final} == states.FINAL
-    assert states.FINAL | states.WAITING | {JobStatus.RUNNING} == set(JobStatus)
-    assert not states.FINAL & (states.WAITING | {JobStatus.RUNNING})
+    assert {status for status in JobStatus if status.is_final} == statuses.FINAL
+    assert statuses.FINAL | statuses.WAITING | {JobStatus.RUNNING} == set(JobStatus)
+    assert not statuses.FINAL & (statuses.WAITING | {JobStatus.RUNNING})

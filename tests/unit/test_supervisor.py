@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from flask_bgjobs.cli.worker import without_option
-from flask_bgjobs.exits import described
-from flask_bgjobs.restarts import Restarts
-from flask_bgjobs.supervised import STOP, TAKES_JOBS, Supervised
+from flask_bgjobs.system.exits import described
+from flask_bgjobs.worker.supervisor.restarts import Restarts
+from flask_bgjobs.worker.supervisor.supervised import STOP, TAKES_JOBS, Supervised
 from tests.conftest import wait_until
 
 

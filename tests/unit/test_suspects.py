@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from flask_bgjobs import suspects
-from flask_bgjobs.spec import JobSpec
-from flask_bgjobs.suspects import Suspects
+from flask_bgjobs.job.records import JobSpec
+from flask_bgjobs.worker import suspects
+from flask_bgjobs.worker.suspects import Suspects
 from tests.unit.helpers import make_spec
 
 

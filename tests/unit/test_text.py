@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs.text import MAX_TRACEBACK_CHARS, one_line, storable
+from flask_bgjobs.job.text import MAX_TRACEBACK_CHARS, one_line, storable
 
 ANY_TEXT = st.text(st.characters(), max_size=3_000)
 """With NUL, lone surrogates and every line break of Unicode."""

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from flask_bgjobs import threading_patches
-from flask_bgjobs.threading_patches import Lock
+from flask_bgjobs.system import threading_patches
+from flask_bgjobs.system.threading_patches import Lock
 
 _REAL = threading.Lock
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from flask_bgjobs.errors import WorkerFailed
-from flask_bgjobs.threads import WorkerThread, position_of, require_alive
+from flask_bgjobs.system.threads import WorkerThread, position_of, require_alive
 
 
 def test_a_failure_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:

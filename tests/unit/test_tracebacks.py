@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flask_bgjobs.dashboard.queries.tracebacks import of_application
+from flask_bgjobs.operations.queries.tracebacks import of_application
 
 LIBRARY = "/srv/venv/lib/python3.11/site-packages/requests"
 

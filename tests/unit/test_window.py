@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from flask_bgjobs import JobCancelled, JobTimeout
-from flask_bgjobs import window as window_module
-from flask_bgjobs.window import Window
+from flask_bgjobs.execution import interrupt as window_module
+from flask_bgjobs.execution.interrupt import Window
 from tests.unit.helpers import wait_until
 
 STOPS = [JobCancelled, JobTimeout]

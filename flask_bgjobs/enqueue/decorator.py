@@ -1,0 +1,130 @@
+"""What ``@bgjobs.job`` makes of a function: still that function, with ``enqueue`` beside it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, Unpack
+
+from ..errors import InvalidJob
+from ..job.redact import signature_text
+from ..models import Job
+from ..options import JobOptions, OptionValues, options_from
+from ..state import current_state
+from .enqueue import AUTO, Parameters, SessionChoice, enqueue, hint_at_options
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OTHER_NAMES = {
+    "apply_async": "using(…).enqueue(…)",
+    "defer": "enqueue(…)",
+    "defer_async": "enqueue(…)",
+    "delay": "enqueue(…)",
+    "enqueue_at": "using(run_at=…).enqueue(…)",
+    "enqueue_in": "using(delay=…).enqueue(…)",
+    "queue": "enqueue(…)",
+    "s": "bgjobs.enqueue_many(…)",
+    "schedule": "using(run_at=…).enqueue(…)",
+    "send": "enqueue(…)",
+    "send_with_options": "using(…).enqueue(…)",
+    "set": "using(…)",
+}
+"""What other job queues call our methods."""
+
+
+class JobFunction(Generic[P, R]):
+    """A function that may be run in the background; calling it runs it here and now."""
+
+    def __init__(self, function: Callable[P, R], name: str) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self.job_name = name
+        """The name under which its jobs are stored."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the function returns, run here and now."""
+        return self._function(*args, **kwargs)
+
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job:
+        """The job that runs the function with these arguments in the background.
+
+        :raises InvalidJob: when an argument cannot be stored.
+        """
+        return self.using().enqueue(*args, **kwargs)
+
+    def using(
+        self, *, session: SessionChoice = AUTO, **options: Unpack[OptionValues]
+    ) -> BoundJob[P]:
+        """The function with other options, for one enqueue.
+
+        :param session: as in :func:`~flask_bgjobs.run_background_job`.
+        :param options: fields of :class:`~flask_bgjobs.options.JobOptions`; what is left out
+            stays as decorated.
+        :raises TypeError: for an option that does not exist.
+        """
+        return BoundJob(self.job_name, options_from(options), session)
+
+    if not TYPE_CHECKING:
+        # For type checkers a name that does not exist must stay an error.
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = f": did you mean {_OTHER_NAMES[name]}?" if name in _OTHER_NAMES else ""
+            raise AttributeError(f"a job function has no {name}{hint}", name=name, obj=self)
+
+    def __repr__(self) -> str:
+        return f"<job {self.job_name}>"
+
+
+class BoundJob(Generic[P]):
+    """A job function with options, ready to be enqueued."""
+
+    def __init__(self, name: str, options: JobOptions, session: SessionChoice) -> None:
+        self._name = name
+        self._options = options
+        self._session = session
+
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job:
+        """The job that runs the function with these arguments in the background.
+
+        :raises InvalidJob: when an argument or option cannot be stored.
+        """
+        return self.enqueue_many([_one_set(self._name, args, kwargs)])[0]
+
+    def within(self, session: SessionChoice) -> BoundJob[P]:
+        """The same, for another transaction."""
+        return BoundJob(self._name, self._options, session)
+
+    def enqueue_many(self, parameter_sets: Sequence[Parameters]) -> list[Job]:
+        """One job for each set of parameters, in order, all in one transaction."""
+        return enqueue(
+            current_state(), self._name, None, parameter_sets, self._options, self._session
+        )
+
+
+def _one_set(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parameters:
+    """The arguments of a call as they are stored: all positional or all by keyword.
+
+    :raises InvalidJob: when the call does not fit the function, or mixes both in a way that
+        only a call can.
+    """
+    if not kwargs:
+        return list(args)
+    if not args:
+        return dict(kwargs)
+    signature = current_state().registry.resolve(name).signature
+    wanted = f"{name}{signature_text(signature)}"
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidJob(
+            f"the parameters do not fit {wanted}: {error}{hint_at_options(signature, kwargs)}"
+        ) from None
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise InvalidJob(
+                f"{wanted} was given positional and keyword parameters, which are stored "
+                f"as one dict; *{parameter.name} and positional-only parameters have no place in it"
+            )
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    by_name = dict(bound.arguments)
+    return by_name | by_name.pop(extra, {}) if extra else by_name

@@ -1,0 +1,292 @@
+"""Enqueue: check a job, then insert it, in the session's transaction or in one of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import enum
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, scoped_session
+
+from ..errors import BgJobsError, DatabaseUnusable, InvalidJob
+from ..job import serialize
+from ..job.durations import Duration
+from ..job.redact import signature_text
+from ..job.statuses import JobStatus
+from ..job.text import one_line, shown
+from ..models import Job
+from ..options import JobOptions, column_values, first_run
+from ..registry import Target
+from ..signals import emit_each, job_enqueued, job_refused
+from ..state import AppState, current_state
+from ..store import MAKE_TABLES, NewJobs, advice, is_missing_table, unique_hash
+from ..system.safe_logging import logger as _logger
+from . import transactions
+
+
+class _Auto(enum.Enum):
+    AUTO = "auto"
+
+
+AUTO: Final = _Auto.AUTO
+"""Join ``db.session`` when it holds uncommitted writes; save at once when it does not."""
+
+SessionChoice = Session | scoped_session[Any] | None | _Auto
+Parameters = Sequence[Any] | Mapping[str, Any]
+
+
+def run_background_job(
+    target: str,
+    method: str | None = None,
+    parameters: Parameters = (),
+    retries: int | None = None,
+    priority: int | str | None = None,
+    delay: Duration | None = None,
+    retry_delay: Duration | Sequence[Duration] | None = None,
+    *,
+    run_at: dt.datetime | None = None,
+    backoff: str | None = None,
+    max_retry_delay: Duration | None = None,
+    jitter: float | None = None,
+    queue: str | None = None,
+    timeout: Duration | None = None,
+    unique_key: str | None = None,
+    tags: Sequence[str] | None = None,
+    owner: str | None = None,
+    session: SessionChoice = AUTO,
+) -> Job:
+    """The job that was enqueued, loaded and detached.
+
+    ``None`` for an option means the decorator's value, then the configuration's. Durations are
+    seconds or ``timedelta``.
+
+    :param target: dotted name of a class or function on the allow-list.
+    :param method: the method of a class; left out for a function.
+    :param parameters: a list of positional or a dict of keyword parameters, stored as JSON.
+    :param retries: retries after the first attempt; default ``BGJOBS_RETRIES``.
+    :param priority: a number, higher runs first, or a name from ``BGJOBS_PRIORITIES``;
+        default 0.
+    :param delay: wait before the first attempt; default none.
+    :param retry_delay: wait before each retry, one for all or a list; default
+        ``BGJOBS_RETRY_DELAY``.
+    :param run_at: when to run, as a datetime with a time zone, instead of ``delay``.
+    :param backoff: how a single retry delay grows: ``fixed`` (default), ``linear``,
+        ``exponential``.
+    :param max_retry_delay: what no wait before a retry exceeds; default none.
+    :param jitter: share of the retry delay, 0 to 1, by which it is spread; default 0.
+    :param queue: lower-case name; default ``default``.
+    :param timeout: for one attempt; default ``BGJOBS_TIMEOUT``.
+    :param unique_key: while a job with this key is not finished, nothing is inserted and that
+        job is returned with ``deduplicated`` set.
+    :param tags: up to 20 words to find the job by.
+    :param owner: whose job it is, for finding it.
+    :param session: a session whose transaction the job joins; ``None`` never joins. By default
+        it joins ``db.session`` when that holds uncommitted writes, and is saved at once
+        otherwise.
+    :raises JobNotAllowed: when the allow-list does not hold target or method.
+    :raises InvalidJob: when a parameter or option is not acceptable.
+    :raises DatabaseUnusable: when the tables are missing, or a SQLite file is locked for more than
+        30 s, full or read-only.
+    :raises sqlalchemy.exc.OperationalError: when the database is away. Where the link breaks in the
+        call, nobody can tell whether the job was stored.
+    """
+    options = JobOptions(
+        retries=retries,
+        priority=priority,
+        delay=delay,
+        retry_delay=retry_delay,
+        run_at=run_at,
+        backoff=backoff,
+        max_retry_delay=max_retry_delay,
+        jitter=jitter,
+        queue=queue,
+        timeout=timeout,
+        unique_key=unique_key,
+        tags=tags,
+        owner=owner,
+    )
+    return enqueue(current_state(), target, method, [parameters], options, session)[0]
+
+
+def enqueue(
+    state: AppState,
+    target: str,
+    method: str | None,
+    parameter_sets: Sequence[Parameters],
+    options: JobOptions,
+    session: SessionChoice = AUTO,
+) -> list[Job]:
+    """One job for each set of parameters, in order, all in one transaction.
+
+    :raises JobNotAllowed: when the allow-list does not hold target or method.
+    :raises InvalidJob: when a parameter or option is not acceptable; none is enqueued then.
+    """
+    try:
+        jobs = _new_jobs(state, target, method, parameter_sets, options)
+    except BgJobsError as error:
+        state.emit(job_refused, target=target, method=method, error=error)
+        raise
+    return insert(state, jobs, session) if jobs.parameters else []
+
+
+def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> list[Job]:
+    """Insert checked jobs by the transaction rule."""
+    joined = _session_to_join(state, session)
+    if joined is None:
+        return _save(state, jobs)
+    # A session that the caller names is the caller's to commit.
+    may_commit = state.commits_clean_sessions and (session is AUTO or session is None)
+    commits = may_commit and not transactions.holds_writes(joined, state.store.host_engine)
+    transactions.flush(joined)
+    connection = transactions.connection_to_join(joined, state.table, state.store.host_engine)
+    if connection is None:
+        return _save(state, jobs)
+    with _naming_missing_tables():
+        saved = state.store.insert(connection, jobs)
+    transactions.follow(joined, _new_among(saved), lambda job: _announce(state, [job]))
+    if commits:
+        joined.commit()
+    return saved
+
+
+def _save(state: AppState, jobs: NewJobs) -> list[Job]:
+    """Insert jobs in a transaction of their own, and announce them."""
+    try:
+        with _naming_missing_tables():
+            saved = state.store.save(jobs)
+    except DBAPIError as error:
+        what_to_do = advice(error)
+        if what_to_do is None:
+            raise
+        raise _not_enqueued(error, what_to_do) from error
+    _announce(state, _new_among(saved))
+    return saved
+
+
+@contextlib.contextmanager
+def _naming_missing_tables() -> Iterator[None]:
+    """Say what to do where the database has none of our tables."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not is_missing_table(error):
+            raise
+        raise _not_enqueued(error, MAKE_TABLES) from error
+
+
+def _not_enqueued(error: DBAPIError, what_to_do: str) -> DatabaseUnusable:
+    said = one_line(str(error.orig).partition("\n")[0])
+    return DatabaseUnusable(f"the job was not enqueued: {said} ({what_to_do})")
+
+
+def _new_jobs(
+    state: AppState,
+    target: str,
+    method: str | None,
+    parameter_sets: Sequence[Parameters],
+    options: JobOptions,
+) -> NewJobs:
+    registry, config = state.registry, state.config
+    registry.check(target, method)
+    chosen = options.over(registry.options(target))
+    values = column_values(chosen, config)
+    delay_seconds, run_at = first_run(chosen)
+    if values["unique_key"] is not None and len(parameter_sets) > 1:
+        raise InvalidJob("unique_key names one job; enqueue these one by one, each with its own")
+    resolved = registry.resolve(target, method)
+    waits = delay_seconds is not None or run_at is not None
+    common = {
+        **values,
+        "target": target,
+        "method": method,
+        "status": (JobStatus.SCHEDULED if waits else JobStatus.PENDING).value,
+        "claim_rank": -values["priority"],
+        "unique_hash": values["unique_key"] and unique_hash(values["unique_key"]),
+        "attempt": 0,
+        "retry_count": 0,
+        "crash_count": 0,
+        "suspect": False,
+    }
+    texts = []
+    for parameters in parameter_sets:
+        texts.append(_parameters_text(parameters, config.max_payload))
+        _check_signature(resolved, parameters, target)
+    return NewJobs(common, texts, delay_seconds, run_at)
+
+
+def _parameters_text(parameters: object, max_bytes: int) -> str:
+    if not isinstance(parameters, list | tuple | dict):
+        raise InvalidJob(
+            "parameters must be a list (positional) or a dict (keyword), not "
+            f"{type(parameters).__name__}"
+        )
+    value = list(parameters) if isinstance(parameters, tuple) else parameters
+    try:
+        return serialize.dumps(value, name="parameters", max_bytes=max_bytes)
+    except serialize.NotSerializable as error:
+        raise InvalidJob(str(error)) from None
+
+
+def _check_signature(target: Target, parameters: Parameters, name: str) -> None:
+    try:
+        target.check(parameters)
+    except TypeError as error:
+        wanted = signature_text(target.signature)
+        hint = hint_at_options(target.signature, parameters)
+        raise InvalidJob(f"the parameters do not fit {name}{wanted}: {error}{hint}") from None
+
+
+def hint_at_options(signature: inspect.Signature, given: Parameters) -> str:
+    """What to write where an option of the job was given as a parameter of the function."""
+    names = given if isinstance(given, Mapping) else ()
+    for field in dataclasses.fields(JobOptions):
+        if field.name in names and field.name not in signature.parameters:
+            return f"; {field.name} is an option of the job: using({field.name}=…).enqueue(…)"
+    return ""
+
+
+def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
+    if isinstance(choice, scoped_session):
+        choice = choice()
+    if isinstance(choice, Session):
+        if transactions.was_rolled_back(choice):
+            raise InvalidJob(
+                "the transaction of this session was rolled back, and the job would be lost with "
+                "it: pass session=None, or no session, to save the job by itself"
+            )
+        return choice
+    if choice is not None and choice is not AUTO:
+        raise InvalidJob(f"session must be a SQLAlchemy session or None, not {shown(choice)}")
+    session: Session = state.db.session()
+    bind = session.get_bind(clause=state.table)
+    one_connection = isinstance(bind, sa.Connection) or isinstance(session.bind, sa.Connection)
+    if one_connection or state.store.always_joins:
+        return session
+    if choice is AUTO and transactions.holds_writes(session, state.store.host_engine):
+        return session
+    if state.store.would_wait_for_the_host():
+        raise InvalidJob(
+            "session=None would wait for your own open transaction, because SQLite has one "
+            "writer at a time: commit db.session first, or let the job join it"
+        )
+    return None
+
+
+def _new_among(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if not job.deduplicated]
+
+
+def _announce(state: AppState, jobs: Sequence[Job]) -> None:
+    emit_each(job_enqueued, state.app, ({"job": job} for job in jobs))
+    for job, notify in itertools.product(jobs, list(state.enqueued)):
+        try:
+            notify(job)
+        except Exception:
+            _logger.exception("Job %s is enqueued, but could not be announced", job.id)

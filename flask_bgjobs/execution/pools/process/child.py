@@ -1,0 +1,170 @@
+"""A child of the process pool: builds the app, then runs one job after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from flask.cli import ScriptInfo
+
+from ....errors import JobCancelled, JobTimeout
+from ....job.records import JobSpec
+from ....job.text import storable
+from ....observability.failures import CallThread
+from ....state import AppState, import_jobs, state_of
+from ....system import forks
+from ....system.console import show_logs
+from ....system.memory import memory_in_use
+from ....system.signal_handlers import reset_in_copies
+from ...current import CurrentJob
+from ...execute import execute
+from ...interrupt import Window
+from ...leftovers import ProcessState
+from .. import become_child
+from .channel import ChildEnd
+from .messages import pack_outcome, pack_report, unpack_spec
+from .tickets import Marks, Tickets
+
+_REPORT_SECONDS = 0.25
+"""How often the worker is told what running code reports."""
+_LAST_CALLS_SECONDS = 1.0
+"""For functions of the host's; the worker kills a child that has not ended after two."""
+READY, BROKEN, OUTCOME, REPORT = "ready", "broken", "outcome", "report"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a child ends by itself, between two jobs, to be replaced by a fresh one."""
+
+    max_jobs: int | None = None
+    max_time: float | None = None
+    """Seconds."""
+    max_memory: float | None = None
+    """MiB of memory in use by the child."""
+
+
+def run(descriptors: list[int], settings: dict[str, Any]) -> None:
+    """Run jobs until the worker is gone, a limit is reached or a job had to be stopped.
+
+    :param descriptors: of the channel, the tickets and the marks.
+    :param settings: ``app``, ``limits`` and ``show_logs``.
+    """
+    become_child()
+    channel_end, tickets_end, marks_end = descriptors
+    channel = ChildEnd(socket.socket(fileno=channel_end))
+    try:
+        with forks.CopiesEnd():
+            state = _build_app(settings)
+    except BaseException as error:
+        with channel.lock:
+            channel.send([BROKEN, storable(f"{type(error).__name__}: {error}")])
+        sys.exit(1)
+    child = _Child(state, channel, Tickets(tickets_end), Marks(marks_end))
+    child.run(Limits(**settings["limits"]))
+
+
+def _build_app(settings: dict[str, Any]) -> AppState:
+    app = ScriptInfo(app_import_path=settings["app"]).load_app()
+    if settings["show_logs"]:
+        show_logs()
+    state = state_of(app)
+    import_jobs(state)
+    return state
+
+
+class _Child:
+    def __init__(self, state: AppState, channel: ChildEnd, tickets: Tickets, marks: Marks) -> None:
+        self._state = state
+        self._channel = channel
+        self._tickets = tickets
+        self._marks = marks
+        self._number = 0
+        self._job: CurrentJob | None = None
+        self._window: Window | None = None
+
+    def run(self, limits: Limits) -> None:
+        reset_in_copies({signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_term)})
+        self._process = ProcessState()
+        calls = self._state.call_soon = CallThread()
+        threading.Thread(target=self._report, name="bgjobs-reports", daemon=True).start()
+        with self._channel.lock:
+            self._channel.send([READY])
+        started, jobs = time.monotonic(), 0
+        while (number := self._tickets.take()) is not None:
+            jobs += 1
+            if self._run_one(number) or _is_used_up(limits, jobs, time.monotonic() - started):
+                break
+        self._channel.close()
+        calls.finish(_LAST_CALLS_SECONDS)
+
+    def _run_one(self, number: int) -> bool:
+        """Run the job of a ticket; whether its code was interrupted.
+
+        What was interrupted may have left anything behind: locks, threads, half-made state.
+        """
+        claimed, spec = self._data_of(number)
+        self._state.store.leave_what_is_gone()
+        job = CurrentJob(spec, max_payload=self._state.config.max_payload)
+        window = Window()
+        self._marks.start(number, time.monotonic())
+        # The number last: from then on a signal is answered.
+        self._job, self._window, self._number = job, window, number
+        if self._marks.stop == number:
+            self._interrupt()
+        outcome = execute(self._state, spec, job, window, claimed)
+        self._number, self._job, self._window = 0, None, None
+        self._process.restore()
+        with self._channel.lock:
+            self._channel.send([OUTCOME, number, pack_outcome(outcome)])
+        self._marks.finish(number)
+        job.report_failure()
+        return window.interruption is not None
+
+    def _data_of(self, number: int) -> tuple[float, JobSpec]:
+        """When the job of a ticket was claimed, and the job; those of tickets taken back go."""
+        while True:
+            sent, claimed, values = self._channel.receive()
+            if sent == number:
+                return claimed, unpack_spec(values)
+
+    def _on_term(self, _number: int, _frame: FrameType | None) -> None:
+        # From elsewhere, as by a service manager that signals a whole group: the worker decides.
+        if self._number and self._marks.stop == self._number:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        assert self._job is not None
+        assert self._window is not None
+        if self._marks.stop_for_timeout:
+            self._window.interrupt(JobTimeout)
+        else:
+            self._job.request_cancel()
+            self._window.interrupt(JobCancelled)
+
+    def _report(self) -> None:
+        while True:
+            time.sleep(_REPORT_SECONDS)
+            number, job = self._number, self._job
+            if job is None:
+                continue
+            try:
+                with self._channel.lock:
+                    report = job.take_report()
+                    if report is not None:
+                        self._channel.send([REPORT, number, pack_report(report)])
+            except OSError:
+                return
+
+
+def _is_used_up(limits: Limits, jobs: int, seconds: float) -> bool:
+    if limits.max_jobs is not None and jobs >= limits.max_jobs:
+        return True
+    if limits.max_time is not None and seconds >= limits.max_time:
+        return True
+    return limits.max_memory is not None and memory_in_use() >= limits.max_memory

@@ -1,0 +1,233 @@
+"""Threads: cheap, in the worker's own process, stopped only between Python instructions."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ...errors import JobCancelled, JobTimeout
+from ...job.records import JobSpec, Key, Outcome, Report
+from ...job.statuses import OutcomeKind
+from ...state import AppState
+from ...system.threads import WorkerThread, position_of
+from ..current import CurrentJob
+from ..execute import execute
+from ..interrupt import Window
+from .hands import Hands
+from .trouble import Overdue
+
+_COMPACT_FROM = 1_000
+"""Deadlines kept before those of finished jobs are looked for."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Task:
+    spec: JobSpec
+    job: CurrentJob
+    claimed: float
+    window: Window = dataclasses.field(default_factory=Window)
+
+
+class ThreadPool:
+    """Jobs in threads of this process. Jobs are submitted and taken back by one other thread only.
+
+    :param state: the app whose jobs run.
+    :param size: how many.
+    :param on_finished: called, in the job's thread, with each job and its outcome.
+    """
+
+    stop_seconds = 1.0
+    """Within which code that was cancelled has stopped, unless it ignores that."""
+
+    def __init__(
+        self, state: AppState, size: int, on_finished: Callable[[JobSpec, Outcome], None]
+    ) -> None:
+        self.size = size
+        self._state = state
+        self._on_finished = on_finished
+        self._tasks: set[_Task] = set()
+        """What was submitted and has not ended. What does not wait any more runs."""
+        self._waiting: deque[_Task] = deque()
+        self._deadlines = _Deadlines()
+        self._hands = Hands(size, self._run_next, lambda: bool(self._waiting))
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that must live until it is closed."""
+        return [*self._hands.threads, *self._deadlines.threads]
+
+    def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
+        """Run jobs, in this order, as threads become free.
+
+        :param claimed: when they were claimed, by ``time.monotonic()``.
+        """
+        limit = self._state.config.max_payload
+        for spec in specs:
+            task = _Task(spec, CurrentJob(spec, max_payload=limit), claimed)
+            self._tasks.add(task)
+            self._waiting.append(task)
+        self._hands.call(len(specs))
+
+    def unstarted(self) -> int:
+        """How many submitted jobs wait for a thread."""
+        return len(self._waiting)
+
+    def running(self) -> int:
+        """How many jobs run."""
+        # In this order: a task that begins meanwhile is then counted twice, and never missed.
+        return len(self._tasks) - len(self._waiting)
+
+    def idle(self) -> int:
+        """How many jobs would begin at once, were they submitted now."""
+        return self.size - len(self._tasks)
+
+    def capacity(self) -> int:
+        """How many jobs could run at once."""
+        return self.size
+
+    def failing(self) -> None:
+        """Threads start when they are needed, and their end ends the worker."""
+        return
+
+    def take_unstarted(self) -> list[JobSpec]:
+        """The jobs that wait for a thread; they will not be run here."""
+        taken = []
+        while (task := self._pop()) is not None:
+            self._tasks.remove(task)
+            taken.append(task.spec)
+        return taken
+
+    def running_specs(self) -> list[JobSpec]:
+        """The jobs that run."""
+        return [task.spec for task in self._running_tasks()]
+
+    def unstarted_specs(self) -> list[JobSpec]:
+        """The jobs that wait for a thread."""
+        return [task.spec for task in self._waiting.copy()]
+
+    def reports(self) -> dict[Key, Report]:
+        """What running jobs told since the last call, by job id and attempt."""
+        reports = ((task.spec.key, task.job.take_report()) for task in self._running_tasks())
+        return {key: report for key, report in reports if report is not None}
+
+    def cancel(self, spec: JobSpec) -> None:
+        """Ask a running job's code to stop at its next Python instruction.
+
+        One that waits for a thread ends as cancelled without having run.
+        """
+        task = next((task for task in self._tasks.copy() if task.spec is spec), None)
+        if task is None:
+            return
+        try:
+            self._waiting.remove(task)
+        except ValueError:
+            task.job.request_cancel()
+            task.window.interrupt(JobCancelled)
+        else:
+            self._finish(task, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
+
+    def overdue(self) -> list[Overdue]:
+        """The jobs that hold a thread although they were asked to stop or their code has ended."""
+        now = time.monotonic()
+        return [
+            Overdue(
+                task.spec,
+                now - since,
+                task.window.interruption,
+                position_of(task.window.thread_id or 0),
+            )
+            for task in self._running_tasks()
+            if (since := task.window.overdue_since) is not None
+        ]
+
+    def close(self) -> None:
+        """Let threads end when they are idle; nothing more can be submitted."""
+        self._hands.close()
+        self._deadlines.close()
+
+    def _run_next(self) -> bool:
+        """Run the task that has waited longest; ``False``: none waits."""
+        task = self._pop()
+        if task is None:
+            return False
+        if task.spec.timeout is not None:
+            self._deadlines.add(time.monotonic() + task.spec.timeout, task.window)
+        self._finish(task, execute(self._state, task.spec, task.job, task.window, task.claimed))
+        task.job.report_failure()
+        return True
+
+    def _finish(self, task: _Task, outcome: Outcome) -> None:
+        # First told, then forgotten: who looks meanwhile finds it in two places rather than none.
+        self._on_finished(task.spec, outcome)
+        self._tasks.remove(task)
+
+    def _pop(self) -> _Task | None:
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
+
+    def _running_tasks(self) -> list[_Task]:
+        # In this order, or a task that begins meanwhile would be missed.
+        tasks = self._tasks.copy()
+        return list(tasks.difference(self._waiting.copy()))
+
+
+class _Deadlines:
+    """One thread that interrupts windows when their time is up; started when first needed."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Window]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._compact_at = _COMPACT_FROM
+
+    def add(self, deadline: float, window: Window) -> None:
+        """Interrupt ``window`` at ``deadline``, by ``time.monotonic()``."""
+        with self._changed:
+            heapq.heappush(self._heap, (deadline, next(self._order), window))
+            if len(self._heap) > self._compact_at:
+                self._compact()
+            if self._thread is None:
+                thread = WorkerThread(self._watch, "bgjobs-timeouts")
+                thread.start()
+                # Not before: the worker takes a thread that has not started for one that has ended.
+                self._thread = thread
+            self._changed.notify()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The thread, once it was needed."""
+        return [] if self._thread is None else [self._thread]
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _compact(self) -> None:
+        """Forget finished jobs, or an hour's timeout would keep an hour's jobs in memory."""
+        self._heap = [entry for entry in self._heap if not entry[2].is_closed]
+        heapq.heapify(self._heap)
+        self._compact_at = max(_COMPACT_FROM, 2 * len(self._heap))
+
+    def _watch(self) -> None:
+        while (window := self._next_overdue()) is not None:
+            window.interrupt(JobTimeout)
+
+    def _next_overdue(self) -> Window | None:
+        with self._changed:
+            while not self._closed:
+                left = self._heap[0][0] - time.monotonic() if self._heap else None
+                if left is not None and left <= 0:
+                    return heapq.heappop(self._heap)[2]
+                # threading waits for less than 300 years at a time.
+                self._changed.wait(left and min(left, threading.TIMEOUT_MAX))
+            return None

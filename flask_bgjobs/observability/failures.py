@@ -1,0 +1,143 @@
+"""Failed attempts, reported after their outcomes were handed over.
+
+A report is a log line with the exception, and a call of each function that
+:meth:`~flask_bgjobs.BgJobs.on_failure` registered. An attempt is reported in the process where it
+ran. One whose process died, or whose row could not be run, is reported by the worker that records
+it, without an exception of its own.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import queue
+import threading
+from collections.abc import Callable
+
+from ..errors import AttemptFailed, JobTimeout
+from ..job.records import JobSpec, Outcome, Settled, settlement_of
+from ..job.statuses import JobStatus, OutcomeKind
+from ..state import AppState
+from ..system.safe_logging import logger as _logger
+from ..system.threads import WorkerThread
+from . import logs
+
+_MAX_CALLS = 1_000
+"""Calls that wait; each keeps an exception, and what its frames refer to."""
+_FAILED = (JobStatus.FAILED, JobStatus.RETRYING)
+
+
+def expected(state: AppState, spec: JobSpec, outcome: Outcome) -> Settled | None:
+    """What becomes of the job of an attempt that failed, to be recorded and reported like that.
+
+    Its outcome has the delay that the log line will name. ``None``: it has not failed.
+    """
+    decided = settlement_of(spec, outcome, max_crashes=state.config.max_crashes)
+    if decided.status not in _FAILED:
+        return None
+    outcome = outcome._replace(delay_seconds=decided.delay_seconds, is_reported=True)
+    return Settled(spec, outcome, decided.status, decided.retry_count, decided.delay_seconds)
+
+
+def report(
+    state: AppState,
+    settled: Settled,
+    error: BaseException,
+    logged: BaseException,
+    context: contextvars.Context,
+) -> None:
+    """Report an attempt that failed in this process.
+
+    :param error: what its code raised, for the host's functions.
+    :param logged: the same for the log, or a stand-in for it without secrets.
+    :param context: of the job.
+    """
+    # A copy, as something that the job has started may run in its own.
+    context = context.copy()
+    try:
+        context.run(logs.log_failure, state, settled, logged)
+        _call_hooks(state, settled, error, context)
+    except Exception:
+        _logger.exception("The failure of job %s could not be reported", settled.job_id)
+
+
+def report_lost(state: AppState, settled: Settled) -> None:
+    """Call the host's functions for what was recorded of an attempt that nobody has reported.
+
+    The log line follows the signals of the record.
+    """
+    if settled.status in _FAILED and not settled.outcome.is_reported:
+        _call_hooks(state, settled, _stand_in(settled), contextvars.copy_context())
+
+
+class CallThread:
+    """Calls the host's functions, one after the other, so that no job or worker waits for them."""
+
+    def __init__(self) -> None:
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_CALLS)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, call: Callable[[], None]) -> None:
+        """Make a call soon; too many that wait are left out, and that is logged."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = WorkerThread(self._run, "bgjobs-failures")
+                self._thread.start()
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            _logger.error(
+                "on_failure not called | Waiting calls: %d | Its functions take longer than jobs "
+                "fail",
+                _MAX_CALLS,
+            )
+
+    def finish(self, seconds: float) -> None:
+        """Wait for the calls that are due, for so many seconds at most."""
+        if self._thread is None:
+            return
+        try:
+            self._calls.put(None, timeout=seconds)
+        except queue.Full:
+            return
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            _logger.warning(
+                "on_failure did not end | Waited: %g s | Calls left out: %d",
+                seconds,
+                self._calls.qsize(),
+            )
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+def _stand_in(settled: Settled) -> BaseException:
+    """An exception for an attempt whose own, if there was one, is gone with its process."""
+    if settled.outcome.kind is OutcomeKind.TIMEOUT:
+        return JobTimeout(settled.error)
+    return AttemptFailed(settled.error)
+
+
+def _call_hooks(
+    state: AppState, settled: Settled, error: BaseException, context: contextvars.Context
+) -> None:
+    if not state.failure_hooks:
+        return
+    call = functools.partial(_call_each_hook, state, settled, error)
+    state.call_soon(functools.partial(context.run, call))
+
+
+def _call_each_hook(state: AppState, settled: Settled, error: BaseException) -> None:
+    final = settled.status is JobStatus.FAILED
+    for hook in tuple(state.failure_hooks):
+        try:
+            # Of its own: the job's is over, and its session is closed.
+            with state.app.app_context():
+                hook(settled.spec, error, final=final)
+        except BaseException:
+            # Also a timeout of gevent's, or sys.exit(): nothing but this call may end by it.
+            name = getattr(hook, "__qualname__", repr(hook))
+            _logger.exception("%s raised; job %s is not affected", name, settled.job_id)

@@ -1,0 +1,189 @@
+"""One job, with all that is known of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from ...job.records import MAX_ID
+from ...job.statuses import WAITING, JobStatus
+from ...models import Job, Worker, has_status
+from ...state import AppState
+from .attempts import AttemptRow, LogLine, Run, attempts_of, lines_of, runs_of
+from .audit import AuditRow, audit_of
+from .rows import JobRow, job_row
+from .service import Service, WorkerRow, service_now
+from .shown import Shown
+
+_MAX_AHEAD = 1_000
+
+_job = Job.__table__
+_worker = Worker.__table__
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobDetail:
+    """All that is known of one job; its texts are masked."""
+
+    row: JobRow
+    parameters: str
+    """JSON, indented."""
+    result: str | None
+    meta: str | None
+    attempts: list[AttemptRow]
+    """Those that did not complete, newest first."""
+    lines: list[LogLine]
+    """Oldest first; the newest 500."""
+    runs: list[Run]
+    """The attempts of which anything is known, newest first, with their lines."""
+    changes: list[AuditRow]
+    """What people did to it, newest first; the newest 20."""
+    worker_name: str | None
+    """Of the newest attempt."""
+    reasons: list[str]
+    """Why it is not running, as sentences; empty when it runs or is finished."""
+    now: dt.datetime
+    """The database's clock."""
+
+
+def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDetail:
+    """All that is known of ``job``, masked.
+
+    :param job: freshly read, as by ``state.store.get``.
+    :param with_totals: whether to say how many other jobs stand before it.
+    """
+    shown = Shown.of(state, job.target, job.method, job.parameters_json)
+    service = service_now(state)
+    with state.store.read() as connection:
+        attempts = attempts_of(connection, job, shown)
+        lines = lines_of(connection, job, shown)
+        changes = audit_of(connection, job.id)
+        worker_name, ahead, held = connection.execute(
+            sa.select(
+                sa.select(_worker.c.name).where(_worker.c.id == job.worker_id).scalar_subquery(),
+                _count_ahead(job)
+                if with_totals and job.status == JobStatus.PENDING
+                else sa.literal(0),
+                _count_held(job, service),
+            )
+        ).one()
+    return JobDetail(
+        row=job_row(job, shown),
+        parameters=shown.parameters(indented=True) or "not readable",
+        result=shown.value(job.result_json),
+        meta=shown.value(job.meta_json),
+        attempts=attempts,
+        lines=lines,
+        runs=runs_of(job, worker_name, attempts, lines),
+        changes=changes,
+        worker_name=worker_name,
+        reasons=_reasons(job, service, worker_name, ahead, held),
+        now=service.now,
+    )
+
+
+def _runners(job: Job, service: Service) -> list[WorkerRow]:
+    """The workers that could begin a job now: those that serve its queue, or the one that has
+    claimed it."""
+    if job.status == JobStatus.PENDING:
+        return [worker for worker in service.workers if worker.serves(job.queue)]
+    if job.status == JobStatus.RUNNING and job.started_at is None:
+        return [worker for worker in service.workers if worker.id == job.worker_id]
+    return []
+
+
+def _count_held(job: Job, service: Service) -> sa.ColumnElement[int]:
+    """How many other jobs the workers hold that could begin a job now."""
+    runners = [worker.id for worker in _runners(job, service)]
+    if not runners:
+        return sa.literal(0)
+    held = sa.and_(_job.c.worker_id.in_(runners), _job.c.id != job.id)
+    count = sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held)
+    return count.scalar_subquery()
+
+
+def _reasons(
+    job: Job, service: Service, worker_name: str | None, ahead: int, held: int
+) -> list[str]:
+    if job.status == JobStatus.RUNNING:
+        return list(_running_trouble(job, service, worker_name, held))
+    if job.status not in WAITING:
+        return []
+    reasons = []
+    if job.status == JobStatus.RETRYING and job.run_at > service.now:
+        reasons.append("Its last attempt failed, and the time of its next retry has not come.")
+    elif job.status != JobStatus.PENDING and job.run_at > service.now:
+        reasons.append("It is not due yet.")
+    if job.queue in service.paused:
+        reasons.append(f"The queue {job.queue} is paused.")
+    runners = _runners(job, service)
+    slots = sum(worker.concurrency for worker in runners)
+    if slots and held >= slots:
+        serving = "worker that serves" if len(runners) == 1 else "workers that serve"
+        reasons.append(
+            f"The only slot of the {serving} the queue is busy."
+            if slots == 1
+            else f"All {slots:,} slots of the {serving} the queue are busy."
+        )
+    if not any(worker.serves(job.queue) for worker in service.workers):
+        reasons.append(
+            f"No live worker serves the queue {job.queue}. Start one with: flask bgjobs worker"
+        )
+    if ahead:
+        more = "More than 1,000" if ahead > _MAX_AHEAD else f"{ahead:,}"
+        jobs, stand = ("job", "stands") if ahead == 1 else ("jobs", "stand")
+        reasons.append(f"{more} {jobs} of the queue {job.queue} {stand} before it.")
+    return reasons or ["It is due; the next free worker takes it."]
+
+
+def _count_ahead(job: Job) -> sa.ScalarSelect[int]:
+    """How many jobs of its queue are claimed before ``job``, counted to a limit."""
+    ahead = (
+        sa.select(_job.c.id)
+        .where(
+            has_status(JobStatus.PENDING),
+            _job.c.queue == job.queue,
+            sa.or_(
+                _job.c.claim_rank < job.claim_rank,
+                sa.and_(
+                    _job.c.claim_rank == job.claim_rank,
+                    sa.or_(
+                        _job.c.run_at < job.run_at,
+                        sa.and_(_job.c.run_at == job.run_at, _job.c.id < job.id),
+                    ),
+                ),
+            ),
+        )
+        .limit(_MAX_AHEAD + 1)
+        .subquery()
+    )
+    return sa.select(sa.func.count()).select_from(ahead).scalar_subquery()
+
+
+def _running_trouble(
+    job: Job, service: Service, worker_name: str | None, held: int
+) -> Iterator[str]:
+    holder = next((worker for worker in service.workers if worker.id == job.worker_id), None)
+    if holder is not None and holder.is_silent:
+        yield (
+            f"Its worker {holder.name} is silent; another worker takes the job over once it "
+            "finds the lease run out."
+        )
+    elif job.started_at is None and job.suspect:
+        yield (
+            f"A worker died with it. The worker {worker_name or job.worker_id} runs such jobs one "
+            "at a time, and starts this one in its turn."
+        )
+    elif job.started_at is None and holder is not None and held >= holder.concurrency:
+        slot = "its slot" if holder.concurrency == 1 else f"one of its {holder.concurrency:,} slots"
+        yield f"The worker {holder.name} has claimed it, and starts it as soon as {slot} is free."
+    elif job.started_at is None:
+        yield f"The worker {worker_name or job.worker_id} has claimed it and starts it next."
+
+
+def is_possible_id(job_id: int) -> bool:
+    """Whether the database can hold the id at all, so that it may be asked for."""
+    return 0 < job_id <= MAX_ID

@@ -1,0 +1,101 @@
+"""One job as lists and pages show it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+
+from ...job.statuses import JobStatus
+from ...models import Job
+from .shown import Shown
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobRow:
+    """One job of a list; its texts are masked."""
+
+    id: int
+    target: str
+    method: str | None
+    parameters: str | None
+    """JSON on one line; ``None`` when it is too large for a list or cannot be read."""
+    queue: str
+    status: str
+    is_cancelling: bool
+    """It runs, and was asked to stop."""
+    priority: int
+    attempt: int
+    retry_count: int
+    retries: int
+    progress: float | None
+    progress_note: str | None
+    run_at: dt.datetime
+    created_at: dt.datetime
+    started_at: dt.datetime | None
+    finished_at: dt.datetime | None
+    error_type: str | None
+    error: str | None
+    tags: tuple[str, ...]
+    owner: str | None
+    unique_key: str | None
+    job: Job = dataclasses.field(repr=False, compare=False)
+    """For the authorizer: not masked, and without result and meta in a list."""
+
+    @property
+    def name(self) -> str:
+        """Target and method as one dotted name."""
+        return self.target if self.method is None else f"{self.target}.{self.method}"
+
+    @property
+    def run_seconds(self) -> float | None:
+        """How long the code of the last attempt took; ``None`` as long as it has not ended."""
+        if self.started_at is None or self.finished_at is None:
+            return None
+        if self.status == JobStatus.CANCELLED and self.run_at > self.started_at:
+            # It was cancelled while it waited for another attempt: this one had ended before.
+            return None
+        return max(0.0, (self.finished_at - self.started_at).total_seconds())
+
+    @property
+    def state(self) -> str:
+        """The status, or ``cancelling``."""
+        return "cancelling" if self.is_cancelling else self.status
+
+
+def job_row(job: Job, shown: Shown) -> JobRow:
+    """``job`` as it may be shown.
+
+    :param shown: masks the values of this job.
+    """
+    return JobRow(
+        id=job.id,
+        target=job.target,
+        method=job.method,
+        parameters=shown.parameters(),
+        queue=job.queue,
+        status=job.status,
+        is_cancelling=job.is_cancelling,
+        priority=job.priority,
+        attempt=job.attempt,
+        retry_count=job.retry_count,
+        retries=job.retries,
+        progress=None if job.progress is None else min(max(job.progress, 0.0), 1.0),
+        progress_note=shown.text(job.progress_note),
+        run_at=job.run_at,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        error_type=job.error_type,
+        error=shown.text(job.error, instead=job.error_type),
+        tags=tuple(shown.text(tag) or "" for tag in _tags(job)),
+        owner=shown.text(job.owner),
+        unique_key=shown.text(job.unique_key),
+        job=job,
+    )
+
+
+def _tags(job: Job) -> list[str]:
+    try:
+        return [str(tag) for tag in job.tags]
+    except (ValueError, TypeError):
+        return []

@@ -1,0 +1,419 @@
+"""MySQL and MariaDB: rows are locked one by one, as on PostgreSQL, and nothing is returned."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from ...errors import DatabaseNotSupported, InvalidJob
+from ...job.records import UNREADABLE_TIME, JobSpec
+from ...job.statuses import JobStatus
+from ...models import Job, UtcTime, has_status
+from ..base import Store
+from ..connections import forward
+from ..database import ALONE, JOBS, QUEUES, READ_ONLY, ROLLUPS
+from ..links import limited, prepare_limits, refuse_dead, shut_down
+from ..sizes import batches
+from ..statements.claim import NEXT_ATTEMPT, SPEC_COLUMNS, claimed_values
+from ..statements.enqueue import NewJobs, column_values, inserted_job
+from ..statements.progress import by_key
+from ..statements.promote import promotion
+from ..statements.settle import COMPLETION_TYPES
+
+_DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
+_NO_SUCH_NAME, _SHUTDOWN, _PACKET_TOO_LARGE = 1305, 1053, 1153
+_QUERY_TIMEOUTS = frozenset({1969, 3024})
+"""MariaDB's and MySQL's."""
+_OPTION_PREVENTS = 1290
+_READ_ONLY_ERRORS = frozenset({1792, 1836})
+"""A transaction that is read-only, and a server."""
+_DENIED = frozenset({1044, 1142, 1143})
+"""No right to a database, a table, or a column."""
+_CONNECT_SECONDS = 10.0
+_DATETIME_FIELD = 12
+"""The type of a DATETIME column in the protocol."""
+_SERVER_STATUS_IN_TRANS = 1
+"""The flag of the protocol: the server is in a transaction."""
+_JSON_TYPES = {
+    "job_id": "BIGINT PATH '$.job_id'",
+    "fence_attempt": "INT PATH '$.fence_attempt'",
+    "started_after": "DOUBLE PATH '$.started_after'",
+    "finished_after": "DOUBLE PATH '$.finished_after'",
+    "new_result": "LONGTEXT PATH '$.new_result'",
+}
+"""How MySQL reads the fields of a completion."""
+_LOCK_WAIT_SECONDS = 1
+"""The server's own wait for a row, which it counts in whole seconds; then the transaction is
+redone, or does without the row."""
+_NEEDED = {"MySQL": (8, 0, 1), "MariaDB": (10, 6, 0)}
+"""The first versions with SKIP LOCKED."""
+_BATCH_CHARACTERS = 200_000
+"""Of the text in one INSERT. Escaped and encoded it takes four times as many bytes at most, and
+PyMySQL splits what exceeds 1,024,000: then the ids of its other parts would not be known."""
+_ROW_CHARACTERS = 1_000
+"""More than all numbers and times of a row take in an INSERT."""
+
+
+class MysqlStore(Store):
+    """The statements on MySQL 8.0.1, MariaDB 10.6, or newer."""
+
+    drivers = ("pymysql",)
+    now = sa.literal_column("UTC_TIMESTAMP(6)", UtcTime)
+    seeks_ranges = False
+    insert_into = staticmethod(mysql.insert)
+    # Shared, as the conflict has locked it: a snapshot of the host's may be older than the holder.
+    _holders = Store._holders.with_for_update(read=True)
+
+    def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
+        super().__init__(engine, *args, **kwargs)
+        prepare_limits(engine)
+
+    def plus(
+        self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
+    ) -> sa.ColumnElement[dt.datetime]:
+        microseconds = sa.cast(seconds * 1_000_000, sa.BigInteger)
+        unit = sa.literal_column("MICROSECOND", sa.String)
+        return sa.func.timestampadd(unit, microseconds, time, type_=UtcTime)
+
+    def seconds_parameter(self, name: str) -> sa.ColumnElement[float]:
+        # Not cast: MySQL could not before 8.0.17.
+        return sa.bindparam(name, type_=sa.Double)
+
+    def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
+        return candidates.with_for_update(of=JOBS, skip_locked=True)
+
+    def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        _check_packets(connection, jobs)
+        if len(jobs.parameters) == 1 and connection.dialect.insert_returning:
+            # MariaDB can tell what it inserted.
+            return super().insert_all(connection, jobs)
+        now, step = connection.execute(
+            sa.select(self.now, sa.literal_column("@@auto_increment_increment", sa.Integer))
+        ).one()
+        times = {"created_at": now, "run_at": _due(jobs, now)}
+        common = {**column_values(jobs), **times}
+        inserted: list[Job] = []
+        for batch in _batches(jobs):
+            result = connection.execute(
+                sa.insert(JOBS), [{**common, "parameters": text} for text in batch]
+            )
+            # One statement takes ids that follow each other, and tells the first.
+            ids = range(result.lastrowid, result.lastrowid + len(batch) * step, step)
+            made = zip(batch, ids, strict=True)
+            inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in made)
+        return inserted
+
+    def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
+        try:
+            (inserted,) = self.insert_all(connection, jobs)
+        except IntegrityError as error:
+            # The server has undone this statement alone, and the transaction goes on.
+            if _code(error) == _DUPLICATE and "unique_hash" in str(error.orig):
+                return None
+            raise
+        return inserted
+
+    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
+        columns = ", ".join(f"{name} {read}" for name, read in _JSON_TYPES.items())
+        table = f"JSON_TABLE(:{array.key}, '$[*]' COLUMNS ({columns})) AS ended"
+        types = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
+        return sa.text(f"SELECT * FROM {table}").columns(*types).subquery("ended")
+
+    @functools.cached_property
+    def _registration(self) -> Any:
+        row = mysql.insert(QUEUES).values(created_at=self.now)
+        return row.on_duplicate_key_update(created_at=row.inserted.created_at)
+
+    def queues_holding(self, status: JobStatus) -> sa.FromClause:
+        # The server itself groups by one index seek for each queue.
+        names = sa.select(JOBS.c.queue.label("name")).where(has_status(status))
+        return names.group_by(JOBS.c.queue).subquery(f"{status.value}_queue")
+
+    @functools.cached_property
+    def _addition(self) -> Any:
+        insert = mysql.insert(ROLLUPS)
+        return insert.on_duplicate_key_update(jobs=ROLLUPS.c.jobs + insert.inserted.jobs)
+
+    def _claim_from(
+        self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
+    ) -> list[JobSpec]:
+        """Claim the first ``limit`` of the ordered ``candidates``, best first."""
+        claimed = {
+            "attempt": NEXT_ATTEMPT,
+            "worker_id": sa.literal(worker_id),
+            "claimed_at": self.now,
+            "started_at": sa.null(),
+        }
+        columns = (claimed.get(column.name, column).label(column.name) for column in SPEC_COLUMNS)
+        chosen = candidates.with_only_columns(*columns, maintain_column_froms=True)
+        rows = connection.execute(self.locked(self.first(chosen, limit)))
+        specs = [JobSpec._make(row) for row in rows]
+        if specs:
+            connection.execute(
+                sa.update(JOBS)
+                .where(JOBS.c.id.in_([spec.id for spec in specs]))
+                .values(claimed_values(worker_id, specs[0].claimed_at))
+            )
+        return specs
+
+    def _promote_some(self, connection: sa.Connection) -> int:
+        ids = [
+            job_id
+            for candidates in self._due()
+            for job_id in connection.scalars(self.locked(candidates))
+        ]
+        return connection.execute(promotion(ids)).rowcount if ids else 0
+
+    def _held_by(
+        self, connection: sa.Connection, worker_id: int, *, lock: bool = False
+    ) -> list[JobSpec]:
+        """The jobs that run under a worker.
+
+        They are found first and locked then: a search that locks would lock what it passes.
+        """
+        held = super()._held_by(connection, worker_id)
+        if not (held and lock):
+            return held
+        keys = [spec.key for spec in held]
+        locked = by_key(self._still_running(connection, worker_id, keys))
+        return [spec for spec in super()._held_by(connection, worker_id) if spec.key in locked]
+
+    def make_engine(self) -> sa.Engine:
+        engine = sa.create_engine(
+            self.host_engine.url,
+            creator=self._connect,
+            isolation_level="READ COMMITTED",
+            max_overflow=-1,
+            hide_parameters=True,
+        )
+
+        # Before the host's listeners, which would use a connection that has ended.
+        refuse_dead(engine, _descriptor)
+        forward(self.host_engine, engine, self.watched)
+
+        def prepare(connection: Any, _record: object) -> None:
+            require_skip_locked(engine.dialect)
+            self._prepare_session(connection)
+
+        sa.event.listen(engine, "connect", prepare)
+        sa.event.listen(engine, "begin", _begin)
+        sa.event.listen(engine, "handle_error", _see_end)
+        return engine
+
+    def _connect(self, record: Any) -> Any:
+        """A connection made in the host's own way, with its connect_args, within some seconds."""
+        # PyMySQL itself limits only the first step, and would wait for ever for a greeting.
+        seconds = max(1.0, min(_CONNECT_SECONDS, self.seconds_left()))
+        steps = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
+        with limited(steps) as added:
+            connection = self.connect_as_host(record)
+        for name in added - {"connect_timeout"}:
+            # A statement may take longer.
+            setattr(connection, f"_{name}", None)
+        return connection
+
+    def _prepare_session(self, connection: Any) -> None:
+        decode = connection.decoders[_DATETIME_FIELD]
+        connection.decoders[_DATETIME_FIELD] = lambda text: _time_or_unreadable(decode(text))
+        # Whatever the host's connections can encode: an error's text may hold any letter.
+        connection.set_character_set("utf8mb4")
+        settings = {"innodb_lock_wait_timeout": _LOCK_WAIT_SECONDS}
+        if self.deadline is not None:
+            # So the server ends the transaction of a worker that has fallen silent within it. Its
+            # rows stay locked for as long, also for those that would rescue its jobs.
+            settings["wait_timeout"] = math.ceil(self.deadline)
+        assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET {assignments}")
+            cursor.execute("SELECT @@max_allowed_packet")
+            (largest,) = cursor.fetchone()
+        connection.query = _within_packet(connection, largest)
+        # A statement alone needs no round trips to begin and end it, and transactions say so.
+        connection.autocommit(True)
+        for name in ("commit", "rollback"):
+            setattr(connection, name, _within_transaction(connection, getattr(connection, name)))
+
+    @property
+    def _seen(self) -> sa.Select[Any]:
+        return sa.select(sa.func.database().label("database"), sa.func.current_user().label("user"))
+
+    def sever(self, driver_connection: Any) -> None:
+        with contextlib.suppress(Exception):
+            shut_down(_descriptor(driver_connection))
+
+    @contextlib.contextmanager
+    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+        is_mariadb = getattr(connection.dialect, "is_mariadb", False)
+        name = "max_statement_time" if is_mariadb else "max_execution_time"
+        value = seconds if is_mariadb else math.ceil(seconds * 1_000)
+        connection.exec_driver_sql(f"SET SESSION {name} = {value}")
+        try:
+            yield
+        finally:
+            _reset(connection, name)
+
+    def is_timeout(self, error: DBAPIError) -> bool:
+        return _code(error) in _QUERY_TIMEOUTS
+
+    def is_read_only(self, error: DBAPIError) -> bool:
+        return _is_read_only(error.orig)
+
+    def is_denied(self, error: DBAPIError) -> bool:
+        return _code(error) in _DENIED
+
+    def is_lock_timeout(self, error: DBAPIError) -> bool:
+        return _code(error) == _LOCK_TIMEOUT
+
+    def is_too_large(self, error: DBAPIError) -> bool:
+        return _code(error) == _PACKET_TOO_LARGE
+
+    def is_redoable(self, error: DBAPIError) -> bool:
+        code = _code(error)
+        # After a deadlock the server has undone everything, with the savepoint to go back to.
+        no_savepoint = code == _NO_SUCH_NAME and "SAVEPOINT" in str(error.orig)
+        return code in (_LOCK_TIMEOUT, _DEADLOCK) or no_savepoint
+
+
+def _time_or_unreadable(value: object) -> dt.datetime:
+    """A time that PyMySQL has read; it leaves an invalid one, such as ``0000-00-00``, as text."""
+    return value if isinstance(value, dt.datetime) else UNREADABLE_TIME
+
+
+def _begin(connection: sa.Connection) -> None:
+    if not {READ_ONLY, ALONE} & connection.get_execution_options().keys():
+        connection.exec_driver_sql("BEGIN")
+
+
+def _reset(connection: sa.Connection, name: str) -> None:
+    """Set a variable of the session as the server has it, or let nobody get this one again."""
+    if connection.invalidated:
+        return
+    driver_connection: Any = connection.connection.driver_connection
+    try:
+        # What was read is good, whatever becomes of this.
+        with driver_connection.cursor() as cursor:
+            cursor.execute(f"SET SESSION {name} = DEFAULT")
+    except (connection.dialect.loaded_dbapi.Error, OSError):
+        connection.invalidate()
+
+
+def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[], None]:
+    """``end``, which the driver would send to the server also where no transaction has begun."""
+
+    def end_transaction() -> None:
+        if connection.server_status & _SERVER_STATUS_IN_TRANS:
+            end()
+
+    return end_transaction
+
+
+def _is_read_only(error: BaseException | None) -> bool:
+    # With the same number a server refuses what other options forbid.
+    prevented = _code_of(error) == _OPTION_PREVENTS and "read-only" in str(error)
+    return prevented or _code_of(error) in _READ_ONLY_ERRORS
+
+
+def _within_packet(connection: Any, largest: int) -> Callable[..., int]:
+    """The connection's ``query``, refusing what the server would close the connection over."""
+    query: Callable[..., int] = connection.query
+
+    def send(sql: str | bytes, *args: Any, **kwargs: Any) -> int:
+        # A character takes four bytes at most. The packet begins with a byte of its own.
+        size = len(sql) + 1
+        if size * 4 >= largest:
+            size = len(sql.encode() if isinstance(sql, str) else sql) + 1
+            if size >= largest:
+                raise connection.DataError(
+                    _PACKET_TOO_LARGE,
+                    f"a statement of {size:,} bytes is larger than max_allowed_packet, "
+                    f"{largest:,} bytes",
+                )
+        return query(sql, *args, **kwargs)
+
+    return send
+
+
+def _descriptor(connection: Any) -> int:
+    """The file descriptor of a connection of PyMySQL, which tells nobody."""
+    return int(connection._sock.fileno())
+
+
+def require_skip_locked(dialect: Any) -> None:
+    """Refuse a server that cannot pass over locked rows.
+
+    :param dialect: SQLAlchemy's, after it has seen the server.
+    :raises DatabaseNotSupported: names the version found and the one that is needed.
+    """
+    name = "MariaDB" if dialect.is_mariadb else "MySQL"
+    found = tuple(part for part in dialect.server_version_info if isinstance(part, int))
+    needed = _NEEDED[name]
+    if found < needed:
+        raise DatabaseNotSupported(
+            f"flask-bgjobs needs SELECT … FOR UPDATE SKIP LOCKED, which {name} has since "
+            f"{_dotted(needed)}, and this server is {name} {_dotted(found)}"
+        )
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def _see_end(context: sa.engine.ExceptionContext) -> None:
+    """Let errors count as the end of a connection after which the server closes it, and those of a
+    server that is no longer the primary."""
+    error = context.original_exception
+    # It was not sent, where it is our own.
+    is_ours = isinstance(error, context.dialect.loaded_dbapi.DataError)
+    is_closed = _code_of(error) in (_SHUTDOWN, _PACKET_TOO_LARGE) and not is_ours
+    if is_closed or _is_read_only(error):
+        context.is_disconnect = True
+
+
+def _batches(jobs: NewJobs) -> Iterator[list[str]]:
+    """The parameters in groups that fit into one INSERT each."""
+    common = sum(len(value) for value in jobs.values.values() if isinstance(value, str))
+    fixed = _ROW_CHARACTERS + common
+    return batches(jobs.parameters, lambda text: fixed + len(text), limit=_BATCH_CHARACTERS)
+
+
+def _check_packets(connection: sa.Connection, jobs: NewJobs) -> None:
+    """Refuse parameters over which the server would close the connection, the host's as well.
+
+    :raises InvalidJob: names their size and the limit.
+    """
+    large = [text for text in jobs.parameters if len(text) > _BATCH_CHARACTERS]
+    if not large:
+        return
+    limit = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+    driver_connection: Any = connection.connection.driver_connection
+    for text in large:
+        size = len(driver_connection.escape(text).encode()) + _ROW_CHARACTERS
+        if size > limit:
+            raise InvalidJob(
+                f"the parameters take {size:,} bytes in a statement, and max_allowed_packet of "
+                f"the server is {limit:,} bytes"
+            )
+
+
+def _due(jobs: NewJobs, now: dt.datetime) -> dt.datetime:
+    if jobs.run_at is not None:
+        return jobs.run_at
+    return now + dt.timedelta(seconds=jobs.delay_seconds or 0)
+
+
+def _code(error: DBAPIError) -> int:
+    return _code_of(error.orig)
+
+
+def _code_of(error: BaseException | None) -> int:
+    """The server's or the driver's number of an error; 0 where there is none."""
+    number = error.args[0] if error is not None and error.args else 0
+    return number if isinstance(number, int) else 0

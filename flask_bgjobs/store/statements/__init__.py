@@ -1,0 +1,1 @@
+"""The statements, one act of a job's life in each module."""

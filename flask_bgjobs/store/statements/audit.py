@@ -1,0 +1,98 @@
+"""The audit trail: who changed what, written in the transaction of the change itself.
+
+A dispatch alone is written down after it: the job may have joined a transaction of the app.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import sqlalchemy as sa
+
+from ...job.text import storable
+from ...models import AuditedJob, AuditEntry
+from ..database import Database
+
+_MAX_NAME, _MAX_SUBJECT = 255, 255
+_KEPT_SECONDS = 365 * 86_400.0
+"""A year. People change little compared with what workers do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Actor:
+    """Who makes a change by hand."""
+
+    name: str
+    """As the host or the system knows them."""
+    source: str
+    """Where they do it: ``dashboard``, ``api`` or ``command line``."""
+    reason: str | None = None
+    """By what many jobs were chosen, as in the address of the list."""
+
+
+class Audits(Database):
+    """The statements of the audit trail."""
+
+    def audit(
+        self,
+        connection: sa.Connection,
+        actor: Actor | None,
+        action: str,
+        *,
+        subject: str | None = None,
+        jobs: Collection[int] = (),
+        result: str | None = None,
+    ) -> None:
+        """Write down a change, if anybody made it by hand.
+
+        :param actor: ``None`` for the app's own code, which needs no trail.
+        :param subject: the queue, worker or function that was changed or dispatched.
+        :param jobs: the ids of the jobs that were changed.
+        :param result: what came of it, such as ``3 cancelled, 2 skipped``.
+        """
+        if actor is None:
+            return
+        entry = connection.execute(
+            sa.insert(AuditEntry).values(
+                created_at=self.now,
+                actor=storable(actor.name)[:_MAX_NAME],
+                source=actor.source,
+                action=action,
+                subject=None if subject is None else storable(subject)[:_MAX_SUBJECT],
+                reason=None if actor.reason is None else storable(actor.reason),
+                result=result,
+            )
+        )
+        (entry_id,) = entry.inserted_primary_key or (0,)
+        if jobs:
+            connection.execute(
+                sa.insert(AuditedJob),
+                [{"job_id": job_id, "entry_id": entry_id} for job_id in sorted(jobs)],
+            )
+
+    def record(
+        self, actor: Actor, action: str, *, subject: str | None = None, jobs: Collection[int] = ()
+    ) -> None:
+        """Write down what has been done already, as a dispatch."""
+        self.transaction(lambda c: self.audit(c, actor, action, subject=subject, jobs=jobs))
+
+    def prune_audits(self, limit: int) -> int:
+        """Delete up to ``limit`` entries that are older than a year.
+
+        :returns: how many were deleted.
+        """
+
+        def work(connection: sa.Connection) -> int:
+            old = (
+                sa.select(AuditEntry.id)
+                .where(AuditEntry.created_at < self.after(sa.literal(-_KEPT_SECONDS)))
+                .order_by(AuditEntry.id)
+            )
+            ids = connection.scalars(old.limit(limit)).all()
+            if ids:
+                connection.execute(sa.delete(AuditedJob).where(AuditedJob.entry_id.in_(ids)))
+                connection.execute(sa.delete(AuditEntry).where(AuditEntry.id.in_(ids)))
+            return len(ids)
+
+        return self.transaction(work)

@@ -1,0 +1,218 @@
+"""Workers and their leases: signs of life, and the rescue of what a dead worker held."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from ...job.records import JobSpec, Settled, lost_outcome
+from ...job.row_check import checked
+from ...job.statuses import JobStatus, OutcomeKind, lost_kind
+from ...models import Worker
+from ..database import ATTEMPTS, JOBS, WORKERS
+from .audit import Actor, Audits
+from .claim import SPEC_COLUMNS
+from .settle import Settles
+
+_NO_WORKER = 0
+"""An id that no worker has."""
+
+
+class Leases(Settles, Audits):
+    """The statements of a worker's life."""
+
+    def register_worker(self, values: Mapping[str, Any]) -> int:
+        """The id of a new, living worker."""
+
+        def work(connection: sa.Connection) -> int:
+            result = connection.execute(
+                sa.insert(Worker).values(
+                    **values, status="alive", started_at=self.now, heartbeat_at=self.now
+                )
+            )
+            (worker_id,) = result.inserted_primary_key or (0,)
+            return int(worker_id)
+
+        return self.transaction(work)
+
+    def beat(self, worker_id: int) -> bool:
+        """Show that a worker lives. ``False``: its lease was taken away, it must start over."""
+        alive = (
+            sa.update(Worker)
+            .where(Worker.id == worker_id, Worker.status == "alive")
+            .values(heartbeat_at=self.now, beats=Worker.beats + 1)
+        )
+        return bool(self.alone(lambda c: c.execute(alive).rowcount))
+
+    def stop_worker(self, worker_id: int) -> None:
+        """Record that a worker ended cleanly, with nothing left to it.
+
+        One that still holds jobs, because their outcomes could not be recorded, stays alive in
+        the table: its silence is noticed, and the jobs are rescued.
+        """
+        holds_jobs = sa.exists().where(
+            JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id
+        )
+        self.transaction(
+            lambda c: c.execute(
+                sa.update(Worker)
+                .where(Worker.id == worker_id, Worker.status == "alive", ~holds_jobs)
+                .values(status="stopped", stopped_at=self.now)
+            )
+        )
+
+    def drain_worker(self, worker_id: int, by: Actor | None = None) -> bool:
+        """Ask a worker to finish what it runs and to end. ``False``: it has, or was asked before.
+
+        It learns of it with its next look, within the poll interval.
+        """
+
+        def work(connection: sa.Connection) -> bool:
+            asked = connection.execute(
+                sa.update(Worker)
+                .where(
+                    Worker.id == worker_id,
+                    Worker.status == "alive",
+                    Worker.drain_requested_at.is_(None),
+                )
+                .values(drain_requested_at=self.now)
+            )
+            if asked.rowcount:
+                name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
+                self.audit(connection, by, "drain", subject=name)
+            return bool(asked.rowcount)
+
+        return self.transaction(work)
+
+    def living_workers(self) -> list[sa.Row[Any]]:
+        """Id, name, host, process and beats of the workers that hold a lease."""
+        living = (
+            sa.select(Worker.id, Worker.name, Worker.host, Worker.process, Worker.beats)
+            .where(Worker.status == "alive")
+            .order_by(Worker.id)
+        )
+        return self.alone(lambda c: list(c.execute(living)))
+
+    def rescue(self, worker_id: int, beats: int) -> list[Settled] | None:
+        """Take the lease of a silent worker, and its running jobs, in one transaction.
+
+        Jobs whose rows another transaction keeps locked are left to :meth:`rescue_orphans`.
+
+        :param beats: the last heartbeat seen.
+        :returns: one per job taken from it; ``None`` where there was a heartbeat since, or where a
+            claim of the worker's is under way: its jobs must not be missing.
+        """
+        return self.transaction(lambda c: self._rescue(c, worker_id, beats))
+
+    def _rescue(
+        self, connection: sa.Connection, worker_id: int, beats: int
+    ) -> list[Settled] | None:
+        silent = sa.select(WORKERS.c.id).where(
+            WORKERS.c.id == worker_id, WORKERS.c.status == "alive", WORKERS.c.beats == beats
+        )
+        if connection.scalar(silent.with_for_update(skip_locked=True)) is None:
+            return None
+        connection.execute(
+            sa.update(Worker)
+            .where(Worker.id == worker_id)
+            .values(status="dead", stopped_at=self.now)
+        )
+        return self._free_jobs(connection, worker_id, is_first=True)
+
+    def rescue_orphans(self) -> list[Settled]:
+        """Free running jobs that belong to no living worker: its row was deleted or edited, or
+        their own rows were locked when it was rescued.
+
+        :returns: one per job.
+        """
+        living = sa.select(WORKERS.c.id).where(WORKERS.c.status == "alive")
+        orphans = (
+            sa.select(JOBS.c.worker_id)
+            .where(
+                JOBS.c.status == JobStatus.RUNNING.value,
+                sa.or_(JOBS.c.worker_id.not_in(living), JOBS.c.worker_id.is_(None)),
+            )
+            .distinct()
+        )
+        owners = self.alone(lambda c: c.scalars(orphans).all())
+        return [
+            settled
+            for owner in owners
+            for settled in self.transaction(functools.partial(self._free_jobs, worker_id=owner))
+        ]
+
+    def held_by(self, worker_id: int) -> list[JobSpec]:
+        """The jobs that are running under a worker, started or not."""
+        return self.alone(lambda c: self._held_by(c, worker_id))
+
+    def lost_among_others(self, suspects: Sequence[JobSpec]) -> set[int]:
+        """The ids of the suspects whose last worker died while it ran several of them."""
+        # In order, the last one counts. An attempt that was only given back has no row.
+        attempts = (
+            sa.select(ATTEMPTS.c.job_id, ATTEMPTS.c.outcome)
+            .where(ATTEMPTS.c.job_id.in_([spec.id for spec in suspects]))
+            .order_by(ATTEMPTS.c.job_id, ATTEMPTS.c.attempt)
+        )
+        last = self.alone(lambda c: {row.job_id: row.outcome for row in c.execute(attempts)})
+        return {job_id for job_id, kind in last.items() if kind == OutcomeKind.LOST_AMONG.value}
+
+    def _count_started_suspects(self, connection: sa.Connection, worker_id: int) -> int:
+        started = sa.select(sa.func.count()).where(
+            JOBS.c.status == JobStatus.RUNNING.value,
+            JOBS.c.worker_id == worker_id,
+            JOBS.c.suspect,
+            JOBS.c.started_at.is_not(None),
+        )
+        return int(connection.scalar(started) or 0)
+
+    def _free_jobs(
+        self, connection: sa.Connection, worker_id: int | None, *, is_first: bool = False
+    ) -> list[Settled]:
+        if worker_id is None:
+            # An edited row names no worker. Give it one that does not exist, for the fence.
+            worker_id = _NO_WORKER
+            connection.execute(
+                sa.update(JOBS)
+                .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id.is_(None))
+                .values(worker_id=worker_id)
+            )
+        name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
+        specs = self._held_by(connection, worker_id, lock=True)
+        started_suspects = self._count_started_suspects(connection, worker_id)
+        # What is left of a rescue, as its row was locked then, must not be judged by itself.
+        is_remainder = name is not None and not is_first
+        lost = [
+            (
+                spec,
+                lost_outcome(
+                    spec,
+                    OutcomeKind.LOST
+                    if is_remainder
+                    else lost_kind(
+                        is_started_suspect=_is_started_suspect(spec),
+                        started_suspects=started_suspects,
+                    ),
+                    f"worker {name or worker_id} died",
+                ),
+            )
+            for spec in specs
+        ]
+        return self.settle_within(connection, worker_id, name or "", lost) if lost else []
+
+    def _held_by(
+        self, connection: sa.Connection, worker_id: int, *, lock: bool = False
+    ) -> list[JobSpec]:
+        held = (
+            sa.select(*SPEC_COLUMNS)
+            .where(JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id)
+            .order_by(JOBS.c.id)
+        )
+        rows = connection.execute(held.with_for_update(skip_locked=True) if lock else held)
+        return [checked(JobSpec._make(row))[0] for row in rows]
+
+
+def _is_started_suspect(spec: JobSpec) -> bool:
+    return spec.suspect and spec.started_at is not None

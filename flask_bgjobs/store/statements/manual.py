@@ -1,0 +1,209 @@
+"""What people do to jobs: look at one, cancel, retry, delete."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from ...job.statuses import CAN_CHANGE, WAITING, JobStatus
+from ...models import Job
+from ..database import JOBS, by_id
+from .audit import Actor, Audits
+from .enqueue import loaded_job, unique_hash
+from .prune import delete_unheld
+
+DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
+"""What becomes of a job, by action."""
+_LOCKED_SECONDS, _LOCKED_PAUSE_SECONDS = 2.0, 0.05
+"""How long a job is tried again whose row another transaction keeps locked, and how often."""
+
+
+@dataclasses.dataclass(slots=True)
+class ActionResult:
+    """What an action did to each of the jobs that it was asked to change."""
+
+    done: list[int] = dataclasses.field(default_factory=list)
+    requested: list[int] = dataclasses.field(default_factory=list)
+    """Running jobs that were asked to stop."""
+    skipped: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Why the others were left alone."""
+
+    def add(self, other: ActionResult) -> None:
+        """Add what was done to other jobs."""
+        self.done += other.done
+        self.requested += other.requested
+        self.skipped |= other.skipped
+
+    def in_words(self, done: str) -> str:
+        """What was done, as in ``3 cancelled, 2 skipped``.
+
+        :param done: what became of those that are done.
+        """
+        numbers = {done: self.done, "asked to stop": self.requested, "skipped": self.skipped}
+        said = (f"{len(jobs):,} {what}" for what, jobs in numbers.items() if jobs)
+        return ", ".join(said) or "nothing to do"
+
+
+class ByHand(Audits):
+    """The statements behind commands and buttons, each guarded by status.
+
+    Those that change something write down who did it, where ``by`` is given.
+    """
+
+    def get(self, job_id: int) -> Job | None:
+        """The job, loaded and detached; ``None`` where there is none."""
+        with self.read() as connection:
+            row = connection.execute(sa.select(JOBS).where(JOBS.c.id == job_id)).one_or_none()
+        return None if row is None else loaded_job(row)
+
+    def get_many(self, ids: Sequence[int]) -> list[Job]:
+        """The jobs that exist of these, loaded and detached, oldest first."""
+        statement = sa.select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id)
+        with self.read() as connection:
+            return [loaded_job(row) for row in connection.execute(statement)]
+
+    def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
+        """Cancel jobs that wait, and ask running ones to stop."""
+
+        def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
+            result = ActionResult()
+            for job_id, status in found.items():
+                if status in WAITING:
+                    result.done.append(job_id)
+                elif status == JobStatus.RUNNING:
+                    result.requested.append(job_id)
+                else:
+                    result.skipped[job_id] = f"it is already {status}"
+            self._update_each(
+                connection,
+                result.done,
+                status=JobStatus.CANCELLED.value,
+                finished_at=self.now,
+                unique_hash=None,
+            )
+            self._update_each(
+                connection,
+                result.requested,
+                cancel_requested_at=sa.func.coalesce(JOBS.c.cancel_requested_at, self.now),
+            )
+            return result
+
+        return self._act(ids, work, "cancel", by)
+
+    def retry(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
+        """Make failed, cancelled or retrying jobs pending again, with all their retries."""
+
+        def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
+            result = ActionResult()
+            for job_id, status in found.items():
+                if status not in CAN_CHANGE["retry"]:
+                    result.skipped[job_id] = f"it is {status}"
+                elif self._retake_key(connection, job_id):
+                    result.done.append(job_id)
+                else:
+                    result.skipped[job_id] = "another job holds its unique_key"
+            self._update_each(
+                connection,
+                result.done,
+                status=JobStatus.PENDING.value,
+                run_at=self.now,
+                retry_count=0,
+                crash_count=0,
+                suspect=False,
+                cancel_requested_at=None,
+                started_at=None,
+                finished_at=None,
+            )
+            self.notify(connection)
+            return result
+
+        return self._act(ids, work, "retry", by)
+
+    def delete(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
+        """Delete jobs that do not run, with their attempts and log lines."""
+
+        def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
+            result = ActionResult()
+            idle = [job_id for job_id, status in found.items() if status != JobStatus.RUNNING]
+            held = delete_unheld(connection, idle, self.is_lock_timeout)
+            for job_id, status in found.items():
+                if status == JobStatus.RUNNING:
+                    result.skipped[job_id] = "it is running; cancel it first"
+                elif job_id in held:
+                    result.skipped[job_id] = "a row of another table refers to it"
+                else:
+                    result.done.append(job_id)
+            return result
+
+        return self._act(ids, work, "delete", by)
+
+    def _act(
+        self,
+        ids: Sequence[int],
+        work: Callable[[sa.Connection, Mapping[int, str]], ActionResult],
+        action: str,
+        by: Actor | None,
+    ) -> ActionResult:
+        result = ActionResult()
+        ends = time.monotonic() + _LOCKED_SECONDS
+        left: Sequence[int] = ids
+        while left:
+            part, left = self.transaction(
+                functools.partial(self._act_on_unlocked, ids=left, work=work, action=action, by=by)
+            )
+            result.add(part)
+            if left and time.monotonic() >= ends:
+                result.skipped |= dict.fromkeys(left, "another transaction keeps it locked")
+                break
+            if left:
+                time.sleep(_LOCKED_PAUSE_SECONDS)
+        return result
+
+    def _act_on_unlocked(
+        self,
+        connection: sa.Connection,
+        *,
+        ids: Sequence[int],
+        work: Callable[[sa.Connection, Mapping[int, str]], ActionResult],
+        action: str,
+        by: Actor | None,
+    ) -> tuple[ActionResult, list[int]]:
+        """What was done, and the jobs whose rows another transaction keeps locked."""
+        chosen = by_id(sa.select(JOBS.c.id, JOBS.c.status)).where(JOBS.c.id.in_(ids))
+        rows = connection.execute(chosen.order_by(JOBS.c.id).with_for_update(skip_locked=True))
+        found = {row.id: row.status for row in rows}
+        missing = [job_id for job_id in ids if job_id not in found]
+        locked: list[int] = []
+        if missing:
+            # Read without a lock: what is there nevertheless is locked.
+            there = sa.select(JOBS.c.id).where(JOBS.c.id.in_(missing))
+            locked = list(connection.scalars(there.order_by(JOBS.c.id)))
+        result = work(connection, found)
+        gone = (job_id for job_id in missing if job_id not in locked)
+        result.skipped |= dict.fromkeys(gone, "it does not exist")
+        changed = [*result.done, *result.requested]
+        if changed:
+            said = result.in_words(DONE[action])
+            self.audit(connection, by, action, jobs=changed, result=said)
+        return result, locked
+
+    def _update_each(self, connection: sa.Connection, ids: Sequence[int], **values: Any) -> None:
+        if ids:
+            connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(**values))
+
+    def _retake_key(self, connection: sa.Connection, job_id: int) -> bool:
+        key = connection.scalar(sa.select(JOBS.c.unique_key).where(JOBS.c.id == job_id))
+        if key is None:
+            return True
+        try:
+            with connection.begin_nested():
+                self._update_each(connection, [job_id], unique_hash=unique_hash(key))
+        except IntegrityError:
+            return False
+        return True

@@ -1,0 +1,217 @@
+"""Start and run: what is written while jobs run, and what is read about them."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+
+from ...job.records import JobSpec, Key, Report
+from ...job.statuses import JobStatus
+from ...models import Job, JobLog
+from ...system.safe_logging import logger as _logger
+from ..database import JOBS, Database, by_id
+from ..sizes import BATCH_BYTES, StatementTooLarge, batches, statement_bytes
+
+_REFUSALS = (DataError, IntegrityError, ProgrammingError)
+
+RUNNING_OF = sa.select(JOBS.c.id, JOBS.c.attempt, JOBS.c.cancel_requested_at).where(
+    JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == sa.bindparam("worker")
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeaseView:
+    """What the database says of the jobs that a worker runs."""
+
+    attempts: Mapping[int, int]
+    """Job id to attempt, of every job that is still this worker's."""
+    cancelling: frozenset[int]
+    """Those of them that were asked to stop."""
+
+
+class Started(NamedTuple):
+    """What became of the starts that were to be committed."""
+
+    ours: frozenset[int]
+    """Ids of the jobs that are still the worker's and have started."""
+    locked: frozenset[int]
+    """Ids of jobs whose rows another transaction keeps locked: nothing is known of them."""
+
+
+class Runs(Database):
+    """The statements that follow running jobs.
+
+    None of them waits for a row that a job keeps locked: such rows are skipped, and named.
+    """
+
+    largest_text: int | None = None
+    """Bytes of the largest text that can be sent to the database, where it would not refuse a
+    larger one with an error of its own."""
+
+    def refuses(self, error: DBAPIError) -> bool:
+        """Whether the database would refuse the same values each time: this is no outage."""
+        return isinstance(error, _REFUSALS) or self.is_too_large(error)
+
+    @abc.abstractmethod
+    def is_too_large(self, error: DBAPIError) -> bool:
+        """Whether the database refused a statement or a value for its size."""
+
+    def sendable(self, text: str) -> str:
+        """``text``, if it is not too large for the database.
+
+        :raises StatementTooLarge: names its size and the limit.
+        """
+        # Encoding it takes time, and hardly any text comes near to the limit.
+        if self.largest_text is not None and len(text) > BATCH_BYTES:
+            size = len(text.encode())
+            if size > self.largest_text:
+                raise StatementTooLarge(
+                    None,
+                    None,
+                    ValueError(
+                        f"a text of {size:,} bytes is larger than the limit of "
+                        f"{self.host_engine.dialect.name}, {self.largest_text:,} bytes"
+                    ),
+                )
+        return text
+
+    def lock_running(
+        self,
+        connection: sa.Connection,
+        worker_id: int,
+        keys: Collection[Key],
+        *,
+        beside_references: bool = False,
+    ) -> tuple[dict[Key, bool], set[Key]]:
+        """Those of the attempts that are still the worker's, locked now, with whether a cancel was
+        asked for; and those that another transaction keeps locked.
+
+        :param beside_references: whether PostgreSQL may lock a row that a new row of the host's
+            refers to. Only where no unique column is changed.
+        """
+        rows = by_key(self._still_running(connection, worker_id, keys, beside_references))
+        ours = {key: asked for key, asked in rows.items() if key in keys}
+        missing = {key for key in keys if key not in ours}
+        if not missing:
+            return ours, set()
+        held = connection.execute(_running(missing), {"worker": worker_id})
+        return ours, missing & by_key(held).keys()
+
+    def _still_running(
+        self,
+        connection: sa.Connection,
+        worker_id: int,
+        keys: Collection[Key],
+        beside_references: bool = False,
+    ) -> sa.CursorResult[Any]:
+        unlocked = _running(keys).with_for_update(skip_locked=True, key_share=beside_references)
+        return connection.execute(unlocked, {"worker": worker_id})
+
+    def mark_started(self, worker_id: int, specs: Iterable[JobSpec]) -> Started:
+        """Commit the start of jobs before their code runs."""
+        keys = {spec.key for spec in specs}
+
+        def work(connection: sa.Connection) -> Started:
+            ours, locked = self.lock_running(connection, worker_id, keys, beside_references=True)
+            ids = frozenset(job_id for job_id, _ in ours)
+            if ids:
+                connection.execute(
+                    sa.update(Job).where(Job.id.in_(sorted(ids))).values(started_at=self.now)
+                )
+            return Started(ids, frozenset(job_id for job_id, _ in locked))
+
+        return self.transaction(work)
+
+    def observe(self, worker_id: int, reports: MutableMapping[Key, Report]) -> LeaseView:
+        """Record what running jobs reported, and see which are still ours or cancelled.
+
+        :param reports: by job id and attempt. What was recorded, or cannot be, is removed; what
+            stays belongs to jobs whose rows another transaction keeps locked.
+        """
+        # In the order in which rows are locked everywhere.
+        for batch in batches(sorted(reports, key=_job_id), lambda key: _bytes_of(reports[key])):
+            self._write_reports(worker_id, batch, reports)
+        rows = self.alone(lambda c: c.execute(RUNNING_OF, {"worker": worker_id}).all())
+        return LeaseView(
+            attempts={row.id: row.attempt for row in rows},
+            cancelling=frozenset(row.id for row in rows if row.cancel_requested_at is not None),
+        )
+
+    def _write_reports(
+        self, worker_id: int, keys: Sequence[Key], reports: MutableMapping[Key, Report]
+    ) -> None:
+        """Write the reports of these attempts in one transaction, or each in its own where the
+        database refuses one of them."""
+        chosen = {key: reports[key] for key in keys}
+        try:
+            locked = self.transaction(lambda c: self._write_unlocked(c, worker_id, chosen))
+        except DBAPIError as error:
+            if not self.refuses(error):
+                raise
+            if len(keys) == 1:
+                _logger.exception("What job %s reported was refused by the database", keys[0][0])
+                locked = set()
+            else:
+                for key in keys:
+                    self._write_reports(worker_id, [key], reports)
+                return
+        for key in keys:
+            if key not in locked:
+                del reports[key]
+
+    def _write_unlocked(
+        self, connection: sa.Connection, worker_id: int, reports: Mapping[Key, Report]
+    ) -> set[Key]:
+        """Write reports but those of jobs whose rows are locked, which are returned."""
+        ours, locked = self.lock_running(connection, worker_id, reports, beside_references=True)
+        for key, report in reports.items():
+            if key not in ours:
+                continue
+            job_id, attempt = key
+            if values := _report_values(report):
+                connection.execute(sa.update(Job).where(Job.id == job_id).values(**values))
+            self.write_lines(connection, job_id, attempt, report)
+        return locked
+
+    def write_lines(
+        self, connection: sa.Connection, job_id: int, attempt: int, report: Report
+    ) -> None:
+        """Keep the lines that a job logged."""
+        if report.lines:
+            connection.execute(
+                sa.insert(JobLog).values(job_id=job_id, attempt=attempt, created_at=self.now),
+                [{"message": line} for line in report.lines],
+            )
+
+
+def by_key(rows: Iterable[Any]) -> dict[Key, bool]:
+    """Whether a cancel was asked for, by job id and attempt."""
+    return {(row.id, row.attempt): row.cancel_requested_at is not None for row in rows}
+
+
+def _running(keys: Collection[Key]) -> sa.Select[Any]:
+    ids = [job_id for job_id, _ in keys]
+    return by_id(RUNNING_OF).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id)
+
+
+def _job_id(key: Key) -> int:
+    """What rows are locked in the order of: two transactions then never wait for each other."""
+    return key[0]
+
+
+def _bytes_of(report: Report) -> int:
+    return statement_bytes(report.progress_note, report.meta_json, *report.lines)
+
+
+def _report_values(report: Report) -> dict[str, Any]:
+    values = {
+        "progress": report.progress,
+        "progress_note": report.progress_note,
+        "meta_json": report.meta_json,
+    }
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,177 @@
+"""Prune: deleting what has been finished for longer than it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from ...job.statuses import JobStatus
+from ...models import Attempt, JobLog
+from ..database import JOBS, WORKERS, Database
+
+_WORKERS_KEPT_SECONDS = 7 * 86_400.0
+"""Long enough to see who ran last week's jobs. Every restart of a worker leaves a row."""
+
+_MOST_LOCK_TIMEOUTS = 3
+"""Per batch; then the rest of it stays."""
+
+Retention = Mapping[JobStatus, float | None]
+"""Seconds for which finished jobs are kept, by status; ``None`` and left out: for ever."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PruneCursor:
+    """The last job that a batch looked at: the next batch begins behind it."""
+
+    status: JobStatus
+    finished_at: dt.datetime
+    id: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pruned:
+    """What one batch of pruning did."""
+
+    deleted: int
+    held: int
+    """Jobs that stay because a row of another table refers to them."""
+    cursor: PruneCursor | None
+    """For the next batch; ``None`` when nothing more is old enough."""
+
+
+class Prunes(Database):
+    """The statements that delete what is old."""
+
+    def prune(self, retention: Retention, limit: int, after: PruneCursor | None = None) -> Pruned:
+        """What became of the next ``limit`` jobs that are older than their retention.
+
+        They go with their attempts and log lines, all in one transaction. What is old is
+        decided by the database's clock.
+
+        :param after: the cursor of the batch before, so that rows that are held are met once.
+        """
+        return self.transaction(lambda c: self._prune(c, retention, limit, after))
+
+    def count_prunable(self, retention: Retention) -> int:
+        """How many jobs are older than their retention, held ones included."""
+        with self.read() as connection:
+            return sum(
+                connection.scalar(sa.select(sa.func.count()).where(*self._is_old(status, kept)))
+                or 0
+                for status, kept in _limited(retention)
+            )
+
+    def prune_workers(self, limit: int) -> int:
+        """Delete up to ``limit`` rows of workers that ended over a week ago.
+
+        :returns: how many were deleted.
+        """
+
+        def work(connection: sa.Connection) -> int:
+            ended = sa.select(WORKERS.c.id).where(
+                WORKERS.c.status.in_(["stopped", "dead"]),
+                WORKERS.c.stopped_at < self.after(sa.literal(-_WORKERS_KEPT_SECONDS)),
+            )
+            ids = connection.scalars(ended.limit(limit)).all()
+            if ids:
+                connection.execute(sa.delete(WORKERS).where(WORKERS.c.id.in_(ids)))
+            return len(ids)
+
+        return self.transaction(work)
+
+    def _prune(
+        self,
+        connection: sa.Connection,
+        retention: Retention,
+        limit: int,
+        after: PruneCursor | None,
+    ) -> Pruned:
+        found: list[PruneCursor] = []
+        for statement in self._old_jobs(retention, after):
+            rows = connection.execute(
+                # One that is locked is left to the next pass.
+                self.first(statement, limit - len(found)).with_for_update(skip_locked=True)
+            )
+            found += (PruneCursor(JobStatus(row.status), row.finished_at, row.id) for row in rows)
+            if len(found) >= limit:
+                break
+        held = delete_unheld(connection, [each.id for each in found], self.is_lock_timeout)
+        cursor = found[-1] if len(found) >= limit else None
+        return Pruned(deleted=len(found) - len(held), held=len(held), cursor=cursor)
+
+    def _old_jobs(
+        self, retention: Retention, after: PruneCursor | None
+    ) -> Iterator[sa.Select[tuple[Any, ...]]]:
+        """A statement for each status, in the order of an index, from the cursor on."""
+        for status, kept in _limited(retention):
+            statement = (
+                sa.select(JOBS.c.status, JOBS.c.finished_at, JOBS.c.id)
+                .where(*self._is_old(status, kept))
+                .order_by(JOBS.c.finished_at, JOBS.c.id)
+            )
+            if after is None:
+                yield statement
+            elif status == after.status:
+                yield statement.where(*_follows(after))
+                after = None
+
+    def _is_old(self, status: JobStatus, kept: float) -> tuple[sa.ColumnElement[bool], ...]:
+        return (
+            JOBS.c.status == status.value,
+            JOBS.c.finished_at <= self.after(sa.literal(-kept)),
+        )
+
+
+def delete_unheld(
+    connection: sa.Connection, ids: Sequence[int], is_lock_timeout: Callable[[DBAPIError], bool]
+) -> set[int]:
+    """Delete jobs with their attempts and log lines; the ids of those that had to stay.
+
+    A job stays when a row of another table refers to it, also a row that is locked.
+
+    :param is_lock_timeout: whether an error says that a row stayed locked.
+    """
+    lock_timeouts = 0
+
+    def delete(chosen: Sequence[int]) -> bool:
+        nonlocal lock_timeouts
+        try:
+            return _delete_together(connection, chosen)
+        except DBAPIError as error:
+            if not is_lock_timeout(error):
+                raise
+            lock_timeouts += 1
+            return False
+
+    if not ids or delete(ids):
+        return set()
+    # The worker does nothing else while it waits.
+    return {i for i in ids if lock_timeouts > _MOST_LOCK_TIMEOUTS or not delete([i])}
+
+
+def _delete_together(connection: sa.Connection, ids: Sequence[int]) -> bool:
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.delete(JOBS).where(JOBS.c.id.in_(ids)))
+            connection.execute(sa.delete(Attempt).where(Attempt.job_id.in_(ids)))
+            connection.execute(sa.delete(JobLog).where(JobLog.job_id.in_(ids)))
+    except IntegrityError:
+        return False
+    return True
+
+
+def _limited(retention: Retention) -> list[tuple[JobStatus, float]]:
+    return [(status, kept) for status, kept in retention.items() if kept is not None]
+
+
+def _follows(cursor: PruneCursor) -> tuple[sa.ColumnElement[bool], ...]:
+    # The first condition is the range of the index; the second only splits one moment.
+    return (
+        JOBS.c.finished_at >= cursor.finished_at,
+        sa.or_(JOBS.c.finished_at > cursor.finished_at, JOBS.c.id > cursor.id),
+    )

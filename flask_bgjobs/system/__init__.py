@@ -1,0 +1,1 @@
+"""The operating system: processes, signals, threads, memory and logging that never raises."""

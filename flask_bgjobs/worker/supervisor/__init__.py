@@ -1,0 +1,1 @@
+"""One command, several worker processes: starts, watches and replaces them."""
