@@ -15,7 +15,7 @@ from .config import Config
 from .errors import ConfigError
 from .job.records import JobSpec, Settled
 from .job.redact import Redactor
-from .models import Job
+from .models import Job, provide_actions
 from .registry import Registry, named_after
 from .signals import emit, emit_in_worker, emit_settled, job_cancelled
 from .store import ActionResult, Actor, Store
@@ -103,6 +103,10 @@ class AppState:
                 "uses several: use flask_bgjobs.testing"
             )
 
+    def find_job(self, job_id: int) -> Job | None:
+        """The job, loaded and detached; ``None`` where there is none."""
+        return self.store.get(job_id)
+
     def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
         """Cancel jobs, and tell of those that waited; running ones are asked to stop.
 
@@ -187,6 +191,9 @@ def state_of(app: Flask) -> AppState:
 def current_state() -> AppState:
     """The state of the current app; an application context is needed."""
     return state_of(current_app._get_current_object())  # type: ignore[attr-defined]  # LocalProxy
+
+
+provide_actions(current_state)
 
 
 def import_jobs(state: AppState) -> None:

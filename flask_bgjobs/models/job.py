@@ -1,49 +1,24 @@
-"""The tables. ``init_app`` copies them into the host's metadata, so that its migrations and
-``db.create_all()`` find them.
-
-They are static models on a metadata of our own, written so that Alembic's autogenerate finds
-no drift on SQLite, PostgreSQL and MySQL/MariaDB: plain types with MySQL variants, explicit
-names, no descending and no partial index. Times are UTC with microseconds and without a
-``tzinfo``. Our own tables have no foreign keys among themselves: a late log line of a deleted
-job must not break the transaction that records other jobs' outcomes.
-"""
+"""Jobs, and the conditions and hints that statements on them share."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import sqlalchemy as sa
-from flask import current_app
-from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.hybrid import hybrid_property
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
-from sqlalchemy.schema import SchemaConst
-from sqlalchemy.sql.elements import conv
 
-from .errors import JobNotCommitted, JobNotFound, WaitTimeout
-from .job import serialize
-from .job.records import MAX_ID
-from .job.statuses import FINAL, JobStatus
-from .job.text import shown
-
-BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-"""SQLite numbers rows by itself only in a column that is exactly INTEGER."""
-UtcTime = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
-LongText = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
-
-_TABLE = {
-    f"{dialect}_{option}": value
-    for dialect in ("mysql", "mariadb")
-    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
-}
-"""Whatever a MySQL database has for defaults: transactions, every letter, and names that are equal
-only where they are the same."""
-_NUMBERED_TABLE = {"sqlite_autoincrement": True, **_TABLE}
-"""No id is used again, also not on SQLite."""
+from ..errors import JobNotCommitted, JobNotFound, WaitTimeout
+from ..job import serialize
+from ..job.records import MAX_ID
+from ..job.statuses import FINAL, JobStatus
+from ..job.text import shown
+from .base import NUMBERED_TABLE_OPTIONS, Base, BigInt, LongText, UtcTime, index
 
 IS_OF_ANY_QUEUE = "attempt >= 0"
 """True of every job. A claim has to say so to use the index of all queues on PostgreSQL: one that
@@ -56,32 +31,6 @@ _HAS_ENDED = "finished_at IS NOT NULL"
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
 
 
-def _index(
-    name: str,
-    *columns: str,
-    unique: bool = False,
-    where: str | None = None,
-    postgresql_where: str | None = None,
-) -> sa.Index:
-    """An index.
-
-    :param where: which rows stand in it; all of them on MySQL, which has no such indexes. A job
-        costs the less, the fewer indexes it stands in.
-    :param postgresql_where: the same on PostgreSQL, where it is not as elsewhere.
-    """
-    conditions = {"sqlite_where": where, "postgresql_where": postgresql_where or where}
-    options: Any = {key: sa.text(text) for key, text in conditions.items() if text is not None}
-    # conv() keeps a host's naming convention from renaming what the statements rely on.
-    return sa.Index(conv(name), *columns, unique=unique, **options)
-
-
-class Base(DeclarativeBase):
-    """Base of our models only; hosts keep their own."""
-
-    # Flask-SQLAlchemy's session looks here for the bind, so db.session can read a Job.
-    metadata = sa.MetaData(info={"bind_key": None})
-
-
 class Job(Base):
     """One background job: what to run, when, and how it went.
 
@@ -91,22 +40,22 @@ class Job(Base):
 
     __tablename__ = "bgjobs_job"
     __table_args__ = (
-        _index(
+        index(
             "ix_bgjobs_job_claim",
             *("status", "claim_rank", "run_at", "id"),
             where=_IS_PENDING,
             postgresql_where=f"{_IS_PENDING} AND {IS_OF_ANY_QUEUE}",
         ),
-        _index(
+        index(
             "ix_bgjobs_job_claim_queue",
             *("status", "queue", "claim_rank", "run_at", "id"),
             where=f"{_IS_PENDING} OR {_IS_DELAYED}",
         ),
-        _index("ix_bgjobs_job_due", "status", "run_at", "id", where=_IS_DELAYED),
-        _index("ix_bgjobs_job_list", "status", "id"),
-        _index("ix_bgjobs_job_finished", "status", "finished_at", "id", where=_HAS_ENDED),
-        _index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
-        _NUMBERED_TABLE,
+        index("ix_bgjobs_job_due", "status", "run_at", "id", where=_IS_DELAYED),
+        index("ix_bgjobs_job_list", "status", "id"),
+        index("ix_bgjobs_job_finished", "status", "finished_at", "id", where=_HAS_ENDED),
+        index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
+        NUMBERED_TABLE_OPTIONS,
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
@@ -239,8 +188,7 @@ class Job(Base):
             raise TypeError(f"the id of a job is an int, not {shown(job_id)}")
         if not 0 < job_id <= MAX_ID:
             return None
-        found: Job | None = current_app.extensions["bgjobs"].store.get(job_id)
-        return found
+        return _find_actions().find_job(job_id)
 
     def refresh(self) -> Job:
         """Read the job anew from the database, outside your session, and return it.
@@ -254,7 +202,6 @@ class Job(Base):
             raise JobNotCommitted(
                 f"job {self.id} joined a transaction that has not committed: commit it first"
             )
-        # Looked up rather than imported: the store stands above the tables.
         fresh = self.get(self.id)
         if fresh is None:
             raise JobNotFound(f"job {self.id} does not exist (any more)")
@@ -272,7 +219,7 @@ class Job(Base):
         :raises JobNotFound: when it was deleted.
         """
         self.refresh()
-        current_app.extensions["bgjobs"].cancel([self.id])
+        _find_actions().cancel([self.id])
         return self.refresh()
 
     def wait(self, timeout: float | None = None) -> Job:
@@ -300,135 +247,24 @@ class Job(Base):
         return f"<Job {self.id} {self.name} {self.status}>"
 
 
-class Attempt(Base):
-    """An attempt that did not complete; a smooth job has none."""
+class JobActions(Protocol):
+    """What a job needs of its app, which stands above the tables."""
 
-    __tablename__ = "bgjobs_attempt"
-    __table_args__ = (
-        _index("ix_bgjobs_attempt_job", "job_id", "attempt"),
-        _NUMBERED_TABLE,
-    )
+    def find_job(self, job_id: int) -> Job | None:
+        """The job, loaded and detached; ``None`` where there is none."""
 
-    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    job_id: Mapped[int] = mapped_column(sa.BigInteger)
-    attempt: Mapped[int] = mapped_column(sa.Integer)
-    outcome: Mapped[str] = mapped_column(sa.String(16))
-    """One of :class:`~flask_bgjobs.job.statuses.OutcomeKind`."""
-    worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
-    worker_name: Mapped[str | None] = mapped_column(sa.String(255))
-    due_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    started_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    finished_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    error_type: Mapped[str | None] = mapped_column(sa.String(255))
-    error: Mapped[str | None] = mapped_column(sa.Text)
-    traceback: Mapped[str | None] = mapped_column(LongText)
+    def cancel(self, ids: Sequence[int]) -> object:
+        """Cancel jobs that wait, and ask running ones to stop."""
 
 
-class JobLog(Base):
-    """A line that a job wrote with ``current_job.log``."""
-
-    __tablename__ = "bgjobs_log"
-    __table_args__ = (
-        _index("ix_bgjobs_log_job", "job_id", "id"),
-        _NUMBERED_TABLE,
-    )
-
-    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    job_id: Mapped[int] = mapped_column(sa.BigInteger)
-    attempt: Mapped[int] = mapped_column(sa.Integer)
-    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    message: Mapped[str] = mapped_column(sa.Text)
+def provide_actions(find: Callable[[], JobActions]) -> None:
+    """Let jobs find the actions of the current app by ``find``."""
+    global _find_actions
+    _find_actions = find
 
 
-class Worker(Base):
-    """A worker process: who holds which lease, and when it was last heard of."""
-
-    __tablename__ = "bgjobs_worker"
-    __table_args__ = (
-        _index("ix_bgjobs_worker_status", "status"),
-        _NUMBERED_TABLE,
-    )
-
-    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    name: Mapped[str] = mapped_column(sa.String(255))
-    status: Mapped[str] = mapped_column(sa.String(16))
-    """``alive``, ``stopped`` after a clean end, or ``dead`` once its lease was taken away."""
-    host: Mapped[str] = mapped_column(sa.String(255))
-    pid: Mapped[int] = mapped_column(sa.Integer)
-    process: Mapped[str | None] = mapped_column(sa.String(255))
-    """What tells this process from every other on its host, also after its pid is used again."""
-    version: Mapped[str] = mapped_column(sa.String(32))
-    pool: Mapped[str] = mapped_column(sa.String(16))
-    concurrency: Mapped[int] = mapped_column(sa.Integer)
-    queues: Mapped[str | None] = mapped_column(LongText)
-    """JSON list of the queues that it serves, in order; ``None`` serves all."""
-    beats: Mapped[int] = mapped_column(sa.BigInteger, default=0)
-    """Heartbeats so far: a sweeper watches it change by a clock of its own."""
-    heartbeat_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    started_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    drain_requested_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    """Set when somebody asked it to finish what it runs and to end."""
-    stopped_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-
-
-class Queue(Base):
-    """A queue that has had work, and whether it is paused."""
-
-    __tablename__ = "bgjobs_queue"
-    __table_args__ = (
-        _index("ix_bgjobs_queue_paused", "paused_at", where="paused_at IS NOT NULL"),
-        _TABLE,
-    )
-
-    name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
-    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    """When a worker has last registered it: within the last day, while it has work."""
-    paused_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-
-
-class AuditEntry(Base):
-    """A change that a person made, and who it was."""
-
-    __tablename__ = "bgjobs_audit"
-    __table_args__ = _NUMBERED_TABLE
-
-    id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    actor: Mapped[str] = mapped_column(sa.String(255))
-    source: Mapped[str] = mapped_column(sa.String(16))
-    """``dashboard``, ``api`` or ``command line``."""
-    action: Mapped[str] = mapped_column(sa.String(16))
-    """``dispatch``, ``cancel``, ``retry``, ``delete``, ``pause``, ``resume`` or ``drain``."""
-    subject: Mapped[str | None] = mapped_column(sa.String(255))
-    """The queue, the worker, or the function of a job."""
-    reason: Mapped[str | None] = mapped_column(sa.Text)
-    """By what many jobs were chosen."""
-    result: Mapped[str | None] = mapped_column(sa.String(255))
-
-
-class AuditedJob(Base):
-    """A job that a person changed."""
-
-    __tablename__ = "bgjobs_audit_job"
-    __table_args__ = (_index("ix_bgjobs_audit_job_entry", "entry_id"), _TABLE)
-
-    job_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
-    entry_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
-
-
-class Rollup(Base):
-    """How many attempts ended in a minute or an hour; see :mod:`flask_bgjobs.job.rollup`."""
-
-    __tablename__ = "bgjobs_rollup"
-    __table_args__ = _TABLE
-
-    seconds: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
-    begins_at: Mapped[dt.datetime] = mapped_column(UtcTime, primary_key=True)
-    queue: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
-    outcome: Mapped[str] = mapped_column(sa.String(16), primary_key=True)
-    measure: Mapped[str] = mapped_column(sa.String(8), primary_key=True)
-    bucket: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
-    jobs: Mapped[int] = mapped_column(sa.BigInteger)
+def _find_actions() -> JobActions:
+    raise NotImplementedError("provide_actions() has not been called")
 
 
 def by_index(statement: sa.Select[Any], name: str) -> sa.Select[Any]:
@@ -464,16 +300,3 @@ def detached_job(values: dict[str, Any]) -> Job:
     vars(job).update(values)
     instance_state(job).key = Job.__mapper__.identity_key_from_primary_key((values["id"],))
     return job
-
-
-def add_tables(metadata: sa.MetaData) -> None:
-    """Add the tables of flask-bgjobs to ``metadata``, in its schema; what is there already stays.
-
-    ``BgJobs(app)`` does it for Flask-SQLAlchemy's metadata of ``BGJOBS_BIND_KEY``. Call it in the
-    ``env.py`` of a migration tool that compares the database with another ``MetaData``: it would
-    drop the tables otherwise.
-    """
-    for table in Base.metadata.sorted_tables:
-        key = table.name if metadata.schema is None else f"{metadata.schema}.{table.name}"
-        if key not in metadata.tables:
-            table.to_metadata(metadata, schema=metadata.schema or SchemaConst.RETAIN_SCHEMA)
