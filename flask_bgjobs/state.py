@@ -58,8 +58,6 @@ class AppState:
     """Makes a call of the host's functions; a worker and its children do it in a thread."""
     enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
     """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
-    commits_clean_sessions: bool = False
-    """Set by ``testing``: a job that joined a session without writes is committed at once."""
 
     def emit(self, signal: Any, **values: object) -> None:
         """Send a signal with this app as sender."""

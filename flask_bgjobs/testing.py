@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from flask import Flask, has_app_context
 
 from .enqueue import transactions
+from .enqueue.enqueue import committing_clean_sessions
 from .errors import BgJobsError
 from .execution.current import CurrentJob
 from .execution.execute import execute
@@ -44,7 +45,7 @@ def inline(app: Flask) -> Iterator[None]:
 
     state.enqueued.append(run)
     try:
-        with _commits_clean_sessions(state):
+        with committing_clean_sessions(app):
             yield
     finally:
         state.enqueued.remove(run)
@@ -68,7 +69,7 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
     _refuse_uncommitted(state, "drain")
     import_jobs(state)
     outcomes: list[Settled] = []
-    with app.app_context(), _commits_clean_sessions(state):
+    with app.app_context(), committing_clean_sessions(app):
         worker_id = _register(state, "drain")
         state.store.promote()
         while specs := state.store.claim(worker_id, 1, queues):
@@ -76,16 +77,6 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
             state.store.promote()
         state.store.stop_worker(worker_id)
     return outcomes
-
-
-@contextlib.contextmanager
-def _commits_clean_sessions(state: AppState) -> Iterator[None]:
-    """Make enqueues on in-memory SQLite, which always join, behave as on a file."""
-    before, state.commits_clean_sessions = state.commits_clean_sessions, True
-    try:
-        yield
-    finally:
-        state.commits_clean_sessions = before
 
 
 def _register(state: AppState, name: str) -> int:

@@ -8,10 +8,12 @@ import datetime as dt
 import enum
 import inspect
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
+from flask import Flask
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session
 
@@ -37,6 +39,9 @@ class _Auto(enum.Enum):
 
 AUTO: Final = _Auto.AUTO
 """Join ``db.session`` when it holds uncommitted writes; save at once when it does not."""
+
+_COMMITTING: weakref.WeakSet[Flask] = weakref.WeakSet()
+"""The apps within :func:`committing_clean_sessions`."""
 
 SessionChoice = Session | scoped_session[Any] | None | _Auto
 Parameters = Sequence[Any] | Mapping[str, Any]
@@ -142,7 +147,7 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
     if joined is None:
         return _save(state, jobs)
     # A session that the caller names is the caller's to commit.
-    may_commit = state.commits_clean_sessions and (session is AUTO or session is None)
+    may_commit = state.app in _COMMITTING and (session is AUTO or session is None)
     commits = may_commit and not transactions.holds_writes(joined, state.store.host_engine)
     transactions.flush(joined)
     connection = transactions.connection_to_join(joined, state.table, state.store.host_engine)
@@ -154,6 +159,22 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
     if commits:
         joined.commit()
     return saved
+
+
+@contextlib.contextmanager
+def committing_clean_sessions(app: Flask) -> Iterator[None]:
+    """Within it, a job that joined a session without writes is committed at once.
+
+    So enqueues of tests on in-memory SQLite, which always join, behave as on a file.
+    """
+    if app in _COMMITTING:
+        yield
+        return
+    _COMMITTING.add(app)
+    try:
+        yield
+    finally:
+        _COMMITTING.discard(app)
 
 
 def _save(state: AppState, jobs: NewJobs) -> list[Job]:
