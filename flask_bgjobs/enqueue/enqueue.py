@@ -21,7 +21,6 @@ from ..errors import BgJobsError, DatabaseUnusable, InvalidJob
 from ..job import serialize
 from ..job.durations import Duration
 from ..job.redact import signature_text
-from ..job.statuses import JobStatus
 from ..job.text import one_line, shown
 from ..models import Job
 from ..options import JobOptions, column_values, first_run
@@ -29,6 +28,7 @@ from ..registry import Target
 from ..signals import emit_each, job_enqueued, job_refused
 from ..state import AppState, current_state
 from ..store import MAKE_TABLES, NewJobs, advice, is_missing_table, unique_hash
+from ..store.transitions import enqueued
 from ..system.safe_logging import logger as _logger
 from . import transactions
 
@@ -227,13 +227,9 @@ def _new_jobs(
         **values,
         "target": target,
         "method": method,
-        "status": (JobStatus.SCHEDULED if waits else JobStatus.PENDING).value,
         "claim_rank": -values["priority"],
         "unique_hash": values["unique_key"] and unique_hash(values["unique_key"]),
-        "attempt": 0,
-        "retry_count": 0,
-        "crash_count": 0,
-        "suspect": False,
+        **enqueued(waits=waits),
     }
     texts = []
     for parameters in parameter_sets:

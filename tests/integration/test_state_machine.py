@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from flask_bgjobs.job.records import JobSpec, Key, Outcome
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import Attempt, Base, Job, Worker
 from flask_bgjobs.state import AppState
+from flask_bgjobs.store.transitions import MOVES, Move
 from flask_bgjobs.worker.worker import register
 
 _EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "100"))
@@ -643,6 +645,65 @@ def _expected(job: _Job) -> tuple[Any, ...]:
     )
 
 
+class Watch:
+    """Sees, around each statement that writes, from where to where jobs went."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str | None, str | None]] = set()
+        self._before: dict[int, str] = {}
+        self._is_looking = False
+
+    def note_before(self, connection: sa.Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        if not self._is_looking and _writes_jobs(statement):
+            self._before = self._statuses(connection)
+
+    def note_after(self, connection: sa.Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        if self._is_looking or not _writes_jobs(statement):
+            return
+        after = self._statuses(connection)
+        for job_id in self._before.keys() | after.keys():
+            move = self._before.get(job_id), after.get(job_id)
+            if move[0] != move[1]:
+                assert move in _MOVES, f"job {job_id} went from {move[0]} to {move[1]}"
+                self.seen.add(move)
+
+    def _statuses(self, connection: sa.Connection) -> dict[int, str]:
+        self._is_looking = True
+        try:
+            rows = connection.execute(sa.select(Job.id, Job.status))
+            return {row.id: row.status for row in rows}
+        finally:
+            self._is_looking = False
+
+
+def _writes_jobs(statement: str) -> bool:
+    # The one that empties the table between two walks has no condition.
+    is_empty = "DELETE" in statement and "WHERE" not in statement
+    return "bgjobs_job" in statement and not statement.startswith("SELECT") and not is_empty
+
+
+def _pairs(move: Move) -> set[tuple[str | None, str | None]]:
+    return set(itertools.product(move.sources or [None], move.targets or [None]))
+
+
+_MOVES = set().union(*map(_pairs, MOVES.values()))
+
+
+@pytest.fixture
+def watch(state: AppState) -> Iterator[Watch]:
+    """Watches the moves of jobs."""
+    watch, engine = Watch(), state.store.engine
+    listeners = {
+        "before_cursor_execute": watch.note_before,
+        "after_cursor_execute": watch.note_after,
+    }
+    for name, listener in listeners.items():
+        sa.event.listen(engine, name, listener)
+    yield watch
+    for name, listener in listeners.items():
+        sa.event.remove(engine, name, listener)
+
+
 @pytest.fixture
 def walk(state: AppState) -> Callable[..., collections.Counter[str]]:
     """Lets everything happen to jobs in many orders; how often it came to what."""
@@ -668,10 +729,11 @@ def walk(state: AppState) -> Callable[..., collections.Counter[str]]:
 
 
 def test_no_order_of_events_breaks_a_promise(
-    app: Flask, database_kind: str, walk: Callable[..., collections.Counter[str]]
+    app: Flask, database_kind: str, walk: Callable[..., collections.Counter[str]], watch: Watch
 ) -> None:
     """Whatever two workers, an operator and a clock do, the tables hold what is promised; and the
-    walk has come to the places where promises could break."""
+    walk has come to the places where promises could break. No statement moves a job otherwise than
+    :mod:`flask_bgjobs.store.transitions` says."""
     examples = _EXAMPLES if database_kind == "sqlite" else _EXAMPLES // _FEWER_ON_SERVERS
     reached = walk(examples)
     seldom = {
@@ -680,6 +742,19 @@ def test_no_order_of_events_breaks_a_promise(
         if reached[what] < math.floor(least * examples)
     }
     assert seldom == {}
+    assert [name for name, move in MOVES.items() if not watch.seen & _pairs(move)] == []
+
+
+def test_a_move_that_is_not_in_the_table_is_found_out(
+    app: Flask, state: AppState, watch: Watch
+) -> None:
+    """Such as a job that ran although it had completed."""
+    job = run_background_job("tests.jobs.echo")
+    change = sa.update(Job).where(Job.id == job.id)
+    state.store.transaction(lambda c: c.execute(change.values(status="running")))
+    state.store.transaction(lambda c: c.execute(change.values(status="completed")))
+    with pytest.raises(AssertionError, match="went from completed to running"):
+        state.store.transaction(lambda c: c.execute(change.values(status="running")))
 
 
 def test_a_store_without_its_fence_is_found_out(

@@ -17,12 +17,13 @@ from ...errors import DatabaseNotSupported, InvalidJob
 from ...job.records import UNREADABLE_TIME, JobSpec
 from ...job.statuses import JobStatus
 from ...models import Job, UtcTime, has_status
+from .. import transitions
 from ..base import Store
 from ..connections import forward
 from ..database import ALONE, JOBS, QUEUES, READ_ONLY, ROLLUPS
 from ..links import limited, prepare_limits, refuse_dead, shut_down
 from ..sizes import batches
-from ..statements.claim import NEXT_ATTEMPT, SPEC_COLUMNS, claimed_values
+from ..statements.claim import SPEC_COLUMNS
 from ..statements.enqueue import NewJobs, column_values, inserted_job
 from ..statements.progress import by_key
 from ..statements.promote import promotion
@@ -147,7 +148,7 @@ class MysqlStore(Store):
     ) -> list[JobSpec]:
         """Claim the first ``limit`` of the ordered ``candidates``, best first."""
         claimed = {
-            "attempt": NEXT_ATTEMPT,
+            "attempt": transitions.NEXT_ATTEMPT,
             "worker_id": sa.literal(worker_id),
             "claimed_at": self.now,
             "started_at": sa.null(),
@@ -160,7 +161,7 @@ class MysqlStore(Store):
             connection.execute(
                 sa.update(JOBS)
                 .where(JOBS.c.id.in_([spec.id for spec in specs]))
-                .values(claimed_values(worker_id, specs[0].claimed_at))
+                .values(transitions.claimed(worker_id, specs[0].claimed_at))
             )
         return specs
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ...job.records import MAX_ATTEMPT, JobSpec
+from ...job.records import JobSpec
 from ...job.statuses import JobStatus
 from ...models import IS_OF_ANY_QUEUE, Job, Queue, by_index, has_status
+from .. import transitions
 from ..database import JOBS, WORKERS, by_id
 from .queue import PAUSED_QUEUES, Queues
 
@@ -20,9 +21,6 @@ SPEC_COLUMNS = [
     (JOBS.c[Job.__mapper__.attrs[name].columns[0].name]).label(name) for name in JobSpec._fields
 ]
 
-# SQLite may hold any type there, and others refuse a number that is too large.
-_ATTEMPT = sa.cast(JOBS.c.attempt, sa.Integer)
-NEXT_ATTEMPT = sa.case((_ATTEMPT >= MAX_ATTEMPT, MAX_ATTEMPT), else_=_ATTEMPT + 1)
 _IN_ORDER = (
     sa.select(JOBS.c.id)
     .where(has_status(JobStatus.PENDING))
@@ -317,7 +315,7 @@ class Claims(Queues):
         return (
             sa.update(JOBS)
             .where(JOBS.c.id.in_(self.locked(first)))
-            .values(claimed_values(sa.bindparam("claimer"), self.now))
+            .values(transitions.claimed(sa.bindparam("claimer"), self.now))
             .returning(*SPEC_COLUMNS)
         )
 
@@ -329,17 +327,3 @@ class Claims(Queues):
         begin = time.monotonic() - _REGISTERED_SECONDS
         names = {spec.queue for spec in specs}
         return {name for name in names if self._known_queues.get(name, -math.inf) < begin}
-
-
-def claimed_values(worker_id: Any, claimed_at: Any) -> dict[str, Any]:
-    """What a claim writes into a job."""
-    return {
-        "status": JobStatus.RUNNING.value,
-        "attempt": NEXT_ATTEMPT,
-        "worker_id": worker_id,
-        "claimed_at": claimed_at,
-        "started_at": None,
-        "finished_at": None,
-        "progress": None,
-        "progress_note": None,
-    }

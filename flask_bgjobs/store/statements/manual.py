@@ -11,9 +11,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from ...job.statuses import CAN_CHANGE, WAITING, JobStatus
+from ...job.statuses import JobStatus
 from ...models import Job
+from .. import transitions
 from ..database import JOBS, by_id
+from ..transitions import MOVES
 from .audit import Actor, Audits
 from .enqueue import loaded_job, unique_hash
 from .prune import delete_unheld
@@ -74,24 +76,14 @@ class ByHand(Audits):
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
             for job_id, status in found.items():
-                if status in WAITING:
+                if status in MOVES["cancel"].sources:
                     result.done.append(job_id)
                 elif status == JobStatus.RUNNING:
                     result.requested.append(job_id)
                 else:
                     result.skipped[job_id] = f"it is already {status}"
-            self._update_each(
-                connection,
-                result.done,
-                status=JobStatus.CANCELLED.value,
-                finished_at=self.now,
-                unique_hash=None,
-            )
-            self._update_each(
-                connection,
-                result.requested,
-                cancel_requested_at=sa.func.coalesce(JOBS.c.cancel_requested_at, self.now),
-            )
+            self._update_each(connection, result.done, transitions.cancelled(self.now))
+            self._update_each(connection, result.requested, transitions.asked_to_stop(self.now))
             return result
 
         return self._act(ids, work, "cancel", by)
@@ -102,24 +94,13 @@ class ByHand(Audits):
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
             for job_id, status in found.items():
-                if status not in CAN_CHANGE["retry"]:
+                if status not in MOVES["retry"].sources:
                     result.skipped[job_id] = f"it is {status}"
                 elif self._retake_key(connection, job_id):
                     result.done.append(job_id)
                 else:
                     result.skipped[job_id] = "another job holds its unique_key"
-            self._update_each(
-                connection,
-                result.done,
-                status=JobStatus.PENDING.value,
-                run_at=self.now,
-                retry_count=0,
-                crash_count=0,
-                suspect=False,
-                cancel_requested_at=None,
-                started_at=None,
-                finished_at=None,
-            )
+            self._update_each(connection, result.done, transitions.retried_by_hand(self.now))
             self.notify(connection)
             return result
 
@@ -130,10 +111,10 @@ class ByHand(Audits):
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
-            idle = [job_id for job_id, status in found.items() if status != JobStatus.RUNNING]
+            idle = [job_id for job_id, status in found.items() if status in MOVES["delete"].sources]
             held = delete_unheld(connection, idle, self.is_lock_timeout)
-            for job_id, status in found.items():
-                if status == JobStatus.RUNNING:
+            for job_id in found:
+                if job_id not in idle:
                     result.skipped[job_id] = "it is running; cancel it first"
                 elif job_id in held:
                     result.skipped[job_id] = "a row of another table refers to it"
@@ -193,9 +174,11 @@ class ByHand(Audits):
             self.audit(connection, by, action, jobs=changed, result=said)
         return result, locked
 
-    def _update_each(self, connection: sa.Connection, ids: Sequence[int], **values: Any) -> None:
+    def _update_each(
+        self, connection: sa.Connection, ids: Sequence[int], values: Mapping[str, Any]
+    ) -> None:
         if ids:
-            connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(**values))
+            connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(values))
 
     def _retake_key(self, connection: sa.Connection, job_id: int) -> bool:
         key = connection.scalar(sa.select(JOBS.c.unique_key).where(JOBS.c.id == job_id))
@@ -203,7 +186,7 @@ class ByHand(Audits):
             return True
         try:
             with connection.begin_nested():
-                self._update_each(connection, [job_id], unique_hash=unique_hash(key))
+                self._update_each(connection, [job_id], {"unique_hash": unique_hash(key)})
         except IntegrityError:
             return False
         return True

@@ -14,6 +14,7 @@ from ...job.records import JobSpec, Key, Report
 from ...job.statuses import JobStatus
 from ...models import Job, JobLog
 from ...system.safe_logging import logger as _logger
+from .. import transitions
 from ..database import JOBS, Database, by_id
 from ..sizes import BATCH_BYTES, StatementTooLarge, batches, statement_bytes
 
@@ -121,7 +122,9 @@ class Runs(Database):
             ids = frozenset(job_id for job_id, _ in ours)
             if ids:
                 connection.execute(
-                    sa.update(Job).where(Job.id.in_(sorted(ids))).values(started_at=self.now)
+                    sa.update(JOBS)
+                    .where(JOBS.c.id.in_(sorted(ids)))
+                    .values(transitions.started(self.now))
                 )
             return Started(ids, frozenset(job_id for job_id, _ in locked))
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from ...job.statuses import JobStatus
 from ...models import by_index, has_status
+from .. import transitions
 from ..database import JOBS, WORKERS, Database
 from .queue import any_job
 
@@ -135,4 +136,4 @@ def promotion(ids: Any) -> sa.Update:
 
     :param ids: a list or a query.
     """
-    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(status=JobStatus.PENDING.value)
+    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.promoted())

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from ...job.records import JobSpec, Key, Outcome, Report, Settled, settlement_of
 from ...job.statuses import FINAL, JobStatus, OutcomeKind, Settlement
 from ...models import UtcTime
+from .. import transitions
 from ..database import ATTEMPTS, JOBS, WORKERS
 from .progress import Runs, by_key
 
@@ -118,24 +119,17 @@ class Settles(Runs):
     def _complete_all(self) -> sa.Update:
         # In one statement: one each takes up to ten times as long.
         given = self.completions(sa.bindparam("ended", type_=sa.Text)).c
-        is_ours = sa.and_(
-            JOBS.c.status == JobStatus.RUNNING.value,
-            JOBS.c.attempt == given.fence_attempt,
-            JOBS.c.worker_id == sa.bindparam("fence_worker"),
-        )
+        is_ours = transitions.is_running_for(sa.bindparam("fence_worker"), given.fence_attempt)
         return (
             sa.update(JOBS)
             # As one value: no database may begin with all that run, believing that they are few.
             .where(JOBS.c.id == given.job_id, sa.case((is_ours, sa.true()), else_=sa.false()))
             .values(
-                status=JobStatus.COMPLETED.value,
-                started_at=self.plus(JOBS.c.claimed_at, given.started_after),
-                finished_at=self.plus(JOBS.c.claimed_at, given.finished_after),
-                result=given.new_result,
-                suspect=False,
-                error_type=None,
-                error=None,
-                unique_hash=None,
+                transitions.completed(
+                    self.plus(JOBS.c.claimed_at, given.started_after),
+                    self.plus(JOBS.c.claimed_at, given.finished_after),
+                    given.new_result,
+                )
             )
         )
 
@@ -246,22 +240,24 @@ class Settles(Runs):
             sa.update(JOBS)
             .where(
                 JOBS.c.id == sa.bindparam("job_id"),
-                JOBS.c.status == JobStatus.RUNNING.value,
-                JOBS.c.attempt == sa.bindparam("fence_attempt"),
-                JOBS.c.worker_id == sa.bindparam("fence_worker"),
+                transitions.is_running_for(
+                    sa.bindparam("fence_worker"), sa.bindparam("fence_attempt")
+                ),
             )
             .values(
-                **columns,
-                finished_at=sa.case((is_final, self._or_now("new_finished_at")), else_=sa.null()),
-                run_at=sa.case((delay.is_not(None), self.after(delay)), else_=JOBS.c.run_at),
-                meta=sa.func.coalesce(keep_meta, JOBS.c.meta),
-                progress=sa.func.coalesce(
-                    sa.bindparam("new_progress", type_=sa.Double), JOBS.c.progress
-                ),
-                progress_note=sa.func.coalesce(
-                    sa.bindparam("new_note", type_=sa.String), JOBS.c.progress_note
-                ),
-                unique_hash=sa.case((is_final, None), else_=JOBS.c.unique_hash),
+                transitions.settled(
+                    is_final=is_final,
+                    finished_at=self._or_now("new_finished_at"),
+                    due_at=sa.case((delay.is_not(None), self.after(delay)), else_=JOBS.c.run_at),
+                    meta=sa.func.coalesce(keep_meta, JOBS.c.meta),
+                    progress=sa.func.coalesce(
+                        sa.bindparam("new_progress", type_=sa.Double), JOBS.c.progress
+                    ),
+                    progress_note=sa.func.coalesce(
+                        sa.bindparam("new_note", type_=sa.String), JOBS.c.progress_note
+                    ),
+                    **columns,
+                )
             )
         )
 
