@@ -14,7 +14,7 @@ from .enqueue import transactions
 from .enqueue.decorator import BoundJob, JobFunction
 from .enqueue.enqueue import AUTO, Parameters, SessionChoice
 from .errors import ConfigError, InvalidJob
-from .hooks import require_plain_function
+from .hooks import is_same, require_plain_function
 from .job.redact import Redactor
 from .job.text import shown
 from .models import Job, add_tables
@@ -24,7 +24,6 @@ from .registry import (
     Decorated,
     Registry,
     decorated,
-    is_same_source,
     require_job_function,
     stored_name,
     where,
@@ -204,10 +203,10 @@ class BgJobs:
         """Decorator for a function that is called with each attempt that failed.
 
         It is called as ``function(job, exception, final=…)`` in the process where the attempt ran,
-        in a thread and an application context of its own, when the outcome was handed to the
+        in a thread and an application context of its own, after the outcome has been handed to the
         worker. ``job`` is a :class:`~flask_bgjobs.job.records.JobSpec`; ``final`` is ``False``
         when a retry follows. What it raises is logged, and changes nothing. Several functions may
-        be registered; of the same lines, run again in a factory, the newest one counts.
+        be registered. If a factory registers the same function again, the newest one replaces it.
 
         For a job whose process died the worker that records it calls the function, with
         :exc:`~flask_bgjobs.JobTimeout` or :exc:`~flask_bgjobs.AttemptFailed`. A job that is rescued
@@ -217,7 +216,7 @@ class BgJobs:
             an ``async def``.
         """
         require_plain_function(function, "on_failure", None, None, final=True)
-        same = [hook for hook in self._failure_hooks if is_same_source(hook, function)]
+        same = [hook for hook in self._failure_hooks if is_same(hook, function)]
         for hook in same:
             self._failure_hooks.remove(hook)
         self._failure_hooks.append(function)

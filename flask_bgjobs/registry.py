@@ -261,7 +261,11 @@ class Registry:
 def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether two functions come from the same lines of source, run twice."""
     # All that one decorator wraps have the code of its wrapper.
-    codes = [getattr(inspect.unwrap(each), "__code__", None) for each in (one, other)]
+    try:
+        codes = [getattr(inspect.unwrap(each), "__code__", None) for each in (one, other)]
+    except ValueError:
+        # One that is said to wrap itself.
+        return False
     return codes[0] is not None and codes[0] is codes[1]
 
 
@@ -301,7 +305,7 @@ def stored_name(function: Callable[..., Any], name: str | None) -> str:
 def require_job_function(thing: object, name: str | None) -> None:
     """Refuse what ``@bgjobs.job`` cannot make a job.
 
-    :param name: the one given to the decorator, by which also a method can be found.
+    :param name: the name given to the decorator; a worker can find even a method by it.
     :raises ConfigError: says what to write instead.
     """
     if isinstance(thing, str):

@@ -8,12 +8,15 @@ import logging.config
 import os
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flask import Flask, g
 
 from flask_bgjobs import job_completed, job_failed, job_started
+from flask_bgjobs.execution.pools import is_child
 from flask_bgjobs.job.records import JobSpec
 from flask_bgjobs.state import state_of
 
@@ -195,6 +198,52 @@ def failures_are_noted(app: Flask) -> None:
             file.write(f"{job.id} {job.attempt} {type(exception).__name__} {final} {os.getpid()}\n")
 
     state_of(app).failure_hooks = [note]
+
+
+def failures_take_seconds(app: Flask) -> None:
+    """A function for failed attempts that notes each call after two and a half seconds."""
+    failures_are_noted(app)
+    (note,) = state_of(app).failure_hooks
+
+    def take_time(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+        time.sleep(2.5)
+        note(job, exception, final=final)
+
+    state_of(app).failure_hooks = [take_time]
+
+
+def failures_are_logged_slowly(app: Flask) -> None:
+    """A handler of the log that takes a second for each failure."""
+    failures_are_noted(app)
+    _on_failure_lines(lambda: time.sleep(1))
+
+
+def failures_end_the_process(app: Flask) -> None:
+    """A handler of the log that ends a child process at a failure."""
+    failures_are_noted(app)
+
+    def end() -> None:
+        if is_child():
+            os._exit(9)
+
+    _on_failure_lines(end)
+
+
+def failures_are_never_logged(app: Flask) -> None:
+    """A handler of the log that hangs at the first failure in a child process."""
+    failures_are_noted(app)
+    _on_failure_lines(lambda: threading.Event().wait() if is_child() else None)
+
+
+def _on_failure_lines(call: Callable[[], object]) -> None:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("Job failed"):
+                call()
+
+    # Before it: where there is a handler, the command adds none.
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("flask_bgjobs").addHandler(Handler())
 
 
 def failures_take_long(app: Flask) -> None:

@@ -8,10 +8,12 @@ it, without an exception of its own.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from ..errors import AttemptFailed, JobTimeout
@@ -57,7 +59,8 @@ def report(
     try:
         context.run(logs.log_failure, state, settled, logged)
         _call_hooks(state, settled, error, context)
-    except Exception:
+    except BaseException:
+        # Also a timeout of gevent's: the thread goes on with the next job.
         _logger.exception("The failure of job %s could not be reported", settled.job_id)
 
 
@@ -70,41 +73,57 @@ def report_lost(state: AppState, settled: Settled) -> None:
         _call_hooks(state, settled, _stand_in(settled), contextvars.copy_context())
 
 
+def report_cut_off(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
+    """Report an attempt whose process handed its outcome over, and died before it reported it."""
+    settled = expected(state, spec, outcome)
+    if settled is not None:
+        stand_in = _stand_in(settled)
+        report(state, settled, stand_in, stand_in, contextvars.copy_context())
+
+
 class CallThread:
     """Calls the host's functions, one after the other, so that no job or worker waits for them."""
 
     def __init__(self) -> None:
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_CALLS)
         self._thread: threading.Thread | None = None
+        self._is_finished = False
         self._lock = threading.Lock()
 
     def __call__(self, call: Callable[[], None]) -> None:
-        """Make a call soon; too many that wait are left out, and that is logged."""
+        """Make a call soon. Calls that come when too many wait are dropped, and logged."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None and not self._is_finished:
                 self._thread = WorkerThread(self._run, "bgjobs-failures")
                 self._thread.start()
+            is_finished = self._is_finished
+        if is_finished:
+            call()
+            return
         try:
             self._calls.put_nowait(call)
         except queue.Full:
             _logger.error(
-                "on_failure not called | Waiting calls: %d | Its functions take longer than jobs "
-                "fail",
+                "on_failure call dropped | Queued: %d | The functions are slower than jobs fail",
                 _MAX_CALLS,
             )
 
     def finish(self, seconds: float) -> None:
-        """Wait for the calls that are due, for so many seconds at most."""
+        """Wait for the calls that are due, for so many seconds at most.
+
+        A call that comes later is made at once, in the caller's thread.
+        """
+        ends = time.monotonic() + seconds
+        with self._lock:
+            self._is_finished = True
         if self._thread is None:
             return
-        try:
+        with contextlib.suppress(queue.Full):
             self._calls.put(None, timeout=seconds)
-        except queue.Full:
-            return
-        self._thread.join(seconds)
+            self._thread.join(max(0.0, ends - time.monotonic()))
         if self._thread.is_alive():
             _logger.warning(
-                "on_failure did not end | Waited: %g s | Calls left out: %d",
+                "on_failure still running at the end | Waited: %g s | Calls not made: %d",
                 seconds,
                 self._calls.qsize(),
             )

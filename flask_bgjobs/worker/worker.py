@@ -26,7 +26,7 @@ from ..job.row_check import bad_row, checked
 from ..job.statuses import JobStatus, OutcomeKind
 from ..job.text import shown
 from ..models import Job
-from ..observability.failures import CallThread, report_lost
+from ..observability.failures import CallThread, report_cut_off, report_lost
 from ..operations import schema
 from ..signals import worker_started, worker_stopped
 from ..state import AppState, call_now, import_jobs
@@ -301,6 +301,7 @@ class Worker:
             self._app,
             route.size,
             on_finished,
+            on_cut_off=functools.partial(report_cut_off, self.state),
             limits=limits,
             show_logs=self._options.show_logs,
         )

@@ -130,6 +130,67 @@ def test_a_function_that_hangs_stops_no_worker(
     wait_until(lambda: sum(beats(state).values()) > seen + 2, "further heartbeats")
 
 
+def test_a_function_that_takes_seconds_comes_to_its_end(
+    app: Flask, start_worker: Start, tmp_path: Path
+) -> None:
+    """Also in a child that ends because a job was stopped there, while another one works."""
+    path = tmp_path / "failures"
+    worker = start_worker(
+        *("-P", "process", "-c", "1"),
+        TEST_SET_UP="failures_take_seconds",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+    )
+    late = [enqueue("hold", str(tmp_path / "held"), 60, retries=0, timeout=0.5) for _ in range(2)]
+    for job in late:
+        assert job.wait(DEADLINE_SECONDS).error_type == "JobTimeout"
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    wait_until(lambda: len(lines(path)) == 2, "the calls")
+    assert [line.split()[:4] for line in lines(path)] == [
+        [str(job.id), "1", "JobTimeout", "True"] for job in late
+    ]
+    assert "still running at the end" not in worker.log.read_text()
+
+
+@pytest.mark.parametrize("pool", ["thread", "process"])
+def test_the_last_failure_is_reported_before_the_worker_ends(
+    app: Flask, start_worker: Start, tmp_path: Path, pool: str
+) -> None:
+    """However long a handler of the log takes for it."""
+    path = tmp_path / "failures"
+    job = enqueue("fail", "no such order", retries=0)
+    worker = start_worker(
+        *("-P", pool, "-c", "1", "--burst"),
+        TEST_SET_UP="failures_are_logged_slowly",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+    )
+    assert worker.wait(DEADLINE_SECONDS) == 0
+    assert [line.split()[:4] for line in lines(path)] == [[str(job.id), "1", "ValueError", "True"]]
+
+
+@pytest.mark.parametrize("set_up", ["failures_end_the_process", "failures_are_never_logged"])
+def test_the_worker_reports_what_a_child_has_not_reported(
+    app: Flask, start_worker: Start, tmp_path: Path, set_up: str
+) -> None:
+    """Its outcome was recorded before the child died, or hung in a handler of the log; the next
+    job runs."""
+    path = tmp_path / "failures"
+    worker = start_worker(
+        *("-P", "process", "-c", "1"),
+        TEST_SET_UP=set_up,
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+    )
+    job = enqueue("fail", "no such order", retries=0).wait(DEADLINE_SECONDS)
+    assert job.error == "ValueError: no such order"
+    assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    assert [line.split() for line in lines(path)] == [
+        [str(job.id), "1", "AttemptFailed", "True", str(worker.pid)]
+    ]
+    assert worker.log.read_text().count("Job failed |") == 1
+
+
 @pytest.mark.parametrize("pool", ["thread", "process"])
 @pytest.mark.parametrize("name", ["hold", "async_hold"])
 def test_a_timeout_tells_where_the_code_stood(
@@ -142,7 +203,7 @@ def test_a_timeout_tells_where_the_code_stood(
     (attempt,) = job_detail(state_of(app), job).attempts
     assert attempt.traceback is not None
     assert f"in {name}" in attempt.traceback
-    for own in ("window.py", "child.py", "execute.py"):
+    for own in ("interrupt.py", "child.py", "execute.py"):
         assert own not in attempt.traceback
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -299,17 +300,62 @@ def test_handlers_that_format_the_exception_see_no_secret(
 
 def test_a_function_in_a_factory_is_called_once(bgjobs: BgJobs, attempt: Attempt) -> None:
     """The one of the newest call, as with jobs."""
-    called: list[int] = []
+    called: list[str] = []
 
-    def create_app(number: int) -> None:
+    def create_app(name: str) -> None:
+        app = Flask(name)
+
         @bgjobs.on_failure
         def note(job: JobSpec, exception: BaseException, final: bool) -> None:
-            called.append(number)
+            called.append(app.name)
 
-    for number in (1, 2):
-        create_app(number)
+    for name in ("first", "second"):
+        create_app(name)
     attempt(raising(ValueError("no")))
-    assert called == [2]
+    assert called == ["second"]
+
+
+def _notes(what: str, notes: list[str]) -> Callable[..., None]:
+    def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+        notes.append(what)
+
+    return note
+
+
+def _passes_on(function: Callable[..., None]) -> Callable[..., None]:
+    def call(job: JobSpec, exception: BaseException, final: bool) -> None:
+        function(job, exception, final)
+
+    return call
+
+
+class _Notes:
+    def __init__(self, what: str, notes: list[str]) -> None:
+        self.what, self.notes = what, notes
+
+    def note(self, job: JobSpec, exception: BaseException, final: bool) -> None:
+        self.notes.append(self.what)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _notes,
+        lambda what, notes: _passes_on(_notes(what, notes)),
+        lambda what, notes: _Notes(what, notes).note,
+        lambda what, notes: functools.partial(_notes(what, notes)),
+    ],
+    ids=["closures", "decorated", "methods", "partials"],
+)
+def test_functions_of_the_same_lines_are_all_called(
+    bgjobs: BgJobs, attempt: Attempt, make: Callable[..., Any]
+) -> None:
+    """Where they are not the same function: they were made for different things."""
+    notes: list[str] = []
+    for what in ("mail", "chat"):
+        bgjobs.on_failure(make(what, notes))
+    attempt(raising(ValueError("no")))
+    assert notes == ["mail", "chat"]
 
 
 def test_slow_functions_hold_nothing_up(
@@ -328,10 +374,12 @@ def test_slow_functions_hold_nothing_up(
         attempt(raising(ValueError("no")))
     calls.finish(0.05)
     assert called == []
-    assert "on_failure did not end | Waited: 0.05 s | Calls left out: 3" in caplog.text
+    assert "on_failure still running at the end | Waited: 0.05 s | Calls not made: 3" in caplog.text
     gate.set()
     calls.finish(30)
     assert called == ["bgjobs-failures"] * 3
+    attempt(raising(ValueError("no")))
+    assert called[3:] == [threading.current_thread().name], "not lost, though it came late"
 
 
 def test_calls_that_wait_are_limited(caplog: pytest.LogCaptureFixture) -> None:
@@ -345,4 +393,18 @@ def test_calls_that_wait_are_limited(caplog: pytest.LogCaptureFixture) -> None:
     calls.finish(30)
     # The first one waits as well until the thread has taken it.
     assert len(made) in (999, 1_000)
-    assert caplog.text.count("on_failure not called") == 1_500 - len(made)
+    assert caplog.text.count("on_failure call dropped") == 1_500 - len(made)
+
+
+def test_an_end_with_too_many_calls_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where there is no room any more to ask the thread to end."""
+    calls = CallThread()
+    gate = threading.Event()
+    calls(gate.wait)
+    for _ in range(1_100):
+        calls(gate.wait)
+    began = time.monotonic()
+    calls.finish(0.1)
+    assert time.monotonic() - began < 5
+    assert "on_failure still running at the end | Waited: 0.1 s | Calls not" in caplog.text
+    gate.set()

@@ -31,6 +31,8 @@ class _Task:
     job: CurrentJob
     claimed: float
     window: Window = dataclasses.field(default_factory=Window)
+    is_over: bool = False
+    """Whether its outcome was handed over; its failure may still be reported."""
 
 
 class ThreadPool:
@@ -51,7 +53,7 @@ class ThreadPool:
         self._state = state
         self._on_finished = on_finished
         self._tasks: set[_Task] = set()
-        """What was submitted and has not ended. What does not wait any more runs."""
+        """What was submitted and holds a thread, or waits for one."""
         self._waiting: deque[_Task] = deque()
         self._deadlines = _Deadlines()
         self._hands = Hands(size, self._run_next, lambda: bool(self._waiting))
@@ -78,7 +80,7 @@ class ThreadPool:
         return len(self._waiting)
 
     def running(self) -> int:
-        """How many jobs run."""
+        """How many jobs hold a thread: those that run, and those whose failure is reported."""
         # In this order: a task that begins meanwhile is then counted twice, and never missed.
         return len(self._tasks) - len(self._waiting)
 
@@ -121,7 +123,7 @@ class ThreadPool:
         One that waits for a thread ends as cancelled without having run.
         """
         task = next((task for task in self._tasks.copy() if task.spec is spec), None)
-        if task is None:
+        if task is None or task.is_over:
             return
         try:
             self._waiting.remove(task)
@@ -129,7 +131,8 @@ class ThreadPool:
             task.job.request_cancel()
             task.window.interrupt(JobCancelled)
         else:
-            self._finish(task, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
+            self._hand_over(task, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
+            self._tasks.remove(task)
 
     def overdue(self) -> list[Overdue]:
         """The jobs that hold a thread although they were asked to stop or their code has ended."""
@@ -141,7 +144,7 @@ class ThreadPool:
                 task.window.interruption,
                 position_of(task.window.thread_id or 0),
             )
-            for task in self._running_tasks()
+            for task in self._begun_tasks()
             if (since := task.window.overdue_since) is not None
         ]
 
@@ -157,14 +160,16 @@ class ThreadPool:
             return False
         if task.spec.timeout is not None:
             self._deadlines.add(time.monotonic() + task.spec.timeout, task.window)
-        self._finish(task, execute(self._state, task.spec, task.job, task.window, task.claimed))
+        outcome = execute(self._state, task.spec, task.job, task.window, task.claimed)
+        self._hand_over(task, outcome)
         task.job.report_failure()
+        self._tasks.remove(task)
         return True
 
-    def _finish(self, task: _Task, outcome: Outcome) -> None:
-        # First told, then forgotten: who looks meanwhile finds it in two places rather than none.
+    def _hand_over(self, task: _Task, outcome: Outcome) -> None:
+        # First handed over, then marked: meanwhile it is found in two places rather than none.
         self._on_finished(task.spec, outcome)
-        self._tasks.remove(task)
+        task.is_over = True
 
     def _pop(self) -> _Task | None:
         try:
@@ -173,9 +178,12 @@ class ThreadPool:
             return None
 
     def _running_tasks(self) -> list[_Task]:
+        return [task for task in self._begun_tasks() if not task.is_over]
+
+    def _begun_tasks(self) -> set[_Task]:
         # In this order, or a task that begins meanwhile would be missed.
         tasks = self._tasks.copy()
-        return list(tasks.difference(self._waiting.copy()))
+        return tasks.difference(self._waiting.copy())
 
 
 class _Deadlines:

@@ -33,9 +33,9 @@ from .tickets import Marks, Tickets
 
 _REPORT_SECONDS = 0.25
 """How often the worker is told what running code reports."""
-_LAST_CALLS_SECONDS = 1.0
-"""For functions of the host's; the worker kills a child that has not ended after two."""
-READY, BROKEN, OUTCOME, REPORT = "ready", "broken", "outcome", "report"
+LAST_CALLS_SECONDS = 10.0
+"""For the functions of ``on_failure``, when a child ends by itself. Another takes its place."""
+READY, BROKEN, OUTCOME, REPORT, REPORTED = "ready", "broken", "outcome", "report", "reported"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ class _Child:
             if self._run_one(number) or _is_used_up(limits, jobs, time.monotonic() - started):
                 break
         self._channel.close()
-        calls.finish(_LAST_CALLS_SECONDS)
+        calls.finish(LAST_CALLS_SECONDS)
 
     def _run_one(self, number: int) -> bool:
         """Run the job of a ticket; whether its code was interrupted.
@@ -123,7 +123,10 @@ class _Child:
         with self._channel.lock:
             self._channel.send([OUTCOME, number, pack_outcome(outcome)])
         self._marks.finish(number)
-        job.report_failure()
+        if outcome.is_reported:
+            job.report_failure()
+            with self._channel.lock:
+                self._channel.send([REPORTED, number])
         return window.interruption is not None
 
     def _data_of(self, number: int) -> tuple[float, JobSpec]:

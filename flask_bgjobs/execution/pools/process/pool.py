@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ....errors import BgJobsError, JobCancelled, JobTimeout
 from ....job.records import JobSpec, Outcome, Report, lost_outcome
@@ -42,6 +42,8 @@ STOP_SECONDS = 2.0
 _AHEAD_SECONDS = 0.01
 """Work handed to a child ahead; behind a job that runs longer, it is taken back."""
 _MAX_AHEAD = 32
+_REPORT_SECONDS = 10.0
+"""For a child to write the log line of a failure."""
 _MAX_SELECT_SECONDS = 86_400.0
 """epoll waits for 24 days at most."""
 _START_SECONDS = 60.0
@@ -68,6 +70,13 @@ class _Task:
         return report
 
 
+class _Reporting(NamedTuple):
+    spec: JobSpec
+    outcome: Outcome
+    since: float
+    """By ``time.monotonic()``."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class _Child:
     slot: int
@@ -81,6 +90,8 @@ class _Child:
     """What it was given and has not finished, by number, in order."""
     stopping: int = 0
     """The number of the job that it was told to stop; 0: none."""
+    reporting: dict[int, _Reporting] = dataclasses.field(default_factory=dict)
+    """The failures that it has yet to report, by number."""
     killed_at: float = math.inf
     kill_at: float = math.inf
     failure: str = ""
@@ -94,9 +105,24 @@ class _Child:
         task = self.handed.get(number)
         return None if task is None or self.marks.finished == number else (number, task)
 
+    @property
+    def reports_since(self) -> float:
+        """Since when it reports a failure, unless it was killed meanwhile; else infinity."""
+        since = (reporting.since for reporting in self.reporting.values())
+        return min(since, default=math.inf) if self.killed_at == math.inf else math.inf
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has a job, or reports the failure of one."""
+        return bool(self.handed or self.reporting)
+
     def runs_for(self, now: float) -> float:
         """Seconds since the code that runs began; 0 when none does."""
         return 0.0 if self.running() is None else now - self.marks.started_at
+
+
+def _nothing(_spec: JobSpec, _outcome: Outcome) -> None:
+    """Report nothing."""
 
 
 class ProcessPool:
@@ -105,6 +131,8 @@ class ProcessPool:
     :param app: import path from which children build the app, as ``flask --app`` takes it.
     :param size: how many children.
     :param on_finished: called, in the pool's own thread, with each job and its outcome.
+    :param on_cut_off: called like that with a job that has failed, when its process died before it
+        reported the failure.
     :param limits: when a child is replaced by a fresh one.
     :param show_logs: whether children print their log lines.
     :raises BgJobsError: when no child can build the app; says why.
@@ -119,11 +147,14 @@ class ProcessPool:
         size: int,
         on_finished: Callable[[JobSpec, Outcome], None],
         *,
+        on_cut_off: Callable[[JobSpec, Outcome], None] = _nothing,
         limits: Limits | None = None,
         show_logs: bool = False,
     ) -> None:
         self.size = size
         self._on_finished = on_finished
+        self._on_cut_off = on_cut_off
+        self._cut_off: list[_Reporting] = []
         self._settings: dict[str, object] = {
             "app": app,
             "limits": dataclasses.asdict(limits or Limits()),
@@ -180,14 +211,14 @@ class ProcessPool:
             )
 
     def running(self) -> int:
-        """How many jobs run."""
+        """How many jobs hold a child: those that run, and those whose failure is reported."""
         with self._changed:
-            return sum(bool(each.handed) for each in self._children.values())
+            return sum(each.is_busy for each in self._children.values())
 
     def idle(self) -> int:
         """How many jobs would begin at once, were they submitted now."""
         with self._changed:
-            idle = (c.is_ready and not c.stopping and not c.handed for c in self._living())
+            idle = (c.is_ready and not c.stopping and not c.is_busy for c in self._living())
             return sum(idle) - len(self._waiting)
 
     def capacity(self) -> int:
@@ -301,10 +332,12 @@ class ProcessPool:
             self._is_hopeless = True
             handed = [task for each in self._children.values() for task in each.handed.values()]
             self._waiting.extendleft(reversed(handed))
-            self._children.clear()
             self._changed.notify_all()
         for spec, outcome in self._done:
             self._on_finished(spec, outcome)
+        self._report_cut_off()
+        with self._changed:
+            self._children.clear()
 
     def _loop(self) -> None:
         while not self._is_over():
@@ -316,8 +349,18 @@ class ProcessPool:
                 self._look_after_children(now)
                 self._hand_out(now)
                 done, self._done = self._done, []
+                cut_off, self._cut_off = self._cut_off, []
             for spec, outcome in done:
                 self._on_finished(spec, outcome)
+            for spec, outcome, _ in cut_off:
+                self._on_cut_off(spec, outcome)
+        self._report_cut_off()
+
+    def _report_cut_off(self) -> None:
+        """Report the failures that the children that are left have not reported."""
+        for each in self._children.values():
+            for spec, outcome, _ in each.reporting.values():
+                self._on_cut_off(spec, outcome)
 
     def _is_over(self) -> bool:
         return self._is_closed and (not self._children or time.monotonic() >= self._leave_at)
@@ -343,8 +386,8 @@ class ProcessPool:
             return None if at == math.inf else min(max(0.0, at - now), _MAX_SELECT_SECONDS)
 
     def _look_at(self, each: _Child, now: float) -> float:
-        at = each.kill_at
-        if len(each.handed) > 1:
+        at = min(each.kill_at, each.reports_since + _REPORT_SECONDS)
+        if len(each.handed) > 1 or (each.handed and each.reporting):
             at = min(at, now + _AHEAD_SECONDS)
         if each.stopping:
             return at
@@ -362,6 +405,8 @@ class ProcessPool:
             running = each.running()
             if running is not None and not each.stopping:
                 self._look_after_job(each, *running, now)
+            if now - each.reports_since > _AHEAD_SECONDS:
+                self._look_after_report(each, now)
             if now >= each.kill_at:
                 self._kill(each, now)
         if self._is_closed:
@@ -391,9 +436,19 @@ class ProcessPool:
         elif len(each.handed) > 1 and seconds > _AHEAD_SECONDS:
             self._take_back(each)
 
+    def _look_after_report(self, each: _Child, now: float) -> None:
+        self._take_back(each)
+        if now - each.reports_since >= _REPORT_SECONDS:
+            _logger.error(
+                "A child process is killed: it took longer than %g s to log a failure. Does a "
+                "logging handler hang?",
+                _REPORT_SECONDS,
+            )
+            self._kill(each, now)
+
     def _hand_out(self, now: float) -> None:
         """Give every idle child a job, then each a little more than it can do at once."""
-        free = [c for c in self._living() if c.is_ready and not c.stopping]
+        free = [c for c in self._living() if c.is_ready and not c.stopping and not c.reporting]
         quick = [c for c in free if c.runs_for(now) <= _AHEAD_SECONDS]
         for children, room in ((free, 1), (quick, 1 + self._ahead())):
             for each in children:
@@ -546,6 +601,7 @@ class ProcessPool:
         """Hear what a dead child said last, and settle the job that died with it."""
         self._on_message(each)
         self._take_back(each)
+        self._cut_off += each.reporting.values()
         for number, task in reversed(each.handed.items()):
             if number > each.marks.started:
                 # It took the ticket, but had not begun.
@@ -609,13 +665,18 @@ class ProcessPool:
         if not each.is_leaving:
             # One that has failed to start keeps its place: the next one waits for a while.
             each.is_leaving = each.is_ready
-            each.kill_at = min(each.kill_at, time.monotonic() + STOP_SECONDS)
+            # One with nothing left to run may have functions of the host's to call.
+            is_orderly = each.is_ready and not each.is_busy
+            seconds = STOP_SECONDS + (child.LAST_CALLS_SECONDS if is_orderly else 0.0)
+            each.kill_at = min(each.kill_at, time.monotonic() + seconds)
             self._take_back(each)
 
     def _on_one_message(self, each: _Child, message: Any) -> None:
         match message:
             case [child.OUTCOME, number, values] if number in each.handed:
                 self._on_outcome(each, number, unpack_outcome(values))
+            case [child.REPORTED, number] if number in each.reporting:
+                del each.reporting[number]
             case [child.REPORT, number, values] if number in each.handed:
                 each.handed[number].tell(unpack_report(values))
             case [child.READY] if each.killed_at == math.inf:
@@ -629,7 +690,7 @@ class ProcessPool:
                 # A thread of the app's may keep it alive.
                 each.kill_at = min(each.kill_at, time.monotonic() + STOP_SECONDS)
                 self._changed.notify_all()
-            case [child.OUTCOME | child.REPORT, _, _] | [child.READY]:
+            case [child.OUTCOME | child.REPORT, _, _] | [child.READY] | [child.REPORTED, _]:
                 # Of a job that has ended meanwhile, or of a child that is about to end.
                 pass
             case _:
@@ -642,6 +703,8 @@ class ProcessPool:
         if each.stopping == number:
             each.stopping, each.kill_at = 0, math.inf
         self._pace.note(outcome.run_seconds)
+        if outcome.is_reported:
+            each.reporting[number] = _Reporting(task.spec, outcome, time.monotonic())
         self._finish(task, outcome)
 
     def _finish(self, task: _Task, outcome: Outcome) -> None:
