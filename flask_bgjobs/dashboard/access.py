@@ -8,7 +8,9 @@ forgotten.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -16,6 +18,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from flask import Blueprint, Response, abort, current_app, g, make_response, request, session
 from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import generate_csrf, validate_csrf
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 from werkzeug.sansio.response import Response as WerkzeugResponse
 from wtforms import ValidationError
@@ -23,7 +26,7 @@ from wtforms import ValidationError
 from .. import hooks
 from ..models import Job
 from ..operations import queries
-from ..state import current_state
+from ..state import AppState, Authorizer, current_state
 from ..store import Actor
 from ..system.safe_logging import logger as _logger
 from . import params
@@ -70,6 +73,16 @@ _SAID = "bgjobs.said"
 """Where the environment of a request holds the errors that were logged for it."""
 _GUARDED = "bgjobs.guarded"
 """Set in the environment of a request that our checks have seen."""
+_MAY_SEE_TOTALS = "bgjobs.may_see_totals"
+"""Where the environment of a request holds the answer of :func:`may_see_totals`."""
+_TOLD_OF_TOTALS = "bgjobs_told_of_totals"
+"""Set in an app whose log says why figures are hidden."""
+_SAMPLES = "bgjobs_sampled_jobs"
+"""Where an app keeps the jobs that an authorizer is asked about for it, and when they were read."""
+_SAMPLES_KEPT_SECONDS = 10.0
+_SAMPLE_SECONDS = 1.0
+"""For asking about all of them; an authorizer that takes longer gets no figures of all jobs."""
+_NEWEST = 20
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
 """Sent by our script: the answer is the part of the page that changes."""
@@ -118,8 +131,9 @@ def _is_allowed(action: str, job: Job | None) -> bool:
         answer: object = authorizer(action, job)
     except HTTPException:
         raise
-    except Exception:
+    except Exception as error:
         _logger.exception("The dashboard's authorizer raised for %r; access is refused", action)
+        _roll_back_after(error)
         # Once is enough: the page that says so would ask for each of its links.
         request.environ[_RAISED] = True
         return False
@@ -157,10 +171,11 @@ def visible_filter() -> Callable[[Job], bool] | None:
 
 
 def may_see_totals() -> bool:
-    """Whether numbers of all jobs are shown: to visitors who may see a job that is nobody's.
+    """Whether figures of all jobs are shown: to visitors who, as far as can be seen, may see all.
 
-    The authorizer is asked about one with an owner and a queue that do not exist. An answer by what
-    jobs there are could be had by enqueueing some.
+    The authorizer is asked about a made-up job with an owner and a queue that do not exist, about
+    one in each queue, and about the newest jobs. The answer for existing jobs alone would not do: a
+    visitor could enqueue as many.
     """
     state = current_state()
     if state.config.dashboard_public:
@@ -168,19 +183,56 @@ def may_see_totals() -> bool:
     authorizer = state.find_authorizer()
     if authorizer is None:
         return False
+    known: bool | None = request.environ.get(_MAY_SEE_TOTALS)
+    if known is None:
+        known = request.environ[_MAY_SEE_TOTALS] = _may_see_each(authorizer, _samples(state))
+    return known
+
+
+def _may_see_each(authorizer: Authorizer, jobs: Iterable[Job]) -> bool:
+    deadline = time.monotonic() + _SAMPLE_SECONDS
     try:
-        answer: object = authorizer(VIEW, queries.job_of_nobody())
-    except Exception:
-        # It may look for something that belongs to the job.
+        for job in jobs:
+            answer: object = authorizer(VIEW, job)
+            hooks.discard(answer)
+            if answer is not True or time.monotonic() > deadline:
+                return False
+    except HTTPException:
         return False
-    hooks.discard(answer)
-    return answer is True
+    except Exception as error:
+        # It may look for something that belongs to the job.
+        _roll_back_after(error)
+        if not current_app.extensions.get(_TOLD_OF_TOTALS):
+            current_app.extensions[_TOLD_OF_TOTALS] = True
+            _logger.warning(
+                "Figures hidden | The dashboard's authorizer raised %s for a made-up job: let it "
+                "answer for any job, and visitors who may see all jobs get figures of all",
+                type(error).__name__,
+            )
+        return False
+    return True
+
+
+def _samples(state: AppState) -> Iterator[Job]:
+    yield queries.job_of_nobody()
+    read_at, jobs = current_app.extensions.get(_SAMPLES, (-math.inf, ()))
+    if time.monotonic() - read_at > _SAMPLES_KEPT_SECONDS:
+        in_queues = map(queries.job_of_nobody, sorted(state.store.queue_names()))
+        jobs = (*in_queues, *queries.newest_jobs(state, _NEWEST))
+        current_app.extensions[_SAMPLES] = time.monotonic(), jobs
+    yield from jobs
+
+
+def _roll_back_after(error: Exception) -> None:
+    """Let the host's session be used again, where a statement of the authorizer's has failed."""
+    if isinstance(error, SQLAlchemyError):
+        current_state().db.session.rollback()
 
 
 def require_totals() -> None:
     """Refuse numbers of all jobs to who may see only some of them."""
     if not may_see_totals():
-        abort(403, "These are numbers of all jobs, and you may see only some of them.")
+        abort(403, "These figures cover all jobs, and you can see only some of them.")
 
 
 def visitor(reason: str | None = None) -> Actor:

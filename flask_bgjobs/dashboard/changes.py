@@ -30,8 +30,8 @@ ACTS: dict[str, actions.Act] = {
 _AT_ONCE = 1_000
 """Jobs per transaction, where all that match are meant."""
 _MAX_CHOSEN = 1_000
-_COUNT_SECONDS = 2.0
-"""For counting jobs one by one."""
+_COUNT_SECONDS, _COUNTED_AT_ONCE = 2.0, 50
+"""For counting jobs one by one, and how many are read at once for that."""
 _FREE_OF_TYPING = 100
 """So many jobs are changed without typing their number."""
 _BUDGET_SECONDS = 15.0
@@ -84,7 +84,7 @@ class Plan:
     @property
     def must_be_typed(self) -> bool:
         """Whether the number of jobs has to be typed."""
-        return self.verb == "delete" or self.count > _FREE_OF_TYPING
+        return self.verb == "delete" or self.has_more or self.count > _FREE_OF_TYPING
 
 
 def bulk(verb: str) -> ResponseReturnValue:
@@ -94,8 +94,10 @@ def bulk(verb: str) -> ResponseReturnValue:
     """
     state = current_state()
     plan = _plan(state, verb)
-    if not (plan.count or plan.has_more):
+    if not plan.count:
         nothing = f"There is no job to {verb}." if "all" in request.form else "Choose jobs first."
+        if plan.has_more:
+            nothing = f"No job to {verb} was found in time: narrow the filter."
         flash(nothing, "warning")
         return redirect(params.next_page(), HTTPStatus.SEE_OTHER)
     wrong_number = None
@@ -138,14 +140,16 @@ def _plan(state: AppState, verb: str) -> Plan:
 def _counted_one_by_one(state: AppState, plan: Plan) -> Plan:
     """The plan with the number of the jobs that the visitor may change; the database would count
     others as well."""
-    deadline = time.monotonic() + _COUNT_SECONDS
+    began = time.monotonic()
     count = 0
-    for ids in queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _AT_ONCE):
-        jobs = _meant(state, plan, ids)
-        count += sum(access.is_allowed(plan.verb, job) for job in jobs.values())
-        if time.monotonic() > deadline:
-            return dataclasses.replace(plan, count=count, has_more=True)
-    return dataclasses.replace(plan, count=count)
+    for ids in queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _COUNTED_AT_ONCE):
+        for job in _meant(state, plan, ids).values():
+            count += access.is_allowed(plan.verb, job)
+            seconds = time.monotonic() - began
+            # Of none it could not be asked whether more are meant.
+            if seconds > (_COUNT_SECONDS if count else _BUDGET_SECONDS):
+                return dataclasses.replace(plan, count=count, has_more=True)
+    return dataclasses.replace(plan, count=count, has_more=False)
 
 
 def _meant(state: AppState, plan: Plan, ids: Sequence[int]) -> dict[int, Job]:

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import flask
 import flask_login
 import pytest
+import sqlalchemy as sa
 from flask_wtf import CSRFProtect
 from flask_wtf.csrf import CSRFError
 
@@ -168,6 +169,25 @@ def test_a_refusal_of_the_host_has_the_page_of_the_host(make_host: MakeHost, kin
 def _send_old_token(host: Host) -> Any:
     form = {"csrf_token": "old", "next": f"{PREFIX}/list?status=failed"}
     return host.client.post(f"{PREFIX}/job/{host.add()}/cancel", data=form)
+
+
+@pytest.mark.on("postgresql")
+def test_a_query_of_the_authorizer_that_fails_spoils_nothing(
+    make_host: MakeHost, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL refuses an owner that is no number, and then the rest of the transaction."""
+
+    def allow(action: str, job: Job | None) -> bool:
+        owner = {"owner": "7" if job is None else job.owner}
+        return bool(host.db.session.execute(query, owner).scalar())
+
+    query = sa.text("SELECT count(*) > 0 FROM bgjobs_job WHERE CAST(:owner AS INTEGER) = 7")
+    host = make_host(authorizer=allow, SQLALCHEMY_DATABASE_URI=database_url)
+    job_id = host.add(owner="7")
+    for path in ("/list", f"/job/{job_id}"):
+        assert "Cancel</button>" in host.get(path)
+    assert "access is refused" not in caplog.text
+    assert caplog.text.count("Figures hidden") == 1
 
 
 def test_an_authorizer_that_raises_is_asked_once(

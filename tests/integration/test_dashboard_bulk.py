@@ -226,13 +226,27 @@ def test_jobs_that_one_may_not_see_are_not_counted(make_host: MakeHost) -> None:
 def test_a_count_that_takes_too_long_says_more_than(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was counted by then has to be typed."""
+    """What was counted by then has to be typed, however few they are."""
     monkeypatch.setattr(changes, "_COUNT_SECONDS", 0.0)
-    monkeypatch.setattr(changes, "_AT_ONCE", 150)
     host.add(200, owner="42")
     question = ask(host, "cancel", ("all", 1), ("owner", "42"))
-    assert "Cancel more than 150 jobs?" in question
-    assert "200 cancelled." in answer(host, "cancel", question, typed="150")
+    assert "Cancel more than 1 job?" in question
+    refused = send(host, "/bulk/cancel", fields(question), 400)
+    assert "No number is not 1: nothing was changed." in refused
+    assert {host.job(number).status for number in (1, 200)} == {"pending"}
+    assert "200 cancelled." in answer(host, "cancel", question, typed="1")
+
+
+def test_a_count_that_finds_nothing_in_time_asks_nothing(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many jobs would be meant is not known at all."""
+    monkeypatch.setattr(changes, "_BUDGET_SECONDS", 0.0)
+    host = make_host(authorizer=lambda action, job: job is None or action == "view")
+    host.add(3, owner="42")
+    token = ("csrf_token", host.token())
+    send(host, "/bulk/cancel", [token, ("all", 1), ("owner", "42")], 303)
+    assert "No job to cancel was found in time: narrow the filter." in host.get("/list")
 
 
 def test_words_cannot_mean_all(host: Host) -> None:

@@ -20,6 +20,7 @@ from .listing import (
     job_of_nobody,
     jobs_to_judge,
     list_jobs,
+    newest_jobs,
     recent_failures,
 )
 from .matching import count_matching, highest_id, matching_ids
@@ -78,6 +79,7 @@ __all__ = [
     "list_jobs",
     "list_workers",
     "matching_ids",
+    "newest_jobs",
     "plain",
     "queue_stats",
     "queues_of",

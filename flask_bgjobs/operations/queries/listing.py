@@ -138,8 +138,19 @@ def jobs_to_judge(state: AppState, ids: Sequence[int]) -> dict[int, Job]:
     return {values["id"]: _listed_job(values) for values in found}
 
 
-def job_of_nobody() -> Job:
-    """A job that is not there, for asking the authorizer about jobs of others."""
+def newest_jobs(state: AppState, number: int) -> list[Job]:
+    """So many of the newest jobs, as :func:`jobs_to_judge` gives them."""
+    statement = sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS).order_by(_job.c.id.desc())
+    with state.store.read() as connection:
+        found = connection.execute(statement.limit(number)).mappings().all()
+    return [_listed_job(values) for values in found]
+
+
+def job_of_nobody(queue: str | None = None) -> Job:
+    """A job that is not there, for asking the authorizer about jobs of others.
+
+    :param queue: where it would be; by default in a queue that does not exist either.
+    """
     name = f"nobody-{secrets.token_hex(8)}"
     now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
     values = dict.fromkeys(attribute.key for attribute in Job.__mapper__.column_attrs)
@@ -147,7 +158,7 @@ def job_of_nobody() -> Job:
         "id": 0,
         "target": name,
         "owner": name,
-        "queue": name,
+        "queue": queue or name,
         "status": JobStatus.PENDING.value,
         "parameters_json": "[]",
         "priority": 0,
