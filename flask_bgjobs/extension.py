@@ -235,6 +235,7 @@ class BgJobs:
         transactions.tell_binds_apart(app, db)
         # Before Flask-SQLAlchemy's own, which was registered earlier, closes the session.
         app.teardown_appcontext(functools.partial(transactions.discard_on_error, db))
+        app.after_request(functools.partial(transactions.discard_on_refusal, db))
         _warn_of_dropped_tables(app, db, config)
         job_table = Job.__tablename__ if schema is None else f"{schema}.{Job.__tablename__}"
         return AppState(

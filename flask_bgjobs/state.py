@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -138,6 +139,13 @@ class AppState:
     def masked_text(self, text: str, target: str, method: str | None, parameters: Any) -> str:
         """An error or traceback of a job as it may be shown."""
         return self.redactor.text(text, parameters, self._named(target, method))
+
+    def roll_back_session(self) -> None:
+        """Roll back what the host's session of this context has not committed."""
+        if self.db.session.registry.has():
+            # Where it cannot, it is removed next, and that is logged.
+            with contextlib.suppress(Exception):
+                self.db.session.rollback()
 
     def remove_session(self) -> None:
         """Roll back and close the host's session of this context, whatever state it is in."""

@@ -20,7 +20,7 @@ _SCOPE = ":where(.bgj, .bgj-bar)"
 _RESET = "nav,section,form,table{margin:0;padding:0;background:none;border:0;box-shadow:none}"
 """Of elements that hosts style by their names, and Bootstrap leaves alone."""
 _KEYFRAMES = re.compile(r"@(?:-webkit-)?keyframes [\w-]+\{(?:[^{}]*\{[^{}]*\})*\}")
-_DARK = "[data-bs-theme=dark]"
+_DARK = re.compile(r"(?<![\w\]-])\[data-bs-theme=dark\]")
 _WHOLE_PAGE = re.compile(r":root|(?<=[}/])body(?=\{)")
 
 
@@ -80,5 +80,5 @@ def _scoped(css: str) -> str:
     keyframes = _KEYFRAMES.findall(rules)
     rules = _WHOLE_PAGE.sub("&", _KEYFRAMES.sub("", rules))
     # The host's theme stands on an element around ours.
-    rules = rules.replace(_DARK, f"{_DARK} &")
+    rules = _DARK.sub(r"\g<0> &", rules)
     return f"{''.join(keyframes)}{_SCOPE}{{{_RESET}{rules}}}"

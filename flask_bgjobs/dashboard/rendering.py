@@ -69,7 +69,7 @@ def _environment() -> jinja2.Environment:
     if environment is None:
         environment = current_app.jinja_env.overlay(
             autoescape=True,
-            finalize=_without_turns,
+            finalize=visible,
             # Its keys do not tell the two environments apart.
             bytecode_cache=None,
         )
@@ -77,7 +77,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _without_turns(value: object) -> object:
+def visible(value: object) -> object:
     """A value as a page shows it: what turns the direction of the text around it is spelled out."""
     if not isinstance(value, str) or _TURNS_TEXT.search(value) is None:
         return value

@@ -17,7 +17,7 @@ from ..models import Job
 from ..operations import queries
 from ..operations.queries import JobRow
 from ..state import AppState
-from . import access, assets, params
+from . import access, assets, params, rendering
 
 _MAX_DELAYS_CHARACTERS = 200
 _VERBS = ("retry", "cancel", "delete")
@@ -29,6 +29,7 @@ class Helpers:
 
     statuses = tuple(status.value for status in JobStatus)
     iso = staticmethod(queries.time_text)
+    visible = staticmethod(rendering.visible)
 
     def __init__(self, state: AppState) -> None:
         self._state = state

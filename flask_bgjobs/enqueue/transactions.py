@@ -12,10 +12,11 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from flask import Flask, current_app, has_app_context
+from flask import Flask, Response, current_app, has_app_context
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction, object_mapper, scoped_session, sessionmaker
 from sqlalchemy.orm.session import SessionTransactionState
@@ -31,6 +32,7 @@ _WROTE = "bgjobs_wrote"
 _CONNECTIONS = "bgjobs_connections"
 _IS_DISCARDED = "bgjobs_is_discarded"
 """In a session's info: that what it has not committed is lost on purpose, or by an exception."""
+_HANDLED = "bgjobs_handled"
 _JOINED = "bgjobs_joined"
 _ENDS = ("commit", "rollback", "commit_twophase", "rollback_twophase")
 
@@ -195,8 +197,8 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
     """Call ``on_commit`` for each of the jobs after the session's outermost commit.
 
     A job whose transaction or savepoint is rolled back instead is logged at DEBUG, and one whose
-    session is closed without a commit as a warning: somebody has probably forgotten it. An
-    exception that leaves the block or the request tells enough by itself.
+    session is closed without a commit as a warning: somebody has probably forgotten it. If an
+    exception ended the block or the request, no warning is logged.
     """
     transaction = session.get_nested_transaction() or session.get_transaction()
     while transaction is not None and not transaction.is_active:
@@ -211,6 +213,8 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
         event.listen(session, "after_rollback", _note_rollback)
         event.listen(session, "after_soft_rollback", _drop_rolled_back)
         event.listen(session, "after_transaction_end", _finish_joined)
+    # An exception that is handled meanwhile, by a caller, is not what ends the transaction.
+    session.info.setdefault(_HANDLED, sys.exc_info()[1])
     joined = session.info.setdefault(_JOINED, [])
     for job in jobs:
         job.committed = False
@@ -352,7 +356,19 @@ def _note_commit(session: Session) -> None:
 
 def discard_on_error(db: SQLAlchemy, error: BaseException | None) -> None:
     """Note, at the end of an application context, whether an exception ended it."""
-    if error is not None and db.session.registry.has():
+    if error is not None:
+        _discard(db)
+
+
+def discard_on_refusal(db: SQLAlchemy, response: Response) -> Response:
+    """Note, at the end of a request, that an error handler has answered it, or ``abort()``."""
+    if response.status_code >= HTTPStatus.BAD_REQUEST:
+        _discard(db)
+    return response
+
+
+def _discard(db: SQLAlchemy) -> None:
+    if db.session.registry.has() and db.session().info.get(_JOINED):
         db.session().info[_IS_DISCARDED] = True
 
 
@@ -382,7 +398,9 @@ def _is_within(inner: SessionTransaction | None, outer: SessionTransaction) -> b
 def _finish_joined(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None:
         return
-    is_discarded = session.info.pop(_IS_DISCARDED, False) or sys.exc_info()[0] is not None
+    handled = sys.exc_info()[1]
+    was_raised = handled is not None and handled is not session.info.pop(_HANDLED, None)
+    is_discarded = session.info.pop(_IS_DISCARDED, False) or was_raised
     for _, job, on_commit in session.info.pop(_JOINED, []):
         if job.committed:
             on_commit(job)

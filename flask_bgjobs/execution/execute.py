@@ -128,8 +128,10 @@ def _attempt(
         return {"kind": OutcomeKind.COMPLETED, "result_json": text}
     except JobTimeout as error:
         error.args = (f"it ran longer than {spec.timeout} s",)
+        state.roll_back_session()
         return _of_exception(job, error)
     except BaseException as error:
+        state.roll_back_session()
         return _of_exception(job, error)
     finally:
         context.leave(token)

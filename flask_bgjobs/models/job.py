@@ -182,7 +182,7 @@ class Job(Base):
 
         Needs an application context.
 
-        :raises TypeError: when the id is not an ``int``, such as a text from a request.
+        :raises TypeError: when the id is not an ``int``, such as a string from a request.
         """
         if not isinstance(job_id, int) or isinstance(job_id, bool):
             raise TypeError(f"the id of a job is an int, not {shown(job_id)}")

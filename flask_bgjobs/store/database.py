@@ -391,7 +391,7 @@ class Database(abc.ABC):
         return self.redo(attempt)
 
     def would_wait_for_the_host(self) -> bool:
-        """Whether our changes would wait for the host's session of this context, for ever."""
+        """Whether our changes would wait forever for the host's session of this context."""
         return False
 
     def _refuse_to_wait_for_the_host(self) -> None:
@@ -399,8 +399,8 @@ class Database(abc.ABC):
             return
         if self.would_wait_for_the_host():
             raise DatabaseUnusable(
-                "db.session has an open transaction, and SQLite has one writer at a time: commit "
-                "or roll back first"
+                "SQLite has one writer at a time, and the database is locked, probably by the open "
+                "transaction of db.session: commit or roll back first"
             )
 
     def redo(self, attempt: Callable[[], T]) -> T:

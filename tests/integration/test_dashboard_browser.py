@@ -287,7 +287,8 @@ def test_chosen_rows_are_counted(host: Host, open_page: Browsing) -> None:
     playwright_api.expect(note).to_contain_text("while jobs are chosen")
     page.uncheck("#job-1 [name=id]")
     page.uncheck("#job-3 [name=id]")
-    playwright_api.expect(note).to_be_empty()
+    page.mouse.move(1, 1)
+    playwright_api.expect(note).to_be_empty(timeout=30_000)
 
 
 def test_escape_closes_a_menu(host: Host, open_page: Browsing) -> None:

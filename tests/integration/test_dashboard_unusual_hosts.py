@@ -91,12 +91,13 @@ def test_the_layout_of_the_host_is_read_as_the_host_reads_it(
     )
     job_id = host.add(owner="a\u202eb", status="failed", error="E: <script>\u2067")
     with host.client.session_transaction() as session:
-        session["_flashes"] = [("message", "<script>")]
+        session["_flashes"] = [("message", "<script>\u202e")]
     page = host.get(f"/job/{job_id}")
     assert f"\u2068{'&lt;b&gt;shop&lt;/b&gt;' if escapes else '<b>shop</b>'}\u2069" in page
     assert "a\\u202eb" in page
     assert "E: &lt;script&gt;\\u2067" in page
     assert "<script>" not in page
+    assert "&lt;script&gt;\\u202e" in page
 
 
 class Strict(JSONProvider):

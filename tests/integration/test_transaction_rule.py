@@ -16,6 +16,7 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.session import Session as _HostSession
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from werkzeug.exceptions import UnprocessableEntity
 
 from flask_bgjobs import (
     BgJobs,
@@ -327,9 +328,18 @@ def test_a_savepoint_that_was_rolled_back_hides_no_lost_job(
     assert f"Job lost | Job: {job.id} | " in caplog.text
 
 
-@pytest.mark.parametrize("propagates", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "config"),
+    [
+        (LookupError("no such customer"), 500, {"PROPAGATE_EXCEPTIONS": False}),
+        (LookupError("no such customer"), 500, {"PROPAGATE_EXCEPTIONS": True}),
+        (UnprocessableEntity(), 422, {}),
+        (KeyError("handled"), 400, {}),
+    ],
+    ids=str,
+)
 def test_an_exception_is_no_forgotten_commit(
-    shop: Shop, caplog: pytest.LogCaptureFixture, propagates: bool
+    shop: Shop, caplog: pytest.LogCaptureFixture, error: Exception, status: int, config: Any
 ) -> None:
     """A request or a block that raised has lost its job by that."""
 
@@ -337,11 +347,11 @@ def test_an_exception_is_no_forgotten_commit(
     def view() -> str:
         shop.session.add(shop.purchase(name="a"))
         shop.enqueue()
-        raise LookupError("no such customer")
+        raise error
 
     def ask() -> None:
         with contextlib.suppress(LookupError):
-            assert shop.app.test_client().get("/").status_code == 500
+            assert shop.app.test_client().get("/").status_code == status
 
     def work() -> None:
         with Session(shop.db.engine) as session:
@@ -350,7 +360,8 @@ def test_an_exception_is_no_forgotten_commit(
             run_background_job("tests.jobs.echo", session=session)
             raise LookupError
 
-    shop.app.config["PROPAGATE_EXCEPTIONS"] = propagates
+    shop.app.register_error_handler(KeyError, lambda error: ("no", 400))
+    shop.app.config.update(config)
     # A request in this thread would share the context, and so the session, of the test.
     thread = threading.Thread(target=ask)
     thread.start()
@@ -359,6 +370,19 @@ def test_an_exception_is_no_forgotten_commit(
         work()
     assert count_jobs(shop.app) == 0
     assert "Job lost" not in caplog.text
+
+
+def test_a_commit_is_forgotten_also_while_an_exception_is_handled(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has nothing to do with the transaction that began meanwhile."""
+    try:
+        raise OSError
+    except OSError:
+        shop.session.add(shop.purchase(name="a"))
+        job = shop.enqueue()
+        shop.session.remove()
+    assert f"Job lost | Job: {job.id} | " in caplog.text
 
 
 @pytest.mark.on("sqlite")

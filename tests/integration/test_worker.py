@@ -1012,6 +1012,23 @@ def test_a_broken_session_does_not_reach_the_next_job(app: Flask, state: AppStat
         assert run_background_job("look").wait(30).result is False
 
 
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_job_lost_with_an_exception_is_no_forgotten_commit(
+    app: Flask, state: AppState, caplog: pytest.LogCaptureFixture, raises: bool
+) -> None:
+    """A job that failed has told why what it enqueued is gone; one that completed has not."""
+
+    def enqueue_without_commit() -> None:
+        enqueue("echo", 1, session=state.db.session)
+        if raises:
+            raise ValueError
+
+    state.registry._decorated["without_commit"] = _decorated(enqueue_without_commit)  # type: ignore[index]
+    with working(app, concurrency=1):
+        run_background_job("without_commit", retries=0).wait(30)
+    assert ("Job lost" in caplog.text) is not raises
+
+
 def test_long_and_quick_jobs_do_not_wait_for_each_other(app: Flask, journal: Path) -> None:
     """One long job does not keep the quick ones beside it waiting."""
     slow = enqueue("hold", str(journal), 20)

@@ -90,7 +90,7 @@
   }
   // Rows must not move under a pointer that is about to press a button or to check a box.
   const STILL_MS = 1500;
-  let pointed = 0, isPressed = false, hovers = false;
+  let pointed = 0, isPressed = false, hovers = matchMedia("(hover: hover)").matches;
   function isAiming(live) {
     if (isPressed) return true;
     return hovers && Boolean(live.querySelector("tbody :is(button, input, summary):hover") ||
@@ -161,7 +161,10 @@
   const seconds = () => Number(recall("bgjobs-seconds") ?? USUAL_SECONDS);
   function schedule(live) {
     clearTimeout(timer);
-    if (!seconds()) return;
+    if (!seconds()) {
+      turnsHeld = 0;
+      return;
+    }
     // After an error ever more seldom: the server has enough to do.
     const wait = Math.max(seconds(), Math.min(seconds() * 2 ** failures, LONGEST_SECONDS));
     timer = setTimeout(turn, wait * 1000, live);

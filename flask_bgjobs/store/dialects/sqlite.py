@@ -302,7 +302,8 @@ def _can_write(connection: sa.Connection) -> bool:
         connection.exec_driver_sql("BEGIN EXCLUSIVE")
         connection.exec_driver_sql("ROLLBACK")
     except OperationalError as error:
-        if _primary_code(error) != sqlite3.SQLITE_BUSY:
+        # The second one is that of a cache that connections share.
+        if _primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise
         time.sleep(_LOCK_LOOK_SECONDS)
         return False
