@@ -13,7 +13,7 @@ from .enqueue.enqueue import committing_clean_sessions
 from .errors import BgJobsError
 from .execution.current import CurrentJob
 from .execution.execute import execute
-from .execution.interrupt import Window
+from .execution.interrupt import InterruptScope
 from .job.records import JobSpec, Settled
 from .job.row_check import bad_row, checked
 from .models import Job
@@ -105,7 +105,7 @@ def _run(state: AppState, worker_id: int, specs: list[JobSpec]) -> list[Settled]
         spec, flaw = checked(claimed)
         job = CurrentJob(spec)
         if flaw is None:
-            outcome = execute(state, spec, job, Window(), time.monotonic())
+            outcome = execute(state, spec, job, InterruptScope(), time.monotonic())
         else:
             outcome = bad_row(spec, flaw)
         settled += state.store.settle(worker_id, "testing", [(spec, outcome)])

@@ -154,7 +154,7 @@ def _counted_one_by_one(state: AppState, plan: Plan) -> Plan:
 
 def _meant(state: AppState, plan: Plan, ids: Sequence[int]) -> dict[int, Job]:
     """Those of the jobs that the visitor may see, and that are shown to match."""
-    jobs = queries.jobs_to_judge(state, ids)
+    jobs = queries.jobs_for_authorizer(state, ids)
     if plan.filters.asks_for_texts:
         jobs = {n: job for n, job in jobs.items() if queries.is_listed(state, job, plan.filters)}
     return {number: job for number, job in jobs.items() if access.visible(job)}

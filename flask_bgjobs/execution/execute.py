@@ -27,12 +27,12 @@ from ..system import forks
 from ..system.safe_logging import SafeLogger
 from . import current as context
 from .current import CurrentJob
-from .interrupt import Window
+from .interrupt import InterruptScope
 from .leftovers import ThreadState
 
 
 def execute(
-    state: AppState, spec: JobSpec, job: CurrentJob, window: Window, claimed: float
+    state: AppState, spec: JobSpec, job: CurrentJob, scope: InterruptScope, claimed: float
 ) -> Outcome:
     """How the attempt ended.
 
@@ -40,7 +40,7 @@ def execute(
 
     :param spec: the claimed job.
     :param job: what its code sees as ``current_job``.
-    :param window: through which it may be stopped.
+    :param scope: through which it may be stopped.
     :param claimed: when it was claimed, by ``time.monotonic()``.
     :returns: to be handed over first; then :meth:`.CurrentJob.report_failure` is to be called.
     """
@@ -48,13 +48,13 @@ def execute(
         # A copy of the context: what the job sets in it is gone when it ends.
         context_of_job = contextvars.copy_context()
         try:
-            outcome = context_of_job.run(_execute, state, spec, job, window, claimed)
+            outcome = context_of_job.run(_execute, state, spec, job, scope, claimed)
         except BaseException as error:
             # Such as an alarm of the job's after its code had ended, or no memory.
             outcome = _failure(job, spec, OutcomeKind.FAILED, error)
         raised, job.raised = job.raised, None
         # What a cancelled job raised is no failure, and one that is given back runs again.
-        if raised is None or job.cancelled or window.interruption is JobCancelled:
+        if raised is None or job.cancelled or scope.interruption is JobCancelled:
             return outcome
         settled = failures.expected(state, spec, outcome)
         if settled is None:
@@ -64,7 +64,7 @@ def execute(
 
 
 def _execute(
-    state: AppState, spec: JobSpec, job: CurrentJob, window: Window, claimed: float
+    state: AppState, spec: JobSpec, job: CurrentJob, scope: InterruptScope, claimed: float
 ) -> Outcome:
     # The one of the caller is an object that both contexts hold.
     decimal.setcontext(decimal.getcontext().copy())
@@ -84,7 +84,7 @@ def _execute(
     outcome: dict[str, Any] = {}
     try:
         with state.app.app_context():
-            outcome = _attempt(state, spec, job, window, target, parameters)
+            outcome = _attempt(state, spec, job, scope, target, parameters)
     except BaseException as error:
         # A teardown of the host's raised, after the code had ended.
         if not outcome:
@@ -114,7 +114,7 @@ def _attempt(
     state: AppState,
     spec: JobSpec,
     job: CurrentJob,
-    window: Window,
+    scope: InterruptScope,
     target: Target,
     parameters: Any,
 ) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _attempt(
     try:
         state.emit_in_worker(job_started, job=spec)
         with ThreadState():
-            result = window.run(lambda: _call(window, target, parameters))
+            result = scope.run(lambda: _call(scope, target, parameters))
         job.check_meta()
         text = serialize.dumps(result, name="result", max_bytes=state.config.max_payload)
         return {"kind": OutcomeKind.COMPLETED, "result_json": text}
@@ -138,14 +138,14 @@ def _attempt(
         state.remove_session()
 
 
-def _call(window: Window, target: Target, parameters: Any) -> Any:
+def _call(scope: InterruptScope, target: Target, parameters: Any) -> Any:
     # Before anything of ours runs in a copy, as that would use what it shares with its parent.
     with forks.CopiesEnd():
         if isinstance(parameters, dict):
             result = target.call((), parameters)
         else:
             result = target.call(parameters, {})
-    return window.run_coroutine(result) if inspect.iscoroutine(result) else result
+    return scope.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
 def _of_exception(job: CurrentJob, error: BaseException) -> dict[str, Any]:

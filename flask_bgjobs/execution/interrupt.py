@@ -1,9 +1,9 @@
-"""The window in which a job's code may be stopped from another thread.
+"""The scope in which a job's code may be stopped from another thread.
 
 CPython can raise an exception in another thread at its next instruction. That must never
 hit code of ours or of the host (a commit, a log handler, the return of a connection), so it
-is sent only while a window is open around user code alone, and one that is still on its way
-when the window closes is taken back.
+is sent only while a scope is open around user code alone, and one that is still on its way
+when the scope closes is taken back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CLOSED = -1
 """No thread: the code has ended, and nothing may be sent any more."""
 
 
-class Window:
+class InterruptScope:
     """Runs one job's code so that :meth:`interrupt` can stop it."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Window:
         return self._thread == _CLOSED
 
     def run(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns or raises, run in the calling thread with the window open.
+        """What ``function`` returns or raises, run in the calling thread with the scope open.
 
         :raises JobCancelled: or :class:`JobTimeout`, when interrupted with it.
         """
@@ -65,7 +65,7 @@ class Window:
             return function()
         finally:
             # What is still on its way may arrive at any call from here on: begin again until
-            # the window is shut, after which nothing new can be sent. (No call stands outside
+            # the scope is shut, after which nothing new can be sent. (No call stands outside
             # the inner `try`, not even of a property.)
             while self._thread != _CLOSED:
                 try:  # noqa: SIM105 - it may arrive in the code of suppress() as well
@@ -107,7 +107,7 @@ class Window:
             coroutine.close()
 
     def interrupt(self, interruption: Interruption) -> bool:
-        """Raise ``interruption`` in the code; ``False`` when the window is closed.
+        """Raise ``interruption`` in the code; ``False`` when the scope is closed.
 
         A call in C ends first. Before :meth:`run` it is kept and raised at once there. Code that
         swallowed it is interrupted again by a later call, at most once a second.

@@ -35,7 +35,7 @@ ROLLUPS = cast(sa.Table, Rollup.__table__)
 
 READ_ONLY = "bgjobs_read_only"
 """The execution option of connections that only read."""
-ALONE = "bgjobs_alone"
+AUTOCOMMIT = "bgjobs_autocommit"
 """The execution option of connections on which each statement is a transaction of its own."""
 _SCHEMAS = "schema_translate_map"
 """SQLAlchemy's execution option by which statements name their schema."""
@@ -121,19 +121,21 @@ class Database(abc.ABC):
         forks.watch(self)
 
     @abc.abstractmethod
-    def plus(
+    def add_seconds(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
     ) -> sa.ColumnElement[dt.datetime]:
         """``time`` plus ``seconds``."""
 
     def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
         """The database's clock plus ``seconds``."""
-        return self.plus(self.now, seconds)
+        return self.add_seconds(self.now, seconds)
 
     insert_into: Callable[[sa.Table], Any]
     """The dialect's own ``insert()``, which can ignore conflicts."""
 
-    def first(self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]) -> sa.Select[Any]:
+    def limit_ordered(
+        self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]
+    ) -> sa.Select[Any]:
         """The first ``limit`` rows of a query whose order is that of an index."""
         return ordered.limit(limit)
 
@@ -342,7 +344,7 @@ class Database(abc.ABC):
             return contextlib.nullcontext()
         return self._watchdog.watching(driver_connection, self.deadline)
 
-    def leave_what_is_gone(self) -> None:  # noqa: B027  # only a file can be replaced
+    def reconnect_if_replaced(self) -> None:  # noqa: B027  # only a file can be replaced
         """Close connections, the host's as well, that lead to a database no longer in use."""
 
     def sever(self, driver_connection: Any) -> None:  # noqa: B027  # a file has no link to break
@@ -464,7 +466,7 @@ class Database(abc.ABC):
             _shared.reset(token)
             shared.close()
 
-    def alone(self, work: Callable[[sa.Connection], T]) -> T:
+    def autocommit(self, work: Callable[[sa.Connection], T]) -> T:
         """What ``work`` returns; each of its statements is a transaction of its own.
 
         That spares the round trips that begin and end one. Redone like :meth:`transaction`, so a
@@ -474,12 +476,12 @@ class Database(abc.ABC):
             return self.transaction(work)
 
         def attempt() -> T:
-            with self._connected(**{ALONE: True}) as connection:
+            with self._connected(**{AUTOCOMMIT: True}) as connection:
                 return work(connection)
 
         return self.redo(attempt)
 
-    def in_one_statement(self, work: Callable[[sa.Connection], T]) -> T:
+    def autocommit_once(self, work: Callable[[sa.Connection], T]) -> T:
         """What ``work`` returns, of which one statement alone changes something.
 
         That is a transaction by itself. It is redone where the database turned it away.
@@ -492,7 +494,7 @@ class Database(abc.ABC):
         self._refuse_to_wait_for_the_host()
 
         def attempt() -> T:
-            with self._connected(**{ALONE: True}) as connection:
+            with self._connected(**{AUTOCOMMIT: True}) as connection:
                 try:
                     return work(connection)
                 except DBAPIError as error:

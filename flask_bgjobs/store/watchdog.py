@@ -1,4 +1,4 @@
-"""A deadline for what is asked of the database: a link that says nothing must not hold a worker."""
+"""Deadlines for connections in use: a dead link must not hold a worker."""
 
 from __future__ import annotations
 

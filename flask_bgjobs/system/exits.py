@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 
-def described(code: int) -> str:
+def describe_exit(code: int) -> str:
     """How a process ended, such as ``exited with code 1`` or ``was killed by SIGKILL``.
 
     :param code: its exit code, negative for the number of a signal.

@@ -60,7 +60,7 @@ class LoopProgress:
         return time.monotonic() - self._noted
 
 
-class Heart:
+class Heartbeat:
     """Shows, every ``interval`` seconds, that a worker lives.
 
     :param interval: seconds.
@@ -78,7 +78,7 @@ class Heart:
         self._warned_of: signals.Emission | None = None
         self._stood_still = False
         self._stopped = threading.Event()
-        self.thread = WorkerThread(self._run, "bgjobs-heart")
+        self.thread = WorkerThread(self._run, "bgjobs-heartbeat")
         self.thread.start()
 
     @property
@@ -86,7 +86,7 @@ class Heart:
         """Whether the worker's row was marked dead by another worker."""
         return self._lost_id == self._worker_id
 
-    def beat_for(self, worker_id: int) -> None:
+    def switch_to(self, worker_id: int) -> None:
         """Go on for the new row of a worker that started over."""
         self._worker_id = worker_id
 

@@ -21,7 +21,7 @@ class Outage:
         self._since: float | None = None
         self._pause = _FIRST_PAUSE_SECONDS
 
-    def goes_on(self, error: SQLAlchemyError, outcomes_kept: int) -> float:
+    def record_failure(self, error: SQLAlchemyError, outcomes_kept: int) -> float:
         """Say what is wrong; the seconds to wait before the database is asked again.
 
         They grow from 0.1 s to 30 s, with jitter, so that workers do not come all at once.
@@ -39,7 +39,7 @@ class Outage:
         self._pause = min(self._pause * 2, _LAST_PAUSE_SECONDS)
         return pause
 
-    def is_over(self) -> None:
+    def record_success(self) -> None:
         """Note that the database was usable just now."""
         if self._since is None:
             return

@@ -33,7 +33,7 @@ class Outbox:
         """Of attempts that completed and told nothing more, to be recorded in bulk."""
         self._others: _Entries = collections.deque()
         self._in_doubt: set[Key] = set()
-        self._told: dict[Key, Report] = {}
+        self._reports: dict[Key, Report] = {}
         """What attempts told while they ran, and could not be written then."""
         self._locked: _Entries = collections.deque()
         """Of jobs whose rows another transaction keeps locked; tried again every now and then."""
@@ -51,7 +51,7 @@ class Outbox:
 
     def put(self, spec: JobSpec, outcome: Outcome) -> None:
         """Keep the outcome of an attempt until it is recorded."""
-        earlier = self._told.pop(spec.key, None)
+        earlier = self._reports.pop(spec.key, None)
         if earlier is not None:
             outcome = outcome._replace(report=earlier.followed_by(outcome.report))
         if spec.key in self._locked_keys:
@@ -64,17 +64,17 @@ class Outbox:
 
     def keep_told(self, reports: Mapping[Key, Report]) -> None:
         """Keep what attempts told, and could not be written, for their outcomes."""
-        self._told.update(reports)
+        self._reports.update(reports)
         for spec, outcome in self.take_all():
             self.put(spec, outcome)
 
-    def take_told(self) -> dict[Key, Report]:
+    def take_reports(self) -> dict[Key, Report]:
         """What running attempts told before; it is not kept any longer."""
         told = {}
         # One by one, as each may be taken by an outcome that comes meanwhile, also the last.
         with contextlib.suppress(KeyError):
-            while self._told:
-                key, report = self._told.popitem()
+            while self._reports:
+                key, report = self._reports.popitem()
                 told[key] = report
         return told
 

@@ -37,7 +37,7 @@ from ..system.safe_logging import logger as _logger
 from ..system.threads import require_alive
 from ..version import __version__
 from .clock import STEP_SECONDS, Clock
-from .heartbeat import Heart, LoopProgress
+from .heartbeat import Heartbeat, LoopProgress
 from .listener import Wake, WakeUps
 from .maintenance import Pruner, Sweeper
 from .outage import Outage
@@ -254,10 +254,10 @@ class Worker:
         ending.callback(lambda: self._guard(lambda: self._store.stop_worker(self._id)))
         self._progress = LoopProgress(self.state.config.lease)
         self._store.on_attempt = self._progress.note_if_own_thread
-        self._heart = Heart(
+        self._heartbeat = Heartbeat(
             self._store, self._id, self.state.config.heartbeat_interval, self._progress
         )
-        ending.callback(self._heart.stop)
+        ending.callback(self._heartbeat.stop)
         ending.callback(lambda: self._guard(lambda: self._roll_up(at_once=True)))
         ending.callback(self._pools.close)
         if self._options.scheduler:
@@ -324,20 +324,20 @@ class Worker:
             self._suspects.note_end(spec.key)
         self._suspects.take_waiting()
         self._look_due = True
-        self._outbox.take_told()
+        self._outbox.take_reports()
         self._held.clear()
         self._marked.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()
-        self._heart.beat_for(self._id)
+        self._heartbeat.switch_to(self._id)
 
     # One turn
 
     def _turn(self) -> None:
         self._progress.note()
         self._check_threads()
-        if self._heart.lease_lost:
+        if self._heartbeat.lease_lost:
             self._start_over()
         self._settle()
         self._give_back_unseen()
@@ -352,7 +352,7 @@ class Worker:
         self._prune()
 
     def _check_threads(self) -> None:
-        mine = [self._heart.thread, *self._clock.threads, *self._wake_ups.threads]
+        mine = [self._heartbeat.thread, *self._clock.threads, *self._wake_ups.threads]
         require_alive([*mine, *self._pools.threads, *self._store.threads])
 
     def _settle(self) -> None:
@@ -422,7 +422,7 @@ class Worker:
 
     def _write_told(self) -> LeaseView:
         """Write what running jobs told; where that fails, it waits for the next time."""
-        told = self._outbox.take_told()
+        told = self._outbox.take_reports()
         for key, report in self._pools.reports().items():
             told[key] = told[key].followed_by(report) if key in told else report
         try:
@@ -766,10 +766,10 @@ class Worker:
         except SQLAlchemyError as error:
             self._wait_out(error)
         else:
-            self._outage.is_over()
+            self._outage.record_success()
 
     def _wait_out(self, error: SQLAlchemyError) -> None:
-        self._pause(self._outage.goes_on(error, len(self._outbox)))
+        self._pause(self._outage.record_failure(error, len(self._outbox)))
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless a stop was asked for."""

@@ -159,8 +159,8 @@ def test_programs_end_with_a_killed_nursery(app: Flask, start: Start, journal: P
     enqueue("run_program", str(journal))
     wait_until(lambda: lines(journal), "the start")
     program = int(lines(journal)[0])
-    (nursery,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-    os.kill(int(nursery), signal.SIGKILL)
+    (fork_server,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    os.kill(int(fork_server), signal.SIGKILL)
     wait_until(lambda: not is_alive(program), "the program's end")
 
 

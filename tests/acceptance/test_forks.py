@@ -109,7 +109,7 @@ def create_app():
             "backend": backend(app),
             "factory": factory,
             "schedulers": names.count("APScheduler"),
-            "hearts": names.count("bgjobs-heart"),
+            "heartbeats": names.count("bgjobs-heartbeat"),
         }}
 
     return app
@@ -288,7 +288,7 @@ def test_four_processes_of_a_preloaded_app(
 
         wait_until(all_work, "a worker that works in each")
     assert master not in serving
-    assert {(r["schedulers"], r["hearts"]) for r in last.values()} == {(1, 1)}
+    assert {(r["schedulers"], r["heartbeats"]) for r in last.values()} == {(1, 1)}
     if not state.store.has_one_writer:
         told = [*replies, *(reply["factory"] for reply in replies)]
         backends = {(each["pid"], each["backend"]) for each in told}
@@ -301,8 +301,8 @@ def test_four_processes_of_a_preloaded_app(
 
 @pytest.mark.on("sqlite")
 def test_the_reloaders_child_has_one_scheduler(app: Flask, state: AppState, site: Site) -> None:
-    """Under ``flask run --debug`` the child has one scheduler and one heart, also after a reload;
-    the parent has neither a worker nor a thread."""
+    """Under ``flask run --debug`` the child has one scheduler and one heartbeat, also after a
+    reload; the parent has neither a worker nor a thread."""
     parent = site.run(
         "flask", "--app", "forked_site", "--debug", "run", "--port", str(site.port)
     )  # fmt: skip
@@ -320,14 +320,14 @@ def test_the_reloaders_child_has_one_scheduler(app: Flask, state: AppState, site
 
     after = wait_until(reloaded, "the reload", _RELOAD_SECONDS)
     for told in (before, after):
-        assert (told["schedulers"], told["hearts"]) == (1, 1)
+        assert (told["schedulers"], told["heartbeats"]) == (1, 1)
     assert threads_of(parent) == 1
     assert worker_pids(state) == sorted([before["pid"], after["pid"]])
 
 
 def _works(told: dict[str, Any]) -> bool:
-    # The heart begins a moment before the scheduler.
-    return bool(told["hearts"] and told["schedulers"])
+    # The heartbeat begins a moment before the scheduler.
+    return bool(told["heartbeats"] and told["schedulers"])
 
 
 def _count(state: AppState) -> int:

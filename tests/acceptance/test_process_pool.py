@@ -287,8 +287,8 @@ def test_a_killed_nursery_is_replaced(app: Flask, start: Start, journal: Path) -
     job.wait(DEADLINE_SECONDS)
     held = enqueue("hold", str(journal), 1.0, retries=0)
     wait_until(lambda: any(line.startswith("start") for line in lines(journal)), "the start")
-    (nursery,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-    os.kill(int(nursery), signal.SIGKILL)
+    (fork_server,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    os.kill(int(fork_server), signal.SIGKILL)
     held.wait(DEADLINE_SECONDS)
     assert (held.status, held.crash_count, held.retry_count) == ("completed", 0, 0)
     assert held.attempt == 2
@@ -414,7 +414,7 @@ def test_a_child_that_does_not_finish_its_start_is_replaced(
     check = f"import os, time\nwhile os.path.exists({str(hang)!r}):\n    time.sleep(0.1)\n"
     (tmp_path / "host.py").write_text(check + host)
     (tmp_path / "sitecustomize.py").write_text(
-        "from flask_bgjobs.execution.pools import process\nprocess._START_SECONDS = 3.0\n"
+        "from flask_bgjobs.execution.pools.process import pool\npool._START_SECONDS = 3.0\n"
     )
     worker = start_worker("-P", "process", "-c", "1", "--max-jobs", "1")
     hang.touch()

@@ -79,13 +79,13 @@ def test_processes_run_out(app: Flask, start_worker: Start, tmp_path: Path) -> N
     """A fork server that may not fork goes on, its other children as well."""
     program = (
         "import os\n"
-        "from flask_bgjobs.execution.pools import nursery\n"
+        "from flask_bgjobs.execution.pools.process import forkserver\n"
         "fork = os.fork\n"
         "def refuse():\n"
         f"    if os.path.exists({str(tmp_path / 'refuse')!r}):\n"
         "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
         "    return fork()\n"
-        "nursery.os.fork = refuse\n"
+        "forkserver.os.fork = refuse\n"
     )
     (tmp_path / "sitecustomize.py").write_text(program)
     worker = start_worker("-P", "process", "-c", "2", BGJOBS_APP="host")
@@ -170,7 +170,7 @@ def test_a_fork_server_that_cannot_start_holds_no_jobs(
     refuse = tmp_path / "refuse"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        f"if os.path.exists({str(refuse)!r}) and 'nursery' in ' '.join(sys.orig_argv):\n"
+        f"if os.path.exists({str(refuse)!r}) and 'forkserver' in ' '.join(sys.orig_argv):\n"
         "    os._exit(1)\n"
     )
     worker = start_worker("-P", "process", "-c", "1")
@@ -195,10 +195,10 @@ def test_no_child_process_is_free_for_good(
     """A child that SIGKILL does not end, as where it waits within the kernel, is named in the log;
     a worker that has no other exits with code 1."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from flask_bgjobs import worker\n"
-        "from flask_bgjobs.execution.pools.process.forkserver import Nursery\n"
+        "from flask_bgjobs.worker import worker\n"
+        "from flask_bgjobs.execution.pools.process.forkserver import ForkServer\n"
         "worker._FIRST_OVERDUE_SECONDS = 2.0\n"
-        "Nursery.signal_group = lambda *_: None\n"
+        "ForkServer.signal_group = lambda *_: None\n"
     )
     worker = start_worker("-P", "process", "-c", "1", BGJOBS_LEASE=6, BGJOBS_HEARTBEAT_INTERVAL=1)
     job = enqueue("ignore_term", str(journal), timeout=0.5)

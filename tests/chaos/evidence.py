@@ -64,7 +64,7 @@ class Evidence:
         """What was asked for."""
         return self.planned[int(job.owner or 0)]
 
-    def described(self, job_id: int) -> list[str]:
+    def describe_exit(self, job_id: int) -> list[str]:
         """Everything that is known of a job, for people."""
         job = self.jobs.get(job_id)
         lines = [f"job {job_id}"]

@@ -410,7 +410,7 @@ def test_numbers_of_all_jobs_are_for_who_may_see_all(make_host: MakeHost) -> Non
     host.add(5, owner="7", priority=9)
     waiting = host.add(owner="42")
     for address in (f"/job/{waiting}", f"/api/v1/jobs/{waiting}"):
-        assert "before it" not in host.get(address)
+        assert "ahead of it" not in host.get(address)
     assert "only some of them" in host.get("/queues", 403)
     stats = host.client.get("/jobs/api/v1/stats").json
     assert (stats["jobs"], stats["ended"]) == (None, None)
@@ -793,7 +793,7 @@ def test_why_a_job_waits(host: Host) -> None:
     assert "the next free worker takes it" in host.get(f"/job/{waiting}")
     host.add(count=2, queue="mail", priority=5)
     host.add(count=3, queue="mail", priority=0)
-    assert "2 jobs of the queue mail stand before it" in host.get(f"/job/{waiting}")
+    assert "2 jobs of the queue mail are ahead of it" in host.get(f"/job/{waiting}")
     host.pause("mail")
     assert "The queue mail is paused" in host.get(f"/job/{waiting}")
     done = host.add(status="completed")

@@ -261,7 +261,7 @@ def test_a_lone_statement_that_was_cut_off_is_in_doubt(state: AppState, counter:
         connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
 
     with pytest.raises(CommitInDoubt):
-        state.store.in_one_statement(work)
+        state.store.autocommit_once(work)
     assert tries == 1
     assert numbers(state, counter) == [1, 1]
 
@@ -280,6 +280,6 @@ def test_a_lone_statement_that_the_server_turned_away_is_redone(
             connection.exec_driver_sql(RAISE[database_kind].format(code))
         connection.execute(sa.update(counter).values(number=counter.c.number + 1))
 
-    state.store.in_one_statement(work)
+    state.store.autocommit_once(work)
     assert tries == 2
     assert numbers(state, counter) == [1, 1]

@@ -974,7 +974,7 @@ class TestConcurrency:
         of_a_worker = store.with_deadline(5.0)
         assert of_a_worker.transaction(settings) == ("off", "off")
         # Also on the same connection, once the transaction has ended.
-        assert of_a_worker.alone(settings) == usual
+        assert of_a_worker.autocommit(settings) == usual
         assert store.transaction(settings) == usual
         of_a_worker.dispose()
 

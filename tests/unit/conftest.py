@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from flask_bgjobs import BgJobs
 from flask_bgjobs.execution.current import CurrentJob
 from flask_bgjobs.execution.execute import execute
-from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.execution.interrupt import InterruptScope
 from flask_bgjobs.job.records import Outcome
 from flask_bgjobs.state import AppState, state_of
 from tests.unit.helpers import make_spec
@@ -77,7 +77,7 @@ def attempt(bgjobs: BgJobs, state: AppState) -> Attempt:
         function: Callable[..., Any],
         parameters: Any = (),
         *,
-        window: Window | None = None,
+        window: InterruptScope | None = None,
         **changes: Any,
     ) -> Outcome:
         name = f"unit.job{next(_numbers)}"
@@ -85,7 +85,7 @@ def attempt(bgjobs: BgJobs, state: AppState) -> Attempt:
         given = parameters if isinstance(parameters, dict) else list(parameters)
         spec = make_spec(target=name, parameters=given, **changes)
         job = CurrentJob(spec, max_payload=state.config.max_payload)
-        outcome = execute(state, spec, job, window or Window(), time.monotonic())
+        outcome = execute(state, spec, job, window or InterruptScope(), time.monotonic())
         job.report_failure()
         return outcome
 

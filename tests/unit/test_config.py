@@ -177,7 +177,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("BGJOBS_QUEUE_POOLS", {"images": "gevent"}, "'thread', 'process'"),
     ("BGJOBS_QUEUE_POOLS", {"Im ages": "thread"}, "a queue must be"),
     ("BGJOBS_QUEUE_POOLS", ["images"], "must be a dict of queue to pool"),
-    ("BGJOBS_APP", "", "must be a text"),
+    ("BGJOBS_APP", "", "must be a non-empty string"),
     ("BGJOBS_POOL", None, "'thread', 'process'"),
     ("BGJOBS_POOL", "Thread", "'thread', 'process'"),
     *(("BGJOBS_CONCURRENCY", value, INTEGER) for value in (0, -1, 2.0, "4", True, 10_001)),
@@ -224,8 +224,8 @@ BAD: list[tuple[str, Any, str]] = [
         for value in (None, 1, 0, "true", "")
     ),
     *(("BGJOBS_DASHBOARD_URL_PREFIX", value, "path") for value in ("", "/", "jobs", None, 5)),
-    *(("BGJOBS_BASE_TEMPLATE", value, "not empty") for value in ("", None, 5)),
-    *(("BGJOBS_BIND_KEY", value, "not empty") for value in ("", 5)),
+    *(("BGJOBS_BASE_TEMPLATE", value, "non-empty string") for value in ("", None, 5)),
+    *(("BGJOBS_BIND_KEY", value, "non-empty string") for value in ("", 5)),
 ]
 
 

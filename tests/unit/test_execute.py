@@ -25,7 +25,7 @@ from flask_bgjobs import Fail, JobCancelled, JobTimeout, Retry, Snooze, current_
 from flask_bgjobs.config import Config
 from flask_bgjobs.execution.current import CurrentJob
 from flask_bgjobs.execution.execute import execute
-from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.execution.interrupt import InterruptScope
 from flask_bgjobs.job.records import JobSpec, Outcome, Report
 from flask_bgjobs.job.serialize import loads
 from flask_bgjobs.job.statuses import OutcomeKind
@@ -38,7 +38,7 @@ NO_DURATIONS = [-1, math.nan, math.inf, True, "soon", 10**400, [5], object()]
 
 
 def run_spec(state: AppState, spec: JobSpec) -> Outcome:
-    return execute(state, spec, CurrentJob(spec), Window(), time.monotonic())
+    return execute(state, spec, CurrentJob(spec), InterruptScope(), time.monotonic())
 
 
 def allow(state: AppState, *names: str) -> None:
@@ -173,7 +173,7 @@ def test_any_base_exception(error: BaseException, attempt: Attempt) -> None:
 )
 def test_stopped(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
     """A job that is interrupted while it runs is cancelled or timed out."""
-    window, started = Window(), threading.Event()
+    window, started = InterruptScope(), threading.Event()
 
     def spin() -> None:
         started.set()
@@ -194,7 +194,7 @@ def test_stopped(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
 
 def test_cancelled_before_the_start(attempt: Attempt) -> None:
     """A job that is cancelled between claim and start does not run."""
-    window, ran = Window(), []  # type: ignore[var-annotated]
+    window, ran = InterruptScope(), []  # type: ignore[var-annotated]
     window.interrupt(JobCancelled)
     assert attempt(lambda: ran.append(1), window=window).kind is OutcomeKind.CANCELLED
     assert ran == []
@@ -211,7 +211,7 @@ def test_finished_in_spite_of_a_cancel(attempt: Attempt) -> None:
         except JobCancelled:
             return "finished"
 
-    window = Window()
+    window = InterruptScope()
     outcome = attempt(job, window=window)
     assert outcome.kind is OutcomeKind.COMPLETED
     assert outcome.result_json == '"finished"'
@@ -600,7 +600,7 @@ def test_coroutine_that_raises(attempt: Attempt) -> None:
 )
 def test_coroutine_is_stopped(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
     """An ``async def`` job is stopped where it awaits, and may await in its clean-up."""
-    window, cleaned = Window(), []  # type: ignore[var-annotated]
+    window, cleaned = InterruptScope(), []  # type: ignore[var-annotated]
 
     async def job() -> None:
         loop = asyncio.get_running_loop()
@@ -759,7 +759,7 @@ def test_receiver_that_raises(attempt: Attempt, caplog: pytest.LogCaptureFixture
 
 def test_window_covers_the_code_alone(attempt: Attempt, host: Flask) -> None:
     """While the host's teardown and the end of the session run, nothing can be interrupted."""
-    window, answers = Window(), []  # type: ignore[var-annotated]
+    window, answers = InterruptScope(), []  # type: ignore[var-annotated]
 
     @host.teardown_appcontext
     def late(_error: BaseException | None) -> None:

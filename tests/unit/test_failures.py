@@ -26,7 +26,7 @@ from flask_bgjobs import (
 )
 from flask_bgjobs.execution.current import CurrentJob
 from flask_bgjobs.execution.execute import execute
-from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.execution.interrupt import InterruptScope
 from flask_bgjobs.job.records import JobSpec, Outcome, Settled
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.observability.failures import CallThread, report_lost
@@ -58,7 +58,7 @@ def raising(error: BaseException) -> Callable[..., None]:
     return job
 
 
-def run(state: AppState, spec: JobSpec, window: Window) -> Outcome:
+def run(state: AppState, spec: JobSpec, window: InterruptScope) -> Outcome:
     job = CurrentJob(spec)
     outcome = execute(state, spec, job, window, time.monotonic())
     job.report_failure()
@@ -127,7 +127,7 @@ def test_what_a_cancel_made_a_job_raise_is_not_reported(
 ) -> None:
     """A job that raises something else when it is cancelled or given back has not failed."""
     spec = make_spec(target="nobody.knows")
-    window = Window()
+    window = InterruptScope()
     window.interrupt(JobCancelled)
     outcome = run(state, spec, window)
     assert outcome.kind is OutcomeKind.REFUSED
@@ -140,7 +140,7 @@ def test_a_refused_name_is_reported(
     """A name that the worker's allow-list does not hold keeps its own stage."""
     state.registry = Registry((), {})
     spec = make_spec(target="os.system")
-    run(state, spec, Window())
+    run(state, spec, InterruptScope())
     (record,) = failures(caplog)
     assert record.getMessage().startswith("Unauthorized or invalid job class/method |")
     assert [final for _, _, final in calls] == [True]
@@ -273,7 +273,7 @@ def test_it_works_for_an_app_that_is_set_up_later(host: Flask) -> None:
     bgjobs.init_app(host)
     state: AppState = host.extensions["bgjobs"]
     spec = make_spec(target="nobody.knows")
-    run(state, spec, Window())
+    run(state, spec, InterruptScope())
     assert seen == [True]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from flask_bgjobs.cli.worker import without_option
-from flask_bgjobs.system.exits import described
+from flask_bgjobs.system.exits import describe_exit
 from flask_bgjobs.worker.supervisor.restarts import Restarts
 from flask_bgjobs.worker.supervisor.supervised import STOP, TAKES_JOBS, Supervised
 from tests.conftest import wait_until
@@ -56,7 +56,7 @@ def test_an_end_in_order_is_answered_once_in_a_second() -> None:
 )
 def test_ends_in_words(code: int, words: str) -> None:
     """The log says how a process has ended."""
-    assert described(code) == words
+    assert describe_exit(code) == words
 
 
 @pytest.mark.parametrize("option", [["--processes", "4"], ["--processes=4"]])

@@ -17,7 +17,7 @@ import pytest
 
 from flask_bgjobs import JobCancelled, JobTimeout
 from flask_bgjobs.execution import interrupt as window_module
-from flask_bgjobs.execution.interrupt import Window
+from flask_bgjobs.execution.interrupt import InterruptScope
 from tests.unit.helpers import wait_until
 
 STOPS = [JobCancelled, JobTimeout]
@@ -62,7 +62,7 @@ def spin(started: threading.Event) -> None:
 
 def test_result() -> None:
     """Without an interruption the code's result comes back, and the window is closed."""
-    window = Window()
+    window = InterruptScope()
     assert not window.is_closed
     assert window.run(lambda: 5) == 5
     assert window.is_closed
@@ -71,7 +71,7 @@ def test_result() -> None:
 
 def test_own_exception() -> None:
     """What the code raises comes out as it is, and the window is closed."""
-    window = Window()
+    window = InterruptScope()
     with pytest.raises(ZeroDivisionError):
         window.run(lambda: 1 / 0)
     assert window.is_closed
@@ -80,7 +80,7 @@ def test_own_exception() -> None:
 @pytest.mark.parametrize("stop", STOPS)
 def test_before_it_runs(stop: Any) -> None:
     """Interrupted before it ran, the code does not run at all."""
-    window, ran = Window(), []
+    window, ran = InterruptScope(), []
     assert window.interrupt(stop) is True
     with pytest.raises(stop):
         window.run(lambda: ran.append(1))
@@ -91,7 +91,7 @@ def test_before_it_runs(stop: Any) -> None:
 @pytest.mark.parametrize("stop", STOPS)
 def test_busy_loop(stop: Any) -> None:
     """A busy loop of Python code is stopped at its next instruction."""
-    window, started = Window(), threading.Event()
+    window, started = InterruptScope(), threading.Event()
     code = InThread(lambda: window.run(lambda: spin(started)))
     assert started.wait(30)
     assert window.interrupt(stop) is True
@@ -111,7 +111,7 @@ def test_broad_except(stop: Any) -> None:
             except Exception:
                 swallowed.append(1)
 
-    window, started, swallowed = Window(), threading.Event(), []  # type: ignore[var-annotated]
+    window, started, swallowed = InterruptScope(), threading.Event(), []  # type: ignore[var-annotated]
     code = InThread(lambda: window.run(stubborn))
     assert started.wait(30)
     window.interrupt(stop)
@@ -128,7 +128,7 @@ def test_finally_blocks_run() -> None:
         finally:
             cleaned.append(1)
 
-    window, started, cleaned = Window(), threading.Event(), []  # type: ignore[var-annotated]
+    window, started, cleaned = InterruptScope(), threading.Event(), []  # type: ignore[var-annotated]
     code = InThread(lambda: window.run(tidy))
     assert started.wait(30)
     window.interrupt(JobCancelled)
@@ -146,7 +146,7 @@ def test_finished_in_spite_of_it() -> None:
             return "finished"
         return "never"
 
-    window, started = Window(), threading.Event()
+    window, started = InterruptScope(), threading.Event()
     code = InThread(lambda: (window.run(stubborn), sum(range(10_000))))
     assert started.wait(30)
     window.interrupt(JobCancelled)
@@ -155,7 +155,7 @@ def test_finished_in_spite_of_it() -> None:
 
 def test_after_the_end() -> None:
     """After the end an interruption is refused, and never arrives."""
-    window = Window()
+    window = InterruptScope()
     window.run(lambda: None)
     assert window.interrupt(JobCancelled) is False
     assert sum(1 for _ in range(10_000)) == 10_000
@@ -164,7 +164,7 @@ def test_after_the_end() -> None:
 
 def test_first_reason_counts() -> None:
     """Of two interruptions the first says why."""
-    window = Window()
+    window = InterruptScope()
     window.interrupt(JobTimeout)
     window.interrupt(JobCancelled)
     with pytest.raises(JobTimeout):
@@ -185,7 +185,7 @@ def test_swallowed_stop(monkeypatch: pytest.MonkeyPatch) -> None:
                 stops.append(now[0])
         return "gave in"
 
-    window = Window()
+    window = InterruptScope()
     code = InThread(lambda: window.run(stubborn))
     wait_until(lambda: ticks[0])
     for _ in range(100):
@@ -204,7 +204,7 @@ def test_swallowed_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocking_call_ends_first() -> None:
     """A blocking call ends first; the stop comes right after it."""
-    window, started, gate = Window(), threading.Event(), threading.Event()
+    window, started, gate = InterruptScope(), threading.Event(), threading.Event()
     after: list[int] = []
 
     def block() -> None:
@@ -232,7 +232,7 @@ def test_neighbour_is_not_hit() -> None:
             pass
         return "whole"
 
-    first, second = Window(), Window()
+    first, second = InterruptScope(), InterruptScope()
     stopped = InThread(lambda: first.run(lambda: spin(started[0])))
     other = InThread(lambda: second.run(neighbour))
     assert all(event.wait(30) for event in started)
@@ -246,7 +246,7 @@ class Race:
     """Interrupts each window handed to it, again and again, until it is told to stop."""
 
     def __init__(self) -> None:
-        self.window: Window | None = None
+        self.window: InterruptScope | None = None
         self.errors: list[BaseException] = []
         self._over = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -280,14 +280,14 @@ def test_nothing_arrives_after_the_end() -> None:
     """However an interruption races with the end, nothing arrives once ``run`` is over."""
     race, outcomes, late = Race(), [], []  # type: ignore[var-annotated]
 
-    def code(window: Window, steps: int) -> str:
+    def code(window: InterruptScope, steps: int) -> str:
         race.window = window
         for _ in range(steps):
             pass
         return "finished"
 
     def one(steps: int) -> None:
-        window = Window()
+        window = InterruptScope()
         try:
             outcomes.append(window.run(lambda: code(window, steps)))
         except JobCancelled:
@@ -324,7 +324,7 @@ def test_coroutine_race() -> None:
     """However an interruption races with a coroutine's end, neither side breaks."""
     race, outcomes, broken = Race(), [], []  # type: ignore[var-annotated]
 
-    async def code(window: Window, steps: int) -> str:
+    async def code(window: InterruptScope, steps: int) -> str:
         race.window = window
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -333,7 +333,7 @@ def test_coroutine_race() -> None:
     def many() -> None:
         deadline = time.monotonic() + 4
         while len(outcomes) < 3_000 and not broken and time.monotonic() < deadline:
-            window = Window()
+            window = InterruptScope()
             coroutine = code(window, random.randrange(4))
             try:
                 outcomes.append(window.run(lambda: window.run_coroutine(coroutine)))  # noqa: B023
@@ -356,7 +356,7 @@ def test_coroutine_race() -> None:
     assert set(outcomes) <= {"finished", "cancelled"}
 
 
-def run_coroutine(window: Window, coroutine: Any) -> Any:
+def run_coroutine(window: InterruptScope, coroutine: Any) -> Any:
     return window.run(lambda: window.run_coroutine(coroutine))
 
 
@@ -367,7 +367,7 @@ def test_coroutine() -> None:
         await asyncio.sleep(0)
         return 5
 
-    assert run_coroutine(Window(), add()) == 5
+    assert run_coroutine(InterruptScope(), add()) == 5
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -387,7 +387,7 @@ def test_coroutine_is_cancelled_through_its_task(stop: Any) -> None:
             await asyncio.sleep(0)
             seen.append("cleaned up")
 
-    window = Window()
+    window = InterruptScope()
     code = InThread(lambda: run_coroutine(window, wait()))
     assert waiting.wait(30)
     assert window.interrupt(stop) is True
@@ -406,7 +406,7 @@ def test_coroutine_finishes_in_spite_of_it() -> None:
             await asyncio.sleep(60)
         return "finished"
 
-    window = Window()
+    window = InterruptScope()
     code = InThread(lambda: run_coroutine(window, stubborn()))
     assert waiting.wait(30)
     window.interrupt(JobCancelled)
@@ -420,12 +420,12 @@ def test_coroutine_that_cancels_itself() -> None:
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        run_coroutine(Window(), give_up())
+        run_coroutine(InterruptScope(), give_up())
 
 
 def test_interrupted_before_the_coroutine_awaits() -> None:
     """A coroutine that is interrupted before its first await is stopped at it."""
-    window = Window()
+    window = InterruptScope()
     reached: list[str] = []
 
     async def late() -> None:
@@ -441,7 +441,7 @@ def test_interrupted_before_the_coroutine_awaits() -> None:
 
 def test_a_signal_handler_may_interrupt_its_own_thread() -> None:
     """From a signal's handler the interruption is raised on the spot, also in a blocking call."""
-    window = Window()
+    window = InterruptScope()
     before = signal.signal(signal.SIGALRM, lambda *_: window.interrupt(JobTimeout))
     began = time.monotonic()
     try:
@@ -456,7 +456,7 @@ def test_a_signal_handler_may_interrupt_its_own_thread() -> None:
 
 def test_a_signal_handler_may_interrupt_a_coroutine() -> None:
     """From a signal's handler a coroutine is stopped through its task, so that it can clean up."""
-    window = Window()
+    window = InterruptScope()
     cleaned: list[bool] = []
 
     async def code() -> None:
@@ -479,16 +479,16 @@ def test_a_signal_handler_may_interrupt_a_coroutine() -> None:
 def test_closes_whatever_a_signal_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal handler of the job's that raises while the window is being closed does not keep it
     open."""
-    close = Window._close
+    close = InterruptScope._close
     raised = []
 
-    def close_in_the_end(window: Window) -> None:
+    def close_in_the_end(window: InterruptScope) -> None:
         if not raised:
             raised.append(True)
             raise TimeoutError
         close(window)
 
-    monkeypatch.setattr(Window, "_close", close_in_the_end)
-    window = Window()
+    monkeypatch.setattr(InterruptScope, "_close", close_in_the_end)
+    window = InterruptScope()
     assert window.run(lambda: 5) == 5
     assert window.is_closed

@@ -17,7 +17,7 @@ from ...state import AppState
 from ...system.threads import WorkerThread, position_of
 from ..current import CurrentJob
 from ..execute import execute
-from ..interrupt import Window
+from ..interrupt import InterruptScope
 from .hands import Hands
 from .trouble import Overdue
 
@@ -30,7 +30,7 @@ class _Task:
     spec: JobSpec
     job: CurrentJob
     claimed: float
-    window: Window = dataclasses.field(default_factory=Window)
+    scope: InterruptScope = dataclasses.field(default_factory=InterruptScope)
     is_over: bool = False
     """Whether its outcome was handed over; its failure may still be reported."""
 
@@ -129,7 +129,7 @@ class ThreadPool:
             self._waiting.remove(task)
         except ValueError:
             task.job.request_cancel()
-            task.window.interrupt(JobCancelled)
+            task.scope.interrupt(JobCancelled)
         else:
             self._hand_over(task, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
             self._tasks.remove(task)
@@ -141,11 +141,11 @@ class ThreadPool:
             Overdue(
                 task.spec,
                 now - since,
-                task.window.interruption,
-                position_of(task.window.thread_id or 0),
+                task.scope.interruption,
+                position_of(task.scope.thread_id or 0),
             )
             for task in self._begun_tasks()
-            if (since := task.window.overdue_since) is not None
+            if (since := task.scope.overdue_since) is not None
         ]
 
     def close(self) -> None:
@@ -159,8 +159,8 @@ class ThreadPool:
         if task is None:
             return False
         if task.spec.timeout is not None:
-            self._deadlines.add(time.monotonic() + task.spec.timeout, task.window)
-        outcome = execute(self._state, task.spec, task.job, task.window, task.claimed)
+            self._deadlines.add(time.monotonic() + task.spec.timeout, task.scope)
+        outcome = execute(self._state, task.spec, task.job, task.scope, task.claimed)
         self._hand_over(task, outcome)
         task.job.report_failure()
         self._tasks.remove(task)
@@ -190,17 +190,17 @@ class _Deadlines:
     """One thread that interrupts windows when their time is up; started when first needed."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Window]] = []
+        self._heap: list[tuple[float, int, InterruptScope]] = []
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._compact_at = _COMPACT_FROM
 
-    def add(self, deadline: float, window: Window) -> None:
-        """Interrupt ``window`` at ``deadline``, by ``time.monotonic()``."""
+    def add(self, deadline: float, scope: InterruptScope) -> None:
+        """Interrupt ``scope`` at ``deadline``, by ``time.monotonic()``."""
         with self._changed:
-            heapq.heappush(self._heap, (deadline, next(self._order), window))
+            heapq.heappush(self._heap, (deadline, next(self._order), scope))
             if len(self._heap) > self._compact_at:
                 self._compact()
             if self._thread is None:
@@ -227,10 +227,10 @@ class _Deadlines:
         self._compact_at = max(_COMPACT_FROM, 2 * len(self._heap))
 
     def _watch(self) -> None:
-        while (window := self._next_overdue()) is not None:
-            window.interrupt(JobTimeout)
+        while (scope := self._next_overdue()) is not None:
+            scope.interrupt(JobTimeout)
 
-    def _next_overdue(self) -> Window | None:
+    def _next_overdue(self) -> InterruptScope | None:
         with self._changed:
             while not self._closed:
                 left = self._heap[0][0] - time.monotonic() if self._heap else None

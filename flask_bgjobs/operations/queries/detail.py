@@ -53,7 +53,7 @@ def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDet
     """All that is known of ``job``, masked.
 
     :param job: freshly read, as by ``state.store.get``.
-    :param with_totals: whether to say how many other jobs stand before it.
+    :param with_totals: whether to say how many other jobs are ahead of it.
     """
     shown = Shown.of(state, job.target, job.method, job.parameters_json)
     service = service_now(state)
@@ -134,8 +134,8 @@ def _reasons(
         )
     if ahead:
         more = "More than 1,000" if ahead > _MAX_AHEAD else f"{ahead:,}"
-        jobs, stand = ("job", "stands") if ahead == 1 else ("jobs", "stand")
-        reasons.append(f"{more} {jobs} of the queue {job.queue} {stand} before it.")
+        jobs, are = ("job", "is") if ahead == 1 else ("jobs", "are")
+        reasons.append(f"{more} {jobs} of the queue {job.queue} {are} ahead of it.")
     return reasons or ["It is due; the next free worker takes it."]
 
 

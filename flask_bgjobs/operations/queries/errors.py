@@ -13,7 +13,7 @@ from ...job.statuses import JobStatus, OutcomeKind
 from ...models import Attempt, Job
 from ...state import AppState
 from .charts import Period
-from .listing import jobs_to_judge
+from .listing import jobs_for_authorizer
 from .shown import Shown
 
 READ_ATTEMPTS = 10_000
@@ -113,7 +113,7 @@ def errors_in(
             sa.select(sa.func.min(newest.c.finished_at), sa.func.count()).select_from(newest)
         ).one()
         last = {row.id: row for row in connection.execute(_attempts(found))}
-    jobs = jobs_to_judge(state, [row.job_id for row in last.values()])
+    jobs = jobs_for_authorizer(state, [row.job_id for row in last.values()])
     groups = (_group(state, row, last.get(row.last_id), jobs, visible) for row in found)
     return Errors(
         period=period,

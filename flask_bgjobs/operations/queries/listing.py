@@ -130,7 +130,7 @@ def count_new(
     return Count(len(page.jobs) + has_more, _COUNTED_NEW)
 
 
-def jobs_to_judge(state: AppState, ids: Sequence[int]) -> dict[int, Job]:
+def jobs_for_authorizer(state: AppState, ids: Sequence[int]) -> dict[int, Job]:
     """The jobs with these ids, for the authorizer: without result, meta and large parameters."""
     statement = sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS).where(_job.c.id.in_(ids))
     with state.store.read() as connection:
@@ -139,7 +139,7 @@ def jobs_to_judge(state: AppState, ids: Sequence[int]) -> dict[int, Job]:
 
 
 def newest_jobs(state: AppState, number: int) -> list[Job]:
-    """So many of the newest jobs, as :func:`jobs_to_judge` gives them."""
+    """So many of the newest jobs, as :func:`jobs_for_authorizer` gives them."""
     statement = sa.select(*_LIST_COLUMNS, _LISTED_PARAMETERS).order_by(_job.c.id.desc())
     with state.store.read() as connection:
         found = connection.execute(statement.limit(number)).mappings().all()
@@ -170,7 +170,7 @@ def job_of_nobody(queue: str | None = None) -> Job:
 
 
 def is_listed(state: AppState, job: Job, filters: JobFilters) -> bool:
-    """Whether what is shown of a job, as :func:`jobs_to_judge` gives it, matches."""
+    """Whether what is shown of a job, as :func:`jobs_for_authorizer` gives it, matches."""
     shown = Shown.of(state, job.target, job.method, vars(job).get("parameters_json"))
     return is_shown_to_match(job_row(job, shown), filters)
 
@@ -278,7 +278,7 @@ class _Walk:
         return [ids.where(has_status(each), *has_value) for each in statuses]
 
     def _first(self, statement: sa.Select[Any], limit: int) -> sa.Select[Any]:
-        return self._state.store.first(self._sorted(statement), limit)
+        return self._state.store.limit_ordered(self._sorted(statement), limit)
 
     def _sorted(self, statement: sa.Select[Any]) -> sa.Select[Any]:
         columns = dict.fromkeys([self._column, _job.c.id])

@@ -20,7 +20,7 @@ from ...models import Job, UtcTime, has_status
 from .. import transitions
 from ..base import Store
 from ..connections import forward
-from ..database import ALONE, JOBS, QUEUES, READ_ONLY, ROLLUPS
+from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS
 from ..links import limited, prepare_limits, refuse_dead, shut_down
 from ..sizes import batches
 from ..statements.claim import SPEC_COLUMNS
@@ -77,7 +77,7 @@ class MysqlStore(Store):
         super().__init__(engine, *args, **kwargs)
         prepare_limits(engine)
 
-    def plus(
+    def add_seconds(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
     ) -> sa.ColumnElement[dt.datetime]:
         microseconds = sa.cast(seconds * 1_000_000, sa.BigInteger)
@@ -155,7 +155,7 @@ class MysqlStore(Store):
         }
         columns = (claimed.get(column.name, column).label(column.name) for column in SPEC_COLUMNS)
         chosen = candidates.with_only_columns(*columns, maintain_column_froms=True)
-        rows = connection.execute(self.locked(self.first(chosen, limit)))
+        rows = connection.execute(self.locked(self.limit_ordered(chosen, limit)))
         specs = [JobSpec._make(row) for row in rows]
         if specs:
             connection.execute(
@@ -289,7 +289,7 @@ def _time_or_unreadable(value: object) -> dt.datetime:
 
 
 def _begin(connection: sa.Connection) -> None:
-    if not {READ_ONLY, ALONE} & connection.get_execution_options().keys():
+    if not {READ_ONLY, AUTOCOMMIT} & connection.get_execution_options().keys():
         connection.exec_driver_sql("BEGIN")
 
 

@@ -20,7 +20,7 @@ from ...job.records import UNREADABLE_TIME
 from ...models import UtcTime
 from ..base import Store
 from ..connections import forward
-from ..database import ALONE, JOBS, READ_ONLY
+from ..database import AUTOCOMMIT, JOBS, READ_ONLY
 from ..links import is_readable, limited, prepare_limits, refuse_dead, shut_down
 from ..sizes import StatementTooLarge
 from ..statements.claim import ORDER_COLUMNS, pending_in
@@ -61,14 +61,14 @@ class PostgresStore(Store):
     can_listen = True
     # The server closes the connection over a larger message.
     largest_text = _LARGEST_MESSAGE - _MESSAGE_OVERHEAD
-    _ears: Any = None
+    _listen_connection: Any = None
     """The driver's connection that listens."""
 
     def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
         super().__init__(engine, *args, **kwargs)
         prepare_limits(engine)
 
-    def plus(
+    def add_seconds(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
     ) -> sa.ColumnElement[dt.datetime]:
         return time + seconds * sa.literal_column("interval '1 second'", sa.Interval)
@@ -78,7 +78,9 @@ class PostgresStore(Store):
         rows = sa.func.json_to_recordset(array.cast(postgresql.JSON))
         return rows.table_valued(*columns).render_derived(name="ended", with_types=True)
 
-    def first(self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]) -> sa.Select[Any]:
+    def limit_ordered(
+        self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]
+    ) -> sa.Select[Any]:
         # By a query, whose value the planner does not know: it then reads in order. One that is
         # larger than the rows it believes in would let it read and sort them all.
         return ordered.limit(sa.select(sa.type_coerce(limit, sa.Integer)).scalar_subquery())
@@ -98,7 +100,9 @@ class PostgresStore(Store):
         names = sa.func.unnest(sa.bindparam("names", type_=postgresql.ARRAY(sa.String)))
         named = names.table_valued("name").render_derived(name="named")
         pending = pending_in(named.c.name, in_order).add_columns(*ORDER_COLUMNS).correlate(named)
-        first = self.first(pending, sa.bindparam("depth", type_=sa.Integer)).lateral("first")
+        first = self.limit_ordered(pending, sa.bindparam("depth", type_=sa.Integer)).lateral(
+            "first"
+        )
         return sa.select(first).join_from(named, first, sa.true())
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
@@ -147,8 +151,8 @@ class PostgresStore(Store):
         )
 
     def stop_listening(self) -> None:
-        if self._ears is not None:
-            self.sever(self._ears)
+        if self._listen_connection is not None:
+            self.sever(self._listen_connection)
 
     def listen(
         self,
@@ -157,7 +161,7 @@ class PostgresStore(Store):
         is_quiet: Callable[[], bool],
     ) -> None:
         """Wait for the notification of a commit that enqueued jobs, on a connection of its own."""
-        options = self.dialect_options({ALONE: True})
+        options = self.dialect_options({AUTOCOMMIT: True})
         with self.engine.connect().execution_options(**options) as connection:
             driver_connection: Any = connection.connection.driver_connection
             # Nobody else shall get a connection that listens.
@@ -165,7 +169,7 @@ class PostgresStore(Store):
             if hasattr(driver_connection, "add_notify_handler"):
                 # Without one, psycopg 3 would keep them all.
                 driver_connection.add_notify_handler(lambda _: None)
-            self._ears = driver_connection
+            self._listen_connection = driver_connection
             self._ask(connection, driver_connection, f"LISTEN {self._quoted_channel}")
             on_news()
             asked = time.monotonic()
@@ -210,7 +214,7 @@ class PostgresStore(Store):
         is_two_phase = isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
         return {**super().insert_parameters(connection, jobs), "notify": not is_two_phase}
 
-    def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
+    def json_array_rows(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         elements = sa.func.json_array_elements_text(array.cast(postgresql.JSON))
         each = elements.table_valued("text", with_ordinality="position").render_derived()
         return each.c.position, each.c.text
@@ -219,11 +223,11 @@ class PostgresStore(Store):
         return sa.cast(value, value.type)
 
     def dialect_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**options, "isolation_level": "AUTOCOMMIT"} if ALONE in options else options
+        return {**options, "isolation_level": "AUTOCOMMIT"} if AUTOCOMMIT in options else options
 
     def _on_begin(self, connection: sa.Connection) -> None:
         """Set what holds for this transaction of a worker alone, in one round trip."""
-        if {READ_ONLY, ALONE} & connection.get_execution_options().keys():
+        if {READ_ONLY, AUTOCOMMIT} & connection.get_execution_options().keys():
             return
         _set_for_transaction(
             connection,

@@ -19,7 +19,7 @@ from ...system.mounts import network_file_system
 from ...system.safe_logging import logger as _logger
 from ..base import Store
 from ..connections import forward
-from ..database import ALONE, READ_ONLY, WORKERS
+from ..database import AUTOCOMMIT, READ_ONLY, WORKERS
 from ..statements.settle import COMPLETION_TYPES
 from .sqlite_file import file_of
 from .sqlite_types import LENIENT_TYPES
@@ -69,14 +69,14 @@ class SqliteStore(Store):
         if self._file is not None:
             self._file.add_user(self)
 
-    def plus(
+    def add_seconds(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
     ) -> sa.ColumnElement[dt.datetime]:
         return sa.func.strftime(
             _CLOCK, time, sa.func.printf("%.6f seconds", seconds), type_=UtcTime
         )
 
-    def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
+    def json_array_rows(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         each = sa.func.json_each(array).table_valued("key", "value")
         return each.c.key, each.c.value
 
@@ -109,7 +109,7 @@ class SqliteStore(Store):
 
     def _turn_wal_on(self) -> str | None:
         # Needs the database to itself for a moment, and SQLite does not wait for that.
-        with self.engine.connect().execution_options(**{ALONE: True}) as connection:
+        with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
             before = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
             if before == "wal":
                 return None
@@ -145,7 +145,7 @@ class SqliteStore(Store):
             '{"poolclass": sqlalchemy.QueuePool}'
         )
 
-    def leave_what_is_gone(self) -> None:
+    def reconnect_if_replaced(self) -> None:
         if self._file is not None:
             # That there is no file is for those to say who need it.
             with contextlib.suppress(sqlite3.OperationalError):
@@ -193,7 +193,7 @@ class SqliteStore(Store):
     ) -> None:
         """Watch the number that SQLite gives to the newest commit of other connections."""
         assert self._file is not None, "no worker shares a database in memory"
-        with self.engine.connect().execution_options(**{ALONE: True}) as connection:
+        with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
             number = self._file.number
             driver_connection: Any = connection.connection.driver_connection
             seen = None
@@ -214,7 +214,7 @@ class SqliteStore(Store):
 
     def _stays_locked(self) -> bool:
         """Whether nobody can write, and not only for the moment that others need."""
-        with self.engine.connect().execution_options(**{ALONE: True}) as connection:
+        with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 0")
             try:
                 return not any(_can_write(connection) for _ in range(_LOCK_LOOKS))
@@ -346,5 +346,5 @@ def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 def _on_begin(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
-    if not options.get(ALONE):
+    if not options.get(AUTOCOMMIT):
         connection.exec_driver_sql("BEGIN" if options.get(READ_ONLY) else "BEGIN IMMEDIATE")

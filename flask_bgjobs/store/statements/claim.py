@@ -246,7 +246,7 @@ class Claims(Queues):
         """The first jobs of so many queues."""
         depth = sa.bindparam("depth", type_=sa.Integer)
         firsts = (
-            self.first(
+            self.limit_ordered(
                 pending_in(sa.bindparam(f"queue_{n}"), in_order).add_columns(*ORDER_COLUMNS), depth
             ).subquery()
             for n in range(number)
@@ -263,7 +263,7 @@ class Claims(Queues):
     def _open_in_window(self, in_order: sa.Select[Any]) -> sa.Select[Any]:
         limit = sa.bindparam("window", type_=sa.Integer)
         pending = _OF_ANY_QUEUE[in_order].add_columns(*ORDER_COLUMNS)
-        best = self.first(pending, limit).subquery("best")
+        best = self.limit_ordered(pending, limit).subquery("best")
         return (
             sa.select(best.c.id)
             .where(_is_open(best.c.queue))
@@ -311,7 +311,7 @@ class Claims(Queues):
         return sorted(map(JobSpec._make, rows), key=_best_first)
 
     def _claim_of(self, candidates: sa.Select[Any]) -> sa.Update:
-        first = self.first(candidates, sa.bindparam("at_most", type_=sa.Integer))
+        first = self.limit_ordered(candidates, sa.bindparam("at_most", type_=sa.Integer))
         return (
             sa.update(JOBS)
             .where(JOBS.c.id.in_(self.locked(first)))

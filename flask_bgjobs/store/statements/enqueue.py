@@ -63,7 +63,7 @@ class Inserts(Database):
         :raises CommitInDoubt: when the connection dies, and nobody can tell whether they are saved.
         """
         is_one_statement = len(jobs.parameters) == 1 and jobs.values["unique_hash"] is None
-        commit = self.in_one_statement if is_one_statement else self.transaction
+        commit = self.autocommit_once if is_one_statement else self.transaction
         return commit(lambda connection: self.insert(connection, jobs))
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
@@ -87,7 +87,7 @@ class Inserts(Database):
         made = zip(jobs.parameters, rows, strict=True)
         return (inserted_job(jobs, text, *row[:3]) for text, row in made)
 
-    def texts(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
+    def json_array_rows(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         """Position and text of the strings in a JSON array, as columns to select."""
         raise NotImplementedError
 
@@ -142,7 +142,7 @@ class Inserts(Database):
 
     @functools.cached_property
     def _insert_many(self) -> Any:
-        position, text = self.texts(sa.bindparam("texts", type_=sa.Text))
+        position, text = self.json_array_rows(sa.bindparam("texts", type_=sa.Text))
         values = {
             column.name: self.typed(sa.bindparam(column.name, type_=column.type))
             for key, column in COLUMNS.items()

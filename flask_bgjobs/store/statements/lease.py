@@ -45,7 +45,7 @@ class Leases(Settles, Audits):
             .where(Worker.id == worker_id, Worker.status == "alive")
             .values(heartbeat_at=self.now, beats=Worker.beats + 1)
         )
-        return bool(self.alone(lambda c: c.execute(alive).rowcount))
+        return bool(self.autocommit(lambda c: c.execute(alive).rowcount))
 
     def stop_worker(self, worker_id: int) -> None:
         """Record that a worker ended cleanly, with nothing left to it.
@@ -94,7 +94,7 @@ class Leases(Settles, Audits):
             .where(Worker.status == "alive")
             .order_by(Worker.id)
         )
-        return self.alone(lambda c: list(c.execute(living)))
+        return self.autocommit(lambda c: list(c.execute(living)))
 
     def rescue(self, worker_id: int, beats: int) -> list[Settled] | None:
         """Take the lease of a silent worker, and its running jobs, in one transaction.
@@ -137,7 +137,7 @@ class Leases(Settles, Audits):
             )
             .distinct()
         )
-        owners = self.alone(lambda c: c.scalars(orphans).all())
+        owners = self.autocommit(lambda c: c.scalars(orphans).all())
         return [
             settled
             for owner in owners
@@ -146,7 +146,7 @@ class Leases(Settles, Audits):
 
     def held_by(self, worker_id: int) -> list[JobSpec]:
         """The jobs that are running under a worker, started or not."""
-        return self.alone(lambda c: self._held_by(c, worker_id))
+        return self.autocommit(lambda c: self._held_by(c, worker_id))
 
     def lost_among_others(self, suspects: Sequence[JobSpec]) -> set[int]:
         """The ids of the suspects whose last worker died while it ran several of them."""
@@ -156,7 +156,7 @@ class Leases(Settles, Audits):
             .where(ATTEMPTS.c.job_id.in_([spec.id for spec in suspects]))
             .order_by(ATTEMPTS.c.job_id, ATTEMPTS.c.attempt)
         )
-        last = self.alone(lambda c: {row.job_id: row.outcome for row in c.execute(attempts)})
+        last = self.autocommit(lambda c: {row.job_id: row.outcome for row in c.execute(attempts)})
         return {job_id for job_id, kind in last.items() if kind == OutcomeKind.LOST_AMONG.value}
 
     def _count_started_suspects(self, connection: sa.Connection, worker_id: int) -> int:

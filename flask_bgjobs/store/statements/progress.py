@@ -139,7 +139,7 @@ class Runs(Database):
         # In the order in which rows are locked everywhere.
         for batch in batches(sorted(reports, key=_job_id), lambda key: _bytes_of(reports[key])):
             self._write_reports(worker_id, batch, reports)
-        rows = self.alone(lambda c: c.execute(RUNNING_OF, {"worker": worker_id}).all())
+        rows = self.autocommit(lambda c: c.execute(RUNNING_OF, {"worker": worker_id}).all())
         return LeaseView(
             attempts={row.id: row.attempt for row in rows},
             cancelling=frozenset(row.id for row in rows if row.cancel_requested_at is not None),

@@ -57,7 +57,7 @@ class Due(Database):
             # To build it takes longer than to run it, and a worker may look fifty times a second.
             self._looks[key] = self._look_in(key)
         parameters = {"looking": worker_id}
-        row = self.alone(lambda c: c.execute(self._looks[key], parameters).one())
+        row = self.autocommit(lambda c: c.execute(self._looks[key], parameters).one())
         dues = [due for due in (row.scheduled, row.retrying) if due is not None]
         due_in = (min(dues) - row.now).total_seconds() if dues else None
         return Work(bool(row.pending), due_in, row.drain_requested_at is not None)
@@ -128,7 +128,7 @@ class Due(Database):
         for status in _WITH_A_TIME:
             due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
             due = by_index(due, "ix_bgjobs_job_due")
-            yield self.first(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
+            yield self.limit_ordered(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
 
 
 def promotion(ids: Any) -> sa.Update:

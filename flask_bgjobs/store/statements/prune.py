@@ -95,7 +95,7 @@ class Prunes(Database):
         for statement in self._old_jobs(retention, after):
             rows = connection.execute(
                 # One that is locked is left to the next pass.
-                self.first(statement, limit - len(found)).with_for_update(skip_locked=True)
+                self.limit_ordered(statement, limit - len(found)).with_for_update(skip_locked=True)
             )
             found += (PruneCursor(JobStatus(row.status), row.finished_at, row.id) for row in rows)
             if len(found) >= limit:

@@ -88,7 +88,7 @@ class Selections(Database):
     def _next_ids(self, conditions: Conditions, after: int, limit: int) -> list[int]:
         wanted = sa.select(JOBS.c.id).where(*conditions, JOBS.c.id > after)
         with self.read() as connection:
-            return list(connection.scalars(self.first(wanted.order_by(JOBS.c.id), limit)))
+            return list(connection.scalars(self.limit_ordered(wanted.order_by(JOBS.c.id), limit)))
 
 
 def _conditions(selection: Selection) -> list[Conditions]:

@@ -126,8 +126,8 @@ class Settles(Runs):
             .where(JOBS.c.id == given.job_id, sa.case((is_ours, sa.true()), else_=sa.false()))
             .values(
                 transitions.completed(
-                    self.plus(JOBS.c.claimed_at, given.started_after),
-                    self.plus(JOBS.c.claimed_at, given.finished_after),
+                    self.add_seconds(JOBS.c.claimed_at, given.started_after),
+                    self.add_seconds(JOBS.c.claimed_at, given.finished_after),
                     given.new_result,
                 )
             )

@@ -6,7 +6,7 @@ import random
 
 _LEAST_SECONDS, _MOST_SECONDS = 1.0, 30.0
 _STEADY_SECONDS = 60.0
-"""Who has lived for so long did not fail because of how it was started."""
+"""A child that ran this long is healthy: the backoff starts over."""
 
 
 class Restarts:

@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
-from ...system.exits import described
+from ...system.exits import describe_exit
 from ...system.safe_logging import logger as _logger
 from ...system.signal_handlers import STOP_SIGNALS, handled
 from . import sd_notify
@@ -171,7 +171,7 @@ class Supervisor:
         """Take note of all that a child ever tells: that it takes jobs, or that it is no more."""
         assert slot.child is not None
         self._selector.unregister(slot.child.channel)
-        if not slot.child.says_that_it_takes_jobs():
+        if not slot.child.is_ready():
             return
         slot.was_up = True
         if not self._were_all_up and all(each.was_up for each in self._slots):
@@ -206,7 +206,7 @@ class Supervisor:
             "Worker process ended | Process: %d | Pid: %d | It %s | After: %.1f s | Next start: %s",
             slot.number,
             child.process.pid,
-            described(code),
+            describe_exit(code),
             lived_seconds,
             self._next_start(slot),
         )
@@ -295,7 +295,7 @@ class _Child:
         self.takes_jobs = False
         self.kill_at = math.inf
 
-    def says_that_it_takes_jobs(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether that is what it has to say; it says nothing when it has ended."""
         with contextlib.suppress(OSError):
             self.takes_jobs = bool(self.channel.recv(1, socket.MSG_DONTWAIT))

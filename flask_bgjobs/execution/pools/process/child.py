@@ -24,7 +24,7 @@ from ....system.memory import memory_in_use
 from ....system.signal_handlers import reset_in_copies
 from ...current import CurrentJob
 from ...execute import execute
-from ...interrupt import Window
+from ...interrupt import InterruptScope
 from ...leftovers import ProcessState
 from .. import become_child
 from .channel import ChildEnd
@@ -86,7 +86,7 @@ class _Child:
         self._marks = marks
         self._number = 0
         self._job: CurrentJob | None = None
-        self._window: Window | None = None
+        self._scope: InterruptScope | None = None
 
     def run(self, limits: Limits) -> None:
         reset_in_copies({signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_term)})
@@ -109,16 +109,16 @@ class _Child:
         What was interrupted may have left anything behind: locks, threads, half-made state.
         """
         claimed, spec = self._data_of(number)
-        self._state.store.leave_what_is_gone()
+        self._state.store.reconnect_if_replaced()
         job = CurrentJob(spec, max_payload=self._state.config.max_payload)
-        window = Window()
+        scope = InterruptScope()
         self._marks.start(number, time.monotonic())
         # The number last: from then on a signal is answered.
-        self._job, self._window, self._number = job, window, number
+        self._job, self._scope, self._number = job, scope, number
         if self._marks.stop == number:
             self._interrupt()
-        outcome = execute(self._state, spec, job, window, claimed)
-        self._number, self._job, self._window = 0, None, None
+        outcome = execute(self._state, spec, job, scope, claimed)
+        self._number, self._job, self._scope = 0, None, None
         self._process.restore()
         with self._channel.lock:
             self._channel.send([OUTCOME, number, pack_outcome(outcome)])
@@ -127,7 +127,7 @@ class _Child:
             job.report_failure()
             with self._channel.lock:
                 self._channel.send([REPORTED, number])
-        return window.interruption is not None
+        return scope.interruption is not None
 
     def _data_of(self, number: int) -> tuple[float, JobSpec]:
         """When the job of a ticket was claimed, and the job; those of tickets taken back go."""
@@ -143,12 +143,12 @@ class _Child:
 
     def _interrupt(self) -> None:
         assert self._job is not None
-        assert self._window is not None
+        assert self._scope is not None
         if self._marks.stop_for_timeout:
-            self._window.interrupt(JobTimeout)
+            self._scope.interrupt(JobTimeout)
         else:
             self._job.request_cancel()
-            self._window.interrupt(JobCancelled)
+            self._scope.interrupt(JobCancelled)
 
     def _report(self) -> None:
         while True:

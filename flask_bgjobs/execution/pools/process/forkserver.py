@@ -1,4 +1,4 @@
-"""The nursery: a process with one thread, whose forks become the children of a process pool.
+"""The fork server: a process with one thread, whose forks become the children of a process pool.
 
 A worker has threads and open connections, and must not be forked. Starting Python anew for
 each child would take a second of processor time. So one small process imports the libraries,
@@ -6,8 +6,8 @@ no code of the host's, and forks: a new child is there in milliseconds, and buil
 itself. It is the children's parent, so only it can tell when one has ended, and can signal one
 without the risk of meeting another process that got its number since.
 
-When the worker dies, the connection closes and Linux sends a signal; then it kills what it has
-borne.
+When the worker dies, the connection closes and Linux sends a signal; then it kills all
+children.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ....system.signal_handlers import reset_in_copies
 
 _MESSAGE = struct.Struct("=cqq")
 _FORK, _SIGNAL, _SIGNAL_GROUP = b"f", b"s", b"g"
-_BORN, _NOT_BORN, _ENDED = b"b", b"n", b"e"
+_STARTED, _NOT_STARTED, _ENDED = b"b", b"n", b"e"
 _DESCRIPTORS = 3
 _LIBRARIES = (
     "flask_bgjobs.cli",
@@ -50,15 +50,15 @@ _START += f"from {__name__} import main; main()"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Born:
-    """A child was born."""
+class ChildStarted:
+    """A child has started."""
 
     slot: int
     pid: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class NotBorn:
+class ChildNotStarted:
     """The system refused to fork."""
 
     slot: int
@@ -74,7 +74,7 @@ class Ended:
     """As ``os.waitpid`` gives it."""
 
 
-class Nursery(forks.Forkable):
+class ForkServer(forks.Forkable):
     """The worker's side: starts the process, and tells it what to do.
 
     :param settings: what :func:`.child.run` needs, as JSON can hold it.
@@ -105,9 +105,9 @@ class Nursery(forks.Forkable):
         return self._control.fileno()
 
     def fork(self, slot: int, descriptors: list[int]) -> None:
-        """Ask for a child; :class:`Born` or :class:`NotBorn` will answer.
+        """Ask for a child; :class:`ChildStarted` or :class:`ChildNotStarted` will answer.
 
-        :raises OSError: when the nursery is gone, as the others do.
+        :raises OSError: when the fork server has ended, as the others do.
         """
         socket.send_fds(self._control, [_MESSAGE.pack(_FORK, slot, 0)], descriptors)
 
@@ -124,10 +124,10 @@ class Nursery(forks.Forkable):
         """Whether :meth:`close` was called."""
         return self._control.fileno() < 0
 
-    def next_event(self) -> Born | NotBorn | Ended:
+    def next_event(self) -> ChildStarted | ChildNotStarted | Ended:
         """What has happened; waits for it.
 
-        :raises EOFError: when the nursery is gone.
+        :raises EOFError: when the fork server has ended.
         """
         try:
             data = self._control.recv(_MESSAGE.size, socket.MSG_WAITALL)
@@ -136,12 +136,14 @@ class Nursery(forks.Forkable):
         if len(data) < _MESSAGE.size:
             raise EOFError
         kind, first, second = _MESSAGE.unpack(data)
-        if kind == _BORN:
-            return Born(first, second)
-        return Ended(first, second) if kind == _ENDED else NotBorn(first, os.strerror(second))
+        if kind == _STARTED:
+            return ChildStarted(first, second)
+        return (
+            Ended(first, second) if kind == _ENDED else ChildNotStarted(first, os.strerror(second))
+        )
 
     def close(self) -> None:
-        """End the nursery and every child that is left."""
+        """End the fork server and every child that is left."""
         self._control.close()
         try:
             self._process.wait(_CLOSE_SECONDS)
@@ -156,13 +158,13 @@ class Nursery(forks.Forkable):
 
 
 def kill_groups(pids: Iterable[int]) -> None:
-    """End children, and the processes that they started, after the nursery itself was killed."""
+    """End children, and the processes that they started, after the fork server was killed."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
 
-# In the nursery's own process
+# In the process of the fork server
 
 
 def main() -> None:
@@ -215,7 +217,7 @@ def _serve(control: socket.socket, worker: int) -> list[int] | None:
                 pid = os.fork()
             except OSError as error:
                 # No process or no memory is left: the children that live must not suffer for it.
-                _tell(control, _NOT_BORN, first, error.errno or 0)
+                _tell(control, _NOT_STARTED, first, error.errno or 0)
             else:
                 if pid == 0:
                     _leave_nursery(control, awake, alarm)
@@ -224,7 +226,7 @@ def _serve(control: socket.socket, worker: int) -> list[int] | None:
                         os.set_inheritable(descriptor, False)
                     return descriptors
                 children.add(pid)
-                _tell(control, _BORN, first, pid)
+                _tell(control, _STARTED, first, pid)
             for descriptor in descriptors:
                 os.close(descriptor)
         elif first in children:
@@ -275,7 +277,7 @@ def _kill_group(pid: int, status: int) -> None:
 def _kill_all(children: set[int]) -> None:
     for pid in children:
         for kill in (os.killpg, os.kill):
-            # One that was born a moment ago has no group yet.
+            # One that was forked a moment ago has no group yet.
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
     for pid in children:

@@ -25,7 +25,7 @@ from ....errors import BgJobsError, JobCancelled, JobTimeout
 from ....job.records import JobSpec, Outcome, Report, lost_outcome
 from ....job.statuses import OutcomeKind, lost_kind
 from ....job.text import one_line
-from ....system.exits import described
+from ....system.exits import describe_exit
 from ....system.safe_logging import logger as _logger
 from ....system.threads import WorkerThread
 from ..pace import Pace
@@ -33,7 +33,7 @@ from ..trouble import Failing, Overdue
 from . import child
 from .channel import ParentEnd
 from .child import Limits
-from .forkserver import Born, Ended, NotBorn, Nursery, kill_groups
+from .forkserver import ChildNotStarted, ChildStarted, Ended, ForkServer, kill_groups
 from .messages import pack_spec, unpack_outcome, unpack_report
 from .tickets import Marks, Tickets
 
@@ -177,12 +177,12 @@ class ProcessPool:
         """Whether another try would change nothing."""
         self._failing_since = self._failed_at = math.inf
         """When the first child could not start while none was left, and the last one."""
-        self._birth_at = 0.0
+        self._start_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._awake, self._alarm = socket.socketpair()
         self._alarm.setblocking(False)
         self._selector.register(self._awake, selectors.EVENT_READ, self._on_alarm)
-        self._open_nursery()
+        self._open_fork_server()
         self._thread = WorkerThread(self._run, "bgjobs-children")
         self._thread.start()
         self._wait_for_first_child()
@@ -318,14 +318,14 @@ class ProcessPool:
             self._give_up()
             raise
         finally:
-            self._nursery.close()
+            self._fork_server.close()
             self._selector.close()
             self._awake.close()
             self._alarm.close()
 
     def _give_up(self) -> None:
         """End all children; :meth:`take_unstarted` returns what they had, to be given back."""
-        self._nursery.close()
+        self._fork_server.close()
         with self._changed:
             self._is_closed = True
             self._failure = "the thread that starts them has failed; the log says why"
@@ -381,7 +381,7 @@ class ProcessPool:
                 (self._look_at(each, now) for each in self._children.values()), default=math.inf
             )
             if len(self._living()) < self.size and not self._is_closed:
-                at = min(at, self._birth_at)
+                at = min(at, self._start_at)
             at = min(at, self._leave_at)
             return None if at == math.inf else min(max(0.0, at - now), _MAX_SELECT_SECONDS)
 
@@ -413,14 +413,14 @@ class ProcessPool:
             for each in self._living():
                 self._dismiss(each, now)
             return
-        while len(self._living()) < self.size and now >= self._birth_at:
+        while len(self._living()) < self.size and now >= self._start_at:
             self._start_child()
 
     def _kill(self, each: _Child, now: float) -> None:
         each.kill_at, each.killed_at = math.inf, now
         if each.pid is not None:
             # Otherwise it is killed as soon as its number is known.
-            self._command(self._nursery.signal_group, each.pid, signal.SIGKILL)
+            self._command(self._fork_server.signal_group, each.pid, signal.SIGKILL)
         if not (each.is_ready or each.is_leaving):
             # Another one takes its place, also where this one cannot end.
             each.is_leaving = each.is_noted = True
@@ -495,11 +495,11 @@ class ProcessPool:
         each.stopping = number
         each.kill_at = time.monotonic() + STOP_SECONDS
         each.marks.ask_stop(number, for_timeout=for_timeout)
-        self._command(self._nursery.signal, each.pid, signal.SIGTERM)
+        self._command(self._fork_server.signal, each.pid, signal.SIGTERM)
         self._take_back(each)
         self._ring()
 
-    # Births and deaths
+    # Starting and reaping children
 
     def _living(self) -> list[_Child]:
         return [each for each in self._children.values() if not each.is_leaving]
@@ -507,15 +507,15 @@ class ProcessPool:
     def _first_tasks(self) -> list[_Task]:
         return [next(iter(c.handed.values())) for c in self._children.values() if c.handed]
 
-    def _open_nursery(self) -> None:
-        self._nursery = Nursery(self._settings)
-        self._selector.register(self._nursery, selectors.EVENT_READ, self._on_nursery)
+    def _open_fork_server(self) -> None:
+        self._fork_server = ForkServer(self._settings)
+        self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
 
     def _start_child(self) -> None:
         """Start a child, or try again after a pause: descriptors or processes may have run out."""
         try:
-            if self._nursery.is_closed:
-                self._open_nursery()
+            if self._fork_server.is_closed:
+                self._open_fork_server()
             self._request_child()
         except OSError as error:
             self._note_failed_start(f"{type(error).__name__}: {error}")
@@ -530,7 +530,7 @@ class ProcessPool:
                 marks = Marks.create()
                 undo.callback(marks.close)
                 slot = next(self._slots)
-                self._nursery.fork(slot, [theirs.fileno(), tickets.read_end, marks.descriptor])
+                self._fork_server.fork(slot, [theirs.fileno(), tickets.read_end, marks.descriptor])
             undo.pop_all()
         each = _Child(slot, ParentEnd(ours), tickets, marks)
         each.kill_at = time.monotonic() + _START_SECONDS
@@ -541,22 +541,22 @@ class ProcessPool:
         try:
             command(*arguments)
         except OSError:
-            # The nursery is gone: its end is read by the loop, which opens another.
+            # The fork server has ended: the loop notices, and opens another.
             self._ring()
 
-    def _on_nursery(self) -> None:
+    def _on_fork_server(self) -> None:
         try:
-            event = self._nursery.next_event()
+            event = self._fork_server.next_event()
         except EOFError:
-            self._on_nursery_lost()
+            self._on_fork_server_lost()
             return
         match event:
-            case Born():
+            case ChildStarted():
                 each = self._children[event.slot]
                 each.pid = event.pid
                 if each.killed_at < math.inf:
-                    self._command(self._nursery.signal_group, each.pid, signal.SIGKILL)
-            case NotBorn():
+                    self._command(self._fork_server.signal_group, each.pid, signal.SIGKILL)
+            case ChildNotStarted():
                 self._forget(self._children[event.slot])
                 self._note_failed_start(event.reason)
             case Ended():
@@ -564,8 +564,8 @@ class ProcessPool:
 
     def _on_ended(self, event: Ended) -> None:
         each = next(c for c in self._children.values() if c.pid == event.pid)
-        how = described(os.waitstatus_to_exitcode(event.status))
-        self._bury(each, lambda task: self._crash_outcome(each, task, how))
+        how = describe_exit(os.waitstatus_to_exitcode(event.status))
+        self._reap_child(each, lambda task: self._crash_outcome(each, task, how))
         if not (each.is_ready or each.is_noted or self._is_closed):
             self._note_failed_start(each.failure or f"its process {how} while it built the app")
 
@@ -578,11 +578,11 @@ class ProcessPool:
             self._failed_at = time.monotonic()
             self._failing_since = min(self._failing_since, self._failed_at)
         backoff = _FIRST_BACKOFF_SECONDS * 2 ** min(self._failures, 20)
-        self._birth_at = time.monotonic() + min(backoff, _LAST_BACKOFF_SECONDS)
+        self._start_at = time.monotonic() + min(backoff, _LAST_BACKOFF_SECONDS)
         _logger.error("A child of the process pool could not start: %s", one_line(failure))
         self._changed.notify_all()
 
-    def _on_nursery_lost(self) -> None:
+    def _on_fork_server_lost(self) -> None:
         """All children went with it, and nobody can tell which of them was to blame, if any."""
         _logger.error("The process that starts the children has ended; another one is started")
         kill_groups(each.pid for each in self._children.values() if each.pid is not None)
@@ -590,14 +590,14 @@ class ProcessPool:
         running = [found[1] for each in self._children.values() if (found := each.running())]
         suspects = sum(task.spec.suspect for task in running)
         for each in list(self._children.values()):
-            self._bury(each, functools.partial(_outcome_of_lost, suspects))
-        self._selector.unregister(self._nursery)
-        self._nursery.close()
+            self._reap_child(each, functools.partial(_outcome_of_lost, suspects))
+        self._selector.unregister(self._fork_server)
+        self._fork_server.close()
         if is_start and not self._is_closed:
             # It may be the start of a child that ends it, each time.
             self._note_failed_start("the process that starts the children has ended")
 
-    def _bury(self, each: _Child, outcome_of: Callable[[_Task], Outcome]) -> None:
+    def _reap_child(self, each: _Child, outcome_of: Callable[[_Task], Outcome]) -> None:
         """Hear what a dead child said last, and settle the job that died with it."""
         self._on_message(each)
         self._take_back(each)
