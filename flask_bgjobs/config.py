@@ -29,6 +29,8 @@ AllowedJobs = Mapping[str, frozenset[str] | None]
 
 
 OUR_LAYOUT = "bgjobs/layout.html"
+POOLS = ("thread", "process")
+"""The names of the pools; :mod:`flask_bgjobs.execution.pools.kinds` says what they are."""
 
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _DAY = 86_400.0
@@ -315,7 +317,7 @@ def _one_of(*choices: str) -> Callable[[object], str]:
     return check
 
 
-_pool = _one_of("thread", "process")
+_pool = _one_of(*POOLS)
 
 
 def _queue_pools(value: object) -> Mapping[str, str]:

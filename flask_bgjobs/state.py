@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -74,16 +74,16 @@ class AppState:
         emit_settled(self.app, settled)
         self._leave_no_session()
 
-    def check_can_work(self, pools: Collection[str], app: str | None) -> None:
+    def check_can_work(self, *, forks: bool, app: str | None) -> None:
         """Refuse a worker that could not work in any process.
 
-        :param pools: those that it needs.
+        :param forks: whether one of its pools makes child processes.
         :param app: from where child processes would import the app.
         :raises ConfigError: says what to set.
         """
-        if "process" in pools and not hasattr(os, "fork"):
+        if forks and not hasattr(os, "fork"):
             raise ConfigError("the process pool needs fork(): use the thread pool on this system")
-        if "process" in pools and app is None:
+        if forks and app is None:
             raise ConfigError(
                 "the process pool builds the app anew in each child process: set "
                 "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"

@@ -194,7 +194,7 @@ def _retention(
 
 
 def _prune(state: AppState, retention: Mapping[JobStatus, float | None], count: int) -> None:
-    from ..worker.maintenance import Pruner
+    from ..worker.prune import Pruner
 
     pruner = Pruner(state.store, retention)
     with progress_bar(count, "Jobs") as advance:

@@ -17,6 +17,7 @@ from flask import Flask
 from flask.cli import ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
+from ..config import POOLS
 from ..errors import BgJobsError
 from ..execution.leftovers import owning_process
 from ..job.statuses import JobStatus
@@ -47,14 +48,13 @@ _FORCED_END_SECONDS = 11.0
 database and child processes all hang would need more."""
 _positive = NumberRange(min=0, min_open=True, max=_YEARS)
 _DID = {status: status.value for status in JobStatus} | {JobStatus.PENDING: "put back"}
-_POOL_UNITS = {"thread": "threads", "process": "child processes"}
 
 
 @bgjobs_commands.command("worker")
 @click.option(
     "-q", "--queues", type=QueueNames(), help="Serve only these, in strict order: high,mail."
 )
-@click.option("-P", "--pool", type=click.Choice(["thread", "process"]), help="Where jobs run.")
+@click.option("-P", "--pool", type=click.Choice(POOLS), help="Where jobs run.")
 @click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Jobs at once.")
 @click.option(
     "--processes",
@@ -215,7 +215,7 @@ def _other_threads_hold_the_process() -> bool:
 def _banner(state: AppState, worker: Worker) -> list[str]:
     queues = ", ".join(worker.queues) if worker.queues else "all, by priority"
     url = state.store.host_engine.url.render_as_string(hide_password=True)
-    pools = ", ".join(f"{r.size} {_POOL_UNITS[r.pool]}" for r in worker.routes)
+    pools = ", ".join(f"{r.size} {r.kind.places}" for r in worker.routes)
     if len(worker.routes) > 1:
         pools += f" for {', '.join(worker.routes[1].queues or ())}"
     dashboard = state.config.dashboard_url_prefix if state.config.dashboard else "off"

@@ -66,7 +66,11 @@ class EmbeddedWorker:
         self._worker: Worker | None = None
         self._stopping = threading.Event()
         pools = {options.get("pool") or state.config.pool, *state.config.queue_pools.values()}
-        state.check_can_work(pools, state.config.app)
+        # Here, as an app without a worker in it needs no pools.
+        from ..execution.pools.kinds import KINDS
+
+        forks = any(KINDS[pool].forks for pool in pools)
+        state.check_can_work(forks=forks, app=state.config.app)
 
     @property
     def is_running(self) -> bool:

@@ -12,17 +12,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..errors import JobTimeout
+from ..execution.pools.kinds import KINDS, PoolKind
 from ..execution.pools.pace import Pace, Throughput
-from ..execution.pools.process.pool import ProcessPool
-from ..execution.pools.thread import ThreadPool
+from ..execution.pools.protocol import Finished, Pool
 from ..job.records import JobSpec, Key, Outcome, Report
 
 _PREFETCH_SECONDS = 0.1
 """Work claimed ahead: more would keep a new high-priority job waiting."""
 _MAX_CLAIM = 1_000
-
-Finished = Callable[[JobSpec, Outcome], None]
-Pool = ThreadPool | ProcessPool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,13 +27,18 @@ class Route:
     """Which jobs go into which pool."""
 
     pool: str
-    """``thread`` or ``process``."""
+    """One of the names of :data:`~flask_bgjobs.execution.pools.kinds.KINDS`."""
     size: int
     """Jobs at once."""
     queues: tuple[str, ...] | None
     """Served in this strict order; ``None``: all but those of the other routes."""
     others: frozenset[str] = frozenset()
     """Queues that have a route of their own."""
+
+    @property
+    def kind(self) -> PoolKind:
+        """The kind of its pool."""
+        return KINDS[self.pool]
 
     def serves(self, queue: str) -> bool:
         """Whether jobs of ``queue`` go here."""
@@ -131,7 +133,7 @@ class Lanes:
 
     def has_own_process(self, spec: JobSpec) -> bool:
         """Whether the job runs in a process that runs nothing else meanwhile."""
-        return self._lane_of(spec).route.pool == "process"
+        return self._lane_of(spec).route.kind.forks
 
     def timed_out(self) -> set[Key]:
         """The jobs that hold a thread although their time was up."""
@@ -191,16 +193,14 @@ def routes(
     :param queues: what the worker serves, in strict order; ``None``: all.
     :param size_of: gives the jobs at once of a pool.
     """
-    other = "thread" if default == "process" else "process"
-    elsewhere = tuple(name for name, pool in queue_pools.items() if pool == other)
-    if queues is None:
-        here = None
-    else:
-        here = tuple(name for name in queues if name not in elsewhere)
-        elsewhere = tuple(name for name in queues if name in elsewhere)
+    served: dict[str, list[str]] = {default: []}
+    for name in queue_pools if queues is None else queues:
+        served.setdefault(queue_pools.get(name, default), []).append(name)
+    here = served.pop(default)
     found = []
-    if here is None or here:
-        found.append(Route(default, size_of(default), here, frozenset(elsewhere)))
-    if elsewhere:
-        found.append(Route(other, size_of(other), elsewhere))
+    if queues is None or here:
+        elsewhere = frozenset(itertools.chain.from_iterable(served.values()))
+        of_default = None if queues is None else tuple(here)
+        found.append(Route(default, size_of(default), of_default, elsewhere))
+    found += [Route(pool, size_of(pool), tuple(names)) for pool, names in served.items()]
     return found

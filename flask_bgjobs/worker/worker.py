@@ -16,9 +16,9 @@ from typing import Literal
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from ..errors import BgJobsError, WorkerFailed
+from ..execution.pools.kinds import PoolSettings
 from ..execution.pools.process.child import Limits
-from ..execution.pools.process.pool import ProcessPool
-from ..execution.pools.thread import ThreadPool
+from ..execution.pools.protocol import Finished, Pool
 from ..execution.pools.trouble import Overdue
 from ..job.records import JobSpec, Key, Outcome, Settled
 from ..job.rollup import Tally
@@ -26,7 +26,7 @@ from ..job.row_check import bad_row, checked
 from ..job.statuses import JobStatus, OutcomeKind
 from ..job.text import shown
 from ..models import Job
-from ..observability.failures import CallThread, report_cut_off, report_lost
+from ..observability.failures import CallThread, report_lost
 from ..operations import schema
 from ..signals import worker_started, worker_stopped
 from ..state import AppState, call_now, import_jobs
@@ -39,10 +39,11 @@ from ..version import __version__
 from .clock import STEP_SECONDS, Clock
 from .heartbeat import Heartbeat, LoopProgress
 from .listener import Wake, WakeUps
-from .maintenance import Pruner, Sweeper
 from .outage import Outage
 from .outbox import Outbox
-from .routing import Finished, Lane, Lanes, Pool, Route, routes
+from .prune import Pruner
+from .rescue import Sweeper
+from .routing import Lane, Lanes, Route, routes
 from .suspects import Suspects
 
 _MAX_NAME = 255
@@ -59,8 +60,6 @@ _WATCH_SECONDS = 1.0
 """How often jobs are looked for that cannot be stopped."""
 _FIRST_OVERDUE_SECONDS = 10.0
 """After so long such a job is logged, and again each time that this has doubled."""
-_PLACES = {"thread": "thread", "process": "child process"}
-"""What a job holds in each pool."""
 _LAST_SETTLE_TRIES = 3
 _LAST_LOCKS_SECONDS = 3.0
 _LAST_CALLS_SECONDS = 3.0
@@ -156,13 +155,13 @@ class Worker:
             max_jobs=options.max_jobs, max_time=options.max_time, max_memory=options.max_memory
         )
         # Child processes keep to them by themselves.
-        self._own_limits = self._limits if self.routes[0].pool == "thread" else Limits()
+        self._own_limits = Limits() if self.routes[0].kind.forks else self._limits
         self._begun = time.monotonic()
         self._sweeper = Sweeper(self._store, config.lease)
         self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
         self._pools = Lanes([])
-        state.check_can_work({route.pool for route in self.routes}, self._app)
+        state.check_can_work(forks=any(r.kind.forks for r in self.routes), app=self._app)
         _check_tables(state)
         import_jobs(state)
 
@@ -293,18 +292,13 @@ class Worker:
         return Lanes(lanes)
 
     def _open_pool(self, route: Route, on_finished: Finished) -> Pool:
-        if route.pool == "thread":
-            return ThreadPool(self.state, route.size, on_finished)
-        assert self._app is not None
-        limits = self._limits if route is self.routes[0] else None
-        return ProcessPool(
-            self._app,
-            route.size,
-            on_finished,
-            on_cut_off=functools.partial(report_cut_off, self.state),
-            limits=limits,
+        settings = PoolSettings(
+            state=self.state,
+            app=self._app,
+            limits=self._limits if route is self.routes[0] else None,
             show_logs=self._options.show_logs,
         )
+        return route.kind.open(settings, route.size, on_finished)
 
     def _register(self) -> None:
         self._id = register(
@@ -454,7 +448,7 @@ class Worker:
                 self._log_overdue(each, lane.route)
             held = [each for each in overdue if each.seconds >= self.state.config.lease]
             if len(held) >= lane.route.size:
-                place = _PLACES[lane.route.pool]
+                place = lane.route.kind.place
                 raise WorkerFailed(
                     f"no {place} is free: {len(held)} jobs cannot be stopped, for "
                     f"{min(each.seconds for each in held):.0f} s and longer (the log names them). "
@@ -475,7 +469,7 @@ class Worker:
             reason,
             job.seconds,
             job.position,
-            _PLACES[route.pool],
+            route.kind.place,
         )
 
     def _watch_failing(self) -> None:

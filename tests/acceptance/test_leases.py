@@ -15,8 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import Job
 from flask_bgjobs.state import AppState
-from flask_bgjobs.worker import maintenance
-from flask_bgjobs.worker.maintenance import Sweeper
+from flask_bgjobs.worker import rescue
+from flask_bgjobs.worker.rescue import Sweeper
 from flask_bgjobs.worker.worker import register
 from tests.acceptance.helpers import beats, enqueue, lines, stop_between_transactions, workers
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
@@ -163,7 +163,7 @@ def test_an_outage_is_nobodys_silence(
     """Time in which the database could not be asked is held against nobody, not even in part;
     silence before and after it counts."""
     now = 0.0
-    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(rescue, "time", SimpleNamespace(monotonic=lambda: now))
     other = register(state, "other")
     job = enqueue("echo", 1)
     state.store.claim(other, 1)
@@ -190,7 +190,7 @@ def test_who_cannot_beat_judges_nobody(
     """While a lock keeps all from writing, and so from showing that they live, nobody's silence
     counts; what counts is the silence of one among others that beat."""
     now = 0.0
-    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(rescue, "time", SimpleNamespace(monotonic=lambda: now))
     own, other = (register(state, name) for name in ("own", "other"))
     job = enqueue("echo", 1)
     state.store.claim(other, 1)
@@ -218,7 +218,7 @@ def test_silence_is_measured_by_a_monotonic_clock(
     """A wall clock that jumps makes no worker's silence longer, and none shorter."""
     clocks = SimpleNamespace(now=0.0, wall=1e9)
     times = SimpleNamespace(monotonic=lambda: clocks.now, time=lambda: clocks.wall)
-    monkeypatch.setattr(maintenance, "time", times)
+    monkeypatch.setattr(rescue, "time", times)
     other = register(state, "other")
     job = enqueue("echo", 1)
     state.store.claim(other, 1)
@@ -238,7 +238,7 @@ def test_silence_that_the_sweeper_slept_through(
     """When a whole container was paused for longer than a lease, the first worker to wake up
     gives the others time to show that they live; those that stay silent are dead."""
     now = 0.0
-    monkeypatch.setattr(maintenance, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(rescue, "time", SimpleNamespace(monotonic=lambda: now))
     other = register(state, "other")
     job = enqueue("echo", 1)
     state.store.claim(other, 1)

@@ -15,7 +15,7 @@ from flask_bgjobs import Job, run_background_job
 from flask_bgjobs.models import Queue
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
-from flask_bgjobs.worker.maintenance import Pruner
+from flask_bgjobs.worker.prune import Pruner
 from flask_bgjobs.worker.worker import register
 
 

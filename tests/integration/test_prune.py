@@ -13,7 +13,7 @@ from flask_bgjobs.enqueue.enqueue import enqueue
 from flask_bgjobs.models import Attempt, Job, JobLog, Worker
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.state import AppState
-from flask_bgjobs.worker.maintenance import Pruner
+from flask_bgjobs.worker.prune import Pruner
 from flask_bgjobs.worker.worker import register
 from tests.conftest import EXPORT, count_jobs
 

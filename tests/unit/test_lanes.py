@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from flask_bgjobs.config import POOLS
+from flask_bgjobs.execution.pools.kinds import KINDS
 from flask_bgjobs.worker.routing import Route, routes
 
 IMAGES = {"images": "process"}
@@ -57,3 +59,8 @@ def test_every_queue_has_exactly_one_route() -> None:
     both = made("thread", IMAGES, None)
     for queue in ("default", "mail", "images"):
         assert [route.serves(queue) for route in both].count(True) == 1
+
+
+def test_every_pool_that_can_be_configured_is_known() -> None:
+    """And no other."""
+    assert tuple(KINDS) == POOLS

@@ -1,0 +1,64 @@
+"""The kinds of pools, by the names that ``BGJOBS_POOL`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+from ...observability.failures import report_cut_off
+from ...state import AppState
+from .process.child import Limits
+from .process.pool import ProcessPool
+from .protocol import Finished, Pool
+from .thread import ThreadPool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """What pools are made with; each kind uses what it needs."""
+
+    state: AppState
+    app: str | None
+    """From where child processes import the app."""
+    limits: Limits | None
+    """When a child process is replaced by a fresh one."""
+    show_logs: bool
+    """Whether child processes print their log lines."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolKind:
+    """One kind of pool."""
+
+    place: str
+    """What a job holds there, in messages; ``places`` is its plural."""
+    places: str
+    forks: bool
+    """Whether its jobs run in processes of their own, which it makes by forks."""
+    open: Callable[[PoolSettings, int, Finished], Pool]
+    """Makes one with so many places, and what to call with each job and its outcome."""
+
+
+def _open_threads(settings: PoolSettings, size: int, on_finished: Finished) -> Pool:
+    return ThreadPool(settings.state, size, on_finished)
+
+
+def _open_processes(settings: PoolSettings, size: int, on_finished: Finished) -> Pool:
+    assert settings.app is not None, "AppState.check_can_work() has refused that"
+    return ProcessPool(
+        settings.app,
+        size,
+        on_finished,
+        on_cut_off=functools.partial(report_cut_off, settings.state),
+        limits=settings.limits,
+        show_logs=settings.show_logs,
+    )
+
+
+KINDS: Mapping[str, PoolKind] = {
+    "thread": PoolKind(place="thread", places="threads", forks=False, open=_open_threads),
+    "process": PoolKind(
+        place="child process", places="child processes", forks=True, open=_open_processes
+    ),
+}
