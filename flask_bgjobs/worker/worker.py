@@ -36,6 +36,7 @@ from ..system.memory import memory_in_use
 from ..system.safe_logging import logger as _logger
 from ..system.threads import require_alive
 from ..version import __version__
+from . import shutdown
 from .clock import STEP_SECONDS, Clock
 from .heartbeat import Heartbeat, LoopProgress
 from .listener import Wake, WakeUps
@@ -388,7 +389,7 @@ class Worker:
             return
         unseen = [spec for spec in self._store.held_by(self._id) if spec.key not in self._held]
         for spec in unseen:
-            self._outbox.put(spec, _given_back(spec))
+            self._outbox.put(spec, shutdown.given_back(spec))
         self._settle()
         self._claim_in_doubt = False
 
@@ -482,7 +483,7 @@ class Worker:
             if failing is None:
                 continue
             for spec in lane.take_unstarted():
-                self._outbox.put(spec, _given_back(spec))
+                self._outbox.put(spec, shutdown.given_back(spec))
             if failing.is_hopeless and failing.seconds >= self.state.config.lease:
                 raise WorkerFailed(
                     f"no child process could start for {failing.seconds:.0f} s: {failing.reason}"
@@ -501,7 +502,7 @@ class Worker:
         if work.drain and not self._is_draining:
             _logger.info("Worker draining | Worker: %s | Somebody asked it to end", self.name)
             self._is_draining = True
-            self._give_back_unstarted()
+            shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         promoted = 0
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
             promoted = self._store.promote()
@@ -594,7 +595,7 @@ class Worker:
             and not self._suspects.add(spec, is_exclusive=spec.id in exclusive, claimed=claimed)
         ]
         for spec in refused:
-            self._outbox.put(spec, _given_back(spec))
+            self._outbox.put(spec, shutdown.given_back(spec))
         self._claimed += len(specs) - len(refused)
         lane.submit([spec for spec in good if not spec.suspect], claimed)
 
@@ -631,7 +632,7 @@ class Worker:
             self._suspects.remove(spec)
             if spec.id in started.locked:
                 # Its start cannot be committed now, and the others must not wait for that.
-                self._outbox.put(spec, _given_back(spec))
+                self._outbox.put(spec, shutdown.given_back(spec))
             elif spec.id in started.ours:
                 own = self._pools.has_own_process(spec)
                 self._suspects.note_start(spec, has_own_process=own)
@@ -694,7 +695,7 @@ class Worker:
 
     def _drain(self) -> None:
         """Give back what has not started, let the rest finish, then give that back as well."""
-        self._give_back_unstarted()
+        shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         grace_ends = time.monotonic() + self.grace_seconds
         if running := self._pools.running():
             _logger.info(
@@ -706,9 +707,9 @@ class Worker:
         while self._pools.running() and time.monotonic() < grace_ends and self._stops < 2:
             self._guard(self._drain_turn)
             self._sleep(min(_FOLLOW_SECONDS, max(0.0, grace_ends - time.monotonic())))
-        self._give_back_running()
+        shutdown.give_back_running(self._pools, self._outbox, self._sleep)
         # A pool that failed during the grace has put its jobs back into its queue.
-        self._give_back_unstarted()
+        shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         self._settle_last()
 
     def _settle_last(self) -> None:
@@ -722,36 +723,9 @@ class Worker:
             elif self._outbox:
                 time.sleep(_GATHER_SECONDS)
 
-    def _give_back_unstarted(self) -> None:
-        for spec in [*self._pools.take_unstarted(), *self._suspects.take_waiting()]:
-            self._outbox.put(spec, _given_back(spec))
-
     def _drain_turn(self) -> None:
         self._settle()
         self._follow_running()
-
-    def _give_back_running(self) -> None:
-        """Stop the code first: another worker may start the job as soon as it is given back."""
-        running = self._pools.running_specs()
-        given_back = {spec.key for spec in running}
-        for spec in running:
-            self._pools.cancel(spec)
-        deadline = time.monotonic() + self._pools.stop_seconds
-        while self._pools.running() and time.monotonic() < deadline:
-            self._sleep(deadline - time.monotonic())
-        # Before the outcomes: a job that ends at this moment is in both, and not in neither.
-        still_running = {spec.key: spec for spec in self._pools.running_specs()}
-        for spec, outcome in self._outbox.take_all():
-            still_running.pop(spec.key, None)
-            # What was reported as failed had failed by itself.
-            stopped_by_us = spec.key in given_back and not outcome.is_reported
-            if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
-                outcome = _given_back(spec)._replace(report=outcome.report)
-            self._outbox.put(spec, outcome)
-        timed_out = self._pools.timed_out()
-        for spec in still_running.values():
-            _logger.warning("Job %s did not stop; it is settled while its code runs", spec.id)
-            self._outbox.put(spec, _timeout(spec) if spec.key in timed_out else _given_back(spec))
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Run a step that uses the database; live through an outage."""
@@ -831,21 +805,6 @@ def _deadline(lease: float) -> float:
     """Seconds that the database may take for a transaction: there must be time for a second try."""
     seconds = max(_LEAST_DEADLINE_SECONDS, lease / _DEADLINES_PER_LEASE)
     return min(seconds, _MOST_DEADLINE_SECONDS)
-
-
-def _given_back(spec: JobSpec) -> Outcome:
-    return Outcome(spec.id, spec.attempt, OutcomeKind.GIVEN_BACK)
-
-
-def _timeout(spec: JobSpec) -> Outcome:
-    """The outcome of a job whose time was up, and whose code did not stop."""
-    return Outcome(
-        spec.id,
-        spec.attempt,
-        OutcomeKind.TIMEOUT,
-        error_type="JobTimeout",
-        error=f"JobTimeout: it ran longer than {spec.timeout} s, and its code could not be stopped",
-    )
 
 
 def _routes(state: AppState, options: WorkerOptions, queues: Sequence[str] | None) -> list[Route]:
