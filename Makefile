@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos bench lint docs build clean
+.PHONY: help demo test quick chaos bench lint docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,13 @@ WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 TESTS = tests
 test: $(STAMP) ## all tests, on every processor; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+# Of the files that differ from the last commit; the deselected tests need a browser or a server.
+CHANGED = $$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files --others --exclude-standard '*.py')
+quick: $(STAMP) ## lint of what changed, unit tests, and integration tests on SQLite
+	@files="$(CHANGED)"; [ -z "$$files" ] || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not browser and not acceptance' \
+		-k 'not postgresql and not mysql' tests/unit tests/integration
 
 SECONDS = 300
 SEED =
