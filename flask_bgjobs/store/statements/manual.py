@@ -111,7 +111,8 @@ class ByHand(Audits):
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
-            idle = [job_id for job_id, status in found.items() if status in MOVES["delete"].sources]
+            # Also of a status that is not known, as somebody may have written into the row.
+            idle = [job_id for job_id, status in found.items() if status != JobStatus.RUNNING]
             held = delete_unheld(connection, idle, self.is_lock_timeout)
             for job_id in found:
                 if job_id not in idle:
