@@ -22,7 +22,7 @@ test: $(STAMP) ## all tests, on every processor; TESTS='tests/unit -k words' for
 CHANGED = $$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files --others --exclude-standard '*.py')
 quick: $(STAMP) ## lint of what changed, unit tests, and integration tests on SQLite
 	@files="$(CHANGED)"; [ -z "$$files" ] || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not browser and not acceptance' \
+	BGJOBS_STATE_EXAMPLES=25 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not browser and not acceptance' \
 		-k 'not postgresql and not mysql' tests/unit tests/integration
 
 SECONDS = 300

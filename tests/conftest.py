@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from flask import Flask
 
@@ -25,6 +26,25 @@ _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.01, 0.1
 """Between two looks at what must come."""
 DEADLINE_SECONDS = 60.0
 """How long a test waits for something that must come; machines are slow and noisy."""
+
+
+_JINJA_OPTIONS = (
+    "finalize",
+    "undefined",
+    "optimized",
+    "trim_blocks",
+    "lstrip_blocks",
+    "newline_sequence",
+    "keep_trailing_newline",
+    "line_statement_prefix",
+    "line_comment_prefix",
+    *(
+        f"{kind}_{end}_string"
+        for kind in ("block", "variable", "comment")
+        for end in ("start", "end")
+    ),
+)
+"""Of an environment, what the code of a template depends on."""
 
 
 def wait_until(
@@ -74,6 +94,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         kinds = mark.args if mark else databases.KINDS
         missing = metafunc.config.missing_servers  # type: ignore[attr-defined]
         metafunc.parametrize("database_kind", [kind for kind in kinds if kind not in missing])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates_compiled_once() -> Iterator[None]:
+    """Compile each template once for all apps of this test process: most tests make an app, and to
+    compile the templates of a page takes ten times as long as to answer it."""
+    compile_template, compiled = jinja2.Environment.compile, {}
+
+    def compile_once(
+        environment: jinja2.Environment, source: Any, name: Any = None, *args: Any
+    ) -> Any:
+        escapes = environment.autoescape
+        escapes = escapes(name) if callable(escapes) else escapes
+        options = [getattr(environment, option) for option in _JINJA_OPTIONS]
+        key = (source, name, args, escapes, *options, *sorted(environment.extensions))
+        if key not in compiled:
+            compiled[key] = compile_template(environment, source, name, *args)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", compile_once)
+        yield
 
 
 @pytest.fixture(scope="session")
