@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flask import Flask
 
 from .errors import ConfigError
 
-_MOST_LAYERS = 20
-"""Of decorators: a function may be said to wrap itself."""
+_NOT_ASSIGNED_YET = object()
+_SCALARS = (str, bytes, int, float, complex, type(None))
+"""Of these, two that are equal are the same."""
 
 
 def require_plain_function(
@@ -58,8 +58,7 @@ def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
 
     They have the same source, and use the same objects; only their apps may be different.
     """
-    pairs = list(itertools.zip_longest(_layers(one), _layers(other)))
-    return bool(pairs) and all(_is_same_layer(*pair) for pair in pairs)
+    return _is_same_function(one, other, set())
 
 
 def discard(answer: object) -> None:
@@ -79,37 +78,42 @@ def _bare(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _layers(function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """A function, and those that its decorators have wrapped."""
-    layers: list[Callable[..., Any]] = []
-    layer: Callable[..., Any] | None = function
-    while layer is not None and hasattr(layer, "__code__") and len(layers) < _MOST_LAYERS:
-        layers.append(layer)
-        layer = getattr(layer, "__wrapped__", None)
-    return layers
-
-
-def _is_same_layer(one: Callable[..., Any] | None, other: Callable[..., Any] | None) -> bool:
-    if one is None or other is None or one.__code__ is not other.__code__:
+def _is_same_function(one: Any, other: Any, compared: set[tuple[int, int]]) -> bool:
+    if (id(one), id(other)) in compared:
+        # Functions may refer to themselves, and to each other.
+        return True
+    compared.add((id(one), id(other)))
+    code = getattr(one, "__code__", None)
+    if code is None or code is not getattr(other, "__code__", None):
         return False
     if getattr(one, "__self__", None) is not getattr(other, "__self__", None):
         return False
-    return all(map(_is_same_value, _closure(one), _closure(other)))
+    pairs = zip(_values_of(one), _values_of(other), strict=True)
+    return all(_is_same_value(*pair, compared) for pair in pairs)
 
 
-def _closure(function: Callable[..., Any]) -> list[object]:
-    return [cell.cell_contents for cell in function.__closure__ or ()]
+def _values_of(function: Any) -> Iterator[object]:
+    """What a function uses beside its arguments: defaults, and variables around it."""
+    yield function.__defaults__
+    yield tuple(sorted((function.__kwdefaults__ or {}).items()))
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            yield _NOT_ASSIGNED_YET
 
 
-def _is_same_value(one: object, other: object) -> bool:
-    if one is other or (isinstance(one, Flask) and isinstance(other, Flask)):
+def _is_same_value(one: object, other: object, compared: set[tuple[int, int]]) -> bool:
+    if one is other or one is _NOT_ASSIGNED_YET or other is _NOT_ASSIGNED_YET:
         return True
+    if isinstance(one, Flask) and isinstance(other, Flask):
+        return True
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        pairs = zip(one, other, strict=True)
+        return all(_is_same_value(*pair, compared) for pair in pairs)
     if inspect.isroutine(one) and inspect.isroutine(other):
-        return is_same(one, other)
-    try:
-        return bool(one == other)
-    except Exception:
-        return False
+        return _is_same_function(one, other, compared)
+    return isinstance(one, _SCALARS) and type(one) is type(other) and one == other
 
 
 def _shown(function: object) -> str:

@@ -235,6 +235,12 @@ def failures_are_never_logged(app: Flask) -> None:
     _on_failure_lines(lambda: threading.Event().wait() if is_child() else None)
 
 
+def failures_are_logged_nowhere(app: Flask) -> None:
+    """A handler of the log that hangs at a failure in every process."""
+    failures_are_noted(app)
+    _on_failure_lines(lambda: threading.Event().wait())
+
+
 def _on_failure_lines(call: Callable[[], object]) -> None:
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from flask import Blueprint, Response, abort, current_app, g, make_response, request, session
 from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import generate_csrf, validate_csrf
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 from werkzeug.sansio.response import Response as WerkzeugResponse
 from wtforms import ValidationError
@@ -82,7 +82,7 @@ _SAMPLES = "bgjobs_sampled_jobs"
 _SAMPLES_KEPT_SECONDS = 10.0
 _SAMPLE_SECONDS = 1.0
 """For asking about all of them; an authorizer that takes longer gets no figures of all jobs."""
-_NEWEST = 20
+_SAMPLED_QUEUES, _NEWEST = 50, 20
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
 """Sent by our script: the answer is the part of the page that changes."""
@@ -197,29 +197,37 @@ def _may_see_each(authorizer: Authorizer, jobs: Iterable[Job]) -> bool:
         for job in jobs:
             answer: object = authorizer(VIEW, job)
             hooks.discard(answer)
-            if answer is not True or time.monotonic() > deadline:
+            if answer is not True:
+                return False
+            if time.monotonic() > deadline:
+                _tell_why_hidden(f"took longer than {_SAMPLE_SECONDS:g} s for a few jobs")
                 return False
     except HTTPException:
         return False
     except Exception as error:
         # It may look for something that belongs to the job.
         _roll_back_after(error)
-        if not current_app.extensions.get(_TOLD_OF_TOTALS):
-            current_app.extensions[_TOLD_OF_TOTALS] = True
-            _logger.warning(
-                "Figures hidden | The dashboard's authorizer raised %s for a made-up job: let it "
-                "answer for any job, and visitors who may see all jobs get figures of all",
-                type(error).__name__,
-            )
+        _tell_why_hidden(f"raised {type(error).__name__} for a made-up job")
         return False
     return True
+
+
+def _tell_why_hidden(reason: str) -> None:
+    if not current_app.extensions.get(_TOLD_OF_TOTALS):
+        current_app.extensions[_TOLD_OF_TOTALS] = True
+        _logger.warning(
+            "Figures hidden | The dashboard's authorizer %s: let it answer for any job at once, "
+            "and visitors who may see all jobs get figures of all",
+            reason,
+        )
 
 
 def _samples(state: AppState) -> Sequence[Job]:
     """A made-up job in each queue, and the newest jobs."""
     read_at, jobs = current_app.extensions.get(_SAMPLES, (-math.inf, ()))
     if time.monotonic() - read_at > _SAMPLES_KEPT_SECONDS:
-        in_queues = map(queries.job_of_nobody, sorted(state.store.queue_names()))
+        names = sorted(state.store.queue_names())[:_SAMPLED_QUEUES]
+        in_queues = map(queries.job_of_nobody, names)
         jobs = (*in_queues, *queries.newest_jobs(state, _NEWEST))
         current_app.extensions[_SAMPLES] = time.monotonic(), jobs
     return cast("Sequence[Job]", jobs)
@@ -227,7 +235,7 @@ def _samples(state: AppState) -> Sequence[Job]:
 
 def _roll_back_after(error: Exception) -> None:
     """Let the host's session be used again, where a statement of the authorizer's has failed."""
-    if isinstance(error, SQLAlchemyError):
+    if isinstance(error, DBAPIError):
         current_state().db.session.rollback()
 
 

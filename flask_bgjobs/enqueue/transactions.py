@@ -198,7 +198,7 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
 
     A job whose transaction or savepoint is rolled back instead is logged at DEBUG, and one whose
     session is closed without a commit as a warning: somebody has probably forgotten it. If an
-    exception ended the block or the request, no warning is logged.
+    exception ended the block, or the request was answered with an error, no warning is logged.
     """
     transaction = session.get_nested_transaction() or session.get_transaction()
     while transaction is not None and not transaction.is_active:
@@ -398,8 +398,8 @@ def _is_within(inner: SessionTransaction | None, outer: SessionTransaction) -> b
 def _finish_joined(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None:
         return
-    handled = sys.exc_info()[1]
-    was_raised = handled is not None and handled is not session.info.pop(_HANDLED, None)
+    handled, handled_before = sys.exc_info()[1], session.info.pop(_HANDLED, None)
+    was_raised = handled is not None and handled is not handled_before
     is_discarded = session.info.pop(_IS_DISCARDED, False) or was_raised
     for _, job, on_commit in session.info.pop(_JOINED, []):
         if job.committed:

@@ -74,11 +74,21 @@ def report_lost(state: AppState, settled: Settled) -> None:
 
 
 def report_cut_off(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
-    """Report an attempt whose process handed its outcome over, and died before it reported it."""
+    """Report soon an attempt whose process handed its outcome over, and ended before it reported
+    it: a handler of logging may have hung there, and would here."""
     settled = expected(state, spec, outcome)
     if settled is not None:
-        stand_in = _stand_in(settled)
-        report(state, settled, stand_in, stand_in, contextvars.copy_context())
+        state.call_soon(functools.partial(_report_cut_off, state, settled))
+
+
+def _report_cut_off(state: AppState, settled: Settled) -> None:
+    _logger.warning(
+        "Failure reported late | Job: %s | Its child process ended before it had logged the "
+        "failure; does a logging handler hang?",
+        settled.job_id,
+    )
+    stand_in = _stand_in(settled)
+    report(state, settled, stand_in, stand_in, contextvars.copy_context())
 
 
 class CallThread:
@@ -92,16 +102,16 @@ class CallThread:
 
     def __call__(self, call: Callable[[], None]) -> None:
         """Make a call soon. Calls that come when too many wait are dropped, and logged."""
-        with self._lock:
-            if self._thread is None and not self._is_finished:
-                self._thread = WorkerThread(self._run, "bgjobs-failures")
-                self._thread.start()
-            is_finished = self._is_finished
-        if is_finished:
-            call()
-            return
         try:
-            self._calls.put_nowait(call)
+            with self._lock:
+                is_finished = self._is_finished
+                if not is_finished:
+                    self._calls.put_nowait(call)
+                    if self._thread is None:
+                        self._thread = WorkerThread(self._run, "bgjobs-failures")
+                        self._thread.start()
+            if is_finished:
+                call()
         except queue.Full:
             _logger.error(
                 "on_failure call dropped | Queued: %d | The functions are slower than jobs fail",
@@ -130,7 +140,9 @@ class CallThread:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            call()
+            # What a call raises it logs by itself; this may be a logging handler that raises.
+            with contextlib.suppress(BaseException):
+                call()
 
 
 def _stand_in(settled: Settled) -> BaseException:

@@ -457,7 +457,7 @@ class Worker:
                 )
 
     def _log_overdue(self, job: Overdue, route: Route) -> None:
-        log_at = self._overdue_log_at.setdefault(job.spec.key, _FIRST_OVERDUE_SECONDS)
+        log_at = self._overdue_log_at.get(job.spec.key, _FIRST_OVERDUE_SECONDS)
         if job.seconds < log_at:
             return
         self._overdue_log_at[job.spec.key] = 2 * log_at

@@ -169,6 +169,39 @@ def test_the_last_failure_is_reported_before_the_worker_ends(
     assert [line.split()[:4] for line in lines(path)] == [[str(job.id), "1", "ValueError", "True"]]
 
 
+def test_a_log_that_hangs_everywhere_holds_no_job(
+    app: Flask, start_worker: Start, tmp_path: Path
+) -> None:
+    """The child is killed, and the worker reports for it beside its own work."""
+    worker = start_worker(
+        *("-P", "process", "-c", "1", "--shutdown-timeout", "5"),
+        TEST_SET_UP="failures_are_logged_nowhere",
+        TEST_MARKER=str(tmp_path / "failures"),
+        BGJOBS_APP="host",
+    )
+    assert enqueue("fail", "no such order", retries=0).wait(DEADLINE_SECONDS).status == "failed"
+    for number in range(3):
+        assert enqueue("echo", number).wait(DEADLINE_SECONDS).result == number
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(DEADLINE_SECONDS) == 0
+
+
+def test_functions_come_to_their_end_in_children_that_retire(
+    app: Flask, start_worker: Start, tmp_path: Path
+) -> None:
+    """Also in one that has been handed more jobs than it may run."""
+    path = tmp_path / "failures"
+    jobs = [enqueue("fail", str(number), retries=0) for number in range(6)]
+    start_worker(
+        *("-P", "process", "-c", "1", "--max-jobs", "2"),
+        TEST_SET_UP="failures_take_seconds",
+        TEST_MARKER=str(path),
+        BGJOBS_APP="host",
+    )
+    wait_until(lambda: len(lines(path)) == len(jobs), "the calls")
+    assert {int(line.split()[0]) for line in lines(path)} == {job.id for job in jobs}
+
+
 @pytest.mark.parametrize("set_up", ["failures_end_the_process", "failures_are_never_logged"])
 def test_the_worker_reports_what_a_child_has_not_reported(
     app: Flask, start_worker: Start, tmp_path: Path, set_up: str
@@ -185,10 +218,12 @@ def test_the_worker_reports_what_a_child_has_not_reported(
     job = enqueue("fail", "no such order", retries=0).wait(DEADLINE_SECONDS)
     assert job.error == "ValueError: no such order"
     assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
+    wait_until(lambda: lines(path), "the call")
     assert [line.split() for line in lines(path)] == [
         [str(job.id), "1", "AttemptFailed", "True", str(worker.pid)]
     ]
-    assert worker.log.read_text().count("Job failed |") == 1
+    said = worker.log.read_text()
+    assert said.count("Job failed |") == said.count("Failure reported late | ") == 1
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])

@@ -190,6 +190,33 @@ def test_a_query_of_the_authorizer_that_fails_spoils_nothing(
     assert caplog.text.count("Figures hidden") == 1
 
 
+def test_an_authorizer_that_finds_nothing_rolls_nothing_back(make_host: MakeHost) -> None:
+    """No statement has failed; what the host has changed in this request is still there."""
+    left: list[int] = []
+
+    def allow(action: str, job: Job | None) -> bool:
+        owner = {"owner": "7" if job is None else job.owner}
+        return bool(host.db.session.execute(query, owner).scalar_one())
+
+    query = sa.text("SELECT 1 FROM bgjobs_job WHERE owner = :owner")
+    host = make_host(authorizer=allow)
+    host.add(owner="7")
+    mark = sa.text("UPDATE bgjobs_job SET progress = 0.5")
+    count = sa.text("SELECT count(*) FROM bgjobs_job WHERE progress = 0.5")
+
+    def change() -> None:
+        host.db.session.execute(mark)
+
+    def note(response: flask.Response) -> flask.Response:
+        left.append(host.db.session.execute(count).scalar_one())
+        return response
+
+    host.app.before_request(change)
+    host.app.after_request(note)
+    host.get("/list")
+    assert left == [1]
+
+
 def test_an_authorizer_that_raises_is_asked_once(
     make_host: MakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:

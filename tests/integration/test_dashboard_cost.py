@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, Job, run_background_job
+from flask_bgjobs.dashboard import access
 from flask_bgjobs.models import Attempt
 from flask_bgjobs.operations.queries import listing
 from flask_bgjobs.state import state_of
@@ -83,6 +84,7 @@ def test_pages_cost_little(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(listing, "SEARCHED_ROWS", 500)
     problems = []
     # The jobs that an authorizer is asked about are read every ten seconds, by two more statements.
+    monkeypatch.setattr(access, "_SAMPLES_KEPT_SECONDS", 3_600.0)
     _get(crowded, "/")
     for name, path in PAGES.items():
         page: list[bytes] = []

@@ -375,7 +375,10 @@ def test_an_exception_is_no_forgotten_commit(
 def test_a_commit_is_forgotten_also_while_an_exception_is_handled(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It has nothing to do with the transaction that began meanwhile."""
+    """It has nothing to do with the transaction that began meanwhile, the first or a later one."""
+    shop.session.add(shop.purchase(name="a"))
+    shop.enqueue()
+    shop.session.commit()
     try:
         raise OSError
     except OSError:

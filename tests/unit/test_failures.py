@@ -315,9 +315,47 @@ def test_a_function_in_a_factory_is_called_once(bgjobs: BgJobs, attempt: Attempt
     assert called == ["second"]
 
 
+def test_a_function_in_a_factory_may_refer_to_anything(bgjobs: BgJobs, attempt: Attempt) -> None:
+    """To itself, and to what is assigned after it."""
+    called: list[str] = []
+
+    def create_app(name: str) -> None:
+        @bgjobs.on_failure
+        def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+            called.append(f"{note.__name__} {later}")
+
+        later = "later"
+
+        def twice(job: JobSpec, exception: BaseException, final: bool) -> None:
+            called.append(twice.__name__)
+
+        bgjobs.on_failure(twice)
+
+    for name in ("first", "second"):
+        create_app(name)
+    attempt(raising(ValueError("no")))
+    assert called == ["note later", "twice"]
+
+
 def _notes(what: str, notes: list[str]) -> Callable[..., None]:
     def note(job: JobSpec, exception: BaseException, final: bool) -> None:
         notes.append(what)
+
+    return note
+
+
+def _notes_default(what: str, notes: list[str]) -> Callable[..., None]:
+    def note(job: JobSpec, exception: BaseException, final: bool, channel: str = what) -> None:
+        notes.append(channel)
+
+    return note
+
+
+def _notes_into(what: str, notes: list[str]) -> Callable[..., None]:
+    own = [what]
+
+    def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+        notes.extend(own)
 
     return note
 
@@ -341,11 +379,13 @@ class _Notes:
     "make",
     [
         _notes,
+        _notes_default,
+        _notes_into,
         lambda what, notes: _passes_on(_notes(what, notes)),
         lambda what, notes: _Notes(what, notes).note,
         lambda what, notes: functools.partial(_notes(what, notes)),
     ],
-    ids=["closures", "decorated", "methods", "partials"],
+    ids=["closures", "defaults", "lists", "decorated", "methods", "partials"],
 )
 def test_functions_of_the_same_lines_are_all_called(
     bgjobs: BgJobs, attempt: Attempt, make: Callable[..., Any]

@@ -187,7 +187,7 @@ class ThreadPool:
 
 
 class _Deadlines:
-    """One thread that interrupts windows when their time is up; started when first needed."""
+    """One thread that interrupts code when their time is up; started when first needed."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, InterruptScope]] = []

@@ -35,6 +35,8 @@ _REPORT_SECONDS = 0.25
 """How often the worker is told what running code reports."""
 LAST_CALLS_SECONDS = 10.0
 """For the functions of ``on_failure``, when a child ends by itself. Another takes its place."""
+_DISMISSED_CALLS_SECONDS = 1.5
+"""The same when the worker ends it, which kills it after two seconds."""
 READY, BROKEN, OUTCOME, REPORT, REPORTED = "ready", "broken", "outcome", "report", "reported"
 
 
@@ -101,7 +103,7 @@ class _Child:
             if self._run_one(number) or _is_used_up(limits, jobs, time.monotonic() - started):
                 break
         self._channel.close()
-        calls.finish(LAST_CALLS_SECONDS)
+        calls.finish(_DISMISSED_CALLS_SECONDS if number is None else LAST_CALLS_SECONDS)
 
     def _run_one(self, number: int) -> bool:
         """Run the job of a ticket; whether its code was interrupted.

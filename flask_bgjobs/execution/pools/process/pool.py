@@ -131,8 +131,8 @@ class ProcessPool:
     :param app: import path from which children build the app, as ``flask --app`` takes it.
     :param size: how many children.
     :param on_finished: called, in the pool's own thread, with each job and its outcome.
-    :param on_cut_off: called like that with a job that has failed, when its process died before it
-        reported the failure.
+    :param on_cut_off: called like that with a job that has failed, when its process ended, or was
+        killed, before it reported the failure. It must not log by itself.
     :param limits: when a child is replaced by a fresh one.
     :param show_logs: whether children print their log lines.
     :raises BgJobsError: when no child can build the app; says why.
@@ -154,7 +154,7 @@ class ProcessPool:
         self.size = size
         self._on_finished = on_finished
         self._on_cut_off = on_cut_off
-        self._cut_off: list[_Reporting] = []
+        self._cut_off: collections.deque[_Reporting] = collections.deque()
         self._settings: dict[str, object] = {
             "app": app,
             "limits": dataclasses.asdict(limits or Limits()),
@@ -165,7 +165,8 @@ class ProcessPool:
         self._children: dict[int, _Child] = {}
         self._numbers = itertools.count(1)
         self._slots = itertools.count(1)
-        self._done: list[tuple[JobSpec, Outcome]] = []
+        self._done: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
+        """What has ended and was not handed over yet."""
         self._pace = Pace()
         self._is_closed = False
         self._leave_at = math.inf
@@ -213,7 +214,7 @@ class ProcessPool:
     def running(self) -> int:
         """How many jobs hold a child: those that run, and those whose failure is reported."""
         with self._changed:
-            return sum(each.is_busy for each in self._children.values())
+            return sum(each.is_busy for each in self._children.values()) + len(self._done)
 
     def idle(self) -> int:
         """How many jobs would begin at once, were they submitted now."""
@@ -248,7 +249,8 @@ class ProcessPool:
     def running_specs(self) -> list[JobSpec]:
         """The jobs that run."""
         with self._changed:
-            return [task.spec for task in self._first_tasks()]
+            ended = [spec for spec, _ in self._done]
+            return [*ended, *(task.spec for task in self._first_tasks())]
 
     def unstarted_specs(self) -> list[JobSpec]:
         """The jobs that wait for a child."""
@@ -333,8 +335,6 @@ class ProcessPool:
             handed = [task for each in self._children.values() for task in each.handed.values()]
             self._waiting.extendleft(reversed(handed))
             self._changed.notify_all()
-        for spec, outcome in self._done:
-            self._on_finished(spec, outcome)
         self._report_cut_off()
         with self._changed:
             self._children.clear()
@@ -348,19 +348,25 @@ class ProcessPool:
                 now = time.monotonic()
                 self._look_after_children(now)
                 self._hand_out(now)
-                done, self._done = self._done, []
-                cut_off, self._cut_off = self._cut_off, []
-            for spec, outcome in done:
-                self._on_finished(spec, outcome)
-            for spec, outcome, _ in cut_off:
-                self._on_cut_off(spec, outcome)
+            self._hand_over()
         self._report_cut_off()
+
+    def _hand_over(self) -> None:
+        """Hand over the jobs that have ended. Until then they count as running: who looks meanwhile
+        finds one in two places rather than none."""
+        while self._done:
+            self._on_finished(*self._done[0])
+            with self._changed:
+                self._done.popleft()
+        while self._cut_off:
+            spec, outcome, _ = self._cut_off.popleft()
+            self._on_cut_off(spec, outcome)
 
     def _report_cut_off(self) -> None:
         """Report the failures that the children that are left have not reported."""
         for each in self._children.values():
-            for spec, outcome, _ in each.reporting.values():
-                self._on_cut_off(spec, outcome)
+            self._cut_off += each.reporting.values()
+        self._hand_over()
 
     def _is_over(self) -> bool:
         return self._is_closed and (not self._children or time.monotonic() >= self._leave_at)
@@ -439,11 +445,7 @@ class ProcessPool:
     def _look_after_report(self, each: _Child, now: float) -> None:
         self._take_back(each)
         if now - each.reports_since >= _REPORT_SECONDS:
-            _logger.error(
-                "A child process is killed: it took longer than %g s to log a failure. Does a "
-                "logging handler hang?",
-                _REPORT_SECONDS,
-            )
+            # Without a line in the log, whose handler may hang here as well.
             self._kill(each, now)
 
     def _hand_out(self, now: float) -> None:
@@ -665,11 +667,11 @@ class ProcessPool:
         if not each.is_leaving:
             # One that has failed to start keeps its place: the next one waits for a while.
             each.is_leaving = each.is_ready
+            self._take_back(each)
             # One with nothing left to run may have functions of the host's to call.
             is_orderly = each.is_ready and not each.is_busy
             seconds = STOP_SECONDS + (child.LAST_CALLS_SECONDS if is_orderly else 0.0)
             each.kill_at = min(each.kill_at, time.monotonic() + seconds)
-            self._take_back(each)
 
     def _on_one_message(self, each: _Child, message: Any) -> None:
         match message:
