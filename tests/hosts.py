@@ -236,7 +236,7 @@ def failures_are_never_logged(app: Flask) -> None:
 
 
 def failures_are_logged_nowhere(app: Flask) -> None:
-    """A handler of the log that hangs at a failure in every process."""
+    """A handler for errors that hangs at a failure in every process."""
     failures_are_noted(app)
     _on_failure_lines(lambda: threading.Event().wait())
 
@@ -249,7 +249,8 @@ def _on_failure_lines(call: Callable[[], object]) -> None:
 
     # Before it: where there is a handler, the command adds none.
     logging.basicConfig(level=logging.INFO)
-    logging.getLogger("flask_bgjobs").addHandler(Handler())
+    # A handler that hangs holds its lock: without a level, every other line would wait for it.
+    logging.getLogger("flask_bgjobs").addHandler(Handler(logging.ERROR))
 
 
 def failures_take_long(app: Flask) -> None:
