@@ -12,8 +12,8 @@ help: ## list the targets
 demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
 	@exec $(BIN)/python -m example_app.demo
 
-# Many tests wait for other processes, so there is room for one more than there are processors.
-WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# Many tests wait for other processes, so there is room for twice as many as there are processors.
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) '*' 2)
 TESTS = tests
 test: $(STAMP) ## all tests, on every processor; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)

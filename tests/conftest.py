@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -85,6 +87,33 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_report_header(config: Any) -> list[str]:
     """Say in one line per server what the tests do not run on."""
     return [f"{sentence}; its tests are left out" for sentence in config.missing_servers.values()]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each process begin with its share of the tests that wait for other processes.
+
+    They take most of the time and little of the processors. Each process of xdist gets a part of
+    the list, and takes from others when it has finished that.
+    """
+    parts = [_Part() for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))]
+    groups = itertools.groupby(items, lambda item: item.path)
+    modules = {path: list(tests) for path, tests in groups}
+    slow = [path for path in modules if path.parent.name == "acceptance"]
+    # The modules with many tests first: the small ones then even the parts out.
+    for path in sorted(slow, key=lambda path: (-len(modules[path]), path)):
+        min(parts, key=lambda part: len(part.slow)).slow += modules.pop(path)
+    rest = list(itertools.chain.from_iterable(modules.values()))
+    share = len(items) // len(parts)
+    for part in parts:
+        number = max(0, share - len(part.slow))
+        part.quick, rest = rest[:number], rest[number:]
+    items[:] = [*itertools.chain.from_iterable((*p.slow, *p.quick) for p in parts), *rest]
+
+
+@dataclasses.dataclass
+class _Part:
+    slow: list[pytest.Item] = dataclasses.field(default_factory=list)
+    quick: list[pytest.Item] = dataclasses.field(default_factory=list)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
