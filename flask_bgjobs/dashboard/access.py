@@ -78,7 +78,7 @@ _MAY_SEE_TOTALS = "bgjobs.may_see_totals"
 _TOLD_OF_TOTALS = "bgjobs_told_of_totals"
 """Set in an app whose log says why figures are hidden."""
 _SAMPLES = "bgjobs_sampled_jobs"
-"""Where an app keeps the jobs that an authorizer is asked about for it, and when they were read."""
+"""Where an app keeps these jobs for :func:`may_see_totals`, and when it read them."""
 _SAMPLES_KEPT_SECONDS = 10.0
 _SAMPLE_SECONDS = 1.0
 """For asking about all of them; an authorizer that takes longer gets no figures of all jobs."""
@@ -171,11 +171,11 @@ def visible_filter() -> Callable[[Job], bool] | None:
 
 
 def may_see_totals() -> bool:
-    """Whether figures of all jobs are shown: to visitors who, as far as can be seen, may see all.
+    """Whether the visitor gets figures of all jobs, because the authorizer seems to allow all.
 
-    The authorizer is asked about a made-up job with an owner and a queue that do not exist, about
-    one in each queue, and about the newest jobs. The answer for existing jobs alone would not do: a
-    visitor could enqueue as many.
+    It is asked about a made-up job with an owner and a queue that do not exist, about one in each
+    queue, and about the newest jobs. If only existing jobs counted, a visitor could change the
+    answer by enqueueing some.
     """
     state = current_state()
     if state.config.dashboard_public:
@@ -185,8 +185,8 @@ def may_see_totals() -> bool:
         return False
     known: bool | None = request.environ.get(_MAY_SEE_TOTALS)
     if known is None:
-        nobodys = [queries.job_of_nobody()]
-        known = _may_see_each(authorizer, nobodys) and _may_see_each(authorizer, _samples(state))
+        made_up = [queries.job_of_nobody()]
+        known = _may_see_each(authorizer, made_up) and _may_see_each(authorizer, _samples(state))
         request.environ[_MAY_SEE_TOTALS] = known
     return known
 

@@ -138,15 +138,15 @@ def _plan(state: AppState, verb: str) -> Plan:
 
 
 def _counted_one_by_one(state: AppState, plan: Plan) -> Plan:
-    """The plan with the number of the jobs that the visitor may change; the database would count
-    others as well."""
+    """The plan with the number of jobs that the visitor may change. The database would also count
+    jobs that the authorizer refuses."""
     began = time.monotonic()
     count = 0
     for ids in queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _COUNTED_AT_ONCE):
         for job in _meant(state, plan, ids).values():
             count += access.is_allowed(plan.verb, job)
             seconds = time.monotonic() - began
-            # Of none it could not be asked whether more are meant.
+            # The question needs a number: without one, counting goes on for longer.
             if seconds > (_COUNT_SECONDS if count else _BUDGET_SECONDS):
                 return dataclasses.replace(plan, count=count, has_more=True)
     return dataclasses.replace(plan, count=count, has_more=False)

@@ -213,7 +213,7 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
         event.listen(session, "after_rollback", _note_rollback)
         event.listen(session, "after_soft_rollback", _drop_rolled_back)
         event.listen(session, "after_transaction_end", _finish_joined)
-    # An exception that is handled meanwhile, by a caller, is not what ends the transaction.
+    # A caller may be handling an exception now. That one does not end this transaction.
     session.info.setdefault(_HANDLED, sys.exc_info()[1])
     joined = session.info.setdefault(_JOINED, [])
     for job in jobs:

@@ -74,8 +74,10 @@ def report_lost(state: AppState, settled: Settled) -> None:
 
 
 def report_cut_off(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
-    """Report soon an attempt whose process handed its outcome over, and ended before it reported
-    it: a handler of logging may have hung there, and would here."""
+    """Report, in the thread of ``call_soon``, an attempt whose process ended before it had done so.
+
+    A logging handler may have hung in that process, and would hang here as well.
+    """
     settled = expected(state, spec, outcome)
     if settled is not None:
         state.call_soon(functools.partial(_report_cut_off, state, settled))

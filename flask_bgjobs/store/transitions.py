@@ -1,7 +1,8 @@
 """Every move of a job from one status to another, and what is written with it.
 
-No other module of the store writes a status. What has to happen whenever a job becomes pending, or
-whenever it ends, is added to :func:`pending` or :func:`ended`.
+No other module of the store writes a status. Add what has to happen whenever a job becomes pending
+to :func:`pending`, and what has to happen whenever it ends to :func:`ended`. Only
+:func:`flask_bgjobs.testing.inline` claims a scheduled job without promoting it first.
 
 ============  ============================  =======================  ==============================
 Move          From                          To                       Who makes it

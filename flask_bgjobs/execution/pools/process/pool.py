@@ -131,8 +131,8 @@ class ProcessPool:
     :param app: import path from which children build the app, as ``flask --app`` takes it.
     :param size: how many children.
     :param on_finished: called, in the pool's own thread, with each job and its outcome.
-    :param on_cut_off: called like that with a job that has failed, when its process ended, or was
-        killed, before it reported the failure. It must not log by itself.
+    :param on_cut_off: called in the same way with a failed job whose process ended before it had
+        reported the failure. It must not log in this thread: a logging handler may hang.
     :param limits: when a child is replaced by a fresh one.
     :param show_logs: whether children print their log lines.
     :raises BgJobsError: when no child can build the app; says why.
@@ -352,8 +352,8 @@ class ProcessPool:
         self._report_cut_off()
 
     def _hand_over(self) -> None:
-        """Hand over the jobs that have ended. Until then they count as running: who looks meanwhile
-        finds one in two places rather than none."""
+        """Hand over the jobs that have ended. They count as running until then, so that each job is
+        always in at least one place."""
         while self._done:
             self._on_finished(*self._done[0])
             with self._changed:
