@@ -180,7 +180,7 @@ def test_changes_by_hand_name_what_is_locked(app: Flask, state: AppState, locked
         result = state.store.cancel([*ids, ids[-1] + 1])
     assert result.done == [ids[0], ids[2]]
     assert result.skipped == {
-        ids[1]: "another transaction keeps it locked",
+        ids[1]: "another transaction has locked it",
         ids[-1] + 1: "it does not exist",
     }
     assert stored(app, ids[1]).status == "pending"

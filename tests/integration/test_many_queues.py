@@ -65,7 +65,8 @@ def test_the_best_jobs_of_open_queues_are_claimed(
 ) -> None:
     """Each claim takes what comes first in all open queues, however many jobs of closed ones or
     suspects come before them, and in whatever number of queues they are."""
-    for name, value in {"_WINDOW": 12, "_QUEUES_AT_ONCE": 5, "_ROWS_AT_ONCE": 20}.items():
+    sizes = {"_WINDOW_JOBS": 12, "_QUEUES_PER_STATEMENT": 5, "_JOBS_PER_STATEMENT": 20}
+    for name, value in sizes.items():
         monkeypatch.setattr(f"flask_bgjobs.store.statements.claim.{name}", value)
     chance = random.Random(seed)
     queues = [f"q{number:02}" for number in range(30)]
@@ -184,7 +185,7 @@ class TestPruning:
         store.claim(worker, 1)
         old = sa.update(Queue).values(created_at=dt.datetime(2020, 1, 1))
         store.transaction(lambda connection: connection.execute(old))
-        monkeypatch.setattr("flask_bgjobs.store.statements.claim._REGISTERED_SECONDS", 0.0)
+        monkeypatch.setattr("flask_bgjobs.store.statements.claim._REGISTRATION_SECONDS", 0.0)
         run_background_job("tests.jobs.echo", queue="mail")
         store.claim(worker, 1)
         assert store.prune_queues(10) == 0

@@ -85,21 +85,21 @@ class PostgresStore(Store):
         # larger than the rows it believes in would let it read and sort them all.
         return ordered.limit(sa.select(sa.type_coerce(limit, sa.Integer)).scalar_subquery())
 
-    def _first_of_each(
+    def _first_jobs_of_each(
         self,
         connection: sa.Connection,
-        in_order: sa.Select[Any],
+        ordered: sa.Select[Any],
         names: Sequence[str],
         depth: int,
     ) -> Sequence[sa.Row[Any]]:
         parameters = {"names": list(names), "depth": depth}
-        statement = self._built_once(self._first_of_named, in_order)
+        statement = self._cached_statement(self._first_jobs_query_by_name, ordered)
         return connection.execute(statement, parameters).all()
 
-    def _first_of_named(self, in_order: sa.Select[Any]) -> sa.Select[Any]:
+    def _first_jobs_query_by_name(self, ordered: sa.Select[Any]) -> sa.Select[Any]:
         names = sa.func.unnest(sa.bindparam("names", type_=postgresql.ARRAY(sa.String)))
         named = names.table_valued("name").render_derived(name="named")
-        pending = pending_in(named.c.name, in_order).add_columns(*ORDER_COLUMNS).correlate(named)
+        pending = pending_in(named.c.name, ordered).add_columns(*ORDER_COLUMNS).correlate(named)
         first = self.limit_ordered(pending, sa.bindparam("depth", type_=sa.Integer)).lateral(
             "first"
         )

@@ -1,1 +1,1 @@
-"""The statements, one act of a job's life in each module."""
+"""The SQL statements: one module for each act in the life of a job."""

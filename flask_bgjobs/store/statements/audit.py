@@ -1,6 +1,6 @@
-"""The audit trail: who changed what, written in the transaction of the change itself.
+"""The audit trail: who changed what, recorded in the transaction of the change itself.
 
-A dispatch alone is written down after it: the job may have joined a transaction of the app.
+Only a dispatch is recorded afterwards, because the job may have joined a transaction of the app.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ..database import Database
 
 _MAX_NAME, _MAX_SUBJECT = 255, 255
 _KEPT_SECONDS = 365 * 86_400.0
-"""A year. People change little compared with what workers do."""
+"""How long entries are kept: a year. People make few changes compared with workers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Actor:
-    """Who makes a change by hand."""
+    """The person who makes a change."""
 
     name: str
-    """As the host or the system knows them."""
+    """Their name in the host's login or the operating system."""
     source: str
-    """Where they do it: ``dashboard``, ``api`` or ``command line``."""
+    """Where the change is made: ``dashboard``, ``api`` or ``command line``."""
     reason: str | None = None
-    """By what many jobs were chosen, as in the address of the list."""
+    """The conditions that selected many jobs, such as the query string of the job list."""
 
 
 class Audits(Database):
@@ -44,12 +44,12 @@ class Audits(Database):
         jobs: Collection[int] = (),
         result: str | None = None,
     ) -> None:
-        """Write down a change, if anybody made it by hand.
+        """Record a change in the audit trail.
 
-        :param actor: ``None`` for the app's own code, which needs no trail.
+        :param actor: who made the change; ``None`` for the app's own code: nothing is recorded.
         :param subject: the queue, worker or function that was changed or dispatched.
         :param jobs: the ids of the jobs that were changed.
-        :param result: what came of it, such as ``3 cancelled, 2 skipped``.
+        :param result: a summary, such as ``3 cancelled, 2 skipped``.
         """
         if actor is None:
             return
@@ -74,13 +74,13 @@ class Audits(Database):
     def record(
         self, actor: Actor, action: str, *, subject: str | None = None, jobs: Collection[int] = ()
     ) -> None:
-        """Write down what has been done already, as a dispatch."""
+        """Record a change that has already been made, such as a dispatch."""
         self.transaction(lambda c: self.audit(c, actor, action, subject=subject, jobs=jobs))
 
     def prune_audits(self, limit: int) -> int:
         """Delete up to ``limit`` entries that are older than a year.
 
-        :returns: how many were deleted.
+        :returns: the number of deleted entries.
         """
 
         def work(connection: sa.Connection) -> int:

@@ -1,4 +1,4 @@
-"""Enqueue: inserting jobs, and finding the one that holds a ``unique_key``."""
+"""Enqueue: insert jobs, or find the job that holds a ``unique_key``."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from ..database import JOBS, Database
 from ..sizes import batches, statement_bytes
 
 _UNIQUE_TRIES = 10
-_AT_ONCE = 5_000
-"""Jobs per statement."""
+_JOBS_PER_STATEMENT = 5_000
+"""Maximum number of jobs in one INSERT."""
 COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
-"""By attribute name."""
-_NOTHING_YET = dict.fromkeys(COLUMNS)
-BY_THE_DATABASE = {"id", "created_at", "run_at"}
+"""The columns of the table of jobs, by attribute name."""
+_EMPTY_VALUES = dict.fromkeys(COLUMNS)
+SET_BY_DATABASE = {"id", "created_at", "run_at"}
+"""Attributes whose values come from the INSERT itself."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NewJobs:
-    """Checked jobs, ready to be inserted, that differ in nothing but their parameters."""
+    """Validated jobs to insert, equal in everything but their parameters."""
 
     values: Mapping[str, Any]
-    """What they have in common, by attribute name of :class:`~flask_bgjobs.models.Job`."""
+    """The common values, by attribute name of :class:`~flask_bgjobs.models.Job`."""
     parameters: Sequence[str]
-    """As JSON, one text for each job."""
+    """The parameters of each job, as JSON."""
     delay_seconds: float | None = None
-    """From now by the database's clock, unless ``run_at`` is given."""
+    """Delay from now, by the database's clock; unused if ``run_at`` is given."""
     run_at: dt.datetime | None = None
-    """UTC, without ``tzinfo``."""
+    """Due time in UTC, without ``tzinfo``."""
 
 
 class Inserts(Database):
-    """The statements of an enqueue."""
+    """The statements that insert jobs."""
 
     _holders = sa.select(JOBS)
-    """Jobs that hold a key, as the newest transaction left them."""
+    """The query for the holder of a key; it must see what the newest transaction committed."""
 
     def insert(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
-        """The inserted jobs, in the order given; with a taken ``unique_key``, its holder.
+        """Insert jobs.
 
-        :param connection: of our own transaction or of the one that the jobs join.
+        :param connection: of our own transaction, or of the transaction that the jobs join.
+        :returns: the inserted jobs, in the order of ``jobs``. If another job holds the
+            ``unique_key``, nothing is inserted, and the list has that job.
         """
         with self.in_our_schema(connection):
             if jobs.values["unique_hash"] is not None:
@@ -58,41 +61,42 @@ class Inserts(Database):
             return self.insert_all(connection, jobs)
 
     def save(self, jobs: NewJobs) -> list[Job]:
-        """The same as :meth:`insert`, in a transaction of its own.
+        """Insert jobs as :meth:`insert` does, in a transaction of its own.
 
-        :raises CommitInDoubt: when the connection dies, and nobody can tell whether they are saved.
+        :raises CommitInDoubt: when the connection is lost, so that the jobs may or may not be
+            saved.
         """
         is_one_statement = len(jobs.parameters) == 1 and jobs.values["unique_hash"] is None
         commit = self.autocommit_once if is_one_statement else self.transaction
         return commit(lambda connection: self.insert(connection, jobs))
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
-        """The inserted jobs, in the order given."""
+        """Insert jobs without a ``unique_key``; return them in the order of ``jobs``."""
         if len(jobs.parameters) == 1:
             parameters = self.insert_parameters(connection, jobs)
-            # Half of the columns are empty, and each would cost a parameter.
+            # Leave out empty values, about half of the columns: each parameter costs time.
             given = {k: v for k, v in parameters.items() if v is not None or k not in JOBS.c}
             row = connection.execute(self._insert_one, given).one()
             return [inserted_job(jobs, jobs.parameters[0], *row[:3])]
-        return [job for part in _parts(jobs) for job in self._insert_part(connection, part)]
+        return [job for batch in _split(jobs) for job in self._insert_batch(connection, batch)]
 
-    def _insert_part(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
+    def _insert_batch(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
         parameters = self.insert_parameters(connection, jobs)
         del parameters["parameters"]
         inserted = connection.execute(
             self._insert_many, {**parameters, "texts": json.dumps(jobs.parameters)}
         ).all()
-        # RETURNING promises no order, but the ids were drawn in that of the parameters.
+        # RETURNING gives rows in no particular order; the ids are in the order of the parameters.
         rows = sorted(inserted, key=operator.itemgetter(0))
-        made = zip(jobs.parameters, rows, strict=True)
-        return (inserted_job(jobs, text, *row[:3]) for text, row in made)
+        pairs = zip(jobs.parameters, rows, strict=True)
+        return (inserted_job(jobs, text, *row[:3]) for text, row in pairs)
 
     def json_array_rows(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
-        """Position and text of the strings in a JSON array, as columns to select."""
+        """Columns to select: the position and the text of each string in a JSON array."""
         raise NotImplementedError
 
     def typed(self, value: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
-        """``value``, fit to be selected rather than inserted."""
+        """``value`` with its type, for a SELECT; an INSERT takes the type from the column."""
         return value
 
     def _insert_unique(self, connection: sa.Connection, jobs: NewJobs) -> Job:
@@ -107,15 +111,19 @@ class Inserts(Database):
                 found = loaded_job(holder)
                 found.deduplicated = True
                 return found
-            # The holder finished between the two statements: the key is free again.
+            # The holder finished between the two statements, so the key is free again: retry.
         raise UniqueKeyTaken(
-            f"the unique_key {jobs.values['unique_key']!r} changes hands too quickly"
+            f"the unique_key {jobs.values['unique_key']!r} was taken and released by other jobs "
+            f"{_UNIQUE_TRIES} times in a row; try again"
         )
 
     def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
-        """The inserted job; ``None`` when another holds its ``unique_key``, and nothing is undone.
+        """Insert a job unless another job holds its ``unique_key``.
 
-        An ``IntegrityError`` would end the host's transaction on some databases.
+        A conflict raises no ``IntegrityError``, which would abort the host's transaction on some
+        databases.
+
+        :returns: the inserted job; ``None`` if the key is taken.
         """
         statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
         parameters = self.insert_parameters(connection, jobs)
@@ -124,11 +132,14 @@ class Inserts(Database):
 
     @property
     def returned(self) -> tuple[sa.ColumnElement[Any], ...]:
-        """What an insert returns: id, time of the enqueue, due time, and what does not matter."""
+        """The columns that an INSERT returns: id, enqueue time and due time.
+
+        A dialect may append others; callers ignore them.
+        """
         return (JOBS.c.id, JOBS.c.created_at, JOBS.c.run_at)
 
     def insert_parameters(self, connection: sa.Connection, jobs: NewJobs) -> dict[str, Any]:
-        """The parameters of the statement that inserts the first of them."""
+        """The statement parameters that insert the first of ``jobs``."""
         times = {"given_run_at": jobs.run_at, "delay_seconds": jobs.delay_seconds}
         return {**column_values(jobs), **times}
 
@@ -146,7 +157,7 @@ class Inserts(Database):
         values = {
             column.name: self.typed(sa.bindparam(column.name, type_=column.type))
             for key, column in COLUMNS.items()
-            if key not in BY_THE_DATABASE
+            if key not in SET_BY_DATABASE
         }
         values |= {"parameters": text, "created_at": self.now, "run_at": self._first_run}
         selected = sa.select(*values.values()).order_by(position)
@@ -161,29 +172,29 @@ class Inserts(Database):
 
 
 def unique_hash(unique_key: str) -> str:
-    """What a job with this ``unique_key`` holds in a unique column while it is active."""
+    """The value for the unique column ``unique_hash`` while a job with this key is active."""
     return hashlib.sha256(unique_key.encode()).hexdigest()
 
 
-def _parts(jobs: NewJobs) -> Iterator[NewJobs]:
-    for texts in batches(jobs.parameters, statement_bytes, most_items=_AT_ONCE):
-        yield dataclasses.replace(jobs, parameters=texts)
+def _split(jobs: NewJobs) -> Iterator[NewJobs]:
+    for batch in batches(jobs.parameters, statement_bytes, most_items=_JOBS_PER_STATEMENT):
+        yield dataclasses.replace(jobs, parameters=batch)
 
 
 def column_values(jobs: NewJobs) -> dict[str, Any]:
-    """What is stored of the first of them, by column name, apart from id and times."""
-    values = {**_NOTHING_YET, **jobs.values, "parameters_json": jobs.parameters[0]}
-    return {c.name: values[key] for key, c in COLUMNS.items() if key not in BY_THE_DATABASE}
+    """The values of the first of ``jobs`` by column name, without id and times."""
+    values = {**_EMPTY_VALUES, **jobs.values, "parameters_json": jobs.parameters[0]}
+    return {c.name: values[key] for key, c in COLUMNS.items() if key not in SET_BY_DATABASE}
 
 
 def inserted_job(
     jobs: NewJobs, parameters: str, job_id: int, created_at: dt.datetime, run_at: dt.datetime
 ) -> Job:
-    """One of the jobs, with what the database gave it, loaded and detached."""
-    given = {"id": job_id, "created_at": created_at, "run_at": run_at}
-    return detached_job({**_NOTHING_YET, **jobs.values, "parameters_json": parameters, **given})
+    """One of ``jobs`` as a detached :class:`Job`, with the values that the database returned."""
+    returned = {"id": job_id, "created_at": created_at, "run_at": run_at}
+    return detached_job({**_EMPTY_VALUES, **jobs.values, "parameters_json": parameters, **returned})
 
 
 def loaded_job(row: sa.Row[Any]) -> Job:
-    """The job in a whole row of the table, loaded and detached."""
+    """The job in a complete row of the table, as a detached :class:`Job`."""
     return detached_job({key: row._mapping[column] for key, column in COLUMNS.items()})

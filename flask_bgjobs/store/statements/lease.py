@@ -1,4 +1,4 @@
-"""Workers and their leases: signs of life, and the rescue of what a dead worker held."""
+"""Workers and their leases: heartbeats, and the rescue of a dead worker's jobs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from .claim import SPEC_COLUMNS
 from .settle import Settles
 
 _NO_WORKER = 0
-"""An id that no worker has."""
+"""An id that is never given to a worker."""
 
 
 class Leases(Settles, Audits):
-    """The statements of a worker's life."""
+    """The statements about workers, and about the jobs that they hold."""
 
     def register_worker(self, values: Mapping[str, Any]) -> int:
-        """The id of a new, living worker."""
+        """Insert the row of a new worker, with status ``alive``.
+
+        :returns: its id.
+        """
 
         def work(connection: sa.Connection) -> int:
             result = connection.execute(
@@ -39,7 +42,10 @@ class Leases(Settles, Audits):
         return self.transaction(work)
 
     def beat(self, worker_id: int) -> bool:
-        """Show that a worker lives. ``False``: its lease was taken away, it must start over."""
+        """Record a worker's heartbeat.
+
+        :returns: ``False`` when the worker has lost its lease and must register under a new id.
+        """
         alive = (
             sa.update(Worker)
             .where(Worker.id == worker_id, Worker.status == "alive")
@@ -48,10 +54,10 @@ class Leases(Settles, Audits):
         return bool(self.autocommit(lambda c: c.execute(alive).rowcount))
 
     def stop_worker(self, worker_id: int) -> None:
-        """Record that a worker ended cleanly, with nothing left to it.
+        """Record that a worker ended cleanly and holds no jobs.
 
-        One that still holds jobs, because their outcomes could not be recorded, stays alive in
-        the table: its silence is noticed, and the jobs are rescued.
+        A worker that still holds jobs, because their outcomes could not be recorded, keeps the
+        status ``alive``. Its heartbeat then stays unchanged, and another worker rescues the jobs.
         """
         holds_jobs = sa.exists().where(
             JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == worker_id
@@ -65,9 +71,11 @@ class Leases(Settles, Audits):
         )
 
     def drain_worker(self, worker_id: int, by: Actor | None = None) -> bool:
-        """Ask a worker to finish what it runs and to end. ``False``: it has, or was asked before.
+        """Ask a worker to finish its running jobs and then to end.
 
-        It learns of it with its next look, within the poll interval.
+        The worker reads the request within its poll interval.
+
+        :returns: ``False`` when the worker has ended, or had been asked before.
         """
 
         def work(connection: sa.Connection) -> bool:
@@ -88,7 +96,7 @@ class Leases(Settles, Audits):
         return self.transaction(work)
 
     def living_workers(self) -> list[sa.Row[Any]]:
-        """Id, name, host, process and beats of the workers that hold a lease."""
+        """Id, name, host, process and heartbeat count of the workers that hold a lease."""
         living = (
             sa.select(Worker.id, Worker.name, Worker.host, Worker.process, Worker.beats)
             .where(Worker.status == "alive")
@@ -97,13 +105,13 @@ class Leases(Settles, Audits):
         return self.autocommit(lambda c: list(c.execute(living)))
 
     def rescue(self, worker_id: int, beats: int) -> list[Settled] | None:
-        """Take the lease of a silent worker, and its running jobs, in one transaction.
+        """Mark a silent worker dead and take its running jobs, in one transaction.
 
-        Jobs whose rows another transaction keeps locked are left to :meth:`rescue_orphans`.
+        Jobs whose rows another transaction has locked are left to :meth:`rescue_orphans`.
 
-        :param beats: the last heartbeat seen.
-        :returns: one per job taken from it; ``None`` where there was a heartbeat since, or where a
-            claim of the worker's is under way: its jobs must not be missing.
+        :param beats: the worker's heartbeat count when it was last seen.
+        :returns: one entry for each job taken; ``None``, with nothing changed, when there was a
+            heartbeat since, or while the worker is claiming jobs: a rescue must include those.
         """
         return self.transaction(lambda c: self._rescue(c, worker_id, beats))
 
@@ -120,13 +128,15 @@ class Leases(Settles, Audits):
             .where(Worker.id == worker_id)
             .values(status="dead", stopped_at=self.now)
         )
-        return self._free_jobs(connection, worker_id, is_first=True)
+        return self._rescue_jobs(connection, worker_id, is_first=True)
 
     def rescue_orphans(self) -> list[Settled]:
-        """Free running jobs that belong to no living worker: its row was deleted or edited, or
-        their own rows were locked when it was rescued.
+        """Take running jobs whose worker is not alive.
 
-        :returns: one per job.
+        Either the worker's row was deleted or edited, or the row of the job was locked when the
+        worker's other jobs were rescued.
+
+        :returns: one entry for each job.
         """
         living = sa.select(WORKERS.c.id).where(WORKERS.c.status == "alive")
         orphans = (
@@ -141,16 +151,17 @@ class Leases(Settles, Audits):
         return [
             settled
             for owner in owners
-            for settled in self.transaction(functools.partial(self._free_jobs, worker_id=owner))
+            for settled in self.transaction(functools.partial(self._rescue_jobs, worker_id=owner))
         ]
 
     def held_by(self, worker_id: int) -> list[JobSpec]:
-        """The jobs that are running under a worker, started or not."""
+        """The running jobs of a worker, started or not."""
         return self.autocommit(lambda c: self._held_by(c, worker_id))
 
     def lost_among_others(self, suspects: Sequence[JobSpec]) -> set[int]:
-        """The ids of the suspects whose last worker died while it ran several of them."""
-        # In order, the last one counts. An attempt that was only given back has no row.
+        """The ids of the suspects whose last worker died while it ran several suspects."""
+        # Ordered by attempt, so that the newest row of a job wins. An attempt that was given back
+        # has no row.
         attempts = (
             sa.select(ATTEMPTS.c.job_id, ATTEMPTS.c.outcome)
             .where(ATTEMPTS.c.job_id.in_([spec.id for spec in suspects]))
@@ -168,11 +179,15 @@ class Leases(Settles, Audits):
         )
         return int(connection.scalar(started) or 0)
 
-    def _free_jobs(
+    def _rescue_jobs(
         self, connection: sa.Connection, worker_id: int | None, *, is_first: bool = False
     ) -> list[Settled]:
+        """Settle the running jobs of a worker that is not alive.
+
+        :param is_first: whether this is the rescue of the worker itself, not of remaining jobs.
+        """
         if worker_id is None:
-            # An edited row names no worker. Give it one that does not exist, for the fence.
+            # An edited row has no worker. The fence of the settle needs an id: set an unused one.
             worker_id = _NO_WORKER
             connection.execute(
                 sa.update(JOBS)
@@ -182,7 +197,8 @@ class Leases(Settles, Audits):
         name = connection.scalar(sa.select(Worker.name).where(Worker.id == worker_id))
         specs = self._held_by(connection, worker_id, lock=True)
         started_suspects = self._count_started_suspects(connection, worker_id)
-        # What is left of a rescue, as its row was locked then, must not be judged by itself.
+        # Jobs left over from a rescue, because their rows were locked, are not all that the worker
+        # ran, so none of them can be proved to have crashed it.
         is_remainder = name is not None and not is_first
         lost = [
             (

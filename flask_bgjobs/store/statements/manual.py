@@ -1,4 +1,4 @@
-"""What people do to jobs: look at one, cancel, retry, delete."""
+"""Actions of people on jobs: read, cancel, retry and delete."""
 
 from __future__ import annotations
 
@@ -21,57 +21,59 @@ from .enqueue import loaded_job, unique_hash
 from .prune import delete_unheld
 
 DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
-"""What becomes of a job, by action."""
+"""The state of a job after each action, in words."""
 _LOCKED_SECONDS, _LOCKED_PAUSE_SECONDS = 2.0, 0.05
-"""How long a job is tried again whose row another transaction keeps locked, and how often."""
+"""How long to retry jobs whose rows another transaction has locked, and the pause between tries."""
 
 
 @dataclasses.dataclass(slots=True)
 class ActionResult:
-    """What an action did to each of the jobs that it was asked to change."""
+    """What an action did to each of the requested jobs."""
 
     done: list[int] = dataclasses.field(default_factory=list)
+    """Ids of the jobs that were changed."""
     requested: list[int] = dataclasses.field(default_factory=list)
-    """Running jobs that were asked to stop."""
+    """Ids of the running jobs that were asked to stop."""
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
-    """Why the others were left alone."""
+    """The ids of all other jobs, each with the reason why it was not changed."""
 
     def add(self, other: ActionResult) -> None:
-        """Add what was done to other jobs."""
+        """Add the result for other jobs to this one."""
         self.done += other.done
         self.requested += other.requested
         self.skipped |= other.skipped
 
     def in_words(self, done: str) -> str:
-        """What was done, as in ``3 cancelled, 2 skipped``.
+        """A summary, such as ``3 cancelled, 2 skipped``.
 
-        :param done: what became of those that are done.
+        :param done: the word for the jobs in :attr:`done`, such as ``cancelled``.
         """
-        numbers = {done: self.done, "asked to stop": self.requested, "skipped": self.skipped}
-        said = (f"{len(jobs):,} {what}" for what, jobs in numbers.items() if jobs)
-        return ", ".join(said) or "nothing to do"
+        groups = {done: self.done, "asked to stop": self.requested, "skipped": self.skipped}
+        parts = (f"{len(jobs):,} {what}" for what, jobs in groups.items() if jobs)
+        return ", ".join(parts) or "nothing to do"
 
 
 class ByHand(Audits):
-    """The statements behind commands and buttons, each guarded by status.
+    """The statements behind commands and buttons.
 
-    Those that change something write down who did it, where ``by`` is given.
+    Each change is allowed only from certain statuses, and recorded in the audit trail if ``by``
+    is given.
     """
 
     def get(self, job_id: int) -> Job | None:
-        """The job, loaded and detached; ``None`` where there is none."""
+        """The job as a detached :class:`Job`; ``None`` if it does not exist."""
         with self.read() as connection:
             row = connection.execute(sa.select(JOBS).where(JOBS.c.id == job_id)).one_or_none()
         return None if row is None else loaded_job(row)
 
     def get_many(self, ids: Sequence[int]) -> list[Job]:
-        """The jobs that exist of these, loaded and detached, oldest first."""
+        """Those of the jobs that exist, as detached :class:`Job` objects, in the order of ids."""
         statement = sa.select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.id)
         with self.read() as connection:
             return [loaded_job(row) for row in connection.execute(statement)]
 
     def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
-        """Cancel jobs that wait, and ask running ones to stop."""
+        """Cancel waiting jobs, and ask running jobs to stop."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
@@ -89,7 +91,7 @@ class ByHand(Audits):
         return self._act(ids, work, "cancel", by)
 
     def retry(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
-        """Make failed, cancelled or retrying jobs pending again, with all their retries."""
+        """Make failed, cancelled or retrying jobs pending again, with no retry used."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
@@ -107,11 +109,11 @@ class ByHand(Audits):
         return self._act(ids, work, "retry", by)
 
     def delete(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
-        """Delete jobs that do not run, with their attempts and log lines."""
+        """Delete jobs that are not running, with their attempts and log lines."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
-            # Also of a status that is not known, as somebody may have written into the row.
+            # Includes jobs with an unknown status, which an edited row may have.
             idle = [job_id for job_id, status in found.items() if status != JobStatus.RUNNING]
             held = delete_unheld(connection, idle, self.is_lock_timeout)
             for job_id in found:
@@ -133,17 +135,19 @@ class ByHand(Audits):
         by: Actor | None,
     ) -> ActionResult:
         result = ActionResult()
-        ends = time.monotonic() + _LOCKED_SECONDS
-        left: Sequence[int] = ids
-        while left:
-            part, left = self.transaction(
-                functools.partial(self._act_on_unlocked, ids=left, work=work, action=action, by=by)
+        deadline = time.monotonic() + _LOCKED_SECONDS
+        remaining: Sequence[int] = ids
+        while remaining:
+            part, remaining = self.transaction(
+                functools.partial(
+                    self._act_on_unlocked, ids=remaining, work=work, action=action, by=by
+                )
             )
             result.add(part)
-            if left and time.monotonic() >= ends:
-                result.skipped |= dict.fromkeys(left, "another transaction keeps it locked")
+            if remaining and time.monotonic() >= deadline:
+                result.skipped |= dict.fromkeys(remaining, "another transaction has locked it")
                 break
-            if left:
+            if remaining:
                 time.sleep(_LOCKED_PAUSE_SECONDS)
         return result
 
@@ -156,23 +160,26 @@ class ByHand(Audits):
         action: str,
         by: Actor | None,
     ) -> tuple[ActionResult, list[int]]:
-        """What was done, and the jobs whose rows another transaction keeps locked."""
+        """Act on the jobs whose rows are not locked.
+
+        :returns: the result, and the ids of the jobs whose rows another transaction has locked.
+        """
         chosen = by_id(sa.select(JOBS.c.id, JOBS.c.status)).where(JOBS.c.id.in_(ids))
         rows = connection.execute(chosen.order_by(JOBS.c.id).with_for_update(skip_locked=True))
         found = {row.id: row.status for row in rows}
         missing = [job_id for job_id in ids if job_id not in found]
         locked: list[int] = []
         if missing:
-            # Read without a lock: what is there nevertheless is locked.
-            there = sa.select(JOBS.c.id).where(JOBS.c.id.in_(missing))
-            locked = list(connection.scalars(there.order_by(JOBS.c.id)))
+            # A job that this query finds without locking it was skipped because it is locked.
+            existing = sa.select(JOBS.c.id).where(JOBS.c.id.in_(missing))
+            locked = list(connection.scalars(existing.order_by(JOBS.c.id)))
         result = work(connection, found)
-        gone = (job_id for job_id in missing if job_id not in locked)
-        result.skipped |= dict.fromkeys(gone, "it does not exist")
+        deleted = (job_id for job_id in missing if job_id not in locked)
+        result.skipped |= dict.fromkeys(deleted, "it does not exist")
         changed = [*result.done, *result.requested]
         if changed:
-            said = result.in_words(DONE[action])
-            self.audit(connection, by, action, jobs=changed, result=said)
+            summary = result.in_words(DONE[action])
+            self.audit(connection, by, action, jobs=changed, result=summary)
         return result, locked
 
     def _update_each(
@@ -182,6 +189,7 @@ class ByHand(Audits):
             connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(values))
 
     def _retake_key(self, connection: sa.Connection, job_id: int) -> bool:
+        """Let a job hold its ``unique_key`` again; ``False`` if another job holds it."""
         key = connection.scalar(sa.select(JOBS.c.unique_key).where(JOBS.c.id == job_id))
         if key is None:
             return True

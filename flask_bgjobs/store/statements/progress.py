@@ -1,4 +1,4 @@
-"""Start and run: what is written while jobs run, and what is read about them."""
+"""Running jobs: record starts and progress, and read which jobs are cancelled or lost."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..database import JOBS, Database, by_id
 from ..sizes import BATCH_BYTES, StatementTooLarge, batches, statement_bytes
 
 _REFUSALS = (DataError, IntegrityError, ProgrammingError)
+"""Errors about the values of a statement, which would be raised again on each retry."""
 
 RUNNING_OF = sa.select(JOBS.c.id, JOBS.c.attempt, JOBS.c.cancel_requested_at).where(
     JOBS.c.status == JobStatus.RUNNING.value, JOBS.c.worker_id == sa.bindparam("worker")
@@ -27,47 +28,48 @@ RUNNING_OF = sa.select(JOBS.c.id, JOBS.c.attempt, JOBS.c.cancel_requested_at).wh
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeaseView:
-    """What the database says of the jobs that a worker runs."""
+    """The state of a worker's running jobs in the database."""
 
     attempts: Mapping[int, int]
-    """Job id to attempt, of every job that is still this worker's."""
+    """The attempt of each job that the worker still holds, by job id."""
     cancelling: frozenset[int]
-    """Those of them that were asked to stop."""
+    """Ids of the jobs among them that were asked to stop."""
 
 
 class Started(NamedTuple):
-    """What became of the starts that were to be committed."""
+    """The result of :meth:`Runs.mark_started`."""
 
     ours: frozenset[int]
-    """Ids of the jobs that are still the worker's and have started."""
+    """Ids of the jobs that the worker still holds, and whose start was committed."""
     locked: frozenset[int]
-    """Ids of jobs whose rows another transaction keeps locked: nothing is known of them."""
+    """Ids of jobs whose rows another transaction has locked: their state is unknown."""
 
 
 class Runs(Database):
-    """The statements that follow running jobs.
+    """The statements about running jobs.
 
-    None of them waits for a row that a job keeps locked: such rows are skipped, and named.
+    None of them waits for a locked row, because a job may keep its own row locked. Locked rows are
+    skipped and reported to the caller.
     """
 
     largest_text: int | None = None
-    """Bytes of the largest text that can be sent to the database, where it would not refuse a
-    larger one with an error of its own."""
+    """Size in bytes of the largest text to send; ``None`` if the database itself refuses larger
+    texts with an error."""
 
     def refuses(self, error: DBAPIError) -> bool:
-        """Whether the database would refuse the same values each time: this is no outage."""
+        """Whether the error is about the values, not an outage: the same values fail each time."""
         return isinstance(error, _REFUSALS) or self.is_too_large(error)
 
     @abc.abstractmethod
     def is_too_large(self, error: DBAPIError) -> bool:
-        """Whether the database refused a statement or a value for its size."""
+        """Whether the database refused a statement or a value because of its size."""
 
     def sendable(self, text: str) -> str:
-        """``text``, if it is not too large for the database.
+        """Return ``text`` if it is not too large for the database.
 
-        :raises StatementTooLarge: names its size and the limit.
+        :raises StatementTooLarge: if it is; the message has its size and the limit.
         """
-        # Encoding it takes time, and hardly any text comes near to the limit.
+        # Encode only long texts to measure them: encoding takes time, and few texts are long.
         if self.largest_text is not None and len(text) > BATCH_BYTES:
             size = len(text.encode())
             if size > self.largest_text:
@@ -89,14 +91,15 @@ class Runs(Database):
         *,
         beside_references: bool = False,
     ) -> tuple[dict[Key, bool], set[Key]]:
-        """Those of the attempts that are still the worker's, locked now, with whether a cancel was
-        asked for; and those that another transaction keeps locked.
+        """Lock the rows of those attempts that the worker still holds.
 
-        :param beside_references: whether PostgreSQL may lock a row that a new row of the host's
-            refers to. Only where no unique column is changed.
+        :param beside_references: whether PostgreSQL may lock a row to which an uncommitted row of
+            the host refers by a foreign key. Allowed only if no unique column is changed.
+        :returns: the locked attempts, each with whether a cancel was requested; and the attempts
+            whose rows another transaction has locked.
         """
         rows = by_key(self._still_running(connection, worker_id, keys, beside_references))
-        ours = {key: asked for key, asked in rows.items() if key in keys}
+        ours = {key: is_cancelling for key, is_cancelling in rows.items() if key in keys}
         missing = {key for key in keys if key not in ours}
         if not missing:
             return ours, set()
@@ -114,7 +117,7 @@ class Runs(Database):
         return connection.execute(unlocked, {"worker": worker_id})
 
     def mark_started(self, worker_id: int, specs: Iterable[JobSpec]) -> Started:
-        """Commit the start of jobs before their code runs."""
+        """Commit the start of jobs, to be called before their code runs."""
         keys = {spec.key for spec in specs}
 
         def work(connection: sa.Connection) -> Started:
@@ -131,12 +134,14 @@ class Runs(Database):
         return self.transaction(work)
 
     def observe(self, worker_id: int, reports: MutableMapping[Key, Report]) -> LeaseView:
-        """Record what running jobs reported, and see which are still ours or cancelled.
+        """Record the reports of running jobs, then read which jobs the worker still holds and
+        which are to be cancelled.
 
-        :param reports: by job id and attempt. What was recorded, or cannot be, is removed; what
-            stays belongs to jobs whose rows another transaction keeps locked.
+        :param reports: reports by job id and attempt. Each report is removed once it is recorded,
+            refused by the database or without a valid lease. Only reports of jobs whose rows
+            another transaction has locked remain.
         """
-        # In the order in which rows are locked everywhere.
+        # All transactions lock rows in the order of ids, so that they cannot deadlock.
         for batch in batches(sorted(reports, key=_job_id), lambda key: _bytes_of(reports[key])):
             self._write_reports(worker_id, batch, reports)
         rows = self.autocommit(lambda c: c.execute(RUNNING_OF, {"worker": worker_id}).all())
@@ -148,8 +153,7 @@ class Runs(Database):
     def _write_reports(
         self, worker_id: int, keys: Sequence[Key], reports: MutableMapping[Key, Report]
     ) -> None:
-        """Write the reports of these attempts in one transaction, or each in its own where the
-        database refuses one of them."""
+        """Write reports in one transaction, or each in its own if the database refuses one."""
         chosen = {key: reports[key] for key in keys}
         try:
             locked = self.transaction(lambda c: self._write_unlocked(c, worker_id, chosen))
@@ -157,7 +161,7 @@ class Runs(Database):
             if not self.refuses(error):
                 raise
             if len(keys) == 1:
-                _logger.exception("What job %s reported was refused by the database", keys[0][0])
+                _logger.exception("The database refused the report of job %s", keys[0][0])
                 locked = set()
             else:
                 for key in keys:
@@ -170,7 +174,10 @@ class Runs(Database):
     def _write_unlocked(
         self, connection: sa.Connection, worker_id: int, reports: Mapping[Key, Report]
     ) -> set[Key]:
-        """Write reports but those of jobs whose rows are locked, which are returned."""
+        """Write the reports of jobs whose rows are not locked.
+
+        :returns: the attempts whose rows another transaction has locked.
+        """
         ours, locked = self.lock_running(connection, worker_id, reports, beside_references=True)
         for key, report in reports.items():
             if key not in ours:
@@ -184,7 +191,7 @@ class Runs(Database):
     def write_lines(
         self, connection: sa.Connection, job_id: int, attempt: int, report: Report
     ) -> None:
-        """Keep the lines that a job logged."""
+        """Insert the log lines of a report."""
         if report.lines:
             connection.execute(
                 sa.insert(JobLog).values(job_id=job_id, attempt=attempt, created_at=self.now),
@@ -193,7 +200,7 @@ class Runs(Database):
 
 
 def by_key(rows: Iterable[Any]) -> dict[Key, bool]:
-    """Whether a cancel was asked for, by job id and attempt."""
+    """Whether a cancel was requested, by job id and attempt."""
     return {(row.id, row.attempt): row.cancel_requested_at is not None for row in rows}
 
 
@@ -203,7 +210,7 @@ def _running(keys: Collection[Key]) -> sa.Select[Any]:
 
 
 def _job_id(key: Key) -> int:
-    """What rows are locked in the order of: two transactions then never wait for each other."""
+    """Sort key of the order in which rows are locked, equal everywhere to prevent deadlocks."""
     return key[0]
 
 

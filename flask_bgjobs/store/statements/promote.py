@@ -1,4 +1,4 @@
-"""Due work: promoting it to pending, and looking ahead for the clock."""
+"""Due jobs: promote them to pending, and find out when the next jobs are due."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .. import transitions
 from ..database import JOBS, WORKERS, Database
 from .queue import any_job
 
-_PROMOTE_AT_ONCE = 1_000
-"""Rows of a status per transaction: enqueues must not wait behind a long write."""
-_WITH_A_TIME = (JobStatus.SCHEDULED, JobStatus.RETRYING)
+_JOBS_PER_STATEMENT = 1_000
+"""Jobs of each status that one transaction promotes. Enqueues must not wait for a long write."""
+_DELAYED = (JobStatus.SCHEDULED, JobStatus.RETRYING)
 _NEXT_DUE = (
     sa.select(JOBS.c.run_at)
     .where(
@@ -32,54 +32,64 @@ _NEXT_DUE = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What there is to do."""
+    """What :meth:`Due.look` found for a worker."""
 
     pending: bool
-    """Whether a job waits to be claimed."""
+    """Whether any job is pending."""
     due_in: float | None
-    """Seconds until the next job with a time of its own is due; ``None``: there is none."""
+    """Seconds until the next scheduled or retrying job is due, negative if overdue; ``None`` if
+    there is none."""
     drain: bool
-    """Whether the worker was asked to finish what it runs and to end."""
+    """Whether the worker was asked to finish its running jobs and then to end."""
 
 
 class Due(Database):
-    """The statements about time."""
+    """The statements about due times."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._looks: dict[tuple[str, ...] | None, sa.Select[Any]] = {}
-        """By the queues looked into."""
+        self._look_statements: dict[tuple[str, ...] | None, sa.Select[Any]] = {}
+        """Built statements of :meth:`look`, by their queues."""
 
     def look(self, queues: Sequence[str] | None, worker_id: int) -> Work:
-        """What there is to do for a worker, in ``queues`` or in all: one small statement."""
+        """Read in one small statement whether there is work for a worker.
+
+        :param queues: the queues to look for pending jobs in; ``None``: all.
+        """
         key = None if queues is None else tuple(queues)
-        if key not in self._looks:
-            # To build it takes longer than to run it, and a worker may look fifty times a second.
-            self._looks[key] = self._look_in(key)
+        if key not in self._look_statements:
+            # Building the statement takes longer than running it, up to fifty times a second.
+            self._look_statements[key] = self._build_look(key)
         parameters = {"looking": worker_id}
-        row = self.autocommit(lambda c: c.execute(self._looks[key], parameters).one())
+        row = self.autocommit(lambda c: c.execute(self._look_statements[key], parameters).one())
         dues = [due for due in (row.scheduled, row.retrying) if due is not None]
         due_in = (min(dues) - row.now).total_seconds() if dues else None
         return Work(bool(row.pending), due_in, row.drain_requested_at is not None)
 
     def promote(self) -> int:
-        """Move jobs that are due to ``pending``; how many were moved."""
-        moved = 0
+        """Make all due jobs pending.
+
+        :returns: the number of promoted jobs.
+        """
+        promoted_count = 0
         while True:
             batch = self.transaction(self._promote_some)
-            moved += batch
-            if batch < _PROMOTE_AT_ONCE:
-                return moved
+            promoted_count += batch
+            if batch < _JOBS_PER_STATEMENT:
+                return promoted_count
 
     def upcoming(self, horizon_seconds: float, step_seconds: float) -> list[float]:
-        """Seconds until jobs are due, ascending; none of two within ``step_seconds``.
+        """The times at which jobs become due, as seconds from now in ascending order.
 
-        :param horizon_seconds: how far to look ahead.
+        Among jobs with the same status, times within ``step_seconds`` after a listed one are left
+        out. An overdue time is negative.
+
+        :param horizon_seconds: how far ahead to look.
         """
         with self.read() as connection:
             dues = {
                 due
-                for status in _WITH_A_TIME
+                for status in _DELAYED
                 for due in self._upcoming(connection, status, horizon_seconds, step_seconds)
             }
         return sorted(dues)
@@ -101,13 +111,13 @@ class Due(Database):
     def _promote_some(self, connection: sa.Connection) -> int:
         return connection.execute(self._promotion).rowcount
 
-    def _look_in(self, queues: Sequence[str] | None) -> sa.Select[Any]:
+    def _build_look(self, queues: Sequence[str] | None) -> sa.Select[Any]:
         first_due = (
             sa.select(sa.func.min(JOBS.c.run_at))
             .where(has_status(status))
             .scalar_subquery()
             .label(status.value)
-            for status in _WITH_A_TIME
+            for status in _DELAYED
         )
         pending = any_job(JobStatus.PENDING, queues).label("pending")
         drain = (
@@ -124,16 +134,16 @@ class Due(Database):
         return promotion(sa.union_all(*due))
 
     def _due(self) -> Iterator[sa.Select[Any]]:
-        """The ids of jobs that are due, one statement for each status."""
-        for status in _WITH_A_TIME:
+        """The queries for the ids of due jobs, one for each status."""
+        for status in _DELAYED:
             due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
             due = by_index(due, "ix_bgjobs_job_due")
-            yield self.limit_ordered(due.order_by(JOBS.c.run_at, JOBS.c.id), _PROMOTE_AT_ONCE)
+            yield self.limit_ordered(due.order_by(JOBS.c.run_at, JOBS.c.id), _JOBS_PER_STATEMENT)
 
 
 def promotion(ids: Any) -> sa.Update:
     """The statement that makes jobs pending.
 
-    :param ids: a list or a query.
+    :param ids: a list of ids, or a query for them.
     """
     return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.promoted())

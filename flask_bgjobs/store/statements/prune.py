@@ -1,4 +1,4 @@
-"""Prune: deleting what has been finished for longer than it is kept."""
+"""Prune: delete jobs whose retention is over, and the rows of workers that ended long ago."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from ...models import Attempt, JobLog
 from ..database import JOBS, WORKERS, Database
 
 _WORKERS_KEPT_SECONDS = 7 * 86_400.0
-"""Long enough to see who ran last week's jobs. Every restart of a worker leaves a row."""
+"""How long rows of ended workers are kept: they tell which worker ran the jobs of the last week.
+Every restart of a worker leaves a row."""
 
-_MOST_LOCK_TIMEOUTS = 3
-"""Per batch; then the rest of it stays."""
+_MAX_LOCK_TIMEOUTS = 3
+"""Lock timeouts in one batch after which its remaining jobs are left for a later pass."""
 
 Retention = Mapping[JobStatus, float | None]
-"""Seconds for which finished jobs are kept, by status; ``None`` and left out: for ever."""
+"""Seconds for which finished jobs are kept, by status. Jobs of a status that is missing or has the
+value ``None`` are kept for ever."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PruneCursor:
-    """The last job that a batch looked at: the next batch begins behind it."""
+    """The last job of a batch: the next batch starts after it."""
 
     status: JobStatus
     finished_at: dt.datetime
@@ -35,30 +37,32 @@ class PruneCursor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pruned:
-    """What one batch of pruning did."""
+    """The result of pruning one batch."""
 
     deleted: int
+    """Number of deleted jobs."""
     held: int
-    """Jobs that stay because a row of another table refers to them."""
+    """Number of jobs that stay because a row of another table refers to them, or a lock timed
+    out."""
     cursor: PruneCursor | None
-    """For the next batch; ``None`` when nothing more is old enough."""
+    """Where the next batch starts; ``None`` when no more jobs are old enough."""
 
 
 class Prunes(Database):
-    """The statements that delete what is old."""
+    """The statements that delete old rows."""
 
     def prune(self, retention: Retention, limit: int, after: PruneCursor | None = None) -> Pruned:
-        """What became of the next ``limit`` jobs that are older than their retention.
+        """Delete up to ``limit`` jobs that are older than their retention.
 
-        They go with their attempts and log lines, all in one transaction. What is old is
-        decided by the database's clock.
+        Their attempts and log lines are deleted in the same transaction. The database's clock
+        decides which jobs are old.
 
-        :param after: the cursor of the batch before, so that rows that are held are met once.
+        :param after: the cursor of the previous batch, so that each held job is tried only once.
         """
         return self.transaction(lambda c: self._prune(c, retention, limit, after))
 
     def count_prunable(self, retention: Retention) -> int:
-        """How many jobs are older than their retention, held ones included."""
+        """The number of jobs that are older than their retention, including held ones."""
         with self.read() as connection:
             return sum(
                 connection.scalar(sa.select(sa.func.count()).where(*self._is_old(status, kept)))
@@ -69,7 +73,7 @@ class Prunes(Database):
     def prune_workers(self, limit: int) -> int:
         """Delete up to ``limit`` rows of workers that ended over a week ago.
 
-        :returns: how many were deleted.
+        :returns: the number of deleted rows.
         """
 
         def work(connection: sa.Connection) -> int:
@@ -94,7 +98,7 @@ class Prunes(Database):
         found: list[PruneCursor] = []
         for statement in self._old_jobs(retention, after):
             rows = connection.execute(
-                # One that is locked is left to the next pass.
+                # Locked jobs are left for the next pass.
                 self.limit_ordered(statement, limit - len(found)).with_for_update(skip_locked=True)
             )
             found += (PruneCursor(JobStatus(row.status), row.finished_at, row.id) for row in rows)
@@ -107,7 +111,7 @@ class Prunes(Database):
     def _old_jobs(
         self, retention: Retention, after: PruneCursor | None
     ) -> Iterator[sa.Select[tuple[Any, ...]]]:
-        """A statement for each status, in the order of an index, from the cursor on."""
+        """The queries for old jobs, one for each status, in the order of an index."""
         for status, kept in _limited(retention):
             statement = (
                 sa.select(JOBS.c.status, JOBS.c.finished_at, JOBS.c.id)
@@ -130,11 +134,13 @@ class Prunes(Database):
 def delete_unheld(
     connection: sa.Connection, ids: Sequence[int], is_lock_timeout: Callable[[DBAPIError], bool]
 ) -> set[int]:
-    """Delete jobs with their attempts and log lines; the ids of those that had to stay.
+    """Delete jobs with their attempts and log lines.
 
-    A job stays when a row of another table refers to it, also a row that is locked.
+    A job stays if a row of another table refers to it. A job also stays if its deletion fails with
+    a lock timeout, for example because such a row is locked.
 
-    :param is_lock_timeout: whether an error says that a row stayed locked.
+    :param is_lock_timeout: tells whether an error is a lock timeout.
+    :returns: the ids of the jobs that stay.
     """
     lock_timeouts = 0
 
@@ -150,8 +156,8 @@ def delete_unheld(
 
     if not ids or delete(ids):
         return set()
-    # The worker does nothing else while it waits.
-    return {i for i in ids if lock_timeouts > _MOST_LOCK_TIMEOUTS or not delete([i])}
+    # Few lock timeouts only: the worker is blocked while it waits for a lock.
+    return {i for i in ids if lock_timeouts > _MAX_LOCK_TIMEOUTS or not delete([i])}
 
 
 def _delete_together(connection: sa.Connection, ids: Sequence[int]) -> bool:
@@ -170,7 +176,8 @@ def _limited(retention: Retention) -> list[tuple[JobStatus, float]]:
 
 
 def _follows(cursor: PruneCursor) -> tuple[sa.ColumnElement[bool], ...]:
-    # The first condition is the range of the index; the second only splits one moment.
+    # The first condition is a range of the index; the second skips jobs with the cursor's own time
+    # that come before it.
     return (
         JOBS.c.finished_at >= cursor.finished_at,
         sa.or_(JOBS.c.finished_at > cursor.finished_at, JOBS.c.id > cursor.id),

@@ -1,4 +1,4 @@
-"""Queues: which there are, and holding back those that are paused."""
+"""Queues: list, register, pause, resume and prune them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..database import JOBS, QUEUES
 from .audit import Actor, Audits
 
 _KEPT_SECONDS = 7 * 86_400.0
-
+"""How long the row of an unused queue is kept."""
 
 PAUSED_QUEUES = sa.select(Queue.name).where(Queue.paused_at.is_not(None))
 
@@ -23,11 +23,11 @@ class Queues(Audits):
     """The statements about queues."""
 
     def pause(self, name: str, by: Actor | None = None) -> bool:
-        """Let no worker claim jobs of the queue. ``False``: it was paused already."""
+        """Stop workers from claiming jobs of the queue; ``False`` if it was already paused."""
         return self.transaction(lambda c: self._pause(c, name, by))
 
     def resume(self, name: str, by: Actor | None = None) -> bool:
-        """Let workers claim jobs of the queue again. ``False``: it was not paused."""
+        """Let workers claim jobs of the queue again; ``False`` if it was not paused."""
         paused = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_not(None))
 
         def work(connection: sa.Connection) -> bool:
@@ -40,16 +40,20 @@ class Queues(Audits):
         return self.transaction(work)
 
     def queue_names(self) -> set[str]:
-        """Every queue that a worker has claimed from, that is paused, or that has waiting jobs."""
+        """The names of all queues that have a row or hold waiting jobs.
+
+        A queue has a row while it is paused, and for at least a week after a worker claimed from
+        it.
+        """
         holding = (sa.select(self.queues_holding(status).c.name) for status in sorted(WAITING))
         names = sa.union_all(sa.select(Queue.name), *holding)
         with self.read() as connection:
             return {name for name in connection.scalars(names) if name is not None}
 
     def unfinished(self, queues: Sequence[str] | None) -> bool:
-        """Whether any job is running in ``queues``, or pending in one that is not paused.
+        """Whether any job is running in ``queues``, or pending in a queue that is not paused.
 
-        :param queues: ``None``: all.
+        :param queues: ``None``: all queues.
         """
         with self.read() as connection:
             if connection.scalar(sa.select(any_job(JobStatus.RUNNING, queues))):
@@ -64,9 +68,9 @@ class Queues(Audits):
             return bool(connection.scalar(sa.select(any_job(JobStatus.PENDING, open_queues))))
 
     def queues_holding(self, status: JobStatus) -> sa.FromClause:
-        """The names of the queues that hold jobs with this status, and ``NULL``.
+        """The subquery for the names of the queues that hold jobs with this status, and a ``NULL``.
 
-        It takes one index seek for each, where ``DISTINCT`` would read all their jobs.
+        It takes one index seek per queue; ``DISTINCT`` would read all their jobs.
         """
         has_it = has_status(status)
         walk = (
@@ -83,8 +87,8 @@ class Queues(Audits):
         return walk.union_all(sa.select(following).where(walk.c.name.is_not(None)))
 
     def register_queues(self, connection: sa.Connection, names: Iterable[str]) -> None:
-        """Make sure that the queues have a row of today; others may do so at the same moment."""
-        # In one order, so that two workers never wait for each other.
+        """Insert the rows of queues, or renew their time. Workers may do so at the same moment."""
+        # Sorted, so that all workers lock the rows in the same order and cannot deadlock.
         connection.execute(self._registration, [{"name": name} for name in sorted(names)])
 
     @functools.cached_property
@@ -95,11 +99,11 @@ class Queues(Audits):
         )
 
     def prune_queues(self, limit: int) -> int:
-        """Delete up to ``limit`` rows of queues that nobody uses.
+        """Delete up to ``limit`` rows of unused queues.
 
-        Those are not paused, hold no waiting jobs, and no worker has claimed from them for a week.
+        An unused queue is not paused, holds no waiting jobs, and was not registered for a week.
 
-        :returns: how many were deleted.
+        :returns: the number of deleted rows.
         """
         is_old = sa.and_(
             QUEUES.c.paused_at.is_(None),
@@ -115,7 +119,7 @@ class Queues(Audits):
             names = connection.scalars(unused).all()
             if not names:
                 return 0
-            # Somebody may have paused it or claimed from it since.
+            # Check again: a queue may have been paused or registered since the query.
             deletion = sa.delete(QUEUES).where(QUEUES.c.name.in_(sorted(names)), is_old)
             return connection.execute(deletion).rowcount
 
@@ -131,9 +135,9 @@ class Queues(Audits):
 
 
 def any_job(status: JobStatus, queues: Sequence[str] | None) -> sa.Exists:
-    """Whether there is a job with this status in ``queues``, or in all."""
+    """The condition that a job with this status exists in ``queues``, or in any queue."""
     found = sa.exists().where(has_status(status))
     if queues is None:
-        # The same condition as in a claim of all queues, which finds no other rows.
+        # Use the condition of a claim from all queues, so that both find the same rows.
         return found.where(sa.literal_column(IS_OF_ANY_QUEUE, sa.Boolean))
     return found.where(JOBS.c.queue.in_(queues))

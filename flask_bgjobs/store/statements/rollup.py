@@ -1,4 +1,4 @@
-"""The roll-up: counts that workers add to, so that charts need not read the jobs."""
+"""The roll-up: counters for charts, which workers increase, so that no chart reads all jobs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from ...job.rollup import HOUR, MINUTE, Cell
 from ..database import ROLLUPS, Database
 
 _KEPT_SECONDS = {MINUTE: 2 * 3_600.0, HOUR: 8 * 86_400.0}
-"""A little more than the charts of an hour and of seven days show."""
+"""How long counts are kept, by the seconds of their period: a little longer than the charts of an
+hour and of seven days need."""
 
 
 class Rollups(Database):
     """The statements about the roll-up."""
 
     def add_to_rollup(self, counts: Mapping[Cell, int]) -> None:
-        """Add counts to those that are there.
+        """Add counts to the stored ones.
 
-        A commit that gets no answer may have counted: what is added again is then there twice.
+        A commit without a reply may have succeeded. If the caller adds the same counts again after
+        one, they are counted twice.
         """
-        # In one order, so that two workers never wait for each other.
+        # Sorted, so that all workers lock the rows in the same order and cannot deadlock.
         rows = [{**cell._asdict(), "jobs": number} for cell, number in sorted(counts.items())]
         self.transaction(lambda connection: connection.execute(self._addition, rows))
 
     def prune_rollup(self) -> None:
-        """Delete what no chart shows any more."""
+        """Delete counts that are too old for all charts."""
         old = (
             sa.and_(
                 ROLLUPS.c.seconds == seconds,

@@ -1,4 +1,4 @@
-"""Selections: many jobs at once, chosen by what they have in common."""
+"""Selections: find many jobs by status, queue, target, error or time."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from ...models import has_status, last_event
 from ..database import JOBS, Database
 
 Conditions = list[sa.ColumnElement[bool]]
-"""On a job, all of which hold."""
+"""Conditions on a job, all of which must be true."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Selection:
-    """Which jobs to act on; what is empty does not select.
+    """Conditions that select jobs; an empty field selects all.
 
-    Times are UTC without ``tzinfo``. They are about the end of a finished job, about the newest
-    attempt of one that was tried, and about the enqueue of any other.
+    ``since`` and ``until`` are UTC without ``tzinfo``. They apply to the end of a finished job, to
+    the newest claim of an unfinished job that was claimed, and to the enqueue of any other job.
     """
 
     statuses: tuple[JobStatus, ...]
-    """In the order in which they are read."""
+    """Statuses, in the order in which their jobs are read."""
     until: dt.datetime
-    """Jobs of a later time are left out, so that new ones cannot make the work endless."""
+    """The latest time. It leaves out new jobs, which could otherwise make the work endless."""
     since: dt.datetime | None = None
+    """The earliest time."""
     queues: tuple[str, ...] = ()
     target: str | None = None
     """Dotted name of a class or function, or of a class with its method."""
@@ -36,7 +37,7 @@ class Selection:
     """Name of the last attempt's exception class."""
 
     def in_words(self) -> str:
-        """What selects, as options of the command line."""
+        """The conditions as options of the command line."""
         chosen = [
             *(f"--status {status.value}" for status in self.statuses),
             *(f"--queue {queue}" for queue in self.queues),
@@ -51,33 +52,37 @@ class Selection:
 
 
 class Selections(Database):
-    """The statements that find the jobs of a selection. They change nothing."""
+    """The queries for the jobs of a selection."""
 
     def clock(self) -> dt.datetime:
-        """The time of the database, UTC without ``tzinfo``."""
+        """The current time of the database, UTC without ``tzinfo``."""
         with self.read() as connection:
             now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
         return now
 
     def count_selected(self, selection: Selection) -> int:
-        """How many jobs are selected."""
+        """The number of selected jobs."""
         return self.count_where(_conditions(selection))
 
     def selected_ids(self, selection: Selection, limit: int) -> Iterator[list[int]]:
-        """The ids of the jobs that are selected, as by :meth:`ids_where`."""
+        """The ids of the selected jobs, in batches as from :meth:`ids_where`."""
         return self.ids_where(_conditions(selection), limit)
 
     def count_where(self, each: Iterable[Conditions]) -> int:
-        """How many jobs fulfil one of several lists of conditions, of which none fulfils two."""
+        """The number of jobs that match any of several lists of conditions.
+
+        No job may match more than one list.
+        """
         with self.read() as connection:
             counts = (sa.select(sa.func.count()).where(*conditions) for conditions in each)
             return sum(connection.scalar(count) or 0 for count in counts)
 
     def ids_where(self, each: Iterable[Conditions], limit: int) -> Iterator[list[int]]:
-        """The ids of these jobs, list by list, in batches of ``limit`` at most.
+        """The ids of the jobs that match each list of conditions, in batches of up to ``limit``.
 
-        Each batch is read when it is asked for, behind the one before: what the caller did to
-        that one does not matter, and a million ids are never in memory.
+        Each batch is read when the caller asks for it, starting after the last id of the previous
+        one. So the caller may change or delete the jobs of a batch before it asks for the next,
+        and a million ids are never in memory at once.
         """
         for conditions in each:
             after = 0

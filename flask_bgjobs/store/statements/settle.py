@@ -1,4 +1,4 @@
-"""Settle: recording how attempts ended, fenced by attempt and worker."""
+"""Settle: record the outcomes of attempts, fenced by attempt and worker."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from .. import transitions
 from ..database import ATTEMPTS, JOBS, WORKERS
 from .progress import Runs, by_key
 
-_CAREFUL_SECONDS = 10.0
-"""After a lock was in the way of a bulk completion, jobs are settled one by one: a job that keeps
-its row locked may have others like it."""
+_NO_BULK_SECONDS = 10.0
+"""How long :meth:`Settles.complete` avoids bulk statements after a locked row made one fail. A job
+that keeps its own row locked is often followed by jobs that do the same."""
 _NO_ATTEMPT_ROW = frozenset({OutcomeKind.COMPLETED, OutcomeKind.GIVEN_BACK, OutcomeKind.SNOOZED})
+"""Outcomes for which no row is added to the table of attempts."""
 _NO_ERROR = frozenset({*_NO_ATTEMPT_ROW, OutcomeKind.CANCELLED})
-"""Nothing went wrong, so that nothing is shown as the job's error."""
+"""Outcomes that are no failure, so the error of the job is cleared."""
 
 
 class Completion(TypedDict):
-    """What is recorded of an attempt that completed."""
+    """The data recorded for an attempt that completed."""
 
     job_id: int
     fence_attempt: int
     started_after: float
-    """Seconds from the claim, as is the next."""
+    """Seconds from the claim to the start of the code."""
     finished_after: float
+    """Seconds from the claim to the end of the code."""
     new_result: str | None
 
 
@@ -47,45 +49,48 @@ COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "finished_after": sa.Double(),
     "new_result": sa.Text(),
 }
-"""The columns of a :class:`Completion`."""
+"""The column types of a :class:`Completion`."""
 
 
 class _RowsLocked(Exception):
-    """Another transaction keeps a row locked that is to be changed."""
+    """Another transaction has locked a row that has to be changed."""
 
 
 class _LeaseLost(Exception):
-    """At least one of the attempts is no longer the worker's."""
+    """The worker has lost the lease of at least one of the attempts."""
 
 
 class Settles(Runs):
-    """The statements of a settle."""
+    """The statements that record outcomes."""
 
-    _careful_until = -math.inf
-    """By ``time.monotonic()``: until then nothing is completed in bulk."""
+    _no_bulk_until = -math.inf
+    """Until when no bulk statements are used, by ``time.monotonic()``."""
 
     def complete(
         self, worker_id: int, finished: Iterable[tuple[JobSpec, Outcome]]
     ) -> list[Settled]:
-        """The same as :meth:`settle` for attempts that completed and told nothing more, in bulk.
+        """Record completed attempts without a report in one statement.
 
-        :returns: one per attempt; ``status`` is ``None`` where the lease was lost. Attempts whose
-            rows another transaction keeps locked are left out: nothing is recorded of them yet.
+        Does the same as :meth:`settle`, but faster.
+
+        :returns: one entry for each attempt; ``status`` is ``None`` if the lease was lost. Attempts
+            whose rows another transaction has locked are left out: they are not recorded yet.
         """
-        # In the order in which rows are locked everywhere.
+        # All transactions lock rows in the order of ids, so that they cannot deadlock.
         ordered = sorted(finished, key=_job_id)
-        if time.monotonic() < self._careful_until:
+        if time.monotonic() < self._no_bulk_until:
             return self.settle(worker_id, "", ordered)
-        # Another id's are lost, also in a database in which all else happens to be the same.
+        # Attempts claimed under another worker id are lost, even if the rest matches by chance, as
+        # in another database.
         ended = [_completion(s, outcome) for s, outcome in ordered if s.worker_id == worker_id]
         try:
             if ended:
                 self.transaction(lambda c: self._complete_in_bulk(c, worker_id, ended))
         except _RowsLocked:
-            self._careful_until = time.monotonic() + _CAREFUL_SECONDS
+            self._no_bulk_until = time.monotonic() + _NO_BULK_SECONDS
             return self.settle(worker_id, "", ordered)
         except _LeaseLost:
-            # One statement cannot tell which of them it has changed.
+            # The bulk statement does not tell which attempts it would have changed.
             return self.settle(worker_id, "", ordered)
         return [
             Settled(
@@ -105,7 +110,7 @@ class Settles(Runs):
             changed = connection.execute(self._complete_all, parameters).rowcount
         except DBAPIError as error:
             if self.is_lock_timeout(error):
-                # Not to be redone as it is, but without the rows that are locked.
+                # Do not redo the same statement: settle() leaves out the locked rows.
                 raise _RowsLocked from error
             raise
         if changed != len(ended):
@@ -113,16 +118,17 @@ class Settles(Runs):
 
     @abc.abstractmethod
     def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
-        """The :class:`Completion` objects in a JSON array, as rows."""
+        """The :class:`Completion` objects of a JSON array, as rows to select from."""
 
     @functools.cached_property
     def _complete_all(self) -> sa.Update:
-        # In one statement: one each takes up to ten times as long.
+        # One statement for all: one statement for each takes up to ten times as long.
         given = self.completions(sa.bindparam("ended", type_=sa.Text)).c
         is_ours = transitions.is_running_for(sa.bindparam("fence_worker"), given.fence_attempt)
         return (
             sa.update(JOBS)
-            # As one value: no database may begin with all that run, believing that they are few.
+            # CASE hides the fence from the planner, which could otherwise begin with all running
+            # jobs because it expects few of them.
             .where(JOBS.c.id == given.job_id, sa.case((is_ours, sa.true()), else_=sa.false()))
             .values(
                 transitions.completed(
@@ -140,12 +146,13 @@ class Settles(Runs):
         finished: Sequence[tuple[JobSpec, Outcome]],
         in_doubt: Collection[Key] = (),
     ) -> list[Settled]:
-        """Record how attempts ended, all in one transaction; only those still ours change.
+        """Record the outcomes of attempts in one transaction, each only if the worker still holds
+        the job.
 
-        :param in_doubt: attempts whose outcome was recorded by a commit of which nobody knows
-            whether it was done. If it was, that is what is returned.
-        :returns: one per attempt, in order; ``status`` is ``None`` where the lease was lost.
-            Attempts whose rows another transaction keeps locked are left out, as in
+        :param in_doubt: attempts among them whose outcomes an earlier commit may or may not have
+            recorded. If it has, the result says so, and nothing is recorded again.
+        :returns: one entry for each attempt, in order; ``status`` is ``None`` if the lease was
+            lost. Attempts whose rows another transaction has locked are left out, as in
             :meth:`complete`.
         """
         return self.transaction(
@@ -160,7 +167,7 @@ class Settles(Runs):
         finished: Sequence[tuple[JobSpec, Outcome]],
         in_doubt: Collection[Key] = (),
     ) -> list[Settled]:
-        """The same as :meth:`settle`, as part of a larger transaction of ours."""
+        """Do the work of :meth:`settle` within a larger transaction of ours."""
         keys = {spec.key for spec, _ in finished}
         ours, locked = self.lock_running(connection, worker_id, keys)
         recorded = self._recorded(connection, worker_id, in_doubt)
@@ -195,9 +202,9 @@ class Settles(Runs):
     def _recorded(
         self, connection: sa.Connection, worker_id: int, in_doubt: Collection[Key]
     ) -> dict[Key, bool]:
-        """Those of the attempts in doubt that have ended, and whether a cancel was asked for.
+        """The attempts in doubt that are recorded, each with whether a cancel was requested.
 
-        As long as the worker is alive, nobody but itself can have ended them.
+        While a worker is alive, only the worker itself can have recorded them.
         """
         if not in_doubt:
             return {}
@@ -211,7 +218,8 @@ class Settles(Runs):
                 WORKERS.c.status == "alive",
             )
         )
-        return {key: asked for key, asked in by_key(rows).items() if key in in_doubt}
+        found = by_key(rows).items()
+        return {key: is_cancelling for key, is_cancelling in found if key in in_doubt}
 
     def _decide(self, spec: JobSpec, outcome: Outcome, cancel_requested: bool) -> Settlement:
         return settlement_of(
@@ -222,7 +230,7 @@ class Settles(Runs):
     def _settle_update(self) -> sa.Update:
         delay = self.seconds_parameter("delay_seconds")
         is_final = sa.bindparam("is_final", type_=sa.Boolean)
-        keep_meta = sa.bindparam("new_meta", type_=sa.Text)
+        new_meta = sa.bindparam("new_meta", type_=sa.Text)
         columns = {
             name: sa.bindparam(f"new_{name}", type_=JOBS.c[name].type)
             for name in (
@@ -249,7 +257,7 @@ class Settles(Runs):
                     is_final=is_final,
                     finished_at=self._or_now("new_finished_at"),
                     due_at=sa.case((delay.is_not(None), self.after(delay)), else_=JOBS.c.run_at),
-                    meta=sa.func.coalesce(keep_meta, JOBS.c.meta),
+                    meta=sa.func.coalesce(new_meta, JOBS.c.meta),
                     progress=sa.func.coalesce(
                         sa.bindparam("new_progress", type_=sa.Double), JOBS.c.progress
                     ),
@@ -266,7 +274,7 @@ class Settles(Runs):
         return sa.insert(ATTEMPTS).values(finished_at=self._or_now("ended_at"))
 
     def _or_now(self, name: str) -> sa.ColumnElement[dt.datetime]:
-        """A time that is given, or the database's clock where it is not."""
+        """The time in the parameter ``name``, or the database's clock if it is ``NULL``."""
         return sa.func.coalesce(sa.bindparam(name, type_=UtcTime), self.now, type_=UtcTime)
 
 
@@ -275,12 +283,12 @@ def _job_id(entry: tuple[JobSpec, Outcome]) -> int:
 
 
 def _completion(spec: JobSpec, outcome: Outcome) -> Completion:
-    waited = outcome.wait_seconds or 0.0
+    wait_seconds = outcome.wait_seconds or 0.0
     return {
         "job_id": spec.id,
         "fence_attempt": spec.attempt,
-        "started_after": waited,
-        "finished_after": waited + outcome.run_seconds,
+        "started_after": wait_seconds,
+        "finished_after": wait_seconds + outcome.run_seconds,
         "new_result": outcome.result_json,
     }
 
@@ -331,7 +339,8 @@ def _attempt_values(
 
 
 def _times(spec: JobSpec, outcome: Outcome) -> tuple[dt.datetime | None, dt.datetime | None]:
-    """Start and end of an attempt's code by the database's clock, from local durations."""
+    """Start and end of an attempt's code on the database's clock, computed from the time of the
+    claim and local durations."""
     if outcome.wait_seconds is None:
         return spec.started_at, None
     started = spec.claimed_at + dt.timedelta(seconds=outcome.wait_seconds)
