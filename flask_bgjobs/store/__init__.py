@@ -1,4 +1,4 @@
-"""Every statement that changes a row, one file per dialect."""
+"""All SQL statements that change rows, with one store class per database."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _STORES: dict[str, type[Store]] = {
 
 
 def make_store(engine: sa.Engine, host: Host, *, schema: str | None, max_crashes: int) -> Store:
-    """The store for the engine's dialect; nothing is connected yet.
+    """Create the store for the engine's database, without connecting to it.
 
-    :raises DatabaseNotSupported: when there is none, or none for the engine's driver.
+    :raises DatabaseNotSupported: when the database or the driver is not supported.
     """
     name = engine.dialect.name
     try:
@@ -76,5 +76,5 @@ def make_store(engine: sa.Engine, host: Host, *, schema: str | None, max_crashes
 
 
 def _url(database: str, driver: str) -> str:
-    # SQLAlchemy's own name of the standard library's driver is not written in URLs.
+    # SQLAlchemy calls the standard library's driver "pysqlite", but URLs do not name it.
     return f"{database}:///…" if driver == "pysqlite" else f"{database}+{driver}://…"

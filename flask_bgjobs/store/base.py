@@ -1,6 +1,6 @@
-"""The contract of a store: every statement that changes a row, an act a file.
+"""The base class of all stores, composed of one class of statements per act.
 
-A subclass per dialect supplies the clock, the claim and the tolerant insert.
+Each database has a subclass with its clock, its claim and its insert that tolerates conflicts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .statements.select import Selections
 
 
 class Store(Inserts, Claims, Leases, Due, Prunes, Rollups, Selections, ByHand):
-    """The statements of one app's tables on one database, in the order of a job's life:
+    """The statements on the tables of one app in one database.
 
-    insert (1), claim (2), mark_started and observe (3), settle (4); beat and rescue; promote;
-    prune; add to the roll-up; and by hand pause and resume, cancel, retry, delete, each written
-    down in the audit trail. Transactions of its own are redone when the database asks for it
-    (deadlock, serialization failure, busy).
+    In the life of a job: insert, claim, mark_started and observe, settle. For workers: beat,
+    rescue, promote, prune, and add to the roll-up. For people: pause and resume, cancel, retry,
+    delete, each recorded in the audit trail. The store's own transactions are redone after errors
+    that pass, such as a deadlock, a serialization failure or a busy database.
     """

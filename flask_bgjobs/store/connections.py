@@ -1,8 +1,8 @@
-"""The host's pool listeners, run for the connections of our own engine as well.
+"""Run the host's pool listeners for the connections of our own engine as well.
 
-A host sets ``search_path``, a role or the key of an encrypted file in a listener on its engine.
-Our engine has a pool of its own, so that a request never waits for a second connection of the
-host's pool, and connections without those settings would see another database.
+A listener on the host's engine may set ``search_path``, a role, or the key of an encrypted file.
+Our engine has its own pool, so that a request never waits for a second connection of the host's
+pool. Without these settings, its connections would see another database.
 """
 
 from __future__ import annotations
@@ -17,63 +17,74 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from ..system.safe_logging import logger as _logger
 
 Listener = Callable[..., object]
-Watched = Callable[[Any], AbstractContextManager[None]]
+Watch = Callable[[Any], AbstractContextManager[None]]
 
-_BEGINNINGS = ("first_connect", "checkout")
-"""Events before a connection is used: an error keeps it from being used. ``connect`` is one more,
-and is forwarded in two parts."""
-_ENDS = ("checkin", "reset", "invalidate", "soft_invalidate", "close", "detach", "close_detached")
-"""Events after a connection was used: an error must not look like a failed transaction."""
-_OF_ENGINES = frozenset(
+_EVENTS_BEFORE_USE = ("first_connect", "checkout")
+"""Events before a connection is used. An error prevents its use. ``connect`` also belongs to these,
+but is forwarded in two parts."""
+_EVENTS_AFTER_USE = (
+    "checkin",
+    "reset",
+    "invalidate",
+    "soft_invalidate",
+    "close",
+    "detach",
+    "close_detached",
+)
+"""Events after a connection was used. An error must not look like a failed transaction."""
+_SQLALCHEMY_MODULES = frozenset(
     {"sqlalchemy.engine.create", "sqlalchemy.engine.default", "sqlalchemy.util.langhelpers"}
 )
-"""The modules of the ``connect`` listeners that SQLAlchemy itself adds to each engine."""
+"""Modules of the ``connect`` listeners that SQLAlchemy itself adds to each engine."""
 
 
-def forward(host_engine: sa.Engine, engine: sa.Engine, watched: Watched) -> None:
-    """Run the host's pool listeners for ``engine`` too, also those that are added later.
+def forward(host_engine: sa.Engine, engine: sa.Engine, watch: Watch) -> None:
+    """Run the host's pool listeners for ``engine`` as well, including listeners added later.
 
-    Call it before ``engine`` gets listeners of its own, so that the host's come first. Listeners on
-    the classes ``Pool`` and ``Engine`` are not forwarded: SQLAlchemy runs them for all pools.
+    Call this before ``engine`` gets listeners of its own, so that the host's run first. Listeners
+    on the classes ``Pool`` and ``Engine`` are not forwarded: SQLAlchemy runs them for all pools.
 
-    :param watched: limits the time for which a block uses a driver's connection.
+    :param watch: returns a context manager that limits how long its block may use a driver
+        connection.
     """
 
     def listeners(name: str) -> tuple[Listener, ...]:
-        # SQLAlchemy has no public list of them. The pool is another one after `dispose()`.
+        # SQLAlchemy has no public API for this. `dispose()` replaces the pool: read it each time.
         return tuple(getattr(host_engine.pool.dispatch, name).listeners)
 
     def before_dialect(connection: Any, record: object) -> None:
         before, _ = _split(listeners("connect"))
-        begin("connect", before, (connection, record))
+        run_before_use("connect", before, (connection, record))
 
     def after_dialect(connection: Any, record: object) -> None:
         before, after = _split(listeners("connect"))
-        begin("connect", after, (connection, record))
+        run_before_use("connect", after, (connection, record))
         if before or after:
-            # A host that turns autocommit on would take our transactions away.
+            # A listener of the host may have turned autocommit on: our transactions need it off.
             engine.dialect.reset_isolation_level(connection)
 
-    def begin(name: str, theirs: Sequence[Listener], args: tuple[Any, ...]) -> None:
-        if not theirs:
+    def run_before_use(
+        name: str, host_listeners: Sequence[Listener], args: tuple[Any, ...]
+    ) -> None:
+        if not host_listeners:
             return
         connection = args[0]
-        with watched(connection):
+        with watch(connection):
             try:
-                _call_each(theirs, args)
-                # What a listener has set without a commit would go with the first rollback.
+                _call_each(host_listeners, args)
+                # Commit, or the first rollback would undo the settings of the listeners.
                 engine.dialect.do_commit(connection)
             except (SQLAlchemyError, engine.dialect.loaded_dbapi.Error):
                 raise
             except Exception as error:
                 raise OperationalError(f"listener of {name!r}", None, error) from error
 
-    def end(name: str, theirs: Sequence[Listener], args: tuple[Any, ...]) -> None:
-        if not theirs:
+    def run_after_use(name: str, host_listeners: Sequence[Listener], args: tuple[Any, ...]) -> None:
+        if not host_listeners:
             return
-        with watched(args[0]):
+        with watch(args[0]):
             try:
-                _call_each(theirs, args)
+                _call_each(host_listeners, args)
                 if name == "checkin" and args[0] is not None:
                     engine.dialect.do_commit(args[0])
             except Exception as error:
@@ -86,7 +97,7 @@ def forward(host_engine: sa.Engine, engine: sa.Engine, watched: Watched) -> None
 
     sa.event.listen(engine, "connect", before_dialect, insert=True)
     sa.event.listen(engine, "connect", after_dialect)
-    for run, names in ((begin, _BEGINNINGS), (end, _ENDS)):
+    for run, names in ((run_before_use, _EVENTS_BEFORE_USE), (run_after_use, _EVENTS_AFTER_USE)):
         for name in names:
             sa.event.listen(engine, name, _forwarder(run, name, listeners))
 
@@ -105,10 +116,14 @@ def _call_each(listeners: Sequence[Listener], args: tuple[Any, ...]) -> None:
 
 
 def _split(listeners: tuple[Listener, ...]) -> tuple[list[Listener], list[Listener]]:
-    """The host's ``connect`` listeners that come before SQLAlchemy's own, and the others."""
-    first = next((i for i, each in enumerate(listeners) if _is_of_engine(each)), len(listeners))
-    return list(listeners[:first]), [each for each in listeners[first:] if not _is_of_engine(each)]
+    """The host's ``connect`` listeners before SQLAlchemy's own, and those after."""
+    first = next(
+        (i for i, each in enumerate(listeners) if _is_sqlalchemy_listener(each)), len(listeners)
+    )
+    return list(listeners[:first]), [
+        each for each in listeners[first:] if not _is_sqlalchemy_listener(each)
+    ]
 
 
-def _is_of_engine(listener: Listener) -> bool:
-    return getattr(listener, "__module__", None) in _OF_ENGINES
+def _is_sqlalchemy_listener(listener: Listener) -> bool:
+    return getattr(listener, "__module__", None) in _SQLALCHEMY_MODULES

@@ -1,4 +1,4 @@
-"""The database at hand: its clock, our own engine, and transactions that are redone."""
+"""One app's database: its clock, our own engine, and transactions that are redone on errors."""
 
 from __future__ import annotations
 
@@ -34,59 +34,59 @@ QUEUES = cast(sa.Table, Queue.__table__)
 ROLLUPS = cast(sa.Table, Rollup.__table__)
 
 READ_ONLY = "bgjobs_read_only"
-"""The execution option of connections that only read."""
+"""Execution option of connections that only read."""
 AUTOCOMMIT = "bgjobs_autocommit"
-"""The execution option of connections on which each statement is a transaction of its own."""
+"""Execution option of connections on which each statement is its own transaction."""
 _SCHEMAS = "schema_translate_map"
-"""SQLAlchemy's execution option by which statements name their schema."""
+"""SQLAlchemy's execution option for the schema of the tables."""
 _REDO_SECONDS = 30.0
-"""How long a transaction that the database turned away is tried again."""
+"""How long a transaction is redone after errors that pass."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.005, 0.5
+"""The first and the longest pause before a transaction is redone. Each pause doubles."""
 
 
 class Host(Protocol):
-    """What the store asks of the host's Flask-SQLAlchemy."""
+    """What the store needs from the host's Flask-SQLAlchemy."""
 
     def session(self) -> scoped_session[Any]:
-        """Its session."""
+        """The host's session."""
 
     def outer_connection(self) -> sa.Connection | None:
-        """The connection to which its sessions are bound, if they are bound to one."""
+        """The connection to which the host's sessions are bound; ``None`` if to an engine."""
 
     def holds_write_lock(self) -> bool:
-        """Whether its session of this context may keep other connections from writing."""
+        """Whether the host's session in this context may block other connections' writes."""
 
 
 class CommitInDoubt(OperationalError):
-    """The connection died in a commit: nobody can tell whether it was done."""
+    """The connection was lost in a commit, which may or may not have succeeded."""
 
 
 class QueryTimeout(OperationalError):
-    """A query took longer than it may."""
+    """The database ended a query that exceeded its time limit."""
 
 
 class Database(abc.ABC):
-    """One app's database, as far as the statements need it.
+    """Access to one app's database for the statements.
 
     :param engine: the host's engine for the tables.
-    :param host: finds the host's session and the connection that it may be bound to.
+    :param host: gives access to the host's session, and to the connection that it may be bound to.
     :param schema: the schema of the host's metadata, if it has one.
-    :param max_crashes: proved crashes at which a job is failed.
-    :param deadline: seconds after which a connection in use is given up; ``None``: never.
+    :param max_crashes: number of proved crashes at which a job fails.
+    :param deadline: seconds after which a connection in use is severed; ``None``: never.
     """
 
     drivers: tuple[str, ...]
-    """SQLAlchemy's names of the drivers that it works with, the recommended one first."""
+    """SQLAlchemy's names of the supported drivers, the recommended one first."""
 
     now: sa.ColumnElement[dt.datetime]
-    """The database's clock, read when the statement runs."""
+    """SQL expression for the time of the database's clock when the statement runs."""
 
     seeks_ranges = True
-    """Whether rows behind a value are sought by an index where only the running statement knows
-    the value."""
+    """Whether an index finds the rows after a value that is known only when the statement runs."""
 
     has_one_writer = False
-    """Whether an open transaction that wrote keeps all others from writing."""
+    """Whether an open transaction that has written blocks all writes of other transactions."""
 
     def __init__(
         self,
@@ -101,15 +101,16 @@ class Database(abc.ABC):
         self._host = host
         self._schema = schema
         self.schema = _translated(engine, schema)
-        """Where the tables are, when that is not the connection's default schema."""
+        """The schema of the tables; ``None`` for the connection's default schema."""
         self.deadline = deadline
         self._is_workers = False
-        """Whether a worker uses it, which does not start where the sessions share a connection."""
+        """Whether a worker uses this store. No worker starts if the host's sessions are bound to a
+        connection."""
         self.give_up_at = math.inf
-        """By ``time.monotonic()``: afterwards the database is not asked any more, and who waits
-        for it then gets an error."""
+        """The time, by ``time.monotonic()``, after which the database is not used any more. Threads
+        that wait for it then get an error."""
         self.on_attempt: Callable[[], object] = _nothing
-        """Called, in the thread that asks the database, before each attempt of a transaction."""
+        """Called before each attempt of a transaction, in the thread that runs it."""
         self._watchdog = Watchdog(self.sever, lambda: self.give_up_at)
         self.execution_options: dict[str, Any] = (
             {} if self.schema is None else {_SCHEMAS: {None: self.schema}}
@@ -124,46 +125,45 @@ class Database(abc.ABC):
     def add_seconds(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
     ) -> sa.ColumnElement[dt.datetime]:
-        """``time`` plus ``seconds``."""
+        """SQL expression for ``time`` plus ``seconds``."""
 
     def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
-        """The database's clock plus ``seconds``."""
+        """SQL expression for the time of the database's clock plus ``seconds``."""
         return self.add_seconds(self.now, seconds)
 
     insert_into: Callable[[sa.Table], Any]
-    """The dialect's own ``insert()``, which can ignore conflicts."""
+    """The dialect's ``insert()``, which can handle conflicts."""
 
     def limit_ordered(
         self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]
     ) -> sa.Select[Any]:
-        """The first ``limit`` rows of a query whose order is that of an index."""
+        """Limit a query that is ordered by an index, so that only ``limit`` rows are read."""
         return ordered.limit(limit)
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
-        """The ids of ``candidates``, kept from others until the transaction ends.
+        """The query for the ids of ``candidates`` that locks their rows until the transaction ends.
 
-        Those that another transaction keeps are left out.
+        Rows that another transaction has locked are skipped.
         """
         return sa.select(candidates.subquery().c.id)
 
     def seconds_parameter(self, name: str) -> sa.ColumnElement[float]:
-        """A parameter of seconds that may be ``None``."""
-        # Cast, because PostgreSQL must know the type also where nothing but NULL is tested.
+        """A statement parameter for seconds, which may be ``NULL``."""
+        # Cast, because PostgreSQL needs the type even in a test for NULL.
         return sa.cast(sa.bindparam(name, type_=sa.Double), sa.Double)
 
     @abc.abstractmethod
     def make_engine(self) -> sa.Engine:
-        """A small engine of our own on the host's database.
+        """Create a small engine of our own on the host's database.
 
-        Its errors hide the parameters of statements: these hold what jobs were given.
+        Its errors hide the parameters of statements, which contain the parameters of jobs.
         """
 
     def connect_as_host(self, record: Any) -> Any:
-        """A driver's connection, made in the host's own way, with its connect_args.
+        """Open a driver connection as the host's engine does, with its ``connect_args``.
 
-        :param record: of our own pool.
-
-        :raises OperationalError: also where code of the host's is in the way and fails.
+        :param record: the connection record of our own pool.
+        :raises OperationalError: when connecting fails, also in code of the host.
         """
         dialect = self.host_engine.dialect
         try:
@@ -174,11 +174,11 @@ class Database(abc.ABC):
             raise OperationalError("connect", None, error) from error
 
     def dialect_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The execution options of a connection, with what the driver must be told for them."""
+        """The execution options of a connection, with those that the driver needs for them."""
         return options
 
     def seen_by(self, connection: sa.Connection) -> dict[str, str | None]:
-        """What decides which tables a connection sees, and as whom, by its name for people."""
+        """The settings that decide which tables a connection sees, and its user, by name."""
         return dict(connection.execute(self._seen).mappings().one())
 
     @property
@@ -188,50 +188,50 @@ class Database(abc.ABC):
 
     @abc.abstractmethod
     def is_redoable(self, error: DBAPIError) -> bool:
-        """Whether the same transaction may succeed when it is simply done again."""
+        """Whether the same transaction may succeed if it is run again."""
 
     def is_read_only(self, error: DBAPIError) -> bool:
-        """Whether the server takes no writes, as one does that is no longer the primary.
+        """Whether the server is read-only, as after it stopped being the primary.
 
-        Nothing was done then, and the connections of our engine are not used any more: the next
-        one may lead to the new primary.
+        The statement had no effect, and the connections of our engine are discarded, because a new
+        one may reach the new primary.
         """
         return False
 
     def is_denied(self, error: DBAPIError) -> bool:
-        """Whether the database user lacks a right."""
+        """Whether the database user lacks a privilege."""
         return False
 
     @abc.abstractmethod
     def is_lock_timeout(self, error: DBAPIError) -> bool:
-        """Whether a row stayed locked by another transaction for too long."""
+        """Whether the error is a lock timeout: another transaction held a row lock for too long."""
 
     @abc.abstractmethod
     def ending_queries(
         self, connection: sa.Connection, seconds: float
     ) -> AbstractContextManager[None]:
-        """Let the database end each query of this block that takes longer."""
+        """Let the database end each query in this block that takes longer than ``seconds``."""
 
     @abc.abstractmethod
     def is_timeout(self, error: DBAPIError) -> bool:
-        """Whether the database has ended a query for that."""
+        """Whether the database ended a query because of :meth:`ending_queries`."""
 
     def link_advice(self) -> str | None:
-        """What the host should set so that its own connections notice a dead link, in a sentence.
+        """Advice, in a sentence, on settings with which the host's connections detect a dead link.
 
-        ``None``: nothing is known to be missing.
+        :returns: ``None`` if no setting is known to be missing.
         """
         return None
 
     def pool_advice(self) -> str | None:
-        """What the host should set so that its threads can use its pool, in a sentence.
+        """Advice, in a sentence, on settings with which the host's threads can use its pool.
 
-        ``None``: nothing is known to be wrong with it.
+        :returns: ``None`` if no problem is known.
         """
         return None
 
     can_listen = False
-    """Whether :meth:`listen` is there."""
+    """Whether :meth:`listen` is implemented."""
 
     def listen(
         self,
@@ -239,21 +239,20 @@ class Database(abc.ABC):
         on_news: Callable[[], object],
         is_quiet: Callable[[], bool],
     ) -> None:
-        """Call ``on_news`` at once, and whenever somebody may have enqueued jobs, until stopped.
+        """Call ``on_news`` at once, and again whenever new jobs may have been enqueued.
 
-        :param is_quiet: whether there has been nothing to do for a while.
+        Blocks until ``stopped`` is set, or returns early to be called again, with a new connection.
 
-        It also returns when it has to be called again, to go on with a new connection.
-
+        :param is_quiet: returns whether there has been nothing to do for a while.
         :raises DBAPIError: when the connection is lost.
         """
         raise NotImplementedError
 
-    def stop_listening(self) -> None:  # noqa: B027  # others return by themselves
-        """Let :meth:`listen` return at once, after its ``stopped`` was set."""
+    def stop_listening(self) -> None:  # noqa: B027  # other listeners return by themselves
+        """Make :meth:`listen` return at once. Call this after its ``stopped`` is set."""
 
-    def notify(self, connection: sa.Connection) -> None:  # noqa: B027  # not all databases tell
-        """Tell those that listen of jobs, as soon as the transaction commits."""
+    def notify(self, connection: sa.Connection) -> None:  # noqa: B027  # only for some databases
+        """Notify listeners of new jobs when the transaction commits."""
 
     @property
     def host_session(self) -> scoped_session[Any]:
@@ -264,7 +263,8 @@ class Database(abc.ABC):
     def outer_connection(self) -> sa.Connection | None:
         """The connection to which the host's sessions are bound, as in a test that rolls back.
 
-        All our statements then run on it: another connection would not see the host's rows.
+        All our statements then run on it, because another connection would not see the host's rows.
+        ``None`` if the sessions are bound to an engine, and always in a worker.
         """
         return None if self._is_workers else self._host.outer_connection()
 
@@ -274,23 +274,25 @@ class Database(abc.ABC):
 
     @property
     def always_joins(self) -> bool:
-        """Whether there is only one connection, so that a commit of ours would be the host's."""
+        """Whether there is only one connection, so that our commit would also commit the host's."""
         return False
 
     def prepare(self, *, wal: bool) -> str | None:
-        """Make the database ready for workers; what was changed, for the log.
+        """Prepare the database for workers.
 
         :param wal: whether SQLite's write-ahead log may be turned on.
+        :returns: a message for the log about the change; ``None`` if nothing was changed.
         """
         return None
 
     @property
     def engine(self) -> sa.Engine:
-        """Our own engine, made on first use in each process: a fork must not share connections."""
+        """Our own engine, created on first use in each process, because processes must not share
+        connections after a fork."""
         with self._own_engine_lock:
             if self._own_engine is None or self._own_engine_pid != os.getpid():
                 engine = self.make_engine()
-                # An engine with options, also with none, costs each connect 50 µs.
+                # Execution options, even empty ones, would add 50 µs to each connect().
                 options = self.execution_options
                 self._own_engine = engine.execution_options(**options) if options else engine
                 self._own_engine_pid = os.getpid()
@@ -298,23 +300,23 @@ class Database(abc.ABC):
 
     @contextlib.contextmanager
     def in_our_schema(self, connection: sa.Connection) -> Iterator[None]:
-        """Let statements on the host's ``connection`` find our tables; afterwards its own again."""
-        theirs = connection.get_execution_options().get(_SCHEMAS)
-        ours = self.execution_options.get(_SCHEMAS)
-        if theirs == ours:
+        """Set our schema on the host's ``connection`` for this block, then restore the host's."""
+        host_schemas = connection.get_execution_options().get(_SCHEMAS)
+        our_schemas = self.execution_options.get(_SCHEMAS)
+        if host_schemas == our_schemas:
             yield
             return
-        connection.execution_options(**{_SCHEMAS: ours})
+        connection.execution_options(**{_SCHEMAS: our_schemas})
         try:
             yield
         finally:
-            connection.execution_options(**{_SCHEMAS: theirs})
+            connection.execution_options(**{_SCHEMAS: host_schemas})
 
     def with_deadline(self, seconds: float) -> Self:
-        """A store of the same database with connections of its own and a deadline.
+        """A store on the same database with its own connections and a deadline.
 
-        Whatever takes longer than ``seconds`` ends with an error, also where the link to the
-        database is dead and says nothing.
+        Using a connection for longer than ``seconds`` raises an error, also if the link to the
+        database is dead and gives no reply.
         """
         return self._for_a_worker(seconds)
 
@@ -331,24 +333,24 @@ class Database(abc.ABC):
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that must live while connections are in use."""
+        """The threads that must keep running while connections are in use."""
         return self._watchdog.threads
 
     def seconds_left(self) -> float:
-        """Until the database is not asked any more."""
+        """Seconds until :attr:`give_up_at`."""
         return self.give_up_at - time.monotonic()
 
     def watched(self, driver_connection: Any) -> AbstractContextManager[None]:
-        """Sever a connection that a block uses for longer than this store's deadline."""
+        """Sever the connection if this block uses it for longer than the store's deadline."""
         if self.deadline is None or driver_connection is None:
             return contextlib.nullcontext()
         return self._watchdog.watching(driver_connection, self.deadline)
 
     def reconnect_if_replaced(self) -> None:  # noqa: B027  # only a file can be replaced
-        """Close connections, the host's as well, that lead to a database no longer in use."""
+        """Close all connections, also the host's, if the database file has been replaced."""
 
     def sever(self, driver_connection: Any) -> None:  # noqa: B027  # a file has no link to break
-        """Break a driver's connection while another thread waits for it."""
+        """Break a driver connection, also while another thread waits for it."""
 
     def dispose(self) -> None:
         """Close the connections of our own engine; the next use opens new ones."""
@@ -363,29 +365,32 @@ class Database(abc.ABC):
             self.dispose()
 
     def after_fork_in_child(self) -> None:
-        """Take a new lock: another thread of the parent may have held the old one."""
+        """Create a new lock: a thread of the parent process may have held the old one."""
         self._own_engine_lock = Lock()
 
     def transaction(self, work: Callable[[sa.Connection], T]) -> T:
-        """What ``work`` returns, done in a transaction of our own.
+        """Run ``work`` in a transaction of our own.
 
-        ``work`` runs again, from its start, when the database turns the transaction away for
-        a passing reason, for up to 30 s, and once when the connection dies before the commit.
+        ``work`` runs again from its start for up to 30 s after errors that pass, and once if the
+        connection is lost before the commit.
 
-        :raises CommitInDoubt: when the connection dies in the commit.
-        :raises DatabaseUnusable: when it would wait for the host's own session.
+        :returns: what ``work`` returns.
+        :raises CommitInDoubt: when the connection is lost in the commit.
+        :raises DatabaseUnusable: when the transaction would wait for the host's own session.
         """
         self._refuse_to_wait_for_the_host()
 
         def attempt() -> T:
             with self._connected() as connection:
-                is_within = connection.in_transaction()
-                transaction = connection.begin_nested() if is_within else connection.begin()
+                was_in_transaction = connection.in_transaction()
+                transaction = (
+                    connection.begin_nested() if was_in_transaction else connection.begin()
+                )
                 try:
                     result = work(connection)
                     _commit(transaction)
                 except BaseException:
-                    # After a failed commit too: the pool would keep the transaction open.
+                    # Also after a failed commit, or the transaction would stay open in the pool.
                     transaction.rollback()
                     raise
                 return result
@@ -406,10 +411,17 @@ class Database(abc.ABC):
             )
 
     def redo(self, attempt: Callable[[], T]) -> T:
-        """What ``attempt`` returns; called again while the database is busy, for up to 30 s."""
+        """Call ``attempt`` until it succeeds, with pauses in between.
+
+        It is called again for up to 30 s, but not after :attr:`give_up_at`, if :meth:`is_redoable`
+        says so, and once if the connection was lost.
+
+        :returns: what ``attempt`` returns.
+        :raises CommitInDoubt: without a further call.
+        """
         deadline = time.monotonic() + _REDO_SECONDS
         pause = _FIRST_PAUSE_SECONDS
-        was_cut_off = False
+        was_disconnected = False
         while True:
             self.on_attempt()
             try:
@@ -417,20 +429,20 @@ class Database(abc.ABC):
             except CommitInDoubt:
                 raise
             except DBAPIError as error:
-                cut_off = error.connection_invalidated and not was_cut_off
+                is_first_disconnect = error.connection_invalidated and not was_disconnected
                 is_late = time.monotonic() > min(deadline, self.give_up_at)
-                if is_late or not (cut_off or self.is_redoable(error)):
+                if is_late or not (is_first_disconnect or self.is_redoable(error)):
                     raise
-                was_cut_off = was_cut_off or cut_off
+                was_disconnected = was_disconnected or is_first_disconnect
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, _LAST_PAUSE_SECONDS)
 
     @contextlib.contextmanager
     def read(self, *, within: float | None = None) -> Iterator[sa.Connection]:
-        """A connection to read with: it takes no write lock and commits nothing.
+        """A connection for reading. It takes no write lock and commits nothing.
 
-        :param within: seconds after which it is given up, where the store has no deadline.
-        :raises QueryTimeout: within :meth:`reading`.
+        :param within: seconds after which the connection is severed if the store has no deadline.
+        :raises QueryTimeout: within :meth:`reading`, when the database ends a query.
         """
         shared = _shared.get()
         if shared is None or shared.database is not self:
@@ -441,7 +453,7 @@ class Database(abc.ABC):
             with shared.connection() as connection:
                 yield connection
         except DBAPIError as error:
-            # Its transaction may have failed with it.
+            # The error may have aborted the transaction of the shared connection.
             shared.close()
             if not self.is_timeout(error):
                 raise
@@ -449,11 +461,11 @@ class Database(abc.ABC):
 
     @contextlib.contextmanager
     def reading(self, seconds: float) -> Iterator[None]:
-        """Let all that this block reads come from one connection, and no query take too long.
+        """Share one connection between all reads in this block, and limit the time of each query.
 
-        It is for somebody who waits. One connection needs the fewest round trips.
+        For requests of people who wait for the page. One connection needs the fewest round trips.
 
-        :param seconds: after which the database ends a query; the reader gets ``QueryTimeout``.
+        :param seconds: time after which the database ends a query with :class:`QueryTimeout`.
         """
         if self._shares_a_connection:
             yield
@@ -467,10 +479,12 @@ class Database(abc.ABC):
             shared.close()
 
     def autocommit(self, work: Callable[[sa.Connection], T]) -> T:
-        """What ``work`` returns; each of its statements is a transaction of its own.
+        """Run ``work`` with each of its statements as its own transaction.
 
-        That spares the round trips that begin and end one. Redone like :meth:`transaction`, so a
-        statement that changes something must bear being done twice.
+        This saves the round trips of ``BEGIN`` and ``COMMIT``. ``work`` is redone as in
+        :meth:`transaction`, so statements that change something must be idempotent.
+
+        :returns: what ``work`` returns.
         """
         if self._shares_a_connection:
             return self.transaction(work)
@@ -482,12 +496,14 @@ class Database(abc.ABC):
         return self.redo(attempt)
 
     def autocommit_once(self, work: Callable[[sa.Connection], T]) -> T:
-        """What ``work`` returns, of which one statement alone changes something.
+        """Run ``work``, of which only one statement changes something, without a transaction.
 
-        That is a transaction by itself. It is redone where the database turned it away.
+        That statement is its own transaction. ``work`` is redone after errors that pass, but not
+        after a lost connection, unless the server was read-only.
 
-        :raises CommitInDoubt: when the connection dies.
-        :raises DatabaseUnusable: when it would wait for the host's own session.
+        :returns: what ``work`` returns.
+        :raises CommitInDoubt: when the connection is lost.
+        :raises DatabaseUnusable: when the statement would wait for the host's own session.
         """
         if self._shares_a_connection:
             return self.transaction(work)
@@ -506,7 +522,7 @@ class Database(abc.ABC):
 
     @contextlib.contextmanager
     def connected_for_reading(self, seconds: float) -> Iterator[sa.Connection]:
-        """A connection whose queries the database ends after so many seconds each."""
+        """A connection for reading on which the database ends each query after ``seconds``."""
         with (
             self._connected(**{READ_ONLY: True}) as connection,
             self.ending_queries(connection, seconds),
@@ -521,7 +537,7 @@ class Database(abc.ABC):
             return
         deadline = self.deadline or within
         if self.seconds_left() <= 0:
-            raise OperationalError("connect", None, TimeoutError("the time for it is over"))
+            raise OperationalError("connect", None, TimeoutError("the deadline has passed"))
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(self.engine.connect())
             if options:
@@ -533,18 +549,18 @@ class Database(abc.ABC):
 
     @contextlib.contextmanager
     def _on_outer(self, outer: sa.Connection) -> Iterator[None]:
-        """Use the host's connection, and leave it in a transaction only if it was in one."""
-        is_within = outer.in_transaction()
+        """Use the host's connection. Roll back afterwards unless it was in a transaction before."""
+        was_in_transaction = outer.in_transaction()
         with self.in_our_schema(outer):
             try:
                 yield
             finally:
-                if not is_within:
+                if not was_in_transaction:
                     outer.rollback()
 
 
 class _SharedConnection:
-    """What a block of reads shares, opened by the first of them."""
+    """The connection shared by a block of reads, opened by the first read."""
 
     def __init__(self, database: Database, seconds: float) -> None:
         self.database = database
@@ -555,7 +571,7 @@ class _SharedConnection:
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sa.Connection]:
-        """The connection, for one of the reads."""
+        """The shared connection, for one read."""
         connection = self._connection
         if connection is None:
             opened = self.database.connected_for_reading(self._seconds)
@@ -566,11 +582,11 @@ class _SharedConnection:
         finally:
             self._readers -= 1
             if self.database.has_one_writer and not self._readers and not connection.closed:
-                # Between two reads the host may write, and without WAL a reader keeps it from that.
+                # End the transaction: without WAL it would block writes of the host between reads.
                 connection.rollback()
 
     def close(self) -> None:
-        """Give the connection back; the next read opens another."""
+        """Return the connection to the pool; the next read opens a new one."""
         self._connection = None
         self._stack.close()
 
@@ -579,9 +595,9 @@ _shared = contextvars.ContextVar[_SharedConnection | None]("bgjobs_shared", defa
 
 
 def by_id(jobs: sa.Select[Any]) -> sa.Select[Any]:
-    """The same jobs, looked for by their ids alone, so that no other row is locked.
+    """Make a query for jobs use the primary key, so that it locks no other rows.
 
-    MySQL and MariaDB lock what they pass on the way, in the order of the index that they choose.
+    MySQL and MariaDB lock every row that they read, in the order of the index that they choose.
     """
     return by_index(jobs, "PRIMARY")
 
@@ -591,7 +607,7 @@ def _nothing() -> None:
 
 
 def _translated(engine: sa.Engine, schema: str | None) -> str | None:
-    """The schema that ``schema`` stands for in the execution options of the host's engine."""
+    """The schema to which the execution options of the host's engine translate ``schema``."""
     schemas = engine.get_execution_options().get(_SCHEMAS) or {}
     return cast("str | None", schemas.get(schema, schema))
 

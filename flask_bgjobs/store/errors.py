@@ -1,4 +1,4 @@
-"""What a database says when it refuses, in words for people."""
+"""Database errors as messages for people."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from .dialects.sqlite import advice
 _MISSING_TABLE = re.compile(r"no such table|^relation .* does not exist$|^Table .* doesn't exist$")
 MAKE_TABLES = (
     "run `flask db migrate`, then `flask db upgrade`; without Flask-Migrate, run "
-    "`flask bgjobs init-db`. `db.create_all()` makes the tables only after `BgJobs(app)`"
+    "`flask bgjobs init-db`. `db.create_all()` creates the tables only after `BgJobs(app)`"
 )
 
 
 def database_sentence(error: SQLAlchemyError) -> str:
-    """What the database, or the way to it, has to say, on one line."""
-    text = _said(error)
+    """The error of the database or of the connection as one line, with advice where known."""
+    text = _message(error)
     if is_missing_table(error):
         return f"{text}: {MAKE_TABLES}"
-    what_to_do = advice(error)
-    return f"the database refused: {text}{f' ({what_to_do})' if what_to_do else ''}"
+    hint = advice(error)
+    return f"the database refused: {text}{f' ({hint})' if hint else ''}"
 
 
 def is_missing_table(error: SQLAlchemyError) -> bool:
-    """Whether a table that a statement names is not there."""
-    return _MISSING_TABLE.search(_said(error)) is not None
+    """Whether the error says that a table does not exist."""
+    return _MISSING_TABLE.search(_message(error)) is not None
 
 
-def _said(error: SQLAlchemyError) -> str:
-    said = error.orig if isinstance(error, DBAPIError) else error
-    match getattr(said, "args", ()):
-        case (int(), str(words)):
-            # PyMySQL has the server's number before them.
-            text = words
+def _message(error: SQLAlchemyError) -> str:
+    original = error.orig if isinstance(error, DBAPIError) else error
+    match getattr(original, "args", ()):
+        case (int(), str(message)):
+            # PyMySQL's errors have the server's error number first.
+            text = message
         case _:
-            text = str(said)
-    # PostgreSQL adds lines with the place in the statement.
+            text = str(original)
+    # PostgreSQL's further lines show the position in the statement.
     return one_line(text.partition("\n")[0])

@@ -1,4 +1,4 @@
-"""Sizes: how many bytes a text takes in a statement, and batches that stay below a limit."""
+"""Sizes of texts in statements, and batches that stay within a size limit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from sqlalchemy.exc import DataError
 T = TypeVar("T")
 
 BATCH_BYTES = 4 * 1024 * 1024
-"""Of user data in one statement. It is well below the smallest limit of a server, 16 MiB on
-MariaDB, and crosses a slow link within the deadline of a worker's transaction."""
+"""Limit for user data in one statement. It is well below the smallest limit of a server, 16 MiB on
+MariaDB, and small enough to be sent over a slow link within the deadline of a worker's
+transaction."""
 _PER_ASCII_CHARACTER = 4
-"""A quote takes four bytes: JSON and PyMySQL each put a backslash before what is to be escaped."""
+"""Most bytes for an ASCII character. A quote takes four: JSON escapes it with a backslash, and
+PyMySQL escapes both characters."""
 _PER_CHARACTER = 14
-"""An emoji takes two escapes of JSON, such as ``\\\\ud83d``, whose backslashes PyMySQL doubles."""
+"""Most bytes for any character. An emoji takes two JSON escapes, such as ``\\\\ud83d``, whose
+backslashes PyMySQL doubles."""
 
 
 class StatementTooLarge(DataError):
-    """A value is larger than the database accepts; nothing was sent."""
+    """A value is larger than the database accepts. Nothing was sent."""
 
 
 def statement_bytes(*texts: str | None) -> int:
-    """The most bytes that the texts can take in a statement, on any database."""
+    """The maximum number of bytes that the texts can take in a statement, on any database."""
     size = 0
     for text in texts:
         if text:
@@ -38,22 +41,22 @@ def batches(
     limit: int = BATCH_BYTES,
     most_items: int | None = None,
 ) -> Iterator[list[T]]:
-    """The items in order, in lists whose sizes add up to ``limit`` at most.
+    """Split the items, in order, into lists whose sizes add up to at most ``limit``.
 
-    An item that is larger than the limit is alone in its list.
+    An item that is larger than the limit gets a list of its own.
 
-    :param size_of: gives the size of an item, in the unit of the limit.
-    :param limit: in bytes by default.
-    :param most_items: items per list; no limit by default.
+    :param size_of: returns the size of an item, in the unit of ``limit``.
+    :param limit: maximum size of a list; 4 MiB by default.
+    :param most_items: maximum number of items in a list; no limit by default.
     """
     batch: list[T] = []
-    room = limit
+    remaining = limit
     for item in items:
         size = size_of(item)
-        if batch and (size > room or len(batch) == most_items):
+        if batch and (size > remaining or len(batch) == most_items):
             yield batch
-            batch, room = [], limit
+            batch, remaining = [], limit
         batch.append(item)
-        room -= size
+        remaining -= size
     if batch:
         yield batch

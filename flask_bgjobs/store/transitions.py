@@ -1,7 +1,7 @@
-"""Every move of a job from one status to another, and what is written with it.
+"""Every move of a job from one status to another, and the values written with it.
 
-No other module of the store writes a status. Add what has to happen whenever a job becomes pending
-to :func:`pending`, and what has to happen whenever it ends to :func:`ended`. Only
+No other module of the store writes a status. Add values for every job that becomes pending to
+:func:`pending`, and values for every job that ends to :func:`ended`. Only
 :func:`flask_bgjobs.testing.inline` claims a scheduled job without promoting it first.
 
 ============  ============================  =======================  ==============================
@@ -33,22 +33,22 @@ from .database import JOBS
 
 Time = sa.ColumnElement[dt.datetime]
 Values = dict[str, Any]
-"""Column names, and what a move writes into them."""
+"""The values that a move writes, by column name."""
 
-# SQLite may hold any type there, and others refuse a number that is too large.
+# Cast and capped: SQLite may hold a value of any type, and other databases refuse larger numbers.
 _ATTEMPT = sa.cast(JOBS.c.attempt, sa.Integer)
 NEXT_ATTEMPT = sa.case((_ATTEMPT >= MAX_ATTEMPT, MAX_ATTEMPT), else_=_ATTEMPT + 1)
-"""The number of the attempt that a claim begins."""
+"""The number of the attempt that a claim starts."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """From where to where a job may go."""
+    """The statuses between which a job may move."""
 
     sources: frozenset[JobStatus]
-    """Empty for a new job."""
+    """Statuses before the move; empty for a new job."""
     targets: frozenset[JobStatus]
-    """Empty for a job that is deleted."""
+    """Statuses after the move; empty for a deleted job."""
 
 
 _DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
@@ -66,28 +66,28 @@ MOVES: Mapping[str, Move] = {
 
 
 def enqueued(*, waits: bool) -> Values:
-    """A new job, which nobody has tried.
+    """The values of a new job.
 
-    :param waits: whether it has a time of its own that has not come.
+    :param waits: whether the job has a due time in the future.
     """
-    nothing_yet = {"attempt": 0, "retry_count": 0, "crash_count": 0, "suspect": False}
-    return {**(_in(JobStatus.SCHEDULED) if waits else pending()), **nothing_yet}
+    initial_values = {"attempt": 0, "retry_count": 0, "crash_count": 0, "suspect": False}
+    return {**(_with_status(JobStatus.SCHEDULED) if waits else pending()), **initial_values}
 
 
 def pending() -> Values:
-    """A job that any worker may claim, however it came to that."""
-    return _in(JobStatus.PENDING)
+    """The values of a job that any worker may claim, whatever its status was before."""
+    return _with_status(JobStatus.PENDING)
 
 
 def promoted() -> Values:
-    """A job whose time has come."""
+    """The values of a scheduled or retrying job that is due."""
     return pending()
 
 
 def claimed(worker_id: Any, now: Any) -> Values:
-    """A job that a worker runs, with nothing left of the attempt before."""
+    """The values of a claimed job. They reset those of the previous attempt."""
     return {
-        **_in(JobStatus.RUNNING),
+        **_with_status(JobStatus.RUNNING),
         "attempt": NEXT_ATTEMPT,
         "worker_id": worker_id,
         "claimed_at": now,
@@ -98,14 +98,14 @@ def claimed(worker_id: Any, now: Any) -> Values:
 
 
 def started(now: Time) -> Values:
-    """A running job whose code begins."""
+    """The values of a running job whose code starts."""
     return {"started_at": now}
 
 
 def completed(started_at: Time, finished_at: Time, result: Any) -> Values:
-    """A job that completed, and told nothing more than its result."""
+    """The values of a job that completed without a report."""
     return {
-        **_in(JobStatus.COMPLETED),
+        **_with_status(JobStatus.COMPLETED),
         **ended(finished_at),
         "started_at": started_at,
         "result": result,
@@ -123,37 +123,37 @@ def settled(
     due_at: Time,
     **columns: Any,
 ) -> Values:
-    """A job whose attempt is over, whatever became of it; one statement serves all outcomes.
+    """The values of a job after any outcome, as SQL expressions for one statement.
 
-    :param status: the new one, one of the targets of ``settle``.
-    :param is_final: whether nothing but a retry by hand can run the job again.
-    :param due_at: when it may run again.
-    :param columns: what the outcome and the report say.
+    :param status: the new status, one of the targets of ``settle``.
+    :param is_final: whether the new status is final.
+    :param due_at: when the job is due.
+    :param columns: values from the outcome and the report.
     """
-    end = {
+    final_values = {
         name: sa.case((is_final, value), else_=JOBS.c[name])
         for name, value in ended(finished_at).items()
     }
-    return {"status": status, **columns, **end, "run_at": due_at}
+    return {"status": status, **columns, **final_values, "run_at": due_at}
 
 
 def ended(finished_at: Time) -> Values:
-    """What every end leaves behind: its time, and a ``unique_key`` that others may take."""
+    """The values of every job that ends: its end time, and the release of its ``unique_key``."""
     return {"finished_at": finished_at, "unique_hash": None}
 
 
 def cancelled(now: Time) -> Values:
-    """A waiting job that was cancelled."""
-    return {**_in(JobStatus.CANCELLED), **ended(now)}
+    """The values of a waiting job that is cancelled."""
+    return {**_with_status(JobStatus.CANCELLED), **ended(now)}
 
 
 def asked_to_stop(now: Time) -> Values:
-    """A running job that was cancelled: it stays ``running`` until its code has stopped."""
+    """The values of a running job that is cancelled. It stays ``running`` until its code stops."""
     return {"cancel_requested_at": sa.func.coalesce(JOBS.c.cancel_requested_at, now)}
 
 
 def retried_by_hand(now: Time) -> Values:
-    """A job that runs again because somebody wants it, with all its retries."""
+    """The values of a job that a person or the app retries, with no retry used."""
     return {
         **pending(),
         "run_at": now,
@@ -166,7 +166,7 @@ def retried_by_hand(now: Time) -> Values:
 
 
 def is_running_for(worker_id: Any, attempt: Any) -> sa.ColumnElement[bool]:
-    """The condition of a settle: the attempt is still this worker's. Nobody else's is touched."""
+    """The fence of a settle: the condition that the worker still holds this attempt."""
     return sa.and_(
         JOBS.c.status == JobStatus.RUNNING.value,
         JOBS.c.attempt == attempt,
@@ -174,7 +174,7 @@ def is_running_for(worker_id: Any, attempt: Any) -> sa.ColumnElement[bool]:
     )
 
 
-def _in(status: JobStatus) -> Values:
+def _with_status(status: JobStatus) -> Values:
     return {"status": status.value}
 
 

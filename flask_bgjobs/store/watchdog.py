@@ -1,4 +1,4 @@
-"""Deadlines for connections in use: a dead link must not hold a worker."""
+"""Deadlines for database connections in use: a dead link must not block a worker for ever."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from ..system.safe_logging import logger as _logger
 from ..system.threading_patches import Lock
 from ..system.threads import WorkerThread
 
-_LOOK_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
+"""How often the thread checks the deadlines."""
 
 
 class Watchdog:
-    """Severs connections that are in use for longer than they may be.
+    """Severs connections that are in use beyond their deadline.
 
-    A half-open link gives no error: the other side is gone, and nobody says so. Drivers wait for
-    ever then, so a thread looks after the connections that are in use.
+    A half-open link raises no error, because no packet says that the other side is gone. A driver
+    would wait for ever, so a thread checks the connections in use.
 
-    :param sever: breaks a driver's connection, so that who waits for it gets an error.
-    :param give_up_at: when all are severed, by ``time.monotonic()``; it may change.
+    :param sever: breaks a driver connection, so that a thread that waits for it gets an error.
+    :param give_up_at: returns the time at which all connections are severed, by
+        ``time.monotonic()``; the time may change.
     """
 
     def __init__(self, sever: Callable[[Any], None], give_up_at: Callable[[], float]) -> None:
@@ -35,7 +37,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self, driver_connection: Any, seconds: float) -> Iterator[None]:
-        """Sever the connection when the block takes longer than ``seconds``."""
+        """Sever the connection if the block takes longer than ``seconds``."""
         self._start()
         token = object()
         self._in_use[token] = (time.monotonic() + seconds, driver_connection)
@@ -45,12 +47,12 @@ class Watchdog:
             self._in_use.pop(token, None)
 
     def end(self) -> None:
-        """End the thread; the next use starts another."""
+        """Stop the thread; the next use starts a new one."""
         self._ended.set()
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """Its thread, as long as it must live."""
+        """The running thread, unless it was told to stop."""
         with self._starting:
             return [] if self._thread is None or self._ended.is_set() else [self._thread]
 
@@ -58,11 +60,11 @@ class Watchdog:
         with self._starting:
             if self._thread is None or self._ended.is_set():
                 self._ended = threading.Event()
-                self._thread = WorkerThread(self._look, "bgjobs-deadlines", self._ended)
+                self._thread = WorkerThread(self._close_overdue, "bgjobs-deadlines", self._ended)
                 self._thread.start()
 
-    def _look(self, ended: threading.Event) -> None:
-        while not ended.wait(_LOOK_SECONDS):
+    def _close_overdue(self, ended: threading.Event) -> None:
+        while not ended.wait(_CHECK_SECONDS):
             now = time.monotonic()
             for token, (deadline, driver_connection) in list(self._in_use.items()):
                 if (

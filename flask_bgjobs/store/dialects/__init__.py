@@ -1,1 +1,1 @@
-"""What is different in each database."""
+"""The stores of the supported databases."""

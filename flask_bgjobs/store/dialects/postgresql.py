@@ -1,4 +1,4 @@
-"""PostgreSQL: rows are locked one by one, and who claims passes over what others hold."""
+"""PostgreSQL: row locks, and claims that skip rows locked by other transactions."""
 
 from __future__ import annotations
 
@@ -28,41 +28,42 @@ from ..statements.enqueue import NewJobs
 from ..statements.settle import COMPLETION_TYPES
 
 _CONNECT_SECONDS = 10.0
-_LISTEN_SECONDS = 0.5
-"""Between two looks whether to stop listening."""
-_STILL_THERE_SECONDS = 30.0
-"""After so long without a notification it is asked whether the link still lives."""
+_STOP_CHECK_SECONDS = 0.5
+"""How often the listener checks whether to stop."""
+_PING_SECONDS = 30.0
+"""How long the listener waits for a notification before it checks that the link is alive."""
 _GATHER_SECONDS = 0.005
-"""After a notification, for those that follow it closely."""
+"""How long the listener waits after a notification, to handle closely following ones together."""
 _LOCK_NOT_AVAILABLE = "55P03"
-_REDO = frozenset({"40001", "40P01", _LOCK_NOT_AVAILABLE})
-"""Serialization failure, deadlock, and a lock that others keep."""
+_REDOABLE = frozenset({"40001", "40P01", _LOCK_NOT_AVAILABLE})
+"""Serialization failure, deadlock, and a lock timeout."""
 _LOCK_WAIT_SECONDS = 0.5
-"""A worker's wait for a row; then the transaction is redone, or does without the row."""
+"""How long a worker's statement waits for a row lock. The transaction is then redone, or skips the
+row."""
 _QUERY_CANCELED = "57014"
 _TIMESTAMP_OID = 1114
-_LINK_OPTIONS = frozenset({"keepalives_idle", "tcp_user_timeout"})
-"""Options of libpq, each of which makes a dead link known in time."""
+_DEAD_LINK_OPTIONS = frozenset({"keepalives_idle", "tcp_user_timeout"})
+"""Options of libpq. Each of them makes a dead link raise an error in time."""
 _LIMIT_EXCEEDED = "54000"
 _READ_ONLY_TRANSACTION, _INSUFFICIENT_PRIVILEGE = "25006", "42501"
-_LARGEST_MESSAGE = 2**30 - 2
-"""Bytes that the server accepts at once."""
-_MESSAGE_OVERHEAD = 2**20
-"""More than all that stands beside the largest value of a statement."""
+_MAX_MESSAGE_BYTES = 2**30 - 2
+"""The largest message that the server accepts."""
+_MESSAGE_OVERHEAD_BYTES = 2**20
+"""More than a message needs for everything but its largest value."""
 
 
 class PostgresStore(Store):
     """The statements on PostgreSQL 12 or newer."""
 
     drivers = ("psycopg", "psycopg2")
-    # In a query of its own it is read once, so that comparing with it can use an index.
+    # A subquery, so that the clock is read once and comparisons with it can use an index.
     now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
     insert_into = staticmethod(postgresql.insert)
     can_listen = True
-    # The server closes the connection over a larger message.
-    largest_text = _LARGEST_MESSAGE - _MESSAGE_OVERHEAD
+    # The server closes the connection when it gets a larger message.
+    largest_text = _MAX_MESSAGE_BYTES - _MESSAGE_OVERHEAD_BYTES
     _listen_connection: Any = None
-    """The driver's connection that listens."""
+    """The driver connection of :meth:`listen`."""
 
     def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
         super().__init__(engine, *args, **kwargs)
@@ -81,8 +82,8 @@ class PostgresStore(Store):
     def limit_ordered(
         self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]
     ) -> sa.Select[Any]:
-        # By a query, whose value the planner does not know: it then reads in order. One that is
-        # larger than the rows it believes in would let it read and sort them all.
+        # A subquery hides the limit from the planner, which then reads in index order. With a limit
+        # above its estimate of the rows, it could read and sort all of them.
         return ordered.limit(sa.select(sa.type_coerce(limit, sa.Integer)).scalar_subquery())
 
     def _first_jobs_of_each(
@@ -107,7 +108,7 @@ class PostgresStore(Store):
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
-        # Materialized, or the planner might look for candidates more than once.
+        # Materialized, or the planner could evaluate the query of the candidates more than once.
         return sa.select(free.prefix_with("MATERIALIZED").c.id)
 
     def make_engine(self) -> sa.Engine:
@@ -118,18 +119,18 @@ class PostgresStore(Store):
             max_overflow=-1,
             hide_parameters=True,
         )
-        # Before the host's listeners, which would use a connection that has ended.
+        # Before the host's listeners, which would otherwise use a closed connection.
         refuse_dead(engine, lambda connection: int(connection.fileno()))
         forward(self.host_engine, engine, self.watched)
         sa.event.listen(engine, "connect", _read_times_leniently)
-        sa.event.listen(engine, "handle_error", _see_end)
+        sa.event.listen(engine, "handle_error", _disconnect_if_read_only)
         if self.deadline is not None:
-            sa.event.listen(engine, "begin", self._on_begin)
+            sa.event.listen(engine, "begin", self._configure_transaction)
         return engine
 
     def _connect(self, record: Any) -> Any:
-        """The same as :meth:`connect_as_host`, with an end to the waiting."""
-        # libpq takes whole seconds, and waits for two of them at least.
+        """Connect as :meth:`connect_as_host` does, with a timeout."""
+        # libpq takes whole seconds, and waits for at least two.
         seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
         with limited({"connect_timeout": seconds}):
             return self.connect_as_host(record)
@@ -142,11 +143,11 @@ class PostgresStore(Store):
             else:
                 given = getattr(info, "dsn_parameters", {})
         is_on_this_machine = given.get("host", "/").startswith(("/", "@"))
-        if is_on_this_machine or _LINK_OPTIONS & given.keys():
+        if is_on_this_machine or _DEAD_LINK_OPTIONS & given.keys():
             return None
         return (
             "the app's connections to PostgreSQL notice a dead link only after two hours, and a "
-            "job that waits for one holds its thread for as long: set keepalives_idle and "
+            "job that waits for one blocks its thread until then: set keepalives_idle and "
             "tcp_user_timeout in connect_args"
         )
 
@@ -160,33 +161,35 @@ class PostgresStore(Store):
         on_news: Callable[[], object],
         is_quiet: Callable[[], bool],
     ) -> None:
-        """Wait for the notification of a commit that enqueued jobs, on a connection of its own."""
+        """Listen for notifications of committed jobs, on a connection of its own."""
         options = self.dialect_options({AUTOCOMMIT: True})
         with self.engine.connect().execution_options(**options) as connection:
             driver_connection: Any = connection.connection.driver_connection
-            # Nobody else shall get a connection that listens.
+            # Keep a listening connection out of the pool.
             connection.detach()
             if hasattr(driver_connection, "add_notify_handler"):
-                # Without one, psycopg 3 would keep them all.
+                # Without a handler, psycopg 3 would collect all notifications in memory.
                 driver_connection.add_notify_handler(lambda _: None)
             self._listen_connection = driver_connection
-            self._ask(connection, driver_connection, f"LISTEN {self._quoted_channel}")
+            self._execute_watched(connection, driver_connection, f"LISTEN {self._quoted_channel}")
             on_news()
-            asked = time.monotonic()
+            pinged_at = time.monotonic()
             while not stopped.is_set():
-                heard = is_readable(driver_connection.fileno(), _LISTEN_SECONDS)
-                if not heard and time.monotonic() - asked < _STILL_THERE_SECONDS:
+                has_notification = is_readable(driver_connection.fileno(), _STOP_CHECK_SECONDS)
+                if not has_notification and time.monotonic() - pinged_at < _PING_SECONDS:
                     continue
                 if stopped.is_set():
                     return
-                # Takes in what was heard, whatever the driver, or shows that the link is dead.
-                self._ask(connection, driver_connection, "SELECT 1")
-                asked = time.monotonic()
-                if heard:
+                # With every driver, this reads the notifications, or fails if the link is dead.
+                self._execute_watched(connection, driver_connection, "SELECT 1")
+                pinged_at = time.monotonic()
+                if has_notification:
                     on_news()
                     stopped.wait(_GATHER_SECONDS)
 
-    def _ask(self, connection: sa.Connection, driver_connection: Any, statement: str) -> None:
+    def _execute_watched(
+        self, connection: sa.Connection, driver_connection: Any, statement: str
+    ) -> None:
         with self._watchdog.watching(driver_connection, self.deadline or _CONNECT_SECONDS):
             connection.exec_driver_sql(statement)
 
@@ -203,14 +206,14 @@ class PostgresStore(Store):
 
     @functools.cached_property
     def returned(self) -> tuple[sa.ColumnElement[Any], ...]:
-        # In a query of its own it is called once for all rows. No round trip is spent on it.
-        notice = sa.select(sa.func.pg_notify(self._channel, "")).where(
+        # A subquery, so that it is called once for all rows. It costs no round trip of its own.
+        notification = sa.select(sa.func.pg_notify(self._channel, "")).where(
             sa.bindparam("notify", type_=sa.Boolean)
         )
-        return (*super().returned, notice.scalar_subquery())
+        return (*super().returned, notification.scalar_subquery())
 
     def insert_parameters(self, connection: sa.Connection, jobs: NewJobs) -> dict[str, Any]:
-        # PostgreSQL prepares no transaction that notifies.
+        # PostgreSQL cannot prepare a transaction that has sent a notification.
         is_two_phase = isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
         return {**super().insert_parameters(connection, jobs), "notify": not is_two_phase}
 
@@ -225,18 +228,18 @@ class PostgresStore(Store):
     def dialect_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**options, "isolation_level": "AUTOCOMMIT"} if AUTOCOMMIT in options else options
 
-    def _on_begin(self, connection: sa.Connection) -> None:
-        """Set what holds for this transaction of a worker alone, in one round trip."""
+    def _configure_transaction(self, connection: sa.Connection) -> None:
+        """Set the parameters of a worker's transaction, in one round trip."""
         if {READ_ONLY, AUTOCOMMIT} & connection.get_execution_options().keys():
             return
         _set_for_transaction(
             connection,
-            # The server ends it when the worker has fallen silent within it: the rows stay locked
-            # for as long, also for those that would rescue its jobs.
+            # The server ends the transaction of a worker that stalls within it. Until then its rows
+            # stay locked, also for a rescue of its jobs.
             idle_in_transaction_session_timeout=f"{self.deadline:.3f}s",
             lock_timeout=f"{_LOCK_WAIT_SECONDS:.3f}s",
-            # No statement needs the whole table of jobs, or is worth being compiled, whatever the
-            # planner believes of how many rows there are.
+            # No statement has to scan the table of jobs, and none is worth compiling, but a wrong
+            # estimate of the rows could make the planner choose either.
             enable_seqscan="off",
             jit="off",
         )
@@ -251,40 +254,40 @@ class PostgresStore(Store):
             sa.func.current_database().label("database"),
             sa.literal_column("current_user", sa.String).label("user"),
             path.label("search_path"),
-            _full_name(table).label("table of jobs"),
+            _qualified_name(table).label("table of jobs"),
         )
 
     @contextlib.contextmanager
     def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
-        # To compile a query would take much of its time.
+        # Compiling a query would use up much of its time.
         _set_for_transaction(connection, statement_timeout=f"{seconds:.3f}s", jit="off")
         yield
 
     def is_timeout(self, error: DBAPIError) -> bool:
-        return _code(error) == _QUERY_CANCELED
+        return _sqlstate(error) == _QUERY_CANCELED
 
     def sever(self, driver_connection: Any) -> None:
         with contextlib.suppress(Exception):
             shut_down(driver_connection.fileno())
 
     def is_read_only(self, error: DBAPIError) -> bool:
-        return _code(error) == _READ_ONLY_TRANSACTION
+        return _sqlstate(error) == _READ_ONLY_TRANSACTION
 
     def is_denied(self, error: DBAPIError) -> bool:
-        return _code(error) == _INSUFFICIENT_PRIVILEGE
+        return _sqlstate(error) == _INSUFFICIENT_PRIVILEGE
 
     def is_lock_timeout(self, error: DBAPIError) -> bool:
-        return _code(error) == _LOCK_NOT_AVAILABLE
+        return _sqlstate(error) == _LOCK_NOT_AVAILABLE
 
     def is_too_large(self, error: DBAPIError) -> bool:
-        return isinstance(error, StatementTooLarge) or _code(error) == _LIMIT_EXCEEDED
+        return isinstance(error, StatementTooLarge) or _sqlstate(error) == _LIMIT_EXCEEDED
 
     def is_redoable(self, error: DBAPIError) -> bool:
-        return _code(error) in _REDO
+        return _sqlstate(error) in _REDOABLE
 
 
 def _read_times_leniently(connection: Any, _record: object) -> None:
-    """Read a time that Python has no name for, such as ``infinity``, as ``UNREADABLE_TIME``."""
+    """Read a time that Python cannot represent, such as ``infinity``, as ``UNREADABLE_TIME``."""
     if hasattr(connection, "adapters"):
         loader = connection.adapters.get_loader(_TIMESTAMP_OID, 0)
         connection.adapters.register_loader(_TIMESTAMP_OID, _lenient_loader(loader))
@@ -296,7 +299,7 @@ def _read_times_leniently(connection: Any, _record: object) -> None:
             if text is None:
                 return None
             try:
-                # It gives the first and the last moment of Python's calendar for infinity.
+                # psycopg2 reads infinity as the first or last time that Python can represent.
                 time: dt.datetime = read(text, cursor)
             except (ValueError, OverflowError):
                 return UNREADABLE_TIME
@@ -308,7 +311,7 @@ def _read_times_leniently(connection: Any, _record: object) -> None:
 
 @functools.cache
 def _lenient_loader(loader: Any) -> Any:
-    """A loader of psycopg's that calls another one, which may not be derived from."""
+    """A psycopg loader that wraps ``loader``, because that class cannot be subclassed."""
     base: Any = importlib.import_module("psycopg.adapt").Loader
 
     class LenientLoader(base):  # type: ignore[misc]  # psycopg need not be installed
@@ -325,8 +328,8 @@ def _lenient_loader(loader: Any) -> Any:
     return LenientLoader
 
 
-def _full_name(table: str) -> sa.ScalarSelect[Any]:
-    """The name, with its schema, of the table that a connection finds under ``table``."""
+def _qualified_name(table: str) -> sa.ScalarSelect[Any]:
+    """The schema-qualified name of the table to which the name ``table`` resolves."""
     found = sa.text(
         "SELECT n.nspname || '.' || c.relname AS name FROM pg_catalog.pg_class c "
         "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
@@ -341,16 +344,16 @@ def _set_for_transaction(connection: sa.Connection, **settings: str) -> None:
     connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
 
 
-def _see_end(context: sa.engine.ExceptionContext) -> None:
-    """Let connections to a server that is no longer the primary count as ended."""
-    if _code_of(context.original_exception) == _READ_ONLY_TRANSACTION:
+def _disconnect_if_read_only(context: sa.engine.ExceptionContext) -> None:
+    """Discard connections to a server that is no longer the primary."""
+    if _sqlstate_of(context.original_exception) == _READ_ONLY_TRANSACTION:
         context.is_disconnect = True
 
 
-def _code(error: DBAPIError) -> str | None:
-    return _code_of(error.orig)
+def _sqlstate(error: DBAPIError) -> str | None:
+    return _sqlstate_of(error.orig)
 
 
-def _code_of(error: BaseException | None) -> str | None:
-    # psycopg 3 and psycopg2 have their own words for it.
+def _sqlstate_of(error: BaseException | None) -> str | None:
+    # psycopg 3 and psycopg2 use different attributes.
     return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)

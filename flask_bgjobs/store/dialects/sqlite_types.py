@@ -1,6 +1,6 @@
-"""Column types that read any value: SQLite stores values of every type in every column.
+"""Column types that read any value, because SQLite can store any type of value in any column.
 
-Without them one edited row would make every query fail that reads it.
+Without them, a single edited row would make every query that reads it fail.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from sqlalchemy.dialects import sqlite
 from ...job.records import UNREADABLE_TIME
 
 UNREADABLE_NUMBER = -1
-"""Stands for what is not a number. No column whose value matters to a run may be negative."""
+"""Stands for a value that is not a number. No column that matters to a run may be negative, so this
+value is found to be invalid."""
 
 
 class _Time(sqlite.DATETIME):
@@ -68,4 +69,4 @@ LENIENT_TYPES: dict[type, type] = {
     sa.Float: _Float,
     sa.String: _Text,
 }
-"""By the generic type, as a dialect's ``colspecs``."""
+"""The types by the generic type that they replace, in the format of a dialect's ``colspecs``."""
