@@ -1,1 +1,1 @@
-"""What a job is: statuses, records, retries and masking, without Flask and without a database."""
+"""Job logic without Flask and without a database: statuses, records, retries, JSON and masking."""

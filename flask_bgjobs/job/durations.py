@@ -1,4 +1,4 @@
-"""Durations at the edge: seconds, ``timedelta`` or text in, checked float seconds out."""
+"""Convert durations from users (numbers, ``timedelta`` or text) to validated float seconds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _WORDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def seconds(value: object, name: str, *, minimum: float = 0.0, above: bool = False) -> float:
-    """``value`` as float seconds.
+    """Convert a duration to float seconds.
 
     :param value: an int or float of seconds, or a ``timedelta``.
-    :param name: what it is called in the error.
-    :param minimum: the least value allowed, or with ``above`` the value to exceed.
+    :param name: the name of the value in the error message.
+    :param minimum: the smallest allowed value in seconds; 0 by default.
+    :param above: whether the value must exceed ``minimum``.
     :raises ValueError: for another type, NaN, infinity, or a value out of bounds.
     """
     if isinstance(value, dt.timedelta):
@@ -45,19 +46,19 @@ def seconds(value: object, name: str, *, minimum: float = 0.0, above: bool = Fal
 
 
 def parse(text: str, name: str) -> float:
-    """The float seconds that ``text`` says: ``90``, ``90s``, ``15m``, ``2h`` or ``7d``.
+    """Convert a text such as ``90``, ``90s``, ``15m``, ``2h`` or ``7d`` to float seconds.
 
-    :param name: what it is called in the error.
-    :raises ValueError: for another text, or more than a hundred years.
+    :param name: the name of the value in the error message.
+    :raises ValueError: for any other text, or more than a hundred years.
     """
-    found = _TEXT.fullmatch(text)
-    if found is None:
+    match = _TEXT.fullmatch(text)
+    if match is None:
         raise ValueError(f"{name} must be seconds or like 90s, 15m, 2h or 7d, not {shown(text)}")
-    return seconds(float(found[1]) * _UNIT_SECONDS[found[2]], name)
+    return seconds(float(match[1]) * _UNIT_SECONDS[match[2]], name)
 
 
 def in_words(seconds: float) -> str:
-    """A duration in whole numbers of its largest unit, such as ``3 min``."""
+    """The duration in whole units of the largest unit that fits, such as ``3 min``."""
     for size, unit in _WORDS:
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"

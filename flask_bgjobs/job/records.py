@@ -1,6 +1,6 @@
-"""What goes into an attempt and what comes out: plain data that may cross a pipe.
+"""Records of attempts and their outcomes: plain data that can be sent through a pipe.
 
-Named tuples where one is made for every job: they cost a third of a frozen dataclass.
+Records that are created for every job are named tuples, which cost a third of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from .retry import RetryPolicy
 from .statuses import JobStatus, OutcomeKind, Settlement, settlement
 
 MAX_LINES = 1_000
-"""Log lines of an attempt that are kept until they are written."""
+"""Maximum number of unwritten log lines that are kept for an attempt."""
 MAX_ID = 2**63 - 1
-"""The largest number that a column of ids holds."""
+"""The largest id that the database can store."""
 MAX_INTEGER = 2**31 - 1
-"""Priorities and counts are 32-bit integers in the database."""
+"""The largest priority or count, which are 32-bit integers in the database."""
 MAX_ATTEMPT = MAX_INTEGER
-"""A claim does not raise the attempt above it; a row that has reached it is failed."""
+"""The largest attempt number. A claim does not exceed it, and a job that reaches it fails."""
 UNREADABLE_TIME = dt.datetime(1970, 1, 1)
-"""Stands for a time in a row that Python cannot express, such as PostgreSQL's ``infinity``. Compare
-it with ``is``."""
+"""Stands for a time in a row that Python cannot represent, such as PostgreSQL's ``infinity``.
+Compare with ``is``."""
 
 
 Key = tuple[int, int]
-"""Job id and attempt: what tells one run of a job from every other."""
+"""Job id and attempt number, which identify one run of a job."""
 
 
 class JobSpec(NamedTuple):
-    """A claimed job, as far as running and settling it needs."""
+    """The data of a claimed job that is needed to run and settle it."""
 
     id: int
     target: str
@@ -42,7 +42,7 @@ class JobSpec(NamedTuple):
     priority: int
     attempt: int
     worker_id: int
-    """Who claimed it."""
+    """Id of the worker that claimed the job."""
     retry_count: int
     retries: int
     retry_delay: str
@@ -54,11 +54,12 @@ class JobSpec(NamedTuple):
     crash_count: int
     meta_json: str | None
     run_at: dt.datetime
-    """When it was due."""
+    """When the job was due."""
     claimed_at: dt.datetime
-    """By the database's clock."""
+    """Time of the claim, by the database's clock."""
     started_at: dt.datetime | None
-    """Only of a job taken from a dead worker: set when its start had been committed."""
+    """The start of the code. Set only for a job of a dead worker, and only if the start was
+    committed."""
 
     @property
     def key(self) -> Key:
@@ -67,19 +68,19 @@ class JobSpec(NamedTuple):
 
     @property
     def parameters(self) -> Any:
-        """The parameters as they were given."""
+        """The parameters of the enqueue."""
         return serialize.loads(self.parameters_json)
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """The waits between the job's attempts."""
+        """The retry policy of the job."""
         delays = tuple(json.loads(self.retry_delay))
         return RetryPolicy(delays, self.backoff, self.max_retry_delay, self.jitter)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """What running code told since the last time it was asked."""
+    """What running code has reported since its last report: progress, metadata and log lines."""
 
     progress: float | None = None
     progress_note: str | None = None
@@ -87,7 +88,7 @@ class Report:
     lines: tuple[str, ...] = ()
 
     def followed_by(self, later: Report | None) -> Report:
-        """This report and ``later`` as one, with its newest lines."""
+        """Merge a later report into this one. Only the newest log lines are kept."""
         if later is None:
             return self
         return Report(
@@ -109,26 +110,28 @@ class Outcome(NamedTuple):
     error: str | None = None
     traceback: str | None = None
     delay_seconds: float | None = None
-    """Until the next attempt: asked for by the code with ``Retry`` or ``Snooze``, or decided when
+    """Seconds until the next attempt: set by the code with ``Retry`` or ``Snooze``, or decided when
     the failure was reported. ``None``: the job's own retry delay."""
     wait_seconds: float | None = None
-    """Between the claim and the start of the code; ``None``: it never started."""
+    """Seconds from the claim to the start of the code; ``None`` if the code never started."""
     run_seconds: float = 0.0
+    """Seconds for which the code ran."""
     report: Report | None = None
     parameter_names: tuple[str, ...] | None = None
-    """Of the positional parameters, with ``*rest`` last, by which secrets are masked in the log.
-    ``None``: there are none, or they are not known."""
+    """Names of the positional parameters, with ``*rest`` last, used to mask secrets in the log.
+    ``None`` if there are none, or they are unknown."""
     is_reported: bool = False
-    """Whether the process where it ran has logged the failure and called the host's functions."""
+    """Whether the process that ran the attempt has logged the failure and called the host's
+    functions."""
 
 
 def settlement_of(
     spec: JobSpec, outcome: Outcome, *, max_crashes: int, cancel_requested: bool = False
 ) -> Settlement:
-    """What ``outcome`` makes of its job.
+    """Decide what happens to a job after an outcome.
 
-    :param max_crashes: proved crashes at which a job is failed.
-    :param cancel_requested: while the attempt ran.
+    :param max_crashes: number of proved crashes at which a job fails.
+    :param cancel_requested: whether a cancel was requested while the attempt ran.
     """
     return settlement(
         outcome.kind,
@@ -144,10 +147,10 @@ def settlement_of(
 
 
 def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcome:
-    """The outcome of a job whose worker, or whose pool's processes, died with it.
+    """The outcome of an attempt whose worker, or whose pool's processes, died while it ran.
 
     :param kind: from :func:`flask_bgjobs.job.statuses.lost_kind`.
-    :param what_happened: a clause, such as ``worker w1 died``.
+    :param what_happened: a clause for the error message, such as ``worker w1 died``.
     """
     if kind is OutcomeKind.CRASHED:
         error_type, reason = "Crashed", f"{what_happened} while this was its only suspect"
@@ -158,7 +161,7 @@ def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcom
 
 
 class Settled(NamedTuple):
-    """What was recorded of an attempt."""
+    """The recorded result of an attempt."""
 
     spec: JobSpec
     outcome: Outcome
@@ -166,7 +169,7 @@ class Settled(NamedTuple):
     """The job's new status; ``None`` when the lease was lost and nothing was recorded."""
     retry_count: int = 0
     delay_seconds: float | None = None
-    """Until the job is due again."""
+    """Seconds until the job is due again."""
 
     @property
     def job_id(self) -> int:
@@ -175,11 +178,11 @@ class Settled(NamedTuple):
 
     @property
     def error(self) -> str | None:
-        """Type and message of what was raised."""
+        """Type and message of the error."""
         return self.outcome.error
 
     @property
     def result(self) -> Any:
-        """What the code returned."""
+        """The return value of the code."""
         text = self.outcome.result_json
         return None if text is None else serialize.loads(text)

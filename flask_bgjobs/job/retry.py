@@ -1,4 +1,4 @@
-"""How long to wait before a retry: pure arithmetic, no clock."""
+"""Retry delays and backoff: computed without a clock."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ Backoff = Literal["fixed", "linear", "exponential"]
 BACKOFFS: tuple[str, ...] = get_args(Backoff)
 
 MAX_DELAY_SECONDS = 100 * 365.25 * 86_400
-"""A hundred years: further ahead, databases disagree about what a date is."""
+"""A hundred years. Dates much further ahead are not valid in every database."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The waits between the attempts of one job."""
+    """The delays between the attempts of a job."""
 
     delays: tuple[float, ...]
-    """Seconds before the first, second, … retry; the last one serves all later retries."""
+    """Seconds before the first, second, … retry. The last value applies to all later retries."""
     backoff: str = "fixed"
-    """How a single delay grows: ``fixed``, ``linear`` or ``exponential`` (doubling)."""
+    """How a single delay grows per retry: ``fixed``, ``linear`` or ``exponential`` (doubling)."""
     max_delay: float | None = None
-    """Seconds that no wait exceeds, jitter included."""
+    """Maximum seconds of a delay, including jitter."""
     jitter: float = 0.0
-    """Share of the delay, 0 to 1, by which each wait is spread at random up and down."""
+    """Maximum random change of each delay, up or down, as a fraction of it, 0 to 1."""
 
     def delay(self, retry: int) -> float:
-        """Seconds to wait before retry number ``retry``, which counts from 1."""
-        listed = self.delays[min(retry, len(self.delays)) - 1]
-        seconds = listed if len(self.delays) > 1 else listed * self._growth(retry)
+        """Seconds to wait before a retry.
+
+        :param retry: the number of the retry, starting at 1.
+        """
+        listed_delay = self.delays[min(retry, len(self.delays)) - 1]
+        seconds = listed_delay if len(self.delays) > 1 else listed_delay * self._growth(retry)
         seconds *= 1 + random.uniform(-self.jitter, self.jitter)
         limit = MAX_DELAY_SECONDS if self.max_delay is None else self.max_delay
         return min(seconds, limit)
@@ -38,6 +41,6 @@ class RetryPolicy:
         if self.backoff == "linear":
             return float(retry)
         if self.backoff == "exponential":
-            # Beyond 2**64 every delay has met its limit, and a float would overflow.
+            # A float would overflow later, and by then every delay has reached its limit.
             return float(2 ** min(retry - 1, 64))
         return 1.0

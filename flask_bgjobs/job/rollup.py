@@ -1,7 +1,8 @@
-"""The roll-up: how many attempts ended, and how long they waited and ran, per minute and hour.
+"""The roll-up: number of finished attempts, and their wait and run times, per minute and hour.
 
-Charts of a million jobs are drawn from it. Times are kept as counts in buckets, each a fifth wider
-than the one before, so that a percentile of any period can be read with an error of a tenth.
+Charts read the roll-up instead of millions of jobs. Times are stored as counts in a histogram. The
+upper bound of each bucket is about a fifth above its lower bound, so that percentiles of any period
+have an error of at most a tenth.
 """
 
 from __future__ import annotations
@@ -16,69 +17,74 @@ from .records import Settled
 from .statuses import JobStatus, OutcomeKind
 
 MINUTE, HOUR = 60, 3_600
-"""Seconds of the two periods that are kept."""
+"""Seconds of the two kinds of periods."""
 RUN, WAIT = "run", "wait"
-"""What was measured: the time that the code took, or that a due job waited for its start."""
+"""The two measures: how long the code ran, and how long the due job wait_seconds for its start."""
 OUTCOMES = (JobStatus.COMPLETED, JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED)
-"""What an attempt that is counted made of its job."""
+"""Statuses of a job after an attempt that is counted."""
 
 _EPOCH = dt.datetime(1970, 1, 1)
-_PER_DOUBLING = 4
+_BUCKETS_PER_DOUBLING = 4
+"""Number of buckets in which the time doubles."""
 _SHORTEST_SECONDS = 0.001
 _LAST_BUCKET = 127
-"""Of fifty days and more."""
+"""The bucket of all times from about 41 days on."""
 
 
 class Cell(NamedTuple):
-    """What is counted together."""
+    """The key of a count: attempts with equal values are counted together."""
 
     seconds: int
-    """Of the period: :data:`MINUTE` or :data:`HOUR`."""
+    """Length of the period: :data:`MINUTE` or :data:`HOUR`."""
     begins_at: dt.datetime
-    """The period's first moment, UTC without ``tzinfo``."""
+    """Start of the period, UTC without ``tzinfo``."""
     queue: str
     outcome: str
     """One of :data:`OUTCOMES`."""
     measure: str
-    """:data:`RUN`, of every attempt, or :data:`WAIT`, of those whose code has started."""
+    """:data:`RUN`, for every attempt, or :data:`WAIT`, for attempts whose code has started."""
     bucket: int
-    """See :func:`bucket_of`."""
+    """Number of the histogram bucket; see :func:`bucket_of`."""
 
 
 class Tally:
-    """The attempts that one worker has settled since they were written last."""
+    """Counts of the attempts that a worker has settled since it last wrote the roll-up."""
 
     def __init__(self) -> None:
-        # Of each job one entry, with both its buckets: that is written for every job that runs.
+        # One key holds both buckets, because note() runs for every job. cells() splits them.
         self._counts: dict[tuple[int, str, JobStatus, int, int | None], int] = {}
         self._claimed_at, self._claimed = _EPOCH, 0.0
-        """The last time of a claim, also in seconds: a batch of jobs has the same."""
+        """The claim time of the last counted attempt, also in seconds: jobs of one batch share it."""
 
     def __bool__(self) -> bool:
         return bool(self._counts)
 
     def note(self, settled: Settled) -> None:
-        """Count an attempt, unless it was only put off, or is no longer the worker's."""
+        """Count an attempt.
+
+        Attempts that were snoozed or given back, were taken in a rescue to run again, or lost their
+        lease are not counted.
+        """
         spec, outcome, status = settled.spec, settled.outcome, settled.status
         if status not in OUTCOMES or outcome.kind is OutcomeKind.SNOOZED:
             return
         if spec.claimed_at != self._claimed_at:
             self._claimed_at = spec.claimed_at
             self._claimed = (spec.claimed_at - _EPOCH).total_seconds()
-        waited, run_seconds = outcome.wait_seconds, outcome.run_seconds
-        minute = int(self._claimed + (waited or 0.0) + run_seconds) // MINUTE
+        wait_seconds, run_seconds = outcome.wait_seconds, outcome.run_seconds
+        minute = int(self._claimed + (wait_seconds or 0.0) + run_seconds) // MINUTE
         wait_bucket = None
-        if waited is not None:
-            wait_bucket = bucket_of((spec.claimed_at - spec.run_at).total_seconds() + waited)
+        if wait_seconds is not None:
+            wait_bucket = bucket_of((spec.claimed_at - spec.run_at).total_seconds() + wait_seconds)
         key = (minute, spec.queue, status, bucket_of(run_seconds), wait_bucket)
         self._counts[key] = self._counts.get(key, 0) + 1
 
     def clear(self) -> None:
-        """Begin anew, once all was written."""
+        """Remove all counts, to be called after they were written."""
         self._counts.clear()
 
     def cells(self) -> Mapping[Cell, int]:
-        """What was counted, for minutes and for hours."""
+        """The counts, for minutes and for hours."""
         cells: collections.Counter[Cell] = collections.Counter()
         for (minute, queue, status, run_bucket, wait_bucket), number in self._counts.items():
             for seconds in (MINUTE, HOUR):
@@ -90,22 +96,23 @@ class Tally:
 
 
 def bucket_of(seconds: float) -> int:
-    """The bucket of a time."""
+    """The number of the histogram bucket for a time, starting at 0."""
     if seconds <= _SHORTEST_SECONDS:
         return 0
-    return min(int(math.log2(seconds / _SHORTEST_SECONDS) * _PER_DOUBLING), _LAST_BUCKET)
+    return min(int(math.log2(seconds / _SHORTEST_SECONDS) * _BUCKETS_PER_DOUBLING), _LAST_BUCKET)
 
 
 def percentile(counts: Mapping[int, int], share: float) -> float | None:
-    """Seconds that ``share`` of the counted times do not exceed; ``None`` when there are none.
+    """A percentile of the counted times.
 
-    :param counts: by bucket.
-    :param share: 0 to 1.
+    :param counts: number of times in each bucket.
+    :param share: the percentile as a fraction, 0 to 1.
+    :returns: seconds; ``None`` when nothing was counted.
     """
-    left = share * sum(counts.values())
+    remaining = share * sum(counts.values())
     for bucket in sorted(counts):
-        left -= counts[bucket]
-        if left <= 0:
-            # The middle of the bucket, in proportion.
-            return float(_SHORTEST_SECONDS * 2 ** ((bucket + 0.5) / _PER_DOUBLING))
+        remaining -= counts[bucket]
+        if remaining <= 0:
+            # The geometric mean of the bounds of the bucket.
+            return float(_SHORTEST_SECONDS * 2 ** ((bucket + 0.5) / _BUCKETS_PER_DOUBLING))
     return None

@@ -1,7 +1,7 @@
-"""What the row of a job must hold to be run.
+"""Validation of the rows of claimed jobs.
 
-An enqueue writes nothing else. But a row can be edited in the database, restored from elsewhere or
-written by another program, and one bad row must not stop a worker or the jobs behind it.
+An enqueue writes only valid rows. But a row can be edited in the database, restored from elsewhere
+or written by another program, and one invalid row must not stop a worker or block other jobs.
 """
 
 from __future__ import annotations
@@ -19,35 +19,38 @@ from .text import storable
 
 _SHOWN_CHARACTERS = 100
 
-_KEPT = object()
-"""Stands for the value itself, where it identifies the attempt or harms nobody."""
+_NOT_REPLACED = object()
+"""Marks values that are not replaced, because they identify the attempt or do no harm."""
 
 
 class _Rule(NamedTuple):
     field: str
     check: Callable[[Any], bool]
-    wanted: str
-    """What is allowed, in words."""
-    instead: Any
-    """Replaces a value that is not."""
+    allowed: str
+    """The allowed values, in words."""
+    replacement: Any
+    """Replacement for an invalid value, or ``_NOT_REPLACED``."""
 
 
 def checked(spec: JobSpec) -> tuple[JobSpec, str | None]:
-    """The job with harmless values in place of bad ones, and a sentence about the first of these.
+    """Validate a job, and replace its invalid values by harmless ones.
 
-    The sentence is ``None`` where the row is good, as nearly all are; then the job is ``spec``.
+    :returns: the job and a sentence about its first invalid value. For a valid row, as nearly all
+        are, ``spec`` itself and ``None``.
     """
-    if _is_good(spec):
+    if _is_valid(spec):
         return spec, None
-    bad = [rule for rule in _RULES if not _passes(rule.check, getattr(spec, rule.field))]
-    name, wanted = bad[0].field, bad[0].wanted
+    invalid = [rule for rule in _RULES if not _passes(rule.check, getattr(spec, rule.field))]
+    name, allowed = invalid[0].field, invalid[0].allowed
     value = repr(getattr(spec, name))[:_SHOWN_CHARACTERS]
-    repaired = spec._replace(**{r.field: r.instead for r in bad if r.instead is not _KEPT})
-    return repaired, f"the row's {name} is {value}; it must be {wanted}"
+    repaired = spec._replace(
+        **{r.field: r.replacement for r in invalid if r.replacement is not _NOT_REPLACED}
+    )
+    return repaired, f"the row's {name} is {value}; it must be {allowed}"
 
 
 def bad_row(spec: JobSpec, flaw: str) -> Outcome:
-    """The outcome of a job whose row cannot be run.
+    """The outcome of a job with an invalid row.
 
     :param flaw: the sentence of :func:`checked`.
     """
@@ -60,11 +63,11 @@ def bad_row(spec: JobSpec, flaw: str) -> Outcome:
     )
 
 
-def _is_good(spec: JobSpec) -> bool:
+def _is_valid(spec: JobSpec) -> bool:
     return (
         0 < spec.attempt < MAX_ATTEMPT
         and spec.run_at is not UNREADABLE_TIME
-        and _are_good_options(
+        and _are_valid_options(
             spec.crash_count,
             spec.retry_count,
             spec.retries,
@@ -78,8 +81,8 @@ def _is_good(spec: JobSpec) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _are_good_options(*values: Any) -> bool:
-    """Whether options are good; most jobs of an app have the same ones."""
+def _are_valid_options(*values: Any) -> bool:
+    """Whether options are valid. Cached, because most jobs of an app have the same options."""
     rules = zip(_OPTION_RULES, values, strict=True)
     return all(_passes(rule.check, value) for rule, value in rules)
 
@@ -117,8 +120,10 @@ _OPTION_RULES = (
     _Rule("timeout", lambda v: v is None or (_is_duration(v) and v > 0), "seconds or NULL", None),
 )
 _RULES = (
-    # It rises with each claim, so that no outcome of an earlier one counts.
-    _Rule("attempt", lambda v: 0 < v < MAX_ATTEMPT, f"between 0 and {MAX_ATTEMPT:,}", _KEPT),
-    _Rule("run_at", lambda value: value is not UNREADABLE_TIME, "a time", _KEPT),
+    # Not replaced: with each claim it rises, so that no outcome of an earlier claim is recorded.
+    _Rule(
+        "attempt", lambda v: 0 < v < MAX_ATTEMPT, f"between 0 and {MAX_ATTEMPT:,}", _NOT_REPLACED
+    ),
+    _Rule("run_at", lambda value: value is not UNREADABLE_TIME, "a time", _NOT_REPLACED),
     *_OPTION_RULES,
 )

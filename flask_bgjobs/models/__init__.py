@@ -1,11 +1,11 @@
 """The tables. ``init_app`` copies them into the host's metadata, so that its migrations and
 ``db.create_all()`` find them.
 
-They are static models on a metadata of our own, written so that Alembic's autogenerate finds
-no drift on SQLite, PostgreSQL and MySQL/MariaDB: plain types with MySQL variants, explicit
-names, no descending and no partial index. Times are UTC with microseconds and without a
-``tzinfo``. Our own tables have no foreign keys among themselves: a late log line of a deleted
-job must not break the transaction that records other jobs' outcomes.
+They are static models on our own metadata, written so that Alembic's autogenerate finds no
+differences on SQLite, PostgreSQL and MySQL/MariaDB: plain types with MySQL variants, explicit
+names, and no descending indexes. Partial indexes exist only on SQLite and PostgreSQL. Times are UTC
+with microseconds and without a ``tzinfo``. The tables have no foreign keys to each other, because a
+late log line of a deleted job must not break the transaction that records outcomes of other jobs.
 """
 
 from __future__ import annotations

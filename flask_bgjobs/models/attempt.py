@@ -1,4 +1,4 @@
-"""Attempts that did not complete, and the lines that jobs log."""
+"""Attempts that did not complete, and log lines of jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .base import NUMBERED_TABLE_OPTIONS, Base, BigInt, LongText, UtcTime, index
 
 
 class Attempt(Base):
-    """An attempt that did not complete; a smooth job has none."""
+    """A finished attempt that did not complete. Attempts that completed, were snoozed or given back
+    have no row."""
 
     __tablename__ = "bgjobs_attempt"
     __table_args__ = (
@@ -35,7 +36,7 @@ class Attempt(Base):
 
 
 class JobLog(Base):
-    """A line that a job wrote with ``current_job.log``."""
+    """A log line that a job wrote with ``current_job.log``."""
 
     __tablename__ = "bgjobs_log"
     __table_args__ = (

@@ -11,7 +11,7 @@ from .base import NUMBERED_TABLE_OPTIONS, TABLE_OPTIONS, Base, BigInt, UtcTime, 
 
 
 class AuditEntry(Base):
-    """A change that a person made, and who it was."""
+    """A change that a person made."""
 
     __tablename__ = "bgjobs_audit"
     __table_args__ = NUMBERED_TABLE_OPTIONS
@@ -19,19 +19,21 @@ class AuditEntry(Base):
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     actor: Mapped[str] = mapped_column(sa.String(255))
+    """Name of the person."""
     source: Mapped[str] = mapped_column(sa.String(16))
-    """``dashboard``, ``api`` or ``command line``."""
+    """Where the change was made: ``dashboard``, ``api`` or ``command line``."""
     action: Mapped[str] = mapped_column(sa.String(16))
     """``dispatch``, ``cancel``, ``retry``, ``delete``, ``pause``, ``resume`` or ``drain``."""
     subject: Mapped[str | None] = mapped_column(sa.String(255))
-    """The queue, the worker, or the function of a job."""
+    """Name of the queue, the worker or the dispatched function."""
     reason: Mapped[str | None] = mapped_column(sa.Text)
-    """By what many jobs were chosen."""
+    """The conditions that selected many jobs."""
     result: Mapped[str | None] = mapped_column(sa.String(255))
+    """Summary of the result, such as ``3 cancelled, 2 skipped``."""
 
 
 class AuditedJob(Base):
-    """A job that a person changed."""
+    """A job that a change affected."""
 
     __tablename__ = "bgjobs_audit_job"
     __table_args__ = (index("ix_bgjobs_audit_job_entry", "entry_id"), TABLE_OPTIONS)

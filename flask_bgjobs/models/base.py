@@ -1,4 +1,4 @@
-"""What all tables share: types, options and the metadata that holds them."""
+"""Column types, table options and metadata of all tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.schema import SchemaConst
 from sqlalchemy.sql.elements import conv
 
 BigInt = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-"""SQLite numbers rows by itself only in a column that is exactly INTEGER."""
+"""64-bit ids. SQLite generates ids only for a column whose type is exactly INTEGER."""
 UtcTime = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 LongText = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
@@ -20,10 +20,10 @@ TABLE_OPTIONS = {
     for dialect in ("mysql", "mariadb")
     for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
 }
-"""Whatever a MySQL database has for defaults: transactions, every letter, and names that are equal
-only where they are the same."""
+"""Options that do not depend on the defaults of a MySQL database: transactions, all Unicode
+characters, and comparisons that respect case and accents."""
 NUMBERED_TABLE_OPTIONS = {"sqlite_autoincrement": True, **TABLE_OPTIONS}
-"""No id is used again, also not on SQLite."""
+"""Options of tables with generated ids. SQLite too must never use an id again."""
 
 
 def index(
@@ -33,31 +33,31 @@ def index(
     where: str | None = None,
     postgresql_where: str | None = None,
 ) -> sa.Index:
-    """An index.
+    """Define an index.
 
-    :param where: which rows stand in it; all of them on MySQL, which has no such indexes. A job
-        costs the less, the fewer indexes it stands in.
-    :param postgresql_where: the same on PostgreSQL, where it is not as elsewhere.
+    :param where: SQL condition for the rows in the index; all rows by default, and always on MySQL,
+        which has no partial indexes. Every index that contains a job makes writing it slower.
+    :param postgresql_where: the condition on PostgreSQL, if it is different there.
     """
     conditions = {"sqlite_where": where, "postgresql_where": postgresql_where or where}
     options: Any = {key: sa.text(text) for key, text in conditions.items() if text is not None}
-    # conv() keeps a host's naming convention from renaming what the statements rely on.
+    # conv() prevents a host's naming convention from renaming indexes that statements rely on.
     return sa.Index(conv(name), *columns, unique=unique, **options)
 
 
 class Base(DeclarativeBase):
-    """Base of our models only; hosts keep their own."""
+    """Declarative base of our models. The host's models have their own."""
 
-    # Flask-SQLAlchemy's session looks here for the bind, so db.session can read a Job.
+    # Flask-SQLAlchemy's session reads the bind from here, so that db.session can query jobs.
     metadata = sa.MetaData(info={"bind_key": None})
 
 
 def add_tables(metadata: sa.MetaData) -> None:
-    """Add the tables of flask-bgjobs to ``metadata``, in its schema; what is there already stays.
+    """Add the tables of flask-bgjobs to ``metadata``, in its schema, unless they are there already.
 
-    ``BgJobs(app)`` does it for Flask-SQLAlchemy's metadata of ``BGJOBS_BIND_KEY``. Call it in the
-    ``env.py`` of a migration tool that compares the database with another ``MetaData``: it would
-    drop the tables otherwise.
+    ``BgJobs(app)`` does this for Flask-SQLAlchemy's metadata of ``BGJOBS_BIND_KEY``. Call it in the
+    ``env.py`` of a migration tool that compares the database with another ``MetaData``. Otherwise
+    the tool would drop the tables.
     """
     for table in Base.metadata.sorted_tables:
         key = table.name if metadata.schema is None else f"{metadata.schema}.{table.name}"

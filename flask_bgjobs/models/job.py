@@ -1,4 +1,4 @@
-"""Jobs, and the conditions and hints that statements on them share."""
+"""The table of jobs, and conditions and index hints for statements on it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from ..job.text import shown
 from .base import NUMBERED_TABLE_OPTIONS, Base, BigInt, LongText, UtcTime, index
 
 IS_OF_ANY_QUEUE = "attempt >= 0"
-"""True of every job. A claim has to say so to use the index of all queues on PostgreSQL: one that
-serves some queues alone does not, or the planner might let it step over the jobs of all others."""
+"""A condition that is true for every job. On PostgreSQL, only statements with this condition can
+use the index for claims from all queues. A claim from certain queues leaves it out, or the planner
+could use that index and skip the jobs of all other queues one by one."""
 _IS_PENDING = "status = 'pending'"
-# Not as a list: SQLite sees that a job is in it only where the statement has the same list.
+# OR instead of IN: SQLite would use a partial index with IN only for statements with the same list.
 _IS_DELAYED = "status = 'scheduled' OR status = 'retrying'"
-_HAS_ENDED = "finished_at IS NOT NULL"
+_IS_FINISHED = "finished_at IS NOT NULL"
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
 
 
 class Job(Base):
-    """One background job: what to run, when, and how it went.
+    """A background job: its target, its options, its status and its result.
 
-    Loaded and detached: reading an attribute never touches the database;
+    The object is detached from any session. Reading an attribute never queries the database;
     :meth:`refresh` does.
     """
 
@@ -53,19 +54,19 @@ class Job(Base):
         ),
         index("ix_bgjobs_job_due", "status", "run_at", "id", where=_IS_DELAYED),
         index("ix_bgjobs_job_list", "status", "id"),
-        index("ix_bgjobs_job_finished", "status", "finished_at", "id", where=_HAS_ENDED),
+        index("ix_bgjobs_job_finished", "status", "finished_at", "id", where=_IS_FINISHED),
         index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
         NUMBERED_TABLE_OPTIONS,
     )
 
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    """Once committed, an id is never given to another job, even if the job is deleted."""
+    """Id of the job. A committed id is never used again, even after the job is deleted."""
     target: Mapped[str] = mapped_column(sa.String(255))
     """Dotted name of the class or function."""
     method: Mapped[str | None] = mapped_column(sa.String(255))
     """The method of a class; ``None`` for a function."""
     parameters_json: Mapped[str] = mapped_column("parameters", LongText)
-    """Written by ``serialize``: a list of positional or a dict of keyword parameters."""
+    """JSON of a list of positional or a dict of keyword parameters, written by ``serialize``."""
     queue: Mapped[str] = mapped_column(sa.String(64))
     priority: Mapped[int] = mapped_column(sa.Integer)
     """Higher runs first."""
@@ -74,37 +75,39 @@ class Job(Base):
     status: Mapped[str] = mapped_column(sa.String(16))
     """One of :class:`~flask_bgjobs.JobStatus`."""
     run_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    """When it is or was due."""
+    """When the job is or was due."""
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
 
     attempt: Mapped[int] = mapped_column(sa.Integer, default=0)
-    """Counts claims, and only ever rises: with ``worker_id`` it is the fence of every settle."""
+    """Number of claims. It never decreases. With ``worker_id``, it is the fence of every settle."""
     retry_count: Mapped[int] = mapped_column(sa.Integer, default=0)
     """Retries used so far, 0 to ``retries``."""
     retries: Mapped[int] = mapped_column(sa.Integer)
     """Retries allowed after the first attempt."""
     retry_delay: Mapped[str] = mapped_column(sa.Text)
-    """JSON list of seconds before each retry; the last serves all later ones."""
+    """JSON list of the seconds before each retry. The last value applies to all later retries."""
     backoff: Mapped[str] = mapped_column(sa.String(16))
+    """How a single ``retry_delay`` grows: ``fixed``, ``linear`` or ``exponential``."""
     max_retry_delay: Mapped[float | None] = mapped_column(sa.Double)
-    """Seconds that no wait exceeds."""
+    """Maximum seconds before a retry."""
     jitter: Mapped[float] = mapped_column(sa.Double)
-    """Share of a wait, 0 to 1, by which it is spread at random."""
+    """Maximum random change of a retry delay, as a fraction of it, 0 to 1."""
     timeout: Mapped[float | None] = mapped_column(sa.Double)
-    """Seconds that one attempt may take."""
+    """Maximum seconds for one attempt."""
 
     worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
-    """Who claimed it; kept after the end."""
+    """Id of the worker that claimed the job last; kept after the job ends."""
     claimed_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     started_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    """When the code of the newest attempt began; empty while claimed but not started."""
+    """When the code of the newest attempt started; ``None`` while the job is only claimed."""
     finished_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     cancel_requested_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    """Set while a cancel waits for running code to stop, and kept after."""
+    """When a cancel of the running job was requested; kept after the job ends."""
     suspect: Mapped[bool] = mapped_column(sa.Boolean, default=False)
-    """Its last worker died with it: it runs alone, with its start committed first."""
+    """Whether the job's last worker or child process died while it held the job. A worker runs one
+    suspect at a time, and commits its start before its code runs."""
     crash_count: Mapped[int] = mapped_column(sa.Integer, default=0)
-    """Proved crashes of its worker or child."""
+    """Number of times that the job is proved to have crashed its worker or child process."""
 
     result_json: Mapped[str | None] = mapped_column("result", LongText)
     error_type: Mapped[str | None] = mapped_column(sa.String(255))
@@ -112,43 +115,43 @@ class Job(Base):
     error: Mapped[str | None] = mapped_column(sa.Text)
     """Message of the last attempt's exception, type first."""
     progress: Mapped[float | None] = mapped_column(sa.Double)
-    """0 to 1, as the code reported it."""
+    """Progress reported by the code, 0 to 1."""
     progress_note: Mapped[str | None] = mapped_column(sa.String(255))
     meta_json: Mapped[str | None] = mapped_column("meta", LongText)
     tags_json: Mapped[str | None] = mapped_column("tags", sa.Text)
     owner: Mapped[str | None] = mapped_column(sa.String(255))
     unique_key: Mapped[str | None] = mapped_column(sa.String(255))
     unique_hash: Mapped[str | None] = mapped_column(sa.String(64))
-    """sha-256 of ``unique_key`` while the job is active, so that a second one conflicts."""
+    """SHA-256 of ``unique_key`` while the job is unfinished, so that a second job conflicts."""
 
     deduplicated = False
-    """``True`` on the job that an enqueue with a taken ``unique_key`` gave back."""
+    """``True`` if an enqueue returned this job because it already held the ``unique_key``."""
     committed = True
-    """``False`` until the transaction that the job joined has committed."""
+    """``False`` while the transaction that the job joined has not committed."""
 
     @property
     def parameters(self) -> Any:
-        """The parameters as they were given: a list of positional or a dict of keyword ones."""
+        """The parameters of the enqueue: a list of positional or a dict of keyword parameters."""
         return serialize.loads(self.parameters_json)
 
     @property
     def result(self) -> Any:
-        """What the code returned; ``None`` until it completed."""
+        """The return value of the code; ``None`` until the job is completed."""
         return None if self.result_json is None else serialize.loads(self.result_json)
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the code stored with ``current_job.meta``."""
+        """The data that the code stored with ``current_job.meta``."""
         return {} if self.meta_json is None else serialize.loads(self.meta_json)
 
     @property
     def tags(self) -> list[str]:
-        """The tags it was enqueued with."""
+        """The tags of the enqueue."""
         return [] if self.tags_json is None else json.loads(self.tags_json)
 
     @hybrid_property
     def is_finished(self) -> bool:
-        """``True`` when it completed, failed or was cancelled."""
+        """``True`` if the job is completed, failed or cancelled."""
         return JobStatus(self.status).is_final
 
     @is_finished.inplace.expression
@@ -158,7 +161,7 @@ class Job(Base):
 
     @hybrid_property
     def is_cancelling(self) -> bool:
-        """``True`` when a cancel waits for its running code to stop."""
+        """``True`` while a cancel waits for the job's running code to stop."""
         return self.status == JobStatus.RUNNING and self.cancel_requested_at is not None
 
     @is_cancelling.inplace.expression
@@ -168,7 +171,7 @@ class Job(Base):
 
     @hybrid_property
     def name(self) -> str:
-        """Target and method as one dotted name, for people."""
+        """Target and method as one dotted name."""
         return self.target if self.method is None else f"{self.target}.{self.method}"
 
     @name.inplace.expression
@@ -178,10 +181,9 @@ class Job(Base):
 
     @classmethod
     def get(cls, job_id: int) -> Job | None:
-        """The job with that id, read outside your session; ``None``: there is none.
+        """Read a job from the database, outside your session. Needs an application context.
 
-        Needs an application context.
-
+        :returns: the job; ``None`` if it does not exist.
         :raises TypeError: when the id is not an ``int``, such as a string from a request.
         """
         if not isinstance(job_id, int) or isinstance(job_id, bool):
@@ -191,12 +193,12 @@ class Job(Base):
         return _find_actions().find_job(job_id)
 
     def refresh(self) -> Job:
-        """Read the job anew from the database, outside your session, and return it.
+        """Read the job again from the database, outside your session, and return it.
 
         Needs an application context.
 
-        :raises JobNotCommitted: when the transaction that it joined has not committed.
-        :raises JobNotFound: when it was deleted.
+        :raises JobNotCommitted: when the transaction that the job joined has not committed.
+        :raises JobNotFound: when the job was deleted.
         """
         if not self.committed:
             raise JobNotCommitted(
@@ -210,13 +212,13 @@ class Job(Base):
         return self
 
     def cancel(self) -> Job:
-        """Cancel the job, and return it refreshed; a finished one stays as it is.
+        """Cancel the job, and return it refreshed. A finished job stays as it is.
 
-        One that waits is ``cancelled`` at once. The code of a running one is asked to stop:
-        :attr:`is_cancelling` is true until it has. Needs an application context.
+        A waiting job is ``cancelled`` at once. The code of a running job is asked to stop;
+        :attr:`is_cancelling` is true until the code has stopped. Needs an application context.
 
-        :raises JobNotCommitted: when the transaction that it joined has not committed.
-        :raises JobNotFound: when it was deleted.
+        :raises JobNotCommitted: when the transaction that the job joined has not committed.
+        :raises JobNotFound: when the job was deleted.
         """
         self.refresh()
         _find_actions().cancel([self.id])
@@ -225,10 +227,13 @@ class Job(Base):
     def wait(self, timeout: float | None = None) -> Job:
         """Wait until the job is finished, and return it refreshed.
 
-        :param timeout: seconds to wait; for ever by default.
-        :raises JobNotCommitted: when the transaction that it joined has not committed: no
-            worker could see it, so waiting would never end.
-        :raises WaitTimeout: when it is not finished in time.
+        Needs an application context.
+
+        :param timeout: seconds to wait; no limit by default.
+        :raises JobNotCommitted: when the transaction that the job joined has not committed. No
+            worker can see the job, so waiting would never end.
+        :raises JobNotFound: when the job was deleted.
+        :raises WaitTimeout: when the job is not finished within ``timeout``.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_WAIT_SECONDS
@@ -248,17 +253,17 @@ class Job(Base):
 
 
 class JobActions(Protocol):
-    """What a job needs of its app, which stands above the tables."""
+    """Actions of the current app on jobs. Models cannot import the modules that implement them."""
 
     def find_job(self, job_id: int) -> Job | None:
-        """The job, loaded and detached; ``None`` where there is none."""
+        """The job as a detached :class:`Job`; ``None`` if it does not exist."""
 
     def cancel(self, ids: Sequence[int]) -> object:
-        """Cancel jobs that wait, and ask running ones to stop."""
+        """Cancel waiting jobs, and ask running jobs to stop."""
 
 
 def provide_actions(find: Callable[[], JobActions]) -> None:
-    """Let jobs find the actions of the current app by ``find``."""
+    """Set the function with which jobs find the actions of the current app."""
     global _find_actions
     _find_actions = find
 
@@ -268,9 +273,10 @@ def _find_actions() -> JobActions:
 
 
 def by_index(statement: sa.Select[Any], name: str) -> sa.Select[Any]:
-    """A statement on jobs that reads them by this index on MySQL and MariaDB.
+    """Make a query for jobs use a certain index on MySQL and MariaDB.
 
-    Others take no hints, and need none: there the statement itself rules other indexes out.
+    Other databases have no such hints. They need none, because the conditions of the statement
+    exclude other indexes there.
     """
     for dialect in ("mysql", "mariadb"):
         statement = statement.with_hint(Job.__table__, f"FORCE INDEX ({name})", dialect)
@@ -278,24 +284,24 @@ def by_index(statement: sa.Select[Any], name: str) -> sa.Select[Any]:
 
 
 def has_status(status: JobStatus) -> sa.ColumnElement[bool]:
-    """The condition that a job has this status, so that an index of such jobs alone can be used.
+    """The condition that a job has this status, written so that a partial index can be used.
 
-    The word stands in the statement: what a parameter is, a planner does not know.
+    The status is a literal in the statement, because a planner does not know values of parameters.
     """
     return Job.status == sa.literal_column(f"'{status.value}'", sa.String)
 
 
 def last_event() -> sa.ColumnElement[dt.datetime]:
-    """When something last happened to a job: its end, else its newest claim, else its enqueue."""
+    """The time of a job's last event: its end, else its newest claim, else its enqueue."""
     return sa.func.coalesce(Job.finished_at, Job.claimed_at, Job.created_at)
 
 
 def detached_job(values: dict[str, Any]) -> Job:
-    """A :class:`Job` as if it had been loaded from a row with these ``values``.
+    """Create a :class:`Job` as if it had been loaded from a row.
 
-    :param values: of all columns, by attribute name.
+    :param values: the values of all columns, by attribute name.
     """
-    # As SQLAlchemy loads one: its constructor would note a change of each attribute.
+    # Set the values as SQLAlchemy does on load: the constructor would mark each one as changed.
     job: Job = Job.__mapper__.class_manager.new_instance()
     vars(job).update(values)
     instance_state(job).key = Job.__mapper__.identity_key_from_primary_key((values["id"],))

@@ -1,4 +1,4 @@
-"""Queues."""
+"""The table of queues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import TABLE_OPTIONS, Base, UtcTime, index
 
 
 class Queue(Base):
-    """A queue that has had work, and whether it is paused."""
+    """A queue that is paused, or that a worker has recently claimed jobs from."""
 
     __tablename__ = "bgjobs_queue"
     __table_args__ = (
@@ -21,5 +21,7 @@ class Queue(Base):
 
     name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    """When a worker has last registered it: within the last day, while it has work."""
+    """When the queue was last registered: by a pause, or by a worker that claims jobs from it, about
+    once a day."""
     paused_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """When the queue was paused; ``None`` if it is not paused."""

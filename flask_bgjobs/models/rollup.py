@@ -1,4 +1,4 @@
-"""Counts of finished attempts, which outlive the jobs."""
+"""Counts of finished attempts, which are kept when the jobs are pruned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import TABLE_OPTIONS, Base, UtcTime
 
 
 class Rollup(Base):
-    """How many attempts ended in a minute or an hour; see :mod:`flask_bgjobs.job.rollup`."""
+    """Number of attempts that ended in a minute or an hour; see :mod:`flask_bgjobs.job.rollup`."""
 
     __tablename__ = "bgjobs_rollup"
     __table_args__ = TABLE_OPTIONS

@@ -1,4 +1,4 @@
-"""Workers and their leases."""
+"""The table of workers and their leases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import NUMBERED_TABLE_OPTIONS, Base, BigInt, LongText, UtcTime, index
 
 
 class Worker(Base):
-    """A worker process: who holds which lease, and when it was last heard of."""
+    """A worker process, its lease and its last heartbeat."""
 
     __tablename__ = "bgjobs_worker"
     __table_args__ = (
@@ -22,20 +22,20 @@ class Worker(Base):
     id: Mapped[int] = mapped_column(BigInt, primary_key=True)
     name: Mapped[str] = mapped_column(sa.String(255))
     status: Mapped[str] = mapped_column(sa.String(16))
-    """``alive``, ``stopped`` after a clean end, or ``dead`` once its lease was taken away."""
+    """``alive``, ``stopped`` after a clean end, or ``dead`` after another worker took its lease."""
     host: Mapped[str] = mapped_column(sa.String(255))
     pid: Mapped[int] = mapped_column(sa.Integer)
     process: Mapped[str | None] = mapped_column(sa.String(255))
-    """What tells this process from every other on its host, also after its pid is used again."""
+    """Identifies the process on its host uniquely, even after its pid is used again."""
     version: Mapped[str] = mapped_column(sa.String(32))
     pool: Mapped[str] = mapped_column(sa.String(16))
     concurrency: Mapped[int] = mapped_column(sa.Integer)
     queues: Mapped[str | None] = mapped_column(LongText)
-    """JSON list of the queues that it serves, in order; ``None`` serves all."""
+    """JSON list of the queues that the worker serves, in order; ``None``: all queues."""
     beats: Mapped[int] = mapped_column(sa.BigInteger, default=0)
-    """Heartbeats so far: a sweeper watches it change by a clock of its own."""
+    """Number of heartbeats. A sweeper checks by its own clock whether this number changes."""
     heartbeat_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     started_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     drain_requested_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    """Set when somebody asked it to finish what it runs and to end."""
+    """When the worker was asked to finish its running jobs and then to end."""
     stopped_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
