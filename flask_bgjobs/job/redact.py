@@ -1,10 +1,10 @@
-"""Masking: values whose key sounds like a secret are shown as ``***``.
+"""Masking: show values as ``***`` if their key looks like the name of a secret.
 
-The same functions serve log lines, dashboard and CLI, so that nothing is shown in one place
-that is hidden in another. What a job's code says is masked before it is cut and stored: of a secret
-that was cut, nobody can find the rest.
+Log lines, dashboard and CLI use the same functions, so that a value hidden in one place is not
+shown in another. Texts from a job's code are masked before they are truncated and stored, because
+the rest of a truncated secret could not be found.
 
-Every pattern here takes time in proportion to the length of the text.
+Every regular expression here runs in time proportional to the length of the text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from typing import Any
 
 MASK = "***"
 _MIN_SECRET = 3
-"""Shorter secrets are not searched for in other text: they would mask half of every word."""
+"""Minimum length of secrets that are searched for in text. Shorter ones would mask parts of many
+words."""
 _MANY_SECRETS = 500
-"""Of more, only those are searched for whose first and last letters the text holds."""
+"""With more secrets than this, only those are searched for whose first and last characters occur in
+the text."""
 _LONG_PART = 8
+"""Number of first and last characters compared for secrets of at least this length. Of shorter
+secrets, ``_MIN_SECRET`` characters are compared."""
 _URL_WITH_PASSWORD = re.compile(r"(://[^\s/@:\"']*+:)[^\s/@\"']++(?=@)")
 _CREDENTIALS = re.compile(r"\b(Bearer|Basic)([ \t]++)[A-Za-z0-9._~+/=-]{8,}+", re.IGNORECASE)
 _PAIR = re.compile(
@@ -38,7 +42,7 @@ _PAIR = re.compile(
 
 
 class Redactor:
-    """Masks values by key, and collects what it masked.
+    """Masks values by key.
 
     :param words: parts of keys, compared without case and punctuation: ``api_key`` also
         masks ``X-Api-Key`` and ``apiKeyOld``.
@@ -57,30 +61,30 @@ class Redactor:
         return self._mask(value, [])
 
     def parameters(self, parameters: Any, target: Callable[..., object] | None) -> Any:
-        """Masked parameters of a job.
+        """Mask the parameters of a job.
 
-        :param parameters: a list or tuple of positional ones, or a dict of keyword ones.
-        :param target: what the job calls, to know the names of positional parameters. Without
-            it they are all masked, because any of them may be the secret.
+        :param parameters: a list or tuple of positional or a dict of keyword parameters.
+        :param target: the callable of the job, which gives the names of positional parameters.
+            Without it, all of them are masked, because any may be a secret.
         """
         return self._parameters(parameters, target, [])
 
     def text(self, text: str, parameters: Any, target: Callable[..., object] | None) -> str:
-        """``text`` (an error, a traceback) without the values masked in ``parameters``, and without
-        what looks like a secret."""
+        """Mask a text such as an error or a traceback: the values masked in ``parameters``, and
+        everything that looks like a secret."""
         return self.masker(parameters, target)(text)
 
     def masker(self, parameters: Any, target: Callable[..., object] | None) -> Callable[[str], str]:
-        """The same as :meth:`text`, for several texts of one job."""
+        """A function that masks several texts of one job as :meth:`text` does."""
         secrets: list[str] = []
         self._parameters(parameters, target, secrets)
-        wanted = {secret for secret in secrets if len(secret) >= _MIN_SECRET}
-        longest_first = sorted(wanted, key=len, reverse=True)
-        return lambda text: self.forms(_without(longest_first, text))
+        long_enough = {secret for secret in secrets if len(secret) >= _MIN_SECRET}
+        longest_first = sorted(long_enough, key=len, reverse=True)
+        return lambda text: self.forms(_mask_secrets(longest_first, text))
 
     def forms(self, text: str) -> str:
-        """``text`` without what looks like a secret by itself: passwords in URLs, credentials of
-        HTTP, and the values of keys that are masked."""
+        """Mask everything in a text that looks like a secret: passwords in URLs, HTTP credentials,
+        and values after keys that are masked."""
         if not self._words:
             return text
         text = _URL_WITH_PASSWORD.sub(rf"\1{MASK}", text)
@@ -99,7 +103,7 @@ class Redactor:
         if isinstance(parameters, Mapping):
             return self._mask(parameters, secrets)
         if not isinstance(parameters, list | tuple):
-            # Only a row that was edited holds anything else.
+            # Only an edited row can have another type.
             _collect(parameters, secrets)
             return MASK
         names = _positional_names(target, len(parameters))
@@ -124,7 +128,7 @@ class Redactor:
         return MASK
 
 
-def _without(secrets: Sequence[str], text: str) -> str:
+def _mask_secrets(secrets: Sequence[str], text: str) -> str:
     if len(secrets) > _MANY_SECRETS:
         parts = {
             size: {text[i : i + size] for i in range(len(text) - size + 1)}
@@ -137,7 +141,10 @@ def _without(secrets: Sequence[str], text: str) -> str:
 
 
 def _may_hold(parts: Mapping[int, set[str]], secret: str) -> bool:
-    """Whether a text may hold ``secret``, whose parts of some sizes are these."""
+    """Whether a text may contain ``secret``.
+
+    :param parts: all substrings of the text, by length.
+    """
     size = _LONG_PART if len(secret) >= _LONG_PART else _MIN_SECRET
     return secret[:size] in parts[size] and secret[-size:] in parts[size]
 
@@ -154,9 +161,9 @@ def _collect(value: Any, secrets: list[str]) -> None:
             _collect(item, secrets)
     elif value is not None and not isinstance(value, bool):
         text = str(value)
-        # As it stands, and as an error or a log shows it: by repr, and as JSON.
+        # The text itself, and its forms in errors and logs: repr() and JSON.
         secrets += [text, repr(text)[1:-1], json.dumps(text)[1:-1]]
-        # Its lines as well, each of which may be indented or have something before it.
+        # Each line too: other text may indent the lines, or put a prefix before them.
         lines = text.splitlines()
         if len(lines) > 1:
             for line in map(str.strip, lines):
@@ -169,7 +176,7 @@ class _Default:
 
 
 def signature_text(signature: inspect.Signature) -> str:
-    """``signature`` without the values of its defaults, one of which may be a secret."""
+    """The signature as text, without default values, because a default may be a secret."""
     parameters = [
         each if each.default is each.empty else each.replace(default=_Default())
         for each in signature.parameters.values()
@@ -178,7 +185,7 @@ def signature_text(signature: inspect.Signature) -> str:
 
 
 def _positional_names(target: Callable[..., object] | None, count: int) -> list[str] | None:
-    """The names that ``count`` positional values bind to, ``None`` when that is unknown."""
+    """The parameter names of ``count`` positional values; ``None`` if they are unknown."""
     if target is None:
         return [] if count == 0 else None
     names: list[str] = []

@@ -54,7 +54,7 @@ class Tally:
         # One key holds both buckets, because note() runs for every job. cells() splits them.
         self._counts: dict[tuple[int, str, JobStatus, int, int | None], int] = {}
         self._claimed_at, self._claimed = _EPOCH, 0.0
-        """The claim time of the last counted attempt, also in seconds: jobs of one batch share it."""
+        """Claim time of the last counted attempt, also in seconds. Jobs of one batch share it."""
 
     def __bool__(self) -> bool:
         return bool(self._counts)

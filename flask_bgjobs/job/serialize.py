@@ -1,9 +1,9 @@
-"""JSON in, JSON out: how parameters, results and meta become text and come back the same.
+"""Serialize parameters, results and metadata as JSON, and restore equal values.
 
-Beside JSON's own types, datetime, date, time, timedelta, Decimal, UUID, bytes, tuple and set
-round-trip. Each is written as a tagged object, ``{"__bgjobs__": "uuid", "v": "…"}``; a dict
-of the user's that has the tag as a key is wrapped, so that it is never taken for one.
-Everything else is refused with the path of the offending value. Never pickle.
+Besides JSON's own types, datetime, date, time, timedelta, Decimal, UUID, bytes, tuple and set
+round-trip. Each is written as a tagged object, ``{"__bgjobs__": "uuid", "v": "…"}``. A user's dict
+that has the tag as a key is escaped, so that it is not mistaken for a tagged object. Every other
+type is refused, and the error gives the path of the value. Pickle is never used.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 
 TAG = "__bgjobs__"
 MAX_DEPTH = 100
-"""Levels of nesting: far beyond what a job needs, far below what exhausts a parser's stack."""
+"""Maximum levels of nesting: more than a job needs, but far fewer than would overflow the stack."""
 
 
 _encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 class NotSerializable(ValueError):
-    """The value cannot be stored as JSON; the message says where and why."""
+    """The value cannot be stored as JSON. The message gives its path and the reason."""
 
 
 def dumps(value: object, *, name: str = "value", max_bytes: int | None = None) -> str:
-    """The text that :func:`loads` turns into an equal value.
+    """Serialize a value to a JSON text that :func:`loads` turns into an equal value.
 
-    :param value: what to store.
-    :param name: what the value is called in error messages, as the root of paths.
-    :param max_bytes: the longest text accepted; no limit by default.
-    :raises NotSerializable: for a type, number, key or depth that JSON cannot hold the same
-        on every database, or a text that is too long.
+    :param value: the value to serialize.
+    :param name: the name of the value in error messages, where paths begin with it.
+    :param max_bytes: maximum length of the text; no limit by default.
+    :raises NotSerializable: if the value has an unsupported type, number, key, text or depth, or
+        its JSON is too long.
     """
     if value is None:
         return "null"
@@ -45,10 +45,10 @@ def dumps(value: object, *, name: str = "value", max_bytes: int | None = None) -
     except NotSerializable:
         raise
     except (ValueError, RecursionError) as error:
-        # An integer beyond Python's own limit of digits ends here.
+        # For example, an integer with more digits than Python converts to text.
         raise NotSerializable(f"{name}: {error}") from None
     except Exception as error:
-        # A time zone or a key of the caller's own raises, or another thread changes a dict.
+        # For example, a time zone class of the caller raised, or another thread changed a dict.
         raise NotSerializable(f"{name}: reading it raised {type(error).__name__}") from error
     if max_bytes is not None and len(text) > max_bytes:
         raise NotSerializable(
@@ -59,9 +59,9 @@ def dumps(value: object, *, name: str = "value", max_bytes: int | None = None) -
 
 
 def loads(text: str) -> Any:
-    """The value that :func:`dumps` was given.
+    """Restore the value from a text of :func:`dumps`.
 
-    :raises ValueError: when the text is not JSON, or a tag in it is unknown or broken.
+    :raises ValueError: when the text is not JSON, or contains an unknown or invalid tag.
     """
     try:
         plain = json.loads(text)
@@ -71,7 +71,7 @@ def loads(text: str) -> Any:
 
 
 def dumps_plain(value: object) -> str:
-    """JSON for people and programs to read: the same types, as untagged text."""
+    """Serialize a value for people and other programs: the same types, written without tags."""
     return json.dumps(value, default=_readable, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -80,7 +80,7 @@ def _readable(value: object) -> object:
         return sorted(value, key=repr)
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    # As it is stored, so that a search for what is shown finds it.
+    # The stored format, so that a search for the displayed text finds it.
     return value.isoformat() if isinstance(value, dt.datetime) else str(value)
 
 
@@ -121,7 +121,7 @@ def _encode_scalar(value: Any, path: str) -> object:
         raise NotSerializable(f"{path}: {value} is not a number that JSON can hold")
     if isinstance(value, dt.datetime | dt.time):
         offset = value.utcoffset()
-        # Python itself does not read such an offset back.
+        # Python does not read such an offset back.
         if offset is not None and offset.microseconds:
             raise NotSerializable(f"{path}: its UTC offset {offset} is not in whole seconds")
     tag, to_text = _TO_TEXT[type(value)]
@@ -137,7 +137,7 @@ def _encode_container(value: Any, path: str, parents: tuple[int, ...]) -> object
         return {TAG: "dict", "v": plain} if TAG in plain else plain
     encoded = [_encode(item, f"{path}[{index}]", parents) for index, item in enumerate(value)]
     if isinstance(value, set):
-        # Equal sets give equal texts. No code of the items runs here, not even their repr().
+        # Sorted, so that equal sets give equal texts. Sorting by JSON runs no code of the items.
         encoded.sort(key=_encoder.encode)
     return encoded if isinstance(value, list) else {TAG: type(value).__name__, "v": encoded}
 

@@ -1,7 +1,7 @@
-"""The statuses of a job, and what an attempt's outcome makes of them.
+"""The statuses of a job, and the outcomes of attempts that lead to them.
 
-Every rule "this outcome leads to that status" stands in :func:`settlement`, so that the
-thread pool, the process pool, a give-back and a rescue cannot disagree about it.
+:func:`settlement` contains all rules by which an outcome leads to a status. The thread pool, the
+process pool, a give-back and a rescue all use it, so they cannot differ.
 """
 
 from __future__ import annotations
@@ -12,75 +12,75 @@ from collections.abc import Callable, Mapping
 
 
 class JobStatus(enum.StrEnum):
-    """Where a job stands. The values are the words used in the database, CLI and dashboard."""
+    """The status of a job. The values are used in the database, the CLI and the dashboard."""
 
     SCHEDULED = "scheduled"
     """Enqueued with a delay or a ``run_at`` that has not come yet."""
     PENDING = "pending"
-    """Due, and free for any worker that serves its queue."""
+    """Due, and ready for any worker that serves its queue."""
     RUNNING = "running"
-    """Claimed by a worker; ``cancelling`` while a cancel request waits for its code to stop."""
+    """Claimed by a worker. Shown as *cancelling* while a cancel waits for the code to stop."""
     RETRYING = "retrying"
-    """Failed, and waiting for the time of its next retry."""
+    """The last attempt failed, and the job waits for the time of its next retry."""
     COMPLETED = "completed"
     FAILED = "failed"
-    """Failed with no retry left, on purpose (``Fail``), refused, or crashed too often."""
+    """Failed with no retry left or with ``Fail``, was refused, or crashed too often."""
     CANCELLED = "cancelled"
 
     @property
     def is_final(self) -> bool:
-        """``True`` when nothing but a retry by hand can run the job again."""
+        """``True`` if only a retry by hand can run the job again."""
         return self in FINAL
 
 
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
 WAITING = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING, JobStatus.RETRYING})
-"""Statuses in which nobody runs the job, so that a cancel takes effect at once."""
+"""Statuses in which no worker holds the job, so that a cancel takes effect at once."""
 CAN_CHANGE: Mapping[str, tuple[JobStatus, ...]] = {
     "cancel": (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
     "retry": (JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED),
     "delete": tuple(status for status in JobStatus if status is not JobStatus.RUNNING),
 }
-"""The statuses of the jobs that each action by hand can change. Where many jobs are meant they are
-read in this order: one that moves on meanwhile stands in a later one, or has ended since."""
+"""The statuses that each action by hand applies to. An action on many jobs reads them in this
+order: a job that moves on meanwhile gets a status that is read later, or has ended."""
 
 
 class OutcomeKind(enum.StrEnum):
-    """How one attempt ended, before anybody decides what becomes of the job."""
+    """How one attempt ended. :func:`settlement` then decides the job's next status."""
 
     COMPLETED = "completed"
     FAILED = "failed"
-    """The code raised, or its result was not storable, and a retry is allowed."""
+    """The code raised an exception, or its result could not be stored. A retry may follow."""
     TIMEOUT = "timeout"
     RETRY = "retry"
     """The code raised :class:`~flask_bgjobs.Retry`."""
     SNOOZED = "snoozed"
-    """The code raised :class:`~flask_bgjobs.Snooze`: later, without using a retry."""
+    """The code raised :class:`~flask_bgjobs.Snooze`. The job runs later, and no retry is used."""
     FAILED_FINALLY = "failed finally"
-    """The code raised :class:`~flask_bgjobs.Fail`, or a retry could change nothing."""
+    """The code raised :class:`~flask_bgjobs.Fail`, or a retry could not succeed."""
     REFUSED = "refused"
-    """The allow-list of the worker does not hold the name: nothing was imported."""
+    """The name is not on the worker's allow-list. Nothing was imported."""
     CANCELLED = "cancelled"
     GIVEN_BACK = "given back"
-    """The worker stopped before the attempt ended; no retry is used."""
+    """The worker stopped before the attempt ended. No retry is used."""
     LOST = "lost"
-    """The worker died before this job was known to have started; it is not blamed."""
+    """The worker died, but the job was no started suspect, so no crash is counted for it."""
     LOST_AMONG = "lost among"
-    """The worker died while it ran several suspects that had started. None is blamed; each runs
-    with no other suspect beside it next time."""
+    """The worker died while it ran several started suspects. No crash is counted for any of them.
+    Next time, each runs without another suspect."""
     CRASHED = "crashed"
-    """The job's process died after its start was committed, and no other suspect ran there."""
+    """The worker or child process died while this job was its only started suspect."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settlement:
-    """What becomes of a job after one attempt."""
+    """The values of a job after an attempt."""
 
     status: JobStatus
     retry_count: int
     crash_count: int
     suspect: bool = False
-    """Its last worker died with it."""
+    """Whether the job's last worker or child process died while it held the job."""
     delay_seconds: float | None = None
     """Seconds until the job is due again, by the database's clock."""
 
@@ -97,18 +97,18 @@ def settlement(
     retry_delay: Callable[[int], float],
     delay_seconds: float | None = None,
 ) -> Settlement:
-    """What an attempt's outcome makes of its job.
+    """Decide what happens to a job after an attempt.
 
     :param kind: how the attempt ended.
-    :param retry_count: retries used before this attempt.
-    :param retries: retries allowed.
-    :param crash_count: proved crashes before this attempt.
-    :param max_crashes: crashes at which the job is quarantined as failed.
-    :param suspect: whether it was claimed as one whose last worker had died.
-    :param cancel_requested: a cancel was asked for while the attempt ran. It wins over
-        everything but a completed attempt.
-    :param retry_delay: gives the seconds to wait before retry number n.
-    :param delay_seconds: the delay that the code itself asked for with ``Retry`` or ``Snooze``.
+    :param retry_count: number of retries used before this attempt.
+    :param retries: number of allowed retries.
+    :param crash_count: number of proved crashes before this attempt.
+    :param max_crashes: number of crashes at which the job is quarantined as failed.
+    :param suspect: whether the job was a suspect when it was claimed.
+    :param cancel_requested: whether a cancel was requested while the attempt ran. The job is then
+        cancelled after every outcome but a completed attempt.
+    :param retry_delay: returns the seconds to wait before retry number n.
+    :param delay_seconds: the delay that the code set with ``Retry`` or ``Snooze``.
     """
     if kind is OutcomeKind.COMPLETED:
         return Settlement(JobStatus.COMPLETED, retry_count, crash_count)
@@ -128,7 +128,7 @@ def settlement(
                 JobStatus.SCHEDULED, retry_count, crash_count, delay_seconds=delay_seconds or 0.0
             )
         case OutcomeKind.GIVEN_BACK:
-            # Nothing was learnt about it.
+            # The attempt proves nothing, so a suspect stays a suspect.
             return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=suspect)
         case OutcomeKind.LOST | OutcomeKind.LOST_AMONG:
             return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=True)
@@ -140,10 +140,10 @@ def settlement(
 
 
 def lost_kind(*, is_started_suspect: bool, started_suspects: int) -> OutcomeKind:
-    """The outcome of an attempt whose worker, or whose pool's processes, died with it.
+    """The outcome of an attempt whose worker, or whose pool's processes, died while it ran.
 
-    :param is_started_suspect: whether the job is a suspect whose start had been committed.
-    :param started_suspects: how many of those the worker ran, this one included.
+    :param is_started_suspect: whether the job is a suspect whose start was committed.
+    :param started_suspects: number of such suspects that the worker ran, including this one.
     """
     if not is_started_suspect:
         return OutcomeKind.LOST

@@ -21,7 +21,7 @@ class Queue(Base):
 
     name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
-    """When the queue was last registered: by a pause, or by a worker that claims jobs from it, about
-    once a day."""
+    """When the queue was last registered: by a pause, or by a worker that claims jobs from it,
+    about once a day."""
     paused_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     """When the queue was paused; ``None`` if it is not paused."""
