@@ -80,7 +80,7 @@ class JobSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """What running code has reported since its last report: progress, metadata and log lines."""
+    """Progress, metadata and log lines that running code reported since the previous report."""
 
     progress: float | None = None
     progress_note: str | None = None

@@ -46,7 +46,7 @@ _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.005, 0.5
 
 
 class Host(Protocol):
-    """What the store needs from the host's Flask-SQLAlchemy."""
+    """The parts of the host's Flask-SQLAlchemy that the store needs."""
 
     def session(self) -> scoped_session[Any]:
         """The host's session."""

@@ -5,13 +5,13 @@ No other module of the store writes a status. Add values for every job that beco
 :func:`flask_bgjobs.testing.inline` claims a scheduled job without promoting it first.
 
 ============  ============================  =======================  ==============================
-Move          From                          To                       Who makes it
+Move          From                          To                       Made by
 ============  ============================  =======================  ==============================
 enqueue       (new)                         pending or scheduled     the app
 promote       scheduled, retrying           pending                  a worker, when it is due
 claim         pending                       running                  a worker
 settle        running                       as the outcome decides   the worker that claimed it, or
-                                                                     the one that rescues it
+                                                                     the worker that rescues it
 cancel        scheduled, pending, retrying  cancelled                a person or the app
 retry         retrying, failed, cancelled   pending                  a person
 delete        all but running               (gone)                   a person, or the retention

@@ -66,7 +66,7 @@ def _claim_order(spec: JobSpec) -> tuple[Any, ...]:
 
 
 def pending_in(queue: str | sa.ColumnElement[str], ordered: sa.Select[Any]) -> sa.Select[Any]:
-    """Restrict ``ordered`` to one queue, and read them by the index for single queues."""
+    """Restrict the query ``ordered`` to one queue, and to the index for single queues."""
     return by_index(ordered.where(JOBS.c.queue == queue), "ix_bgjobs_job_claim_queue")
 
 
@@ -268,7 +268,7 @@ class Claims(Queues):
         return sa.union_all(*(sa.select(each) for each in firsts))
 
     def _cached_statement(self, build: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``build(*arguments)`` returns, cached: building a statement takes longer than
+        """The result of ``build(*arguments)``, cached: building a statement takes longer than
         running it."""
         key = build, *arguments
         if key not in self._statements:

@@ -28,7 +28,7 @@ _LOCKED_SECONDS, _LOCKED_PAUSE_SECONDS = 2.0, 0.05
 
 @dataclasses.dataclass(slots=True)
 class ActionResult:
-    """What an action did to each of the requested jobs."""
+    """The result of an action on the requested jobs."""
 
     done: list[int] = dataclasses.field(default_factory=list)
     """Ids of the jobs that were changed."""

@@ -32,7 +32,7 @@ _NEXT_DUE = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What :meth:`Due.look` found for a worker."""
+    """The result of :meth:`Due.look`."""
 
     pending: bool
     """Whether any job is pending."""
