@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import queue
 import threading
 import time
 from collections import deque
@@ -18,11 +19,10 @@ from ...system.threads import WorkerThread, position_of
 from ..current import CurrentJob
 from ..execute import execute
 from ..interrupt import InterruptScope
-from .hands import Hands
 from .trouble import Overdue
 
 _COMPACT_FROM = 1_000
-"""Deadlines kept before those of finished jobs are looked for."""
+"""Number of deadlines from which those of finished jobs are removed."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -32,19 +32,19 @@ class _Task:
     claimed: float
     scope: InterruptScope = dataclasses.field(default_factory=InterruptScope)
     is_over: bool = False
-    """Whether its outcome was handed over; its failure may still be reported."""
+    """Whether the outcome was handed over; the failure may still be being reported."""
 
 
 class ThreadPool:
-    """Jobs in threads of this process. Jobs are submitted and taken back by one other thread only.
+    """Runs jobs in threads of this process. Only one other thread may submit and take back jobs.
 
     :param state: the app whose jobs run.
-    :param size: how many.
+    :param size: the number of threads.
     :param on_finished: called, in the job's thread, with each job and its outcome.
     """
 
     stop_seconds = 1.0
-    """Within which code that was cancelled has stopped, unless it ignores that."""
+    """How soon cancelled code stops, unless it catches the exception."""
 
     def __init__(
         self, state: AppState, size: int, on_finished: Callable[[JobSpec, Outcome], None]
@@ -53,15 +53,19 @@ class ThreadPool:
         self._state = state
         self._on_finished = on_finished
         self._tasks: set[_Task] = set()
-        """What was submitted and holds a thread, or waits for one."""
+        """Submitted tasks that hold a thread or wait for one."""
         self._waiting: deque[_Task] = deque()
+        self._wakeups: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """One ``True`` for each submitted task; a ``False`` ends a thread."""
         self._deadlines = _Deadlines()
-        self._hands = Hands(size, self._run_next, lambda: bool(self._waiting))
+        self._threads = [WorkerThread(self._run, f"bgjobs-{n + 1}") for n in range(size)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that must live until it is closed."""
-        return [*self._hands.threads, *self._deadlines.threads]
+        """The threads that must live until the pool is closed."""
+        return [*self._threads, *self._deadlines.threads]
 
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
         """Run jobs, in this order, as threads become free.
@@ -73,31 +77,31 @@ class ThreadPool:
             task = _Task(spec, CurrentJob(spec, max_payload=limit), claimed)
             self._tasks.add(task)
             self._waiting.append(task)
-        self._hands.call(len(specs))
+            self._wakeups.put(True)
 
     def unstarted(self) -> int:
         """How many submitted jobs wait for a thread."""
         return len(self._waiting)
 
     def running(self) -> int:
-        """How many jobs hold a thread: those that run, and those whose failure is reported."""
-        # In this order: a task that begins meanwhile is then counted twice, and never missed.
+        """How many jobs hold a thread: their code runs, or their failure is being reported."""
+        # In this order, a task that starts in between is counted as running, never missed.
         return len(self._tasks) - len(self._waiting)
 
     def idle(self) -> int:
-        """How many jobs would begin at once, were they submitted now."""
+        """How many more jobs would start at once."""
         return self.size - len(self._tasks)
 
     def capacity(self) -> int:
-        """How many jobs could run at once."""
+        """How many jobs can run at the same time."""
         return self.size
 
     def failing(self) -> None:
-        """Threads start when they are needed, and their end ends the worker."""
+        """Always ``None``: when a thread of the pool ends, the worker stops."""
         return
 
     def take_unstarted(self) -> list[JobSpec]:
-        """The jobs that wait for a thread; they will not be run here."""
+        """Remove the jobs that wait for a thread, and return them."""
         taken = []
         while (task := self._pop()) is not None:
             self._tasks.remove(task)
@@ -105,7 +109,7 @@ class ThreadPool:
         return taken
 
     def running_specs(self) -> list[JobSpec]:
-        """The jobs that run."""
+        """The jobs whose code runs."""
         return [task.spec for task in self._running_tasks()]
 
     def unstarted_specs(self) -> list[JobSpec]:
@@ -113,15 +117,12 @@ class ThreadPool:
         return [task.spec for task in self._waiting.copy()]
 
     def reports(self) -> dict[Key, Report]:
-        """What running jobs told since the last call, by job id and attempt."""
+        """Progress and log lines of running jobs since the last call, by job id and attempt."""
         reports = ((task.spec.key, task.job.take_report()) for task in self._running_tasks())
         return {key: report for key, report in reports if report is not None}
 
     def cancel(self, spec: JobSpec) -> None:
-        """Ask a running job's code to stop at its next Python instruction.
-
-        One that waits for a thread ends as cancelled without having run.
-        """
+        """Stop a running job at its next Python instruction, and a waiting one before it starts."""
         task = next((task for task in self._tasks.copy() if task.spec is spec), None)
         if task is None or task.is_over:
             return
@@ -135,7 +136,7 @@ class ThreadPool:
             self._tasks.remove(task)
 
     def overdue(self) -> list[Overdue]:
-        """The jobs that hold a thread although they were asked to stop or their code has ended."""
+        """Jobs that still hold a thread after they were told to stop, or after their code ended."""
         now = time.monotonic()
         return [
             Overdue(
@@ -149,25 +150,27 @@ class ThreadPool:
         ]
 
     def close(self) -> None:
-        """Let threads end when they are idle; nothing more can be submitted."""
-        self._hands.close()
+        """End each thread once no task waits; nothing can be submitted afterwards."""
+        for _ in self._threads:
+            self._wakeups.put(False)
         self._deadlines.close()
 
-    def _run_next(self) -> bool:
-        """Run the task that has waited longest; ``False``: none waits."""
-        task = self._pop()
-        if task is None:
-            return False
+    def _run(self) -> None:
+        while self._wakeups.get():
+            # The task of this wake-up may have been cancelled or taken back.
+            if (task := self._pop()) is not None:
+                self._run_task(task)
+
+    def _run_task(self, task: _Task) -> None:
         if task.spec.timeout is not None:
             self._deadlines.add(time.monotonic() + task.spec.timeout, task.scope)
         outcome = execute(self._state, task.spec, task.job, task.scope, task.claimed)
         self._hand_over(task, outcome)
         task.job.report_failure()
         self._tasks.remove(task)
-        return True
 
     def _hand_over(self, task: _Task, outcome: Outcome) -> None:
-        # First handed over, then marked: meanwhile it is found in two places rather than none.
+        # In this order, the job is always listed here or in the outbox, for a moment in both.
         self._on_finished(task.spec, outcome)
         task.is_over = True
 
@@ -181,13 +184,13 @@ class ThreadPool:
         return [task for task in self._begun_tasks() if not task.is_over]
 
     def _begun_tasks(self) -> set[_Task]:
-        # In this order, or a task that begins meanwhile would be missed.
+        # In this order, a task that starts in between is not missed.
         tasks = self._tasks.copy()
         return tasks.difference(self._waiting.copy())
 
 
 class _Deadlines:
-    """One thread that interrupts code when their time is up; started when first needed."""
+    """A thread that interrupts jobs at their timeout; started with the first timeout."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, InterruptScope]] = []
@@ -206,13 +209,13 @@ class _Deadlines:
             if self._thread is None:
                 thread = WorkerThread(self._watch, "bgjobs-timeouts")
                 thread.start()
-                # Not before: the worker takes a thread that has not started for one that has ended.
+                # After the start: the worker treats a thread that is not alive as failed.
                 self._thread = thread
             self._changed.notify()
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The thread, once it was needed."""
+        """The thread, once it was started."""
         return [] if self._thread is None else [self._thread]
 
     def close(self) -> None:
@@ -221,7 +224,7 @@ class _Deadlines:
             self._changed.notify()
 
     def _compact(self) -> None:
-        """Forget finished jobs, or an hour's timeout would keep an hour's jobs in memory."""
+        """Drop finished jobs, or a timeout of an hour would keep an hour's jobs in memory."""
         self._heap = [entry for entry in self._heap if not entry[2].is_closed]
         heapq.heapify(self._heap)
         self._compact_at = max(_COMPACT_FROM, 2 * len(self._heap))
@@ -236,6 +239,6 @@ class _Deadlines:
                 left = self._heap[0][0] - time.monotonic() if self._heap else None
                 if left is not None and left <= 0:
                     return heapq.heappop(self._heap)[2]
-                # threading waits for less than 300 years at a time.
+                # A longer wait would raise OverflowError.
                 self._changed.wait(left and min(left, threading.TIMEOUT_MAX))
             return None
