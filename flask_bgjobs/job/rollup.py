@@ -47,8 +47,8 @@ class Cell(NamedTuple):
     """Number of the histogram bucket; see :func:`bucket_of`."""
 
 
-class Tally:
-    """Counts of the attempts that a worker has settled since it last wrote the roll-up."""
+class RollupCounts:
+    """Counts of the attempts that one worker has settled since the counts were last written."""
 
     def __init__(self) -> None:
         # One key holds both buckets, because note() runs for every job. cells() splits them.

@@ -1,4 +1,4 @@
-"""Outages: what a worker says while its database is not usable, and how long it waits."""
+"""Outages: the log lines and the backoff of a worker whose database is not usable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 30.0
 
 
 class Outage:
-    """The outage of a worker's database, if there is one."""
+    """Whether, and since when, a worker's database is not usable.
+
+    :param worker: the worker's name, for the log.
+    """
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -22,9 +25,11 @@ class Outage:
         self._pause = _FIRST_PAUSE_SECONDS
 
     def record_failure(self, error: SQLAlchemyError, outcomes_kept: int) -> float:
-        """Say what is wrong; the seconds to wait before the database is asked again.
+        """Log the error, and return how many seconds to wait before the next try.
 
-        They grow from 0.1 s to 30 s, with jitter, so that workers do not come all at once.
+        The pause grows from 0.1 s to 30 s, with jitter, so that workers do not all retry at once.
+
+        :param outcomes_kept: number of outcomes that wait to be recorded, for the log.
         """
         now = time.monotonic()
         self._since = self._since or now
@@ -40,7 +45,7 @@ class Outage:
         return pause
 
     def record_success(self) -> None:
-        """Note that the database was usable just now."""
+        """Note that the database has just been usable; log it if this ends an outage."""
         if self._since is None:
             return
         _logger.warning(

@@ -1,4 +1,4 @@
-"""The outbox: outcomes that wait to be recorded, through any outage of the database."""
+"""The outbox: outcomes that wait to be recorded, also during an outage of the database."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ from ..store import CommitInDoubt, Store, batches, database_sentence, statement_
 from ..system.safe_logging import logger as _logger
 
 _ENTRY_BYTES = 500
-"""More than the numbers and times of an outcome take in a statement."""
+"""Upper bound for the numbers and times of one outcome in a statement."""
 
 _LOCKED_PAUSE_SECONDS = 0.25
-"""Before a job whose row was locked is looked at again."""
+"""Pause before the next try to record outcomes whose rows were locked."""
 
 _Entry = tuple[JobSpec, Outcome]
 _Entries = collections.deque[_Entry]
 
 
 class Outbox:
-    """Outcomes in the order in which they came; safe to fill from any thread."""
+    """Outcomes in the order in which they arrived. Any thread may add one."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._smooth: _Entries = collections.deque()
-        """Of attempts that completed and told nothing more, to be recorded in bulk."""
-        self._others: _Entries = collections.deque()
+        self._plain_completions: _Entries = collections.deque()
+        """Outcomes of completed attempts without a report, to be recorded in bulk."""
+        self._other_outcomes: _Entries = collections.deque()
+        """All other outcomes, to be recorded with ``Store.settle``."""
         self._in_doubt: set[Key] = set()
+        """Attempts whose outcome was sent with a commit that got no reply."""
         self._reports: dict[Key, Report] = {}
-        """What attempts told while they ran, and could not be written then."""
+        """Progress and log lines of running attempts that could not be written yet."""
         self._locked: _Entries = collections.deque()
-        """Of jobs whose rows another transaction keeps locked; tried again every now and then."""
+        """Outcomes of jobs whose rows another transaction has locked; tried again after a pause."""
         self._locked_keys: set[Key] = set()
         self._retry_locked_at = 0.0
-        self._others_first = False
+        self._other_outcomes_first = False
 
     def __len__(self) -> int:
         return self.unlocked + len(self._locked)
 
     @property
     def unlocked(self) -> int:
-        """How many outcomes wait for nothing but to be recorded."""
-        return len(self._smooth) + len(self._others)
+        """Number of outcomes that can be recorded at once, because no lock delays them."""
+        return len(self._plain_completions) + len(self._other_outcomes)
 
     def put(self, spec: JobSpec, outcome: Outcome) -> None:
         """Keep the outcome of an attempt until it is recorded."""
@@ -57,98 +59,107 @@ class Outbox:
         if spec.key in self._locked_keys:
             self._locked.append((spec, outcome))
             return
-        is_smooth = outcome.kind is OutcomeKind.COMPLETED and outcome.report is None
-        # Only the other way can tell what a commit without an answer has recorded.
-        in_bulk = is_smooth and spec.key not in self._in_doubt
-        (self._smooth if in_bulk else self._others).append((spec, outcome))
+        is_plain = outcome.kind is OutcomeKind.COMPLETED and outcome.report is None
+        # Only settle() can find out whether a commit without a reply has recorded the outcome.
+        in_bulk = is_plain and spec.key not in self._in_doubt
+        entries = self._plain_completions if in_bulk else self._other_outcomes
+        entries.append((spec, outcome))
 
-    def keep_told(self, reports: Mapping[Key, Report]) -> None:
-        """Keep what attempts told, and could not be written, for their outcomes."""
+    def keep_reports(self, reports: Mapping[Key, Report]) -> None:
+        """Keep reports that could not be written, to be recorded with the outcomes."""
         self._reports.update(reports)
         for spec, outcome in self.take_all():
             self.put(spec, outcome)
 
     def take_reports(self) -> dict[Key, Report]:
-        """What running attempts told before; it is not kept any longer."""
-        told = {}
-        # One by one, as each may be taken by an outcome that comes meanwhile, also the last.
+        """Remove and return the kept reports of running attempts."""
+        taken = {}
+        # One at a time: put() may take any of them in another thread, also the last.
         with contextlib.suppress(KeyError):
             while self._reports:
                 key, report = self._reports.popitem()
-                told[key] = report
-        return told
+                taken[key] = report
+        return taken
 
     def take_all(self) -> list[_Entry]:
-        """What waits; it is not kept any longer."""
-        return [*_taken(self._smooth), *_taken(self._others), *_taken(self._locked)]
+        """Remove and return all outcomes."""
+        return [
+            *_take(self._plain_completions),
+            *_take(self._other_outcomes),
+            *_take(self._locked),
+        ]
 
     def record(self, worker_id: int, worker_name: str) -> Iterator[Settled]:
-        """What was recorded of all that waited, in transactions of limited size.
+        """Record the outcomes, in transactions of limited size, and yield what was recorded.
 
-        Outcomes of jobs whose rows another transaction keeps locked are kept for later.
+        Outcomes of jobs whose rows another transaction has locked are kept for later.
 
-        :raises DBAPIError: when the database is not usable; what was not recorded is kept.
+        :raises DBAPIError: when the database is not usable. Outcomes not yet recorded are kept.
         """
         if self._locked and time.monotonic() >= self._retry_locked_at:
-            self._others.extend(_taken(self._locked))
-        ways = [self._record_smooth(worker_id), self._record_others(worker_id, worker_name)]
-        if self._others_first:
-            ways.reverse()
+            self._other_outcomes.extend(_take(self._locked))
+        steps = [
+            self._record_plain_completions(worker_id),
+            self._record_other_outcomes(worker_id, worker_name),
+        ]
+        if self._other_outcomes_first:
+            steps.reverse()
         try:
-            for way in ways:
-                yield from way
+            for step in steps:
+                yield from step
         except DBAPIError:
-            # It may be what came first that breaks the link, each time.
-            self._others_first = not self._others_first
+            # The first step may break the connection each time; the next call swaps them.
+            self._other_outcomes_first = not self._other_outcomes_first
             raise
 
-    def _record_smooth(self, worker_id: int) -> Iterator[Settled]:
-        waiting = collections.deque(batches(_taken(self._smooth), _bytes_of_smooth))
+    def _record_plain_completions(self, worker_id: int) -> Iterator[Settled]:
+        waiting = collections.deque(batches(_take(self._plain_completions), _completion_bytes))
         try:
             while waiting:
                 yield from self._complete(worker_id, waiting.popleft())
         finally:
             for batch in reversed(waiting):
-                self._smooth.extendleft(reversed(batch))
+                self._plain_completions.extendleft(reversed(batch))
 
     def _complete(self, worker_id: int, batch: list[_Entry]) -> list[Settled]:
         try:
             settled = self._store.complete(worker_id, batch)
         except CommitInDoubt:
             self._in_doubt |= {spec.key for spec, _ in batch}
-            self._others.extendleft(reversed(batch))
+            self._other_outcomes.extendleft(reversed(batch))
             raise
         except DBAPIError as error:
             if self._store.refuses(error):
-                # The other way looks at each.
-                self._others.extendleft(reversed(batch))
+                # _record_other_outcomes() finds the outcome that the database refuses.
+                self._other_outcomes.extendleft(reversed(batch))
                 return []
-            # The other batches go first the next time: it may be this one that breaks the link.
-            self._smooth.extend(batch)
+            # Put it last: if this batch breaks the connection, the others are recorded first.
+            self._plain_completions.extend(batch)
             raise
         except BaseException:
-            self._smooth.extend(batch)
+            self._plain_completions.extend(batch)
             raise
-        self._sort_out(batch, settled)
+        self._put_locked_aside(batch, settled)
         return settled
 
-    def _record_others(self, worker_id: int, worker_name: str) -> Iterator[Settled]:
-        for batch in batches(list(self._others), _bytes_of):
+    def _record_other_outcomes(self, worker_id: int, worker_name: str) -> Iterator[Settled]:
+        for batch in batches(list(self._other_outcomes), _outcome_bytes):
             try:
                 settled = self._settle(worker_id, worker_name, batch)
             except DBAPIError as error:
                 if not self._store.refuses(error):
-                    self._others.rotate(-len(batch))
+                    self._other_outcomes.rotate(-len(batch))
                     raise
                 # One outcome that the database refuses must not hold back the others.
                 for _ in batch:
-                    yield from self._record_first(worker_id, worker_name)
+                    yield from self._record_next(worker_id, worker_name)
                 continue
-            self._forget(batch, settled)
+            self._remove_recorded(batch, settled)
             yield from settled
 
-    def _record_first(self, worker_id: int, worker_name: str) -> list[Settled]:
-        spec, outcome = entry = self._others[0]
+    def _record_next(self, worker_id: int, worker_name: str) -> list[Settled]:
+        """Record the next one of the other outcomes. If the database refuses it, its job fails."""
+        spec, outcome = entry = self._other_outcomes[0]
         try:
             settled = self._settle(worker_id, worker_name, [entry])
         except DBAPIError as error:
@@ -163,7 +174,7 @@ class Outbox:
                 error=self._refusal(outcome, error),
             )
             settled = self._store.settle(worker_id, worker_name, [(spec, plain)])
-        self._forget([entry], settled)
+        self._remove_recorded([entry], settled)
         return settled
 
     def _settle(self, worker_id: int, worker_name: str, batch: list[_Entry]) -> list[Settled]:
@@ -175,19 +186,23 @@ class Outbox:
             raise
 
     def _refusal(self, outcome: Outcome, error: DBAPIError) -> str:
+        """The job's error text when the database refuses its outcome."""
         if self._store.is_too_large(error):
             size = sum(len(text.encode()) for text in _texts_of(outcome))
             return f"the outcome of {size:,} bytes is too large: {database_sentence(error)}"
         return "the outcome could not be recorded; the worker's log says why"
 
-    def _forget(self, batch: Sequence[_Entry], settled: Sequence[Settled]) -> None:
-        """Forget the oldest of the others; they were kept until they were recorded."""
+    def _remove_recorded(self, batch: Sequence[_Entry], settled: Sequence[Settled]) -> None:
+        """Remove a recorded batch from the front of the other outcomes."""
         for _ in batch:
-            self._others.popleft()
-        self._sort_out(batch, settled)
+            self._other_outcomes.popleft()
+        self._put_locked_aside(batch, settled)
 
-    def _sort_out(self, batch: Sequence[_Entry], settled: Sequence[Settled]) -> None:
-        """Keep those of the batch that were not settled, because their rows are locked."""
+    def _put_locked_aside(self, batch: Sequence[_Entry], settled: Sequence[Settled]) -> None:
+        """Put outcomes whose rows were locked aside, to be tried again.
+
+        :param settled: the recorded outcomes of ``batch``; the rows of the others were locked.
+        """
         done = {each.spec.key for each in settled}
         self._in_doubt -= done
         self._locked_keys -= done
@@ -199,13 +214,13 @@ class Outbox:
         self._retry_locked_at = time.monotonic() + _LOCKED_PAUSE_SECONDS
 
 
-def _taken(entries: _Entries) -> list[_Entry]:
-    """All entries, removed; others may be put in meanwhile."""
+def _take(entries: _Entries) -> list[_Entry]:
+    """Remove and return all entries. Other threads may add entries in the meantime."""
     return [entries.popleft() for _ in range(len(entries))]
 
 
 def _texts_of(outcome: Outcome) -> Iterator[str]:
-    """What an outcome holds whose size only the job's code decides."""
+    """The texts of an outcome whose size depends on the job's code."""
     texts = (outcome.result_json, outcome.error, outcome.traceback)
     yield from (text for text in texts if text is not None)
     if outcome.report is not None:
@@ -213,10 +228,11 @@ def _texts_of(outcome: Outcome) -> Iterator[str]:
         yield from outcome.report.lines
 
 
-def _bytes_of_smooth(entry: _Entry) -> int:
-    """The same for an attempt that completed and told nothing more; nearly all do."""
+def _completion_bytes(entry: _Entry) -> int:
+    """Like :func:`_outcome_bytes`, but faster: a plain completion has no text but its result."""
     return _ENTRY_BYTES + statement_bytes(entry[1].result_json)
 
 
-def _bytes_of(entry: _Entry) -> int:
+def _outcome_bytes(entry: _Entry) -> int:
+    """Upper bound for the bytes that an outcome takes in a statement."""
     return _ENTRY_BYTES + statement_bytes(*_texts_of(entry[1]))

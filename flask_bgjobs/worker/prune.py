@@ -1,4 +1,4 @@
-"""Prune: deleting what is old, step by step."""
+"""Prune: delete old jobs in small steps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..store import PruneCursor, Retention, Store, database_sentence
 from ..system.safe_logging import logger as _logger
 
 _PRUNED_AT_ONCE = 500
-"""Jobs per step: others wait for the write lock meanwhile, and the worker for its turn."""
+"""Jobs per step. A step blocks other writers and the worker's loop, so it must be short."""
 
 
 class Pruner:
-    """Deletes finished jobs that are older than their retention, a short step at a time.
+    """Deletes finished jobs that are older than their retention, in short steps.
 
-    A pass looks at each such job once. It ends with the rows of workers that are long gone, of
-    queues that nobody uses, and with numbers and audit entries that nobody needs any more.
+    A pass looks at each such job once. Its last step also deletes old rows of dead workers, of
+    unused queues, of the roll-up and of the audit log.
     """
 
     def __init__(self, store: Store, retention: Retention) -> None:
@@ -24,12 +24,15 @@ class Pruner:
         self._cursor: PruneCursor | None = None
         self._is_denied = False
         self.deleted = 0
-        """Jobs that this pass has deleted."""
+        """Number of jobs that this pass has deleted."""
         self.held = 0
-        """Jobs that this pass had to leave: a row of another table refers to them."""
+        """Number of jobs that this pass kept, because a row of another table refers to them."""
 
     def step(self) -> bool:
-        """Delete up to 500 jobs. ``False``: the pass is finished, and the next step begins anew."""
+        """Delete up to 500 jobs.
+
+        :returns: ``False`` when the pass is finished; the next step starts a new one.
+        """
         if self._cursor is None:
             self.deleted = self.held = 0
         try:

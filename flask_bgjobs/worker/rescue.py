@@ -1,4 +1,4 @@
-"""Rescue: freeing the jobs of workers that died."""
+"""Rescue: find dead workers and free their jobs."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ class _Sighting:
 
 
 class Sweeper:
-    """Watches the heartbeats of all workers by a monotonic clock of its own.
+    """Measures, by the local monotonic clock, how long the heartbeats of other workers are silent.
 
-    :param lease: seconds without a heartbeat after which a worker is dead.
+    :param lease: seconds without a heartbeat after which a worker counts as dead.
     """
 
     def __init__(self, store: Store, lease: float) -> None:
         self._store = store
         self._lease = lease
         self._sightings: dict[int, _Sighting] = {}
-        self._swept = time.monotonic()
+        self._swept_at = time.monotonic()
         self._own_beats: int | None = None
-        self._uncounted = 0.0
+        self._uncharged_seconds = 0.0
 
     def sweep(self, own_id: int) -> list[Settled]:
         """Rescue the jobs of silent workers.
 
-        :param own_id: the worker that sweeps, which is not judged by itself.
-        :returns: one per job that was freed.
+        :param own_id: id of the worker that sweeps; it skips itself.
+        :returns: the freed jobs.
         """
-        passed = self._passed()
+        elapsed_seconds = self._elapsed_seconds()
         found = self._store.living_workers()
-        counted = self._counted(passed, next((w.beats for w in found if w.id == own_id), None))
+        own_beats = next((w.beats for w in found if w.id == own_id), None)
+        charged_seconds = self._charged_seconds(elapsed_seconds, own_beats)
         rescued: list[Settled] = []
         workers = [worker for worker in found if worker.id != own_id]
         for worker in workers:
@@ -47,7 +48,7 @@ class Sweeper:
             if sighting is None or sighting.beats != worker.beats:
                 sighting = self._sightings[worker.id] = _Sighting(worker.beats)
             else:
-                sighting.silent_seconds += counted
+                sighting.silent_seconds += charged_seconds
             gone = is_gone(worker.process)
             if gone or sighting.silent_seconds >= self._lease:
                 freed = self._store.rescue(worker.id, worker.beats)
@@ -66,23 +67,23 @@ class Sweeper:
         self._sightings = {k: seen for k, seen in self._sightings.items() if k in living}
         return rescued
 
-    def _passed(self) -> float:
-        """Seconds since the last sweep. Where the database cannot be asked then, they are lost."""
+    def _elapsed_seconds(self) -> float:
+        """Seconds since the last sweep. If the query after this fails, they do not count."""
         now = time.monotonic()
-        passed, self._swept = now - self._swept, now
-        return passed
+        elapsed_seconds, self._swept_at = now - self._swept_at, now
+        return elapsed_seconds
 
-    def _counted(self, passed: float, own_beats: int | None) -> float:
-        """How many seconds of silence others are charged with, half a lease at most.
+    def _charged_seconds(self, elapsed_seconds: float, own_beats: int | None) -> float:
+        """Seconds to add to the silence of other workers; at most half a lease.
 
-        None as long as this worker itself could not beat: somebody may hold a lock that keeps all
-        from it. And a worker that did not sweep for so long has slept itself, the others perhaps
-        with it, as when the machine or the container was paused: they get the time to show that
-        they live.
+        The result is 0 while the heartbeat of this worker is not recorded either: a lock may block
+        the heartbeats of all workers. The limit of half a lease is for a machine or container that
+        was paused between two sweeps: other workers on it get time for a heartbeat.
         """
-        self._uncounted += passed
+        self._uncharged_seconds += elapsed_seconds
         if own_beats is not None and own_beats == self._own_beats:
             return 0.0
         self._own_beats = own_beats
-        counted, self._uncounted = min(self._uncounted, self._lease / 2), 0.0
-        return counted
+        charged_seconds = min(self._uncharged_seconds, self._lease / 2)
+        self._uncharged_seconds = 0.0
+        return charged_seconds

@@ -1,7 +1,7 @@
-"""Lanes: each is a pool and the queues whose jobs run in it.
+"""Routes: which queues' jobs run in which pool of a worker.
 
-A worker has one lane as long as no queue names a pool of its own. Lanes never wait for each
-other: how much is claimed for one depends on its own pool alone.
+A worker has one pool, unless the configuration names a pool for single queues. The pools do not
+wait for each other: how many jobs are claimed for a pool depends on that pool alone.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from ..execution.pools.protocol import Finished, Pool
 from ..job.records import JobSpec, Key, Outcome, Report
 
 _PREFETCH_SECONDS = 0.1
-"""Work claimed ahead: more would keep a new high-priority job waiting."""
+"""Seconds of work to claim ahead. With more, a new high-priority job would wait too long."""
 _MAX_CLAIM = 1_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
-    """Which jobs go into which pool."""
+    """The queues whose jobs run in one pool."""
 
     pool: str
     """One of the names of :data:`~flask_bgjobs.execution.pools.kinds.KINDS`."""
     size: int
-    """Jobs at once."""
+    """Number of jobs that run at once."""
     queues: tuple[str, ...] | None
-    """Served in this strict order; ``None``: all but those of the other routes."""
-    others: frozenset[str] = frozenset()
+    """The queues, served in this strict order; ``None``: all but those of the other routes."""
+    excluded: frozenset[str] = frozenset()
     """Queues that have a route of their own."""
 
     @property
     def kind(self) -> PoolKind:
-        """The kind of its pool."""
+        """The kind of the pool."""
         return KINDS[self.pool]
 
     def serves(self, queue: str) -> bool:
-        """Whether jobs of ``queue`` go here."""
-        return queue not in self.others if self.queues is None else queue in self.queues
+        """Whether jobs of ``queue`` take this route."""
+        return queue not in self.excluded if self.queues is None else queue in self.queues
 
 
-class Lane:
-    """One pool at work.
+class RoutedPool:
+    """One pool, and how many jobs to claim for it.
 
-    :param make_pool: makes it; is given what to call with each job and its outcome.
-    :param on_finished: called with the same.
+    :param make_pool: makes the pool; its argument is the callback for each job and its outcome.
+    :param on_finished: called with each job and its outcome.
     """
 
     def __init__(
@@ -57,25 +57,25 @@ class Lane:
     ) -> None:
         self.route = route
         self.expects_jobs = True
-        """Whether there may be jobs to claim for it."""
+        """Whether there may be jobs to claim for this pool."""
         self._on_finished = on_finished
         self._pace = Pace()
         self._throughput = Throughput()
         self.pool = make_pool(self._note)
 
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
-        """Run jobs, in this order, as places become free."""
+        """Run jobs in this order, each as soon as a thread or child process is free."""
         self._throughput.submitted(len(specs))
         self.pool.submit(specs, claimed)
 
     def take_unstarted(self) -> list[JobSpec]:
-        """The jobs that wait in the pool; they will not be run here."""
+        """Remove the jobs that have not started from the pool, and return them."""
         taken = self.pool.take_unstarted()
         self._throughput.submitted(-len(taken))
         return taken
 
     def room(self) -> int:
-        """How many jobs to claim: as many as the pool can take, and a little work ahead."""
+        """Number of jobs to claim: as many as the pool can run, and a few to prefetch."""
         capacity = self.pool.capacity()
         if capacity == 0:
             return 0
@@ -89,7 +89,7 @@ class Lane:
     def _prefetch(self) -> int:
         if self._pace.seconds is None:
             return 0
-        # Jobs that wait for each other, as for the GIL, end less often than they take time.
+        # Jobs that share a resource, such as the GIL, finish less often than their run time says.
         seconds = max(self._pace.seconds / self.route.size, self._throughput.seconds_per_job)
         return int(_PREFETCH_SECONDS / max(seconds, _PREFETCH_SECONDS / _MAX_CLAIM))
 
@@ -99,85 +99,85 @@ class Lane:
         self._on_finished(spec, outcome)
 
 
-class Lanes:
-    """All lanes of a worker, with the methods of a pool."""
+class WorkerPools:
+    """All pools of a worker, with the methods of one pool."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._lanes = lanes
+    def __init__(self, pools: Sequence[RoutedPool]) -> None:
+        self._pools = pools
 
-    def __iter__(self) -> Iterator[Lane]:
-        return iter(self._lanes)
+    def __iter__(self) -> Iterator[RoutedPool]:
+        return iter(self._pools)
 
     @property
     def stop_seconds(self) -> float:
-        """Within which code that was cancelled has stopped, unless it ignores that."""
-        return max(lane.pool.stop_seconds for lane in self._lanes)
+        """Time within which cancelled code stops, unless it ignores the cancel."""
+        return max(each.pool.stop_seconds for each in self._pools)
 
     @property
     def threads(self) -> list[threading.Thread]:
         """The threads that must live until the pools are closed."""
-        return [thread for lane in self._lanes for thread in lane.pool.threads]
+        return [thread for each in self._pools for thread in each.pool.threads]
 
     def expect_jobs(self) -> None:
-        """Note that there may be jobs to claim for any of them."""
-        for lane in self._lanes:
-            lane.expects_jobs = True
+        """Note that there may be jobs to claim for any of the pools."""
+        for each in self._pools:
+            each.expects_jobs = True
 
     def submit(self, spec: JobSpec, claimed: float) -> None:
-        """Run one job where its queue belongs."""
-        self._lane_of(spec).submit([spec], claimed)
+        """Run one job in the pool of its queue."""
+        self._pool_for(spec).submit([spec], claimed)
 
     def can_begin(self, spec: JobSpec) -> bool:
-        """Whether the job would begin at once where its queue belongs."""
-        return self._lane_of(spec).pool.idle() > 0
+        """Whether the job would start at once in the pool of its queue."""
+        return self._pool_for(spec).pool.idle() > 0
 
     def has_own_process(self, spec: JobSpec) -> bool:
-        """Whether the job runs in a process that runs nothing else meanwhile."""
-        return self._lane_of(spec).route.kind.forks
+        """Whether the job runs in a child process, which runs one job at a time."""
+        return self._pool_for(spec).route.kind.forks
 
     def timed_out(self) -> set[Key]:
-        """The jobs that hold a thread although their time was up."""
-        overdue = (each for lane in self._lanes for each in lane.pool.overdue())
-        return {each.spec.key for each in overdue if each.interruption is JobTimeout}
+        """Jobs that still hold a thread or child process after their timeout."""
+        overdue = (job for each in self._pools for job in each.pool.overdue())
+        return {job.spec.key for job in overdue if job.interruption is JobTimeout}
 
     def unstarted(self) -> int:
-        """How many jobs wait in the pools."""
-        return sum(lane.pool.unstarted() for lane in self._lanes)
+        """Number of submitted jobs that have not started."""
+        return sum(each.pool.unstarted() for each in self._pools)
 
     def running(self) -> int:
-        """How many jobs run."""
-        return sum(lane.pool.running() for lane in self._lanes)
+        """Number of jobs that hold a thread or child process."""
+        return sum(each.pool.running() for each in self._pools)
 
     def take_unstarted(self) -> list[JobSpec]:
-        """The jobs that wait in the pools; they will not be run here."""
-        return [spec for lane in self._lanes for spec in lane.take_unstarted()]
+        """Remove the jobs that have not started from the pools, and return them."""
+        return [spec for each in self._pools for spec in each.take_unstarted()]
 
     def running_specs(self) -> list[JobSpec]:
-        """The jobs that run."""
-        return [spec for lane in self._lanes for spec in lane.pool.running_specs()]
+        """The running jobs."""
+        return [spec for each in self._pools for spec in each.pool.running_specs()]
 
     def unstarted_specs(self) -> list[JobSpec]:
-        """The jobs that wait in the pools."""
-        return [spec for lane in self._lanes for spec in lane.pool.unstarted_specs()]
+        """The submitted jobs that have not started."""
+        return [spec for each in self._pools for spec in each.pool.unstarted_specs()]
 
     def reports(self) -> dict[tuple[int, int], Report]:
-        """What running jobs told since the last call, by job id and attempt."""
-        each = (lane.pool.reports().items() for lane in self._lanes)
-        return dict(itertools.chain.from_iterable(each))
+        """Progress and log lines of running jobs since the last call, by job id and attempt."""
+        reports = (each.pool.reports().items() for each in self._pools)
+        return dict(itertools.chain.from_iterable(reports))
 
     def cancel(self, spec: JobSpec) -> None:
-        """Ask a job's code to stop, in the way of its pool."""
-        for lane in self._lanes:
-            lane.pool.cancel(spec)
+        """Stop a job's code; a job that waits in its pool ends as cancelled without having run."""
+        for each in self._pools:
+            each.pool.cancel(spec)
 
     def close(self) -> None:
-        """Let threads end when they are idle, and end child processes."""
-        for lane in self._lanes:
-            lane.pool.close()
+        """Let threads end as soon as they are idle, and end child processes."""
+        for each in self._pools:
+            each.pool.close()
 
-    def _lane_of(self, spec: JobSpec) -> Lane:
-        lane = next((each for each in self._lanes if each.route.serves(spec.queue)), None)
-        return lane or self._lanes[0]
+    def _pool_for(self, spec: JobSpec) -> RoutedPool:
+        found = next((each for each in self._pools if each.route.serves(spec.queue)), None)
+        return found or self._pools[0]
 
 
 def routes(
@@ -186,21 +186,21 @@ def routes(
     queues: Sequence[str] | None,
     size_of: Callable[[str], int],
 ) -> list[Route]:
-    """The routes of a worker, that of the default pool first.
+    """The routes of a worker, starting with the route of the default pool, if it serves a queue.
 
-    :param default: the pool of queues that name none.
-    :param queue_pools: queue to pool, of those that do.
-    :param queues: what the worker serves, in strict order; ``None``: all.
-    :param size_of: gives the jobs at once of a pool.
+    :param default: the pool of queues that have no entry in ``queue_pools``.
+    :param queue_pools: pools by queue name.
+    :param queues: the queues that the worker serves, in strict order; ``None``: all.
+    :param size_of: gives the number of jobs that a pool runs at once.
     """
     served: dict[str, list[str]] = {default: []}
     for name in queue_pools if queues is None else queues:
         served.setdefault(queue_pools.get(name, default), []).append(name)
-    here = served.pop(default)
+    in_default = served.pop(default)
     found = []
-    if queues is None or here:
-        elsewhere = frozenset(itertools.chain.from_iterable(served.values()))
-        of_default = None if queues is None else tuple(here)
-        found.append(Route(default, size_of(default), of_default, elsewhere))
+    if queues is None or in_default:
+        excluded = frozenset(itertools.chain.from_iterable(served.values()))
+        default_queues = None if queues is None else tuple(in_default)
+        found.append(Route(default, size_of(default), default_queues, excluded))
     found += [Route(pool, size_of(pool), tuple(names)) for pool, names in served.items()]
     return found

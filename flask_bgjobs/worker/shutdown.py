@@ -1,4 +1,4 @@
-"""Giving jobs back: what becomes of those that a worker holds when it stops or cannot go on."""
+"""Give jobs back: what a worker does with its jobs when it stops or cannot go on."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from ..job.records import JobSpec, Outcome
 from ..job.statuses import OutcomeKind
 from ..system.safe_logging import logger as _logger
 from .outbox import Outbox
-from .routing import Lanes
+from .routing import WorkerPools
 from .suspects import Suspects
 
 
 def given_back(spec: JobSpec) -> Outcome:
-    """The outcome of an attempt that the worker does not go on with; it uses no retry."""
+    """The outcome of an attempt that is given back. It uses no retry."""
     return Outcome(spec.id, spec.attempt, OutcomeKind.GIVEN_BACK)
 
 
-def give_back_unstarted(pools: Lanes, suspects: Suspects, outbox: Outbox) -> None:
-    """Give back the jobs that have not begun."""
+def give_back_unstarted(pools: WorkerPools, suspects: Suspects, outbox: Outbox) -> None:
+    """Give back the jobs that have not started."""
     for spec in [*pools.take_unstarted(), *suspects.take_waiting()]:
         outbox.put(spec, given_back(spec))
 
 
-def give_back_running(pools: Lanes, outbox: Outbox, sleep: Callable[[float], None]) -> None:
-    """Stop the jobs that run, and give them back.
+def give_back_running(pools: WorkerPools, outbox: Outbox, sleep: Callable[[float], None]) -> None:
+    """Stop the running jobs, then give them back.
 
-    The code is stopped first: another worker may start the job as soon as it is given back.
+    The code is stopped first, because another worker may start a job as soon as it is given back.
 
-    :param sleep: waits so many seconds, or until a job ends.
+    :param sleep: waits for a number of seconds, or until a job ends.
     """
     running = pools.running_specs()
     stopped = {spec.key for spec in running}
@@ -38,23 +38,23 @@ def give_back_running(pools: Lanes, outbox: Outbox, sleep: Callable[[float], Non
     deadline = time.monotonic() + pools.stop_seconds
     while pools.running() and (left := deadline - time.monotonic()) > 0:
         sleep(left)
-    # Before the outcomes: a job that ends at this moment is in both, and not in neither.
+    # Read before the outcomes: a job that ends in between is then found twice, and never missed.
     still_running = {spec.key: spec for spec in pools.running_specs()}
     for spec, outcome in outbox.take_all():
         still_running.pop(spec.key, None)
-        # What was reported as failed had failed by itself.
+        # A reported failure was not caused by the cancel above.
         stopped_by_us = spec.key in stopped and not outcome.is_reported
         if stopped_by_us and outcome.kind is not OutcomeKind.COMPLETED:
             outcome = given_back(spec)._replace(report=outcome.report)
         outbox.put(spec, outcome)
     timed_out = pools.timed_out()
     for spec in still_running.values():
-        _logger.warning("Job %s did not stop; it is settled while its code runs", spec.id)
+        _logger.warning("Job %s did not stop; it is settled although its code still runs", spec.id)
         outbox.put(spec, _timeout(spec) if spec.key in timed_out else given_back(spec))
 
 
 def _timeout(spec: JobSpec) -> Outcome:
-    """The outcome of a job whose time was up, and whose code did not stop."""
+    """The outcome of a job that has exceeded its timeout and whose code did not stop."""
     return Outcome(
         spec.id,
         spec.attempt,

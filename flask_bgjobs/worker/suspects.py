@@ -1,13 +1,15 @@
-"""Suspects: jobs whose last worker died with them, one of which may have killed it.
+"""Suspects: jobs whose last worker died while it held them. One of them may be a poison job.
 
-Most are innocent, and a poison job usually kills its process at once. So suspects start one after
-the other, each with its start committed before its code runs, and the next one when the last has
-ended or has run for half a second. When the worker dies while only one of them runs, that one is
-proved to have crashed it. When several run, none is blamed, and each of them is exclusive next
-time: it runs with no other suspect beside it. A worker keeps one exclusive suspect at most. While
-it has one, it keeps no other suspects: other workers may be free for them.
+Most suspects are harmless, and a poison job usually kills its process at once. So suspects start
+one at a time, and the start of each is committed before its code runs. The next suspect starts when
+the last one has ended or has run for half a second.
 
-In a process pool they start at once: there a crash ends the child of one job alone.
+If the worker dies while exactly one suspect runs, that suspect is proved to have crashed it. If
+several run, none is blamed, and each becomes exclusive: in its next attempt, no other suspect of
+the worker runs at the same time. A worker keeps at most one exclusive suspect, and no other
+suspects beside it, because other workers may be free for them.
+
+In a process pool, suspects start at once: a crash there ends only the child process of one job.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from ..job.records import JobSpec, Key
 
 _PROVING_SECONDS = 0.5
-"""How long a suspect runs before the next one may start beside it."""
+"""How long a suspect runs before the next suspect may start."""
 
 
 class Suspects:
@@ -30,11 +32,11 @@ class Suspects:
         self._waiting: collections.deque[JobSpec] = collections.deque()
         self._claimed_at: dict[Key, float] = {}
         self._exclusive: Key | None = None
-        """The one that runs with no other suspect beside it."""
+        """The suspect beside which no other suspect may run."""
         self._has_refused = False
-        """Whether an exclusive one would have waited for those that are here."""
+        """Whether :meth:`add` has refused an exclusive suspect since other suspects are here."""
         self._running: dict[Key, float] = {}
-        """When the next suspect may start beside it, by ``time.monotonic()``."""
+        """Time by ``time.monotonic()`` at which the next suspect may start, by running suspect."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -44,19 +46,24 @@ class Suspects:
 
     @property
     def may_claim(self) -> bool:
-        """Whether suspects may be claimed: :meth:`add` would take any of them."""
+        """Whether suspects may be claimed.
+
+        ``False`` while an exclusive suspect is kept here, and after one was refused, until all
+        other suspects have ended.
+        """
         return self._exclusive is None and (self._is_empty or not self._has_refused)
 
     def claimed_at(self, spec: JobSpec) -> float:
-        """When a suspect that waits was claimed, by ``time.monotonic()``."""
+        """Time at which a waiting suspect was claimed, by ``time.monotonic()``."""
         return self._claimed_at[spec.key]
 
     def add(self, spec: JobSpec, *, is_exclusive: bool, claimed: float) -> bool:
-        """Let a suspect wait for its turn. ``False``: it must be given back, because it would have
-        to wait: for the exclusive one that is here or, if it is exclusive itself, for the others.
+        """Let a suspect wait for its turn.
 
         :param is_exclusive: whether no other suspect may run beside it.
-        :param claimed: when it was claimed, by ``time.monotonic()``.
+        :param claimed: time of the claim, by ``time.monotonic()``.
+        :returns: ``False`` if the suspect must be given back: an exclusive suspect is kept here, or
+            it is exclusive itself and other suspects are kept here.
         """
         is_empty = self._is_empty
         self._has_refused = not is_empty and (self._has_refused or is_exclusive)
@@ -71,10 +78,10 @@ class Suspects:
     def next(
         self, can_begin: Callable[[JobSpec], bool], has_own_process: Callable[[JobSpec], bool]
     ) -> JobSpec | None:
-        """The suspect to start now, if there is one; it waits until it is removed.
+        """The suspect to start now, if any. It stays in the queue until :meth:`remove`.
 
-        :param can_begin: whether a job would begin at once, were it submitted.
-        :param has_own_process: whether it runs in a process that runs nothing else.
+        :param can_begin: whether a submitted job would start at once.
+        :param has_own_process: whether a job runs in a child process, which runs one job at a time.
         """
         return next(
             (
@@ -86,29 +93,34 @@ class Suspects:
         )
 
     def may_start_one(self, serves: Callable[[str], bool]) -> bool:
-        """Whether a suspect of the queues that are served only waits for a free place."""
+        """Whether a suspect of these queues waits only for a free thread or child process.
+
+        :param serves: whether a queue is one of them.
+        """
         return self._are_proved() and any(serves(spec.queue) for spec in self._waiting)
 
     def remove(self, spec: JobSpec) -> None:
-        """Let a suspect wait no longer."""
+        """Remove a suspect from the queue."""
         self._waiting.remove(spec)
         del self._claimed_at[spec.key]
 
     def note_start(self, spec: JobSpec, *, has_own_process: bool) -> None:
-        """Note that a suspect begins."""
+        """Note that a suspect starts."""
         proved_at = -math.inf if has_own_process else time.monotonic() + _PROVING_SECONDS
         self._running[spec.key] = proved_at
 
     def note_end(self, key: Key) -> bool:
-        """Note that an attempt has ended, if it is that of a suspect. ``True``: suspects may be
-        claimed again."""
+        """Note the end of an attempt; does nothing if the job is no suspect.
+
+        :returns: whether suspects may be claimed again because of it.
+        """
         could_claim = self.may_claim
         self._running.pop(key, None)
         self._forget_exclusive(key)
         return self.may_claim and not could_claim
 
     def take_waiting(self) -> list[JobSpec]:
-        """Those that wait; they will not be run here."""
+        """Remove and return all waiting suspects."""
         taken = list(self._waiting)
         self._waiting.clear()
         self._claimed_at.clear()
@@ -117,7 +129,7 @@ class Suspects:
         return taken
 
     def seconds_until_next(self) -> float:
-        """How long the one that started last keeps others waiting; infinite where it does not."""
+        """Time until the next suspect may start; infinite when none waits for a running one."""
         proved_at = max(self._running.values(), default=-math.inf)
         left = proved_at - time.monotonic()
         return left if self._waiting and left > 0 else math.inf
@@ -127,7 +139,7 @@ class Suspects:
         return not (self._waiting or self._running)
 
     def _are_proved(self) -> bool:
-        """Whether another one may start beside those that run."""
+        """Whether all running suspects have run long enough for another to start."""
         now = time.monotonic()
         return all(proved_at <= now for proved_at in self._running.values())
 

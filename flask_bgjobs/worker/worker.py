@@ -1,4 +1,4 @@
-"""The worker: claim, run, settle, until it is told to stop."""
+"""The worker: it claims, runs and settles jobs until it is asked to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..execution.pools.process.child import Limits
 from ..execution.pools.protocol import Finished, Pool
 from ..execution.pools.trouble import Overdue
 from ..job.records import JobSpec, Key, Outcome, Settled
-from ..job.rollup import Tally
+from ..job.rollup import RollupCounts
 from ..job.row_check import bad_row, checked
 from ..job.statuses import JobStatus, OutcomeKind
 from ..job.text import shown
@@ -44,142 +44,147 @@ from .outage import Outage
 from .outbox import Outbox
 from .prune import Pruner
 from .rescue import Sweeper
-from .routing import Lane, Lanes, Route, routes
+from .routing import Route, RoutedPool, WorkerPools, routes
 from .suspects import Suspects
 
 _MAX_NAME = 255
-_FOLLOW_SECONDS = 0.25
-"""How often running jobs are looked after: cancel requests, leases, progress."""
+_OBSERVE_SECONDS = 0.25
+"""Interval for reading cancel requests and leases of running jobs, and writing their progress."""
 _GATHER_SECONDS = 0.005
-"""While threads are busy, outcomes are gathered so long, to be settled in one transaction."""
+"""How long outcomes are gathered while jobs wait in a pool, to settle them in one transaction."""
 _HORIZON_SECONDS = 60.0
-_PRUNE_SECONDS = 300.0
+"""Jobs due within this time get a trigger of the clock; a later poll finds the others."""
+_PRUNE_INTERVAL_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
-"""Between two steps of pruning, for others that want to write."""
+"""Pause between two steps of pruning, in which other connections can write."""
 _ROLL_UP_SECONDS = 5.0
-_WATCH_SECONDS = 1.0
-"""How often jobs are looked for that cannot be stopped."""
+_OVERDUE_CHECK_SECONDS = 1.0
+"""Interval for finding jobs that cannot be stopped."""
 _FIRST_OVERDUE_SECONDS = 10.0
-"""After so long such a job is logged, and again each time that this has doubled."""
+"""Time after which such a job is logged. It is logged again each time that this has doubled."""
 _LAST_SETTLE_TRIES = 3
 _LAST_LOCKS_SECONDS = 3.0
+"""How long a stopping worker waits for rows that other transactions have locked."""
 _LAST_CALLS_SECONDS = 3.0
-"""For the host's functions for failed attempts."""
+"""How long a stopping worker waits for the host's ``on_failure`` functions."""
 _END_SECONDS = 8.0
-"""After the grace of its jobs, for a worker to stop those that are left and to record the rest."""
-_DEADLINES_PER_LEASE = 4
-_LEAST_DEADLINE_SECONDS, _MOST_DEADLINE_SECONDS = 2.0, 600.0
-"""PostgreSQL accepts up to 24 days; no transaction of a worker's takes ten minutes."""
+"""Time after the grace period in which a worker stops running jobs and settles the rest."""
+_TRANSACTIONS_PER_LEASE = 4
+_MIN_TRANSACTION_SECONDS, _MAX_TRANSACTION_SECONDS = 2.0, 600.0
+"""PostgreSQL accepts up to 24 days, but no transaction of a worker takes ten minutes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
-    """How a worker works; what is ``None`` comes from the configuration."""
+    """Options of one worker. An option that is ``None`` takes its value from the configuration."""
 
     name: str | None = None
-    """Shown on the dashboard; host and pid by default."""
+    """The name that the dashboard shows; default: host and pid."""
     queues: Sequence[str] | None = None
-    """Served in this strict order; all by default."""
+    """The queues to serve, in this strict order; default: all."""
     pool: Literal["thread", "process"] | None = None
-    """Of the queues that name none."""
+    """The pool for queues that ``BGJOBS_QUEUE_POOLS`` does not name."""
     concurrency: int | None = None
-    """Jobs at once in that pool."""
+    """Number of jobs that run at once in that pool."""
     burst: bool = False
-    """Stop when nothing is pending or running in the queues."""
+    """Stop when no job is pending or running in the queues."""
     max_jobs: int | None = None
-    """After so many jobs a child process is replaced; with the thread pool the worker stops."""
+    """Number of jobs after which a child process is replaced or, with the thread pool, the worker
+    stops."""
     max_time: float | None = None
-    """The same after so many seconds."""
+    """The same limit in seconds."""
     max_memory: float | None = None
-    """The same when it holds so many MiB of memory."""
+    """The same limit in MiB of memory."""
     shutdown_timeout: float | None = None
-    """Seconds that running jobs have to end after a stop was asked for."""
+    """Grace period of running jobs after a stop request, in seconds."""
     scheduler: bool = True
-    """Prune, and run what recurs; polling, promotion and rescue go on without it."""
+    """Whether to prune. Polling, promotion and rescue work without it."""
     app: str | None = None
-    """From where child processes import the app; ``BGJOBS_APP`` goes before it."""
+    """Import path from which child processes build the app; ``BGJOBS_APP`` overrides it."""
     show_logs: bool = False
-    """Whether child processes print their log lines, as the command does."""
+    """Whether child processes print their log lines, as the ``flask`` command does."""
 
 
 class Worker:
-    """One worker process's loop.
+    """The main loop of one worker process.
 
-    :param state: the app whose jobs it runs.
-    :raises BgJobsError: when it cannot work: an in-memory database, missing tables, a process pool
-        without ``BGJOBS_APP``, or a name that is too long or holds control characters.
+    :param state: the app whose jobs the worker runs.
+    :raises BgJobsError: when the database is in memory or has no tables, when a process pool has no
+        import path of the app, or when the name is too long or holds control characters.
     """
 
     def __init__(self, state: AppState, options: WorkerOptions | None = None) -> None:
         options = options or WorkerOptions()
         config = state.config
         self.state = state
-        self.name = _checked(options.name) or f"{socket.gethostname()}-{os.getpid()}"
+        self.name = _checked_name(options.name) or f"{socket.gethostname()}-{os.getpid()}"
         self.queues = options.queues if options.queues is not None else config.queues
         self.routes = _routes(state, options, self.queues)
-        """Which jobs go into which pool."""
+        """The route of each pool, starting with the default pool."""
         self.concurrency = sum(route.size for route in self.routes)
         self.counts: collections.Counter[JobStatus] = collections.Counter()
-        """Settled jobs by their new status."""
+        """Number of settled jobs by their new status."""
         self._options = options
-        self._store = state.store.with_deadline(_deadline(config.lease))
+        self._store = state.store.with_deadline(_transaction_seconds(config.lease))
         self.grace_seconds = (
             config.shutdown_timeout
             if options.shutdown_timeout is None
             else options.shutdown_timeout
         )
-        """What running jobs have to end after a stop was asked for."""
+        """Grace period of running jobs after a stop request, in seconds."""
         self._id = 0
         self._stops = 0
         self._has_started = False
         self._is_draining = False
-        """It claims nothing more, and ends when what it runs has ended, however long that takes."""
+        """Whether the worker claims no more jobs, and stops when its jobs have finished."""
         self._wake = Wake()
         self._outbox = Outbox(self._store)
-        self._tally = Tally()
-        self._rolled_up = -float("inf")
+        self._rollup_counts = RollupCounts()
+        self._rolled_up_at = -float("inf")
         self._is_rollup_denied = False
         self._claimed = 0
         self._suspects = Suspects()
         self._held: set[Key] = set()
-        """What it claimed, until the outcome is recorded."""
+        """Claimed attempts whose outcome is not recorded yet."""
         self._claim_in_doubt = False
-        self._marked: set[Key] = set()
-        self._followed = self._watched = 0.0
+        """Whether the last claim may have been committed without a reply."""
+        self._shown_as_started: set[Key] = set()
+        """Running attempts whose start was written to the database."""
+        self._observed_at = self._overdue_checked_at = 0.0
         self._overdue_log_at: dict[Key, float] = {}
-        """After how many seconds a job that cannot be stopped is logged again."""
-        self._look_due = False
-        self._looked = self._swept = -float("inf")
+        """Seconds after which a job that cannot be stopped is logged again."""
+        self._poll_due = False
+        self._polled_at = self._swept_at = -float("inf")
         self._outage = Outage(self.name)
         self._clock = Clock(self._on_news, config.poll_interval)
         self._limits = Limits(
             max_jobs=options.max_jobs, max_time=options.max_time, max_memory=options.max_memory
         )
-        # Child processes keep to them by themselves.
+        # Child processes are replaced at these limits, so the worker itself has none.
         self._own_limits = Limits() if self.routes[0].kind.forks else self._limits
-        self._begun = time.monotonic()
+        self._started_at = time.monotonic()
         self._sweeper = Sweeper(self._store, config.lease)
         self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
-        self._pools = Lanes([])
+        self._pools = WorkerPools([])
         state.check_can_work(forks=any(r.kind.forks for r in self.routes), app=self._app)
         _check_tables(state)
         import_jobs(state)
 
     def stop(self) -> None:
-        """Ask the worker to stop: running jobs get their grace; the second call ends that.
+        """Ask the worker to stop after the grace period; a second call ends that period at once.
 
         Safe to call from a signal handler and from any thread.
         """
         self._stops += 1
         grace = self.grace_seconds if self._stops == 1 else 0.0
-        # Also a database that says nothing, or that others keep locked, must not hold a worker.
+        # A database that does not answer, or that is locked, must not delay the stop further.
         self._store.give_up_at = time.monotonic() + grace + _END_SECONDS
         self._wake.set()
 
     @property
     def pool(self) -> str:
-        """Where its jobs run: ``thread``, ``process`` or both."""
+        """The kinds of its pools: ``thread``, ``process``, or both joined by ``+``."""
         return "+".join(route.pool for route in self.routes)
 
     @property
@@ -187,13 +192,15 @@ class Worker:
         return self.state.config.app or self._options.app
 
     def run(self) -> None:
-        """Work until told to stop, or until the options say that it is done.
+        """Run jobs until :meth:`stop` is called or a limit of the options is reached.
+
+        Before it raises an exception, the worker gives its jobs back, if it can reach the database.
 
         :raises BgJobsError: when child processes cannot build the app.
-        :raises WorkerFailed: when a thread of the worker has ended. As with any other exception,
-            its jobs were given back as far as the database could be reached.
+        :raises WorkerFailed: when a thread of the worker has ended, when jobs that cannot be
+            stopped fill a pool, or when no child process could start for the time of a lease.
         """
-        # The session that its receivers use is then not the caller's.
+        # Signal receivers then use the session of this context, and not the caller's.
         with self.state.app.app_context():
             self._run()
 
@@ -212,12 +219,12 @@ class Worker:
 
     @property
     def has_code_running(self) -> bool:
-        """Whether code of jobs runs; after :meth:`run`, code that no interruption could stop."""
+        """Whether job code runs, or the clock hangs; after :meth:`run`, code that did not stop."""
         return self._pools.running() > 0 or self._clock.hangs
 
     @property
     def has_threads_running(self) -> bool:
-        """After :meth:`run`: whether threads of its pools live, because code of jobs holds them."""
+        """After :meth:`run`: whether pool threads are alive because job code did not stop."""
         return any(thread.is_alive() for thread in self._pools.threads)
 
     def _work(self) -> None:
@@ -227,7 +234,7 @@ class Worker:
         self._drain()
 
     def _give_up(self) -> None:
-        """Give all jobs back at once: the worker cannot go on."""
+        """Give all jobs back at once, because the worker cannot go on."""
         while self._stops < 2:
             self.stop()
         try:
@@ -238,14 +245,15 @@ class Worker:
     # Beginning and end
 
     def _start(self, ending: contextlib.ExitStack) -> None:
-        """Start what runs beside the loop.
+        """Start the threads that run beside the loop, and register the worker.
 
-        :param ending: ends, in the reverse order, what was started, also when the rest fails.
+        :param ending: gets a callback for each, which stops them in reverse order; also when a
+            later start fails.
         """
         calls = self.state.call_soon = CallThread()
         ending.callback(setattr, self.state, "call_soon", call_now)
         ending.callback(calls.finish, _LAST_CALLS_SECONDS)
-        ending.callback(self._tell_of_end)
+        ending.callback(self._emit_stopped)
         ending.callback(self._store.dispose)
         notice = self._store.prepare(wal=self.state.config.sqlite_wal)
         if notice:
@@ -261,7 +269,7 @@ class Worker:
         ending.callback(lambda: self._guard(lambda: self._roll_up(at_once=True)))
         ending.callback(self._pools.close)
         if self._options.scheduler:
-            self._clock.every(_PRUNE_SECONDS, self._on_prune_time)
+            self._clock.every(_PRUNE_INTERVAL_SECONDS, self._on_prune_time)
         self._clock.start()
         ending.callback(self._clock.stop)
         self._wake_ups = WakeUps(self._store, self._on_news, self.state.config.poll_interval)
@@ -278,19 +286,19 @@ class Worker:
         self._has_started = True
         self.state.emit_in_worker(worker_started, worker=self.name)
 
-    def _tell_of_end(self) -> None:
+    def _emit_stopped(self) -> None:
         if self._has_started:
             self.state.emit_in_worker(worker_stopped, worker=self.name)
 
-    def _open_pools(self) -> Lanes:
-        lanes = []
+    def _open_pools(self) -> WorkerPools:
+        pools = []
         with contextlib.ExitStack() as undo:
             for route in self.routes:
                 open_pool = functools.partial(self._open_pool, route)
-                lanes.append(Lane(route, open_pool, self._on_finished))
-                undo.callback(lanes[-1].pool.close)
+                pools.append(RoutedPool(route, open_pool, self._on_finished))
+                undo.callback(pools[-1].pool.close)
             undo.pop_all()
-        return Lanes(lanes)
+        return WorkerPools(pools)
 
     def _open_pool(self, route: Route, on_finished: Finished) -> Pool:
         settings = PoolSettings(
@@ -312,16 +320,16 @@ class Worker:
         )
 
     def _start_over(self) -> None:
-        """Go on under a new id, after another worker took this one's lease and jobs."""
+        """Continue under a new id, after another worker took this worker's lease and jobs."""
         _logger.warning("Lease lost | Worker: %s | It starts over under a new id", self.name)
         for spec in self._pools.take_unstarted():
-            # No outcome of it will come.
+            # It will have no outcome.
             self._suspects.note_end(spec.key)
         self._suspects.take_waiting()
-        self._look_due = True
+        self._poll_due = True
         self._outbox.take_reports()
         self._held.clear()
-        self._marked.clear()
+        self._shown_as_started.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()
@@ -335,11 +343,11 @@ class Worker:
         if self._heartbeat.lease_lost:
             self._start_over()
         self._settle()
-        self._give_back_unseen()
-        self._follow_running()
-        self._watch_overdue()
-        self._watch_failing()
-        self._look()
+        self._give_back_unknown_claims()
+        self._observe_running()
+        self._check_overdue()
+        self._check_failing_pools()
+        self._poll()
         self._sweep()
         self._start_suspects()
         self._claim()
@@ -347,13 +355,13 @@ class Worker:
         self._prune()
 
     def _check_threads(self) -> None:
-        mine = [self._heartbeat.thread, *self._clock.threads, *self._wake_ups.threads]
-        require_alive([*mine, *self._pools.threads, *self._store.threads])
+        own = [self._heartbeat.thread, *self._clock.threads, *self._wake_ups.threads]
+        require_alive([*own, *self._pools.threads, *self._store.threads])
 
     def _settle(self) -> None:
         for settled in self._outbox.record(self._id, self.name):
             self._after_settle(settled)
-            # Each may have called a receiver that took its time.
+            # _after_settle() calls signal receivers, which may be slow.
             self._progress.note()
 
     def _after_settle(self, settled: Settled) -> None:
@@ -361,9 +369,9 @@ class Worker:
         key = spec.key
         self._held.discard(key)
         self._overdue_log_at.pop(key, None)
-        self._marked.discard(key)
+        self._shown_as_started.discard(key)
         if spec.suspect:
-            self._look_due |= self._suspects.note_end(key)
+            self._poll_due |= self._suspects.note_end(key)
         if settled.status is None:
             _logger.warning(
                 "Lease lost | Job: %s | Attempt: %s | Its outcome (%s) was not recorded",
@@ -373,35 +381,35 @@ class Worker:
             )
             return
         self.counts[settled.status] += 1
-        self._tally.note(settled)
-        self._look_due |= settled.status is JobStatus.PENDING
+        self._rollup_counts.note(settled)
+        self._poll_due |= settled.status is JobStatus.PENDING
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
             self._clock.wake_in([settled.delay_seconds])
-        self._tell_of(settled)
+        self._announce(settled)
 
-    def _tell_of(self, settled: Settled) -> None:
+    def _announce(self, settled: Settled) -> None:
         self.state.emit_settled(settled)
         report_lost(self.state, settled)
 
-    def _give_back_unseen(self) -> None:
-        """Give back what a claim took whose commit got no answer."""
+    def _give_back_unknown_claims(self) -> None:
+        """Give back the jobs of a claim that may have been committed without a reply."""
         if not self._claim_in_doubt:
             return
-        unseen = [spec for spec in self._store.held_by(self._id) if spec.key not in self._held]
-        for spec in unseen:
+        unknown = [spec for spec in self._store.held_by(self._id) if spec.key not in self._held]
+        for spec in unknown:
             self._outbox.put(spec, shutdown.given_back(spec))
         self._settle()
         self._claim_in_doubt = False
 
-    def _follow_running(self) -> None:
-        """Write what running jobs told, stop what was cancelled or is no longer ours."""
+    def _observe_running(self) -> None:
+        """Write the reports of running jobs, and stop jobs that are cancelled or have no lease."""
         now = time.monotonic()
         busy = self._pools.running() or self._pools.unstarted() or self._suspects
-        if not busy or now - self._followed < _FOLLOW_SECONDS:
+        if not busy or now - self._observed_at < _OBSERVE_SECONDS:
             return
-        self._followed = now
-        self._show_started()
-        view = self._write_told()
+        self._observed_at = now
+        self._show_as_started()
+        view = self._write_reports()
         waiting = list(self._suspects)
         held = self._pools.running_specs(), self._pools.unstarted_specs(), waiting
         for spec in [spec for specs in held for spec in specs]:
@@ -410,49 +418,49 @@ class Worker:
                 continue
             if spec in waiting:
                 self._suspects.remove(spec)
-                self._look_due = True
+                self._poll_due = True
                 self._outbox.put(spec, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
             else:
                 self._pools.cancel(spec)
 
-    def _write_told(self) -> LeaseView:
-        """Write what running jobs told; where that fails, it waits for the next time."""
-        told = self._outbox.take_reports()
+    def _write_reports(self) -> LeaseView:
+        """Write the reports of running jobs. The outbox keeps those that cannot be written."""
+        reports = self._outbox.take_reports()
         for key, report in self._pools.reports().items():
-            told[key] = told[key].followed_by(report) if key in told else report
+            reports[key] = reports[key].followed_by(report) if key in reports else report
         try:
-            return self._store.observe(self._id, told)
+            return self._store.observe(self._id, reports)
         finally:
-            if told:
-                self._outbox.keep_told(told)
+            if reports:
+                self._outbox.keep_reports(reports)
 
-    def _show_started(self) -> None:
-        """Show jobs as started that run for longer than a moment."""
+    def _show_as_started(self) -> None:
+        """Write the start of running jobs. For short jobs, it is written with their outcome."""
         running = self._pools.running_specs()
-        new = [spec for spec in running if spec.key not in self._marked]
+        new = [spec for spec in running if spec.key not in self._shown_as_started]
         if new:
             locked = self._store.mark_started(self._id, new).locked
-            self._marked |= {spec.key for spec in new if spec.id not in locked}
+            self._shown_as_started |= {spec.key for spec in new if spec.id not in locked}
 
-    def _watch_overdue(self) -> None:
+    def _check_overdue(self) -> None:
         """Log jobs that cannot be stopped.
 
-        :raises WorkerFailed: when they hold a whole pool for good.
+        :raises WorkerFailed: when they have filled a whole pool for the time of a lease.
         """
         now = time.monotonic()
-        if now - self._watched < _WATCH_SECONDS:
+        if now - self._overdue_checked_at < _OVERDUE_CHECK_SECONDS:
             return
-        self._watched = now
-        for lane in self._pools:
-            overdue = lane.pool.overdue()
+        self._overdue_checked_at = now
+        for routed in self._pools:
+            overdue = routed.pool.overdue()
             for each in overdue:
-                self._log_overdue(each, lane.route)
+                self._log_overdue(each, routed.route)
             held = [each for each in overdue if each.seconds >= self.state.config.lease]
-            if len(held) >= lane.route.size:
-                place = lane.route.kind.place
+            if len(held) >= routed.route.size:
+                place = routed.route.kind.place
                 raise WorkerFailed(
-                    f"no {place} is free: {len(held)} jobs cannot be stopped, for "
-                    f"{min(each.seconds for each in held):.0f} s and longer (the log names them). "
+                    f"no {place} is free: {len(held)} jobs have not stopped for at least "
+                    f"{min(each.seconds for each in held):.0f} s (the log names them). "
                     "Give blocking calls a time limit, or run such jobs in the process pool"
                 )
 
@@ -473,34 +481,34 @@ class Worker:
             route.kind.place,
         )
 
-    def _watch_failing(self) -> None:
-        """Give back what waits for child processes that cannot start.
+    def _check_failing_pools(self) -> None:
+        """Give back the jobs of process pools whose child processes cannot start.
 
-        :raises WorkerFailed: when none could start for a lease, in several tries.
+        :raises WorkerFailed: when several starts have failed over the time of a lease.
         """
-        for lane in self._pools:
-            failing = lane.pool.failing()
+        for routed in self._pools:
+            failing = routed.pool.failing()
             if failing is None:
                 continue
-            for spec in lane.take_unstarted():
+            for spec in routed.take_unstarted():
                 self._outbox.put(spec, shutdown.given_back(spec))
             if failing.is_hopeless and failing.seconds >= self.state.config.lease:
                 raise WorkerFailed(
                     f"no child process could start for {failing.seconds:.0f} s: {failing.reason}"
                 )
 
-    def _look(self) -> None:
-        """See what there is to do: make due jobs claimable, set the clock for those due soon."""
+    def _poll(self) -> None:
+        """Promote due jobs, set the clock for jobs due soon, and read drain requests."""
         now = time.monotonic()
-        # The monotonic bound holds also when the clock's own time jumps or its thread hangs.
-        late = now - self._looked >= self._wake_ups.poll_seconds()
-        if not (self._clock.drifted() or self._look_due or late):
+        # A monotonic limit: it works even if the wall clock jumps or the clock's thread hangs.
+        late = now - self._polled_at >= self._wake_ups.poll_seconds()
+        if not (self._clock.drifted() or self._poll_due or late):
             return
-        # Before the look: what comes from now on needs another one.
-        self._look_due = False
+        # Cleared before the query: jobs that arrive during the query need another poll.
+        self._poll_due = False
         work = self._store.look(self.queues, self._id)
         if work.drain and not self._is_draining:
-            _logger.info("Worker draining | Worker: %s | Somebody asked it to end", self.name)
+            _logger.info("Worker draining | Worker: %s | It ends after its running jobs", self.name)
             self._is_draining = True
             shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         promoted = 0
@@ -509,26 +517,26 @@ class Worker:
             self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
         if work.pending or promoted:
             self._pools.expect_jobs()
-        self._looked = now
+        self._polled_at = now
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        if now - self._swept < self.state.config.heartbeat_interval:
+        if now - self._swept_at < self.state.config.heartbeat_interval:
             return
-        self._swept = now
+        self._swept_at = now
         for settled in self._sweeper.sweep(self._id):
-            self._look_due = True
-            self._tally.note(settled)
-            self._tell_of(settled)
+            self._poll_due = True
+            self._rollup_counts.note(settled)
+            self._announce(settled)
             self._progress.note()
 
     def _roll_up(self, *, at_once: bool = False) -> None:
-        """Add what was settled to the numbers that charts are drawn from."""
+        """Add the attempts settled since the last call to the roll-up, the data of the charts."""
         now = time.monotonic()
-        if self._tally and (at_once or now - self._rolled_up >= _ROLL_UP_SECONDS):
-            self._rolled_up = now
+        if self._rollup_counts and (at_once or now - self._rolled_up_at >= _ROLL_UP_SECONDS):
+            self._rolled_up_at = now
             try:
-                self._store.add_to_rollup(self._tally.cells())
+                self._store.add_to_rollup(self._rollup_counts.cells())
             except DBAPIError as error:
                 if not self._store.is_denied(error):
                     raise
@@ -540,16 +548,16 @@ class Worker:
                         error.orig,
                     )
                 self._is_rollup_denied = True
-            self._tally.clear()
+            self._rollup_counts.clear()
 
     def _prune(self) -> None:
-        """Delete a few of the jobs that have outlived their retention."""
+        """Delete a few jobs whose retention is over."""
         if not self._prune_due:
             return
         try:
             self._prune_due = self._pruner.step()
         except IntegrityError as error:
-            # A foreign key that is checked at the commit: nobody can tell which row is held.
+            # A foreign key that is checked at the commit does not say which row it holds.
             _logger.warning("Jobs not pruned | Worker: %s | Error: %s", self.name, error.orig)
             self._prune_due = False
         if not self._prune_due and self._pruner.deleted:
@@ -563,19 +571,19 @@ class Worker:
     def _claim(self) -> None:
         if self._is_draining:
             return
-        for lane in self._pools:
-            if lane.expects_jobs and (room := self._room(lane)) > 0:
-                self._claim_for(lane, room)
+        for routed in self._pools:
+            if routed.expects_jobs and (room := self._room(routed)) > 0:
+                self._claim_for(routed, room)
         self._start_suspects()
 
-    def _claim_for(self, lane: Lane, room: int) -> None:
-        route = lane.route
+    def _claim_for(self, routed: RoutedPool, room: int) -> None:
+        route = routed.route
         self._claim_in_doubt = True
         specs = self._store.claim(
             self._id,
             room,
             route.queues,
-            without=route.others,
+            without=route.excluded,
             suspects=self._suspects.may_claim,
         )
         suspects = [spec for spec in specs if spec.suspect]
@@ -584,7 +592,7 @@ class Worker:
         self._claim_in_doubt = False
         self._held |= {spec.key for spec in specs}
         claimed = time.monotonic()
-        lane.expects_jobs = len(specs) == room
+        routed.expects_jobs = len(specs) == room
         if specs:
             self._wake_ups.note_work()
         good = self._without_bad_rows(specs)
@@ -597,10 +605,10 @@ class Worker:
         for spec in refused:
             self._outbox.put(spec, shutdown.given_back(spec))
         self._claimed += len(specs) - len(refused)
-        lane.submit([spec for spec in good if not spec.suspect], claimed)
+        routed.submit([spec for spec in good if not spec.suspect], claimed)
 
     def _without_bad_rows(self, specs: Sequence[JobSpec]) -> list[JobSpec]:
-        """The jobs that can be run; the others fail without having been started."""
+        """The jobs whose rows are valid. The others fail without being started."""
         good = []
         for claimed in specs:
             spec, flaw = checked(claimed)
@@ -610,43 +618,44 @@ class Worker:
                 self._outbox.put(spec, bad_row(spec, flaw))
         return good
 
-    def _room(self, lane: Lane) -> int:
-        """How many jobs to claim for a lane: suspects that wait for their turn count as well."""
-        waiting = sum(lane.route.serves(spec.queue) for spec in self._suspects)
-        if waiting and self._suspects.may_start_one(lane.route.serves):
-            # The next free place is for one of them, or they would wait for ever.
+    def _room(self, routed: RoutedPool) -> int:
+        """Number of jobs to claim for a pool; suspects that wait for their turn count as well."""
+        waiting = sum(routed.route.serves(spec.queue) for spec in self._suspects)
+        if waiting and self._suspects.may_start_one(routed.route.serves):
+            # Reserve the next free thread or child process for a suspect: none may ever be free
+            # for it otherwise.
             return 0
-        room = lane.room() - waiting
+        room = routed.room() - waiting
         if self._own_limits.max_jobs is not None:
             room = min(room, self._own_limits.max_jobs - self._claimed)
         return room
 
     def _start_suspects(self) -> None:
         """Start the suspects whose turn it is, each start committed before its code runs."""
-        # Only those that begin at once: the start of one that waits in its pool must not be
-        # committed, or it could be blamed for a crash although its code never ran.
+        # Only suspects that begin at once: with a committed start, a suspect that still waits in
+        # its pool could be blamed for a crash although its code never ran.
         while spec := self._suspects.next(self._pools.can_begin, self._pools.has_own_process):
             started = self._store.mark_started(self._id, [spec])
             claimed = self._suspects.claimed_at(spec)
-            # Not before: where the database is away, it stays among those that wait.
+            # Removed only after the commit: during an outage the suspect keeps waiting.
             self._suspects.remove(spec)
             if spec.id in started.locked:
-                # Its start cannot be committed now, and the others must not wait for that.
+                # Its start cannot be committed, and other suspects must not wait for that.
                 self._outbox.put(spec, shutdown.given_back(spec))
             elif spec.id in started.ours:
                 own = self._pools.has_own_process(spec)
                 self._suspects.note_start(spec, has_own_process=own)
                 self._pools.submit(spec, claimed)
             else:
-                # Another worker took the lease: no outcome of it will come.
+                # Another worker took the lease, so this attempt will have no outcome.
                 self._held.discard(spec.key)
                 self._suspects.note_end(spec.key)
-                self._look_due = True
+                self._poll_due = True
 
     # Waiting, stopping, outages
 
     def _wait(self) -> None:
-        may_claim = any(lane.expects_jobs and self._room(lane) > 0 for lane in self._pools)
+        may_claim = any(routed.expects_jobs and self._room(routed) > 0 for routed in self._pools)
         if may_claim and not (self._stops or self._is_draining):
             return
         busy = self._pools.running() or self._pools.unstarted()
@@ -655,18 +664,18 @@ class Worker:
             return
         seconds = self._wake_ups.poll_seconds()
         if busy or self._suspects or self._outbox:
-            seconds = min(seconds, _FOLLOW_SECONDS, self._suspects.seconds_until_next())
+            seconds = min(seconds, _OBSERVE_SECONDS, self._suspects.seconds_until_next())
         self._sleep(min(seconds, _PRUNE_PAUSE_SECONDS) if self._prune_due else seconds)
 
     def _sleep(self, seconds: float) -> None:
-        """Wait for news, or for some seconds."""
+        """Wait until the worker is woken up, for ``seconds`` at most."""
         self._progress.note(seconds)
         self._wake.wait(seconds)
 
     def _is_done(self) -> bool:
         if self._stops:
             return True
-        if self._is_used_up():
+        if self._has_reached_limit():
             return True
         idle = not (self._pools.running() or self._pools.unstarted() or self._outbox)
         idle = idle and not self._suspects
@@ -675,26 +684,27 @@ class Worker:
         max_jobs = self._own_limits.max_jobs
         if max_jobs is not None and self._claimed >= max_jobs:
             return idle
-        return self._options.burst and idle and self._nothing_left()
+        return self._options.burst and idle and self._has_no_jobs_left()
 
-    def _is_used_up(self) -> bool:
+    def _has_reached_limit(self) -> bool:
         limits = self._own_limits
-        if limits.max_time is not None and time.monotonic() - self._begun >= limits.max_time:
+        if limits.max_time is not None and time.monotonic() - self._started_at >= limits.max_time:
             return True
         return limits.max_memory is not None and memory_in_use() >= limits.max_memory
 
-    def _nothing_left(self) -> bool:
+    def _has_no_jobs_left(self) -> bool:
         left = True
         try:
-            # A retry without a delay is due already.
+            # A retry without a delay is due at once.
             self._store.promote()
             left = self._store.unfinished(self.queues)
         except SQLAlchemyError as error:
             self._wait_out(error)
-        return not left and self._looked > 0
+        return not left and self._polled_at > 0
 
     def _drain(self) -> None:
-        """Give back what has not started, let the rest finish, then give that back as well."""
+        """Give unstarted jobs back, let running jobs finish in the grace period, give back the
+        rest."""
         shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         grace_ends = time.monotonic() + self.grace_seconds
         if running := self._pools.running():
@@ -706,14 +716,14 @@ class Worker:
             )
         while self._pools.running() and time.monotonic() < grace_ends and self._stops < 2:
             self._guard(self._drain_turn)
-            self._sleep(min(_FOLLOW_SECONDS, max(0.0, grace_ends - time.monotonic())))
+            self._sleep(min(_OBSERVE_SECONDS, max(0.0, grace_ends - time.monotonic())))
         shutdown.give_back_running(self._pools, self._outbox, self._sleep)
         # A pool that failed during the grace has put its jobs back into its queue.
         shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         self._settle_last()
 
     def _settle_last(self) -> None:
-        """Record what is left, waiting a little for rows that other transactions keep locked."""
+        """Record the last outcomes; wait up to 3 s for rows that other transactions have locked."""
         ends = time.monotonic() + _LAST_LOCKS_SECONDS
         tries = 0
         while self._outbox and tries < _LAST_SETTLE_TRIES:
@@ -725,10 +735,10 @@ class Worker:
 
     def _drain_turn(self) -> None:
         self._settle()
-        self._follow_running()
+        self._observe_running()
 
     def _guard(self, step: Callable[[], None]) -> None:
-        """Run a step that uses the database; live through an outage."""
+        """Run a step that uses the database; on a database error, wait for the outage to end."""
         try:
             step()
         except SQLAlchemyError as error:
@@ -740,7 +750,7 @@ class Worker:
         self._pause(self._outage.record_failure(error, len(self._outbox)))
 
     def _pause(self, seconds: float) -> None:
-        """Wait, unless a stop was asked for."""
+        """Wait for some seconds, or until a stop is requested."""
         end = time.monotonic() + seconds
         while not self._stops and (left := end - time.monotonic()) > 0:
             self._sleep(left)
@@ -752,8 +762,8 @@ class Worker:
         self._wake.set()
 
     def _on_news(self) -> None:
-        """There may be something to do: a job is due or was enqueued, or the poll is."""
-        self._look_due = True
+        """Poll soon: a job is due or was enqueued, or the poll interval has passed."""
+        self._poll_due = True
         self._wake.set()
 
     def _on_prune_time(self) -> None:
@@ -772,9 +782,9 @@ def register(
     concurrency: int = 1,
     queues: Sequence[str] | None = None,
 ) -> int:
-    """The id of a new worker row for this process.
+    """Insert a worker row for this process, and return its id.
 
-    :param store: through which it is written; the app's by default.
+    :param store: the store that inserts the row; default: the app's.
     """
     me = this_process()
     return (store or state.store).register_worker(
@@ -792,7 +802,7 @@ def register(
     )
 
 
-def _checked(name: str | None) -> str | None:
+def _checked_name(name: str | None) -> str | None:
     if name is not None and not (name.isprintable() and len(name) <= _MAX_NAME):
         raise BgJobsError(
             f"a worker's name has at most {_MAX_NAME} characters, and no control characters: "
@@ -801,10 +811,10 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-def _deadline(lease: float) -> float:
-    """Seconds that the database may take for a transaction: there must be time for a second try."""
-    seconds = max(_LEAST_DEADLINE_SECONDS, lease / _DEADLINES_PER_LEASE)
-    return min(seconds, _MOST_DEADLINE_SECONDS)
+def _transaction_seconds(lease: float) -> float:
+    """Deadline of one transaction: a part of the lease, so that there is time for another try."""
+    seconds = max(_MIN_TRANSACTION_SECONDS, lease / _TRANSACTIONS_PER_LEASE)
+    return min(seconds, _MAX_TRANSACTION_SECONDS)
 
 
 def _routes(state: AppState, options: WorkerOptions, queues: Sequence[str] | None) -> list[Route]:

@@ -154,7 +154,7 @@ def test_a_worker_without_a_free_thread_ends(
     worker = start_worker("-c", "2", **SHORT_LEASE)
     stuck = [enqueue("read_pipe", str(pipe), timeout=0.3, retries=0) for _ in range(2)]
     assert worker.wait(DEADLINE_SECONDS) == 1
-    assert "Error: no thread is free: 2 jobs cannot be stopped" in worker.log.read_text()
+    assert "Error: no thread is free: 2 jobs have not stopped" in worker.log.read_text()
     assert [stored(app, job).status for job in stuck] == ["failed", "failed"]
     assert "could not be stopped" in str(stored(app, stuck[0]).error)
     assert list(workers(state).values()) == ["stopped"]

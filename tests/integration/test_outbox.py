@@ -156,7 +156,7 @@ def test_what_is_in_doubt_stays_in_doubt(claimed: Claimed) -> None:
     claimed.answers["complete"].append(IN_DOUBT)
     with pytest.raises(CommitInDoubt):
         claimed.record()
-    claimed.outbox.keep_told({})
+    claimed.outbox.keep_reports({})
     assert claimed.record() == [(spec.id, "completed")]
 
 
@@ -167,7 +167,7 @@ def test_what_was_told_before_stays_with_its_attempt(claimed: Claimed, comes: st
     (spec,) = claimed.jobs(1)
     if comes == "before":
         claimed.put(spec)
-    claimed.outbox.keep_told({spec.key: Report(lines=("one", "two"))})
+    claimed.outbox.keep_reports({spec.key: Report(lines=("one", "two"))})
     if comes == "after":
         claimed.put(spec)
     assert claimed.record() == [(spec.id, "completed")]

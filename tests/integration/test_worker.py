@@ -73,8 +73,8 @@ def _expect_quick_jobs(worker: Worker) -> None:
 
     Real ones could take long for once, on a machine that is busy.
     """
-    (lane,) = wait_until(lambda: list(worker._pools), "its pool")
-    lane._pace.note(0.0001)
+    (routed,) = wait_until(lambda: list(worker._pools), "its pool")
+    routed._pace.note(0.0001)
 
 
 def rows(state: AppState, model: Any) -> list[Any]:
@@ -407,8 +407,8 @@ class TestCancel:
         with working(app, concurrency=1) as worker:
             # A pace so quick that the worker claims work ahead.
             wait_until(lambda: list(worker._pools), "the pool")
-            (lane,) = worker._pools
-            lane._pace.seconds = 0.001
+            (routed,) = worker._pools
+            routed._pace.seconds = 0.001
             blocker = enqueue("hold", str(journal))
             waiting = enqueue("record", str(journal), "must not run")
             wait_until(lambda: stored(app, waiting).status == "running", "the prefetch")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flask_bgjobs.job.records import Outcome, Settled
-from flask_bgjobs.job.rollup import HOUR, MINUTE, RUN, WAIT, Tally, bucket_of, percentile
+from flask_bgjobs.job.rollup import HOUR, MINUTE, RUN, WAIT, RollupCounts, bucket_of, percentile
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from tests.unit.helpers import make_spec
 
@@ -29,10 +29,10 @@ def settled(
 
 
 def counted(*entries: Settled) -> dict[tuple[Any, ...], int]:
-    tally = Tally()
+    counts = RollupCounts()
     for entry in entries:
-        tally.note(entry)
-    return {tuple(cell): number for cell, number in tally.cells().items()}
+        counts.note(entry)
+    return {tuple(cell): number for cell, number in counts.cells().items()}
 
 
 def test_an_attempt_counts_in_its_minute_and_its_hour() -> None:
@@ -80,15 +80,15 @@ def test_what_is_only_put_off_does_not_count(status: JobStatus | None, kind: Out
     assert counted(settled(status, kind)) == {}
 
 
-def test_a_tally_begins_anew() -> None:
+def test_counts_begin_anew() -> None:
     """After it was written, nothing is left to write."""
-    tally = Tally()
-    assert not tally
-    tally.note(settled())
-    assert tally
-    tally.clear()
-    assert not tally
-    assert tally.cells() == {}
+    counts = RollupCounts()
+    assert not counts
+    counts.note(settled())
+    assert counts
+    counts.clear()
+    assert not counts
+    assert counts.cells() == {}
 
 
 def test_percentiles_err_by_a_tenth() -> None:
