@@ -1,1 +1,1 @@
-"""The worker: claims jobs, runs them in its pools, and keeps them alive."""
+"""The worker: claims jobs, runs them in its pools, and records their outcomes."""

@@ -1,7 +1,7 @@
-"""The clock: APScheduler wakes the worker at each poll and when a job is due.
+"""The clock: APScheduler wakes the worker at the poll interval and when a job is due.
 
-It never stores or runs jobs of its own: rows are the truth, and the triggers are rebuilt
-from them. This is the only file that imports APScheduler.
+APScheduler stores and runs no jobs. The database has the due times, and the triggers are rebuilt
+from it. This is the only file that imports APScheduler.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from ..system.safe_logging import logger as _logger
 from ..system.threads import WorkerThread
 
 STEP_SECONDS = 0.05
-"""Due times are rounded up to this, so that ten thousand retries cost a few triggers."""
+"""Due times are rounded up to a multiple of this. Ten thousand retries then need few triggers."""
 _DRIFT_SECONDS = 1.0
 _STOP_SECONDS = 2.0
-"""For the scheduler to stop; the worker's end must not hang with it."""
+"""How long to wait for the scheduler to stop: if it hangs, the worker must still end."""
 
 
 class Clock:
-    """Calls ``wake`` every ``poll_interval`` seconds, and at each due time it is told.
+    """Calls a function at the poll interval and at due times.
 
-    :param wake: called in a thread of the scheduler's; must be quick.
-    :param poll_interval: seconds.
+    :param wake: the function; called in the scheduler's thread, must be quick.
+    :param poll_interval: seconds between two calls.
     """
 
     def __init__(self, wake: Callable[[], object], poll_interval: float) -> None:
         self.hangs = False
-        """Whether it could not be stopped: Python would wait for its threads for ever."""
+        """Whether :meth:`stop` has failed. Python would then wait forever for a thread at exit."""
         self._wake = wake
         self._poll_interval = poll_interval
         self._triggers: dict[int, str] = {}
         self._offset = _wall_minus_monotonic()
-        self._executor = _OneThread()
+        self._executor = _SingleThreadExecutor()
         self._scheduler = BackgroundScheduler(
             daemon=True,
-            # At INFO it would log each trigger that comes and goes.
+            # At INFO, APScheduler logs each trigger that is added or removed.
             logger=SafeLogger(
                 logging.getLogger("apscheduler.scheduler"), least_level=logging.WARNING
             ),
@@ -60,36 +60,43 @@ class Clock:
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that must live while it runs."""
+        """The threads that must live while the clock runs."""
         return [self._executor.thread, self._scheduler._thread]
 
     def start(self) -> None:
-        """Begin to call."""
+        """Start calling."""
         self.every(self._poll_interval, self._wake)
         self._scheduler.start()
 
     def every(self, seconds: float, call: Callable[[], object]) -> None:
-        """Also call ``call`` every so many seconds; it must be quick."""
+        """Call another function regularly.
+
+        :param seconds: time between two calls.
+        :param call: the function; must be quick.
+        """
         self._scheduler.add_job(call, _Every(seconds))
 
     def stop(self) -> None:
-        """Stop calling; a call under way ends first, unless it takes longer than two seconds."""
+        """Stop calling, and wait up to two seconds for a call in progress."""
         stopping = threading.Thread(target=self._shut_down, name="bgjobs-clock-stop", daemon=True)
         stopping.start()
         stopping.join(_STOP_SECONDS)
         self.hangs = stopping.is_alive()
         if self.hangs:
-            _logger.warning("The scheduler did not stop in time; its thread still runs")
+            _logger.warning("The scheduler did not stop in time; its thread is still running")
 
     def _shut_down(self) -> None:
-        # Paused and emptied first: APScheduler breaks when it is shut down while its thread
-        # removes a trigger that has just fired.
+        # Pause and remove all triggers first: APScheduler fails if it is shut down while its
+        # thread removes a trigger that has just fired.
         self._scheduler.pause()
         self._scheduler.remove_all_jobs()
         self._scheduler.shutdown(wait=True)
 
     def wake_in(self, delays: Iterable[float]) -> None:
-        """Call once after each of these delays, in seconds, as one-off ``date`` triggers."""
+        """Call once after each of these delays.
+
+        :param delays: seconds from now; rounded up, with one ``date`` trigger per step.
+        """
         now = time.time()
         for delay in delays:
             step = math.ceil((now + delay) / STEP_SECONDS)
@@ -97,9 +104,10 @@ class Clock:
                 self._triggers[step] = self._add_trigger(step)
 
     def drifted(self) -> bool:
-        """Whether the wall clock jumped; then all one-off triggers are dropped, to be set anew.
+        """Whether the wall clock has jumped by more than a second since the last call.
 
-        What is called every so many seconds is called now, and from now on.
+        If so, all one-off triggers are removed, and the caller has to set them again. Regular calls
+        are made at once, and continue from then on.
         """
         offset = _wall_minus_monotonic()
         if abs(offset - self._offset) <= _DRIFT_SECONDS:
@@ -107,30 +115,30 @@ class Clock:
         self._offset = offset
         triggers, self._triggers = dict(self._triggers), {}
         for job_id in triggers.values():
-            # One that fires at this moment is already gone.
+            # A trigger that fires at this moment is already removed.
             with contextlib.suppress(JobLookupError):
                 self._scheduler.remove_job(job_id)
         for job in self._scheduler.get_jobs():
             if isinstance(job.trigger, _Every):
-                # After a jump back its next time would not come for as long as the jump was.
+                # After a jump back, its next call would be late by the size of the jump.
                 job.modify(next_run_time=dt.datetime.now(dt.UTC))
         return True
 
     def _add_trigger(self, step: int) -> str:
         run_at = dt.datetime.fromtimestamp(step * STEP_SECONDS, dt.UTC)
-        job = self._scheduler.add_job(self._ring, "date", run_date=run_at, args=[step])
+        job = self._scheduler.add_job(self._fire, "date", run_date=run_at, args=[step])
         return str(job.id)
 
-    def _ring(self, step: int) -> None:
+    def _fire(self, step: int) -> None:
         self._triggers.pop(step, None)
         self._wake()
 
 
 class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
-    """Fires so many seconds after it last fired.
+    """Fires a fixed number of seconds after it last fired.
 
-    APScheduler's own interval trigger goes through all the times that a jump of the clock left
-    out. When a machine that woke up in 1970 is told the date, those are more than memory holds.
+    After a jump of the clock, APScheduler's interval trigger lists all fire times that were missed.
+    If the clock of a machine jumps from 1970 to today, this list does not fit into memory.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -140,11 +148,12 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
         return now + self._pause
 
 
-class _OneThread(BaseExecutor):  # type: ignore[misc]  # APScheduler ships no types
-    """Calls in one daemon thread, and logs nothing but errors.
+class _SingleThreadExecutor(BaseExecutor):  # type: ignore[misc]  # APScheduler ships no types
+    """Makes the calls in one daemon thread, and logs only errors.
 
-    The end of the interpreter turns APScheduler's own thread pool away before this is stopped, and
-    waits for its threads. Its ``run_job`` logs two lines for each call.
+    It replaces APScheduler's thread pool, which rejects calls as soon as the interpreter begins to
+    exit, before the clock is stopped, and whose threads delay the exit. APScheduler's ``run_job``
+    also logs two lines for each call.
     """
 
     def __init__(self) -> None:
@@ -162,7 +171,7 @@ class _OneThread(BaseExecutor):  # type: ignore[misc]  # APScheduler ships no ty
             self.thread.join()
 
     def submit_job(self, job: Any, run_times: Any) -> None:
-        # One call that waits is enough; APScheduler would log that as a warning.
+        # One waiting call is enough. APScheduler would log a warning for each further call.
         if self._instances[job.id] < job.max_instances:
             super().submit_job(job, run_times)
 
@@ -174,7 +183,7 @@ class _OneThread(BaseExecutor):  # type: ignore[misc]  # APScheduler ships no ty
             try:
                 job.func(*job.args, **job.kwargs)
             except Exception:
-                _logger.exception("A call of the scheduler failed")
+                _logger.exception("A scheduled call failed")
             self._run_job_success(job.id, [])
 
 

@@ -1,9 +1,8 @@
 """A worker inside the serving process, for small deployments.
 
-Nobody can tell a pre-fork server's master, which must not start threads, from a process that
-serves. What tells is what happens: only a process that serves is asked something. So the worker
-starts with the first request or the first job that is enqueued, and at once only where it is
-certain that this process serves.
+The master process of a pre-fork server must not start threads, and looks the same as a process that
+serves requests. But only a serving process gets requests. So the worker starts with the first
+request or the first enqueued job. It starts at once only if this process certainly serves.
 """
 
 from __future__ import annotations
@@ -31,30 +30,30 @@ if TYPE_CHECKING:
 
 
 _LEAST_PAUSE_SECONDS = 1.0
-"""Before another try, when the worker could not start or has failed."""
+"""Shortest pause before the next start, after the worker has failed."""
 _LOOK_SECONDS = 1.0
-"""How often a failed worker is asked whether code of its jobs still runs."""
+"""Interval for checking whether job code of a failed worker is still running."""
 _END_SECONDS = 5.0
-"""For the worker to record what it did, beyond the grace of its jobs."""
+"""Time after the grace period in which the worker records its outcomes."""
 
 
 class EmbeddedOptions(TypedDict, total=False):
-    """How it works; what is left out comes from the configuration."""
+    """Options of the worker. Values of missing options come from the configuration."""
 
     queues: Sequence[str] | None
     pool: Literal["thread", "process"] | None
     concurrency: int | None
     name: str | None
     shutdown_timeout: float | None
-    """Seconds that running jobs have when the process ends."""
+    """Grace period of running jobs when the process ends, in seconds."""
 
 
 class EmbeddedWorker:
-    """The worker of one app in this process; each process that is forked has its own.
+    """The worker of one app in this process. Each forked process has its own worker.
 
     :param state: the app.
-    :param options: as of :class:`~flask_bgjobs.worker.worker.WorkerOptions`.
-    :raises ConfigError: when it could not work in any process.
+    :param options: fields of :class:`~flask_bgjobs.worker.worker.WorkerOptions`.
+    :raises ConfigError: when the configuration does not allow a worker in any process.
     """
 
     def __init__(self, state: AppState, options: dict[str, Any]) -> None:
@@ -66,7 +65,7 @@ class EmbeddedWorker:
         self._worker: Worker | None = None
         self._stopping = threading.Event()
         pools = {options.get("pool") or state.config.pool, *state.config.queue_pools.values()}
-        # Here, as an app without a worker in it needs no pools.
+        # Imported here, because an app without an embedded worker needs no pools.
         from ..execution.pools.kinds import KINDS
 
         forks = any(KINDS[pool].forks for pool in pools)
@@ -74,14 +73,14 @@ class EmbeddedWorker:
 
     @property
     def is_running(self) -> bool:
-        """Whether it runs in this process."""
+        """Whether the worker runs in this process."""
         thread = self._thread
         return self._pid == os.getpid() and thread is not None and thread.is_alive()
 
     def start(self) -> None:
-        """Start it in this process, unless it has been started; for a server's own hooks.
+        """Start the worker in this process, unless it was started before. Server hooks may call it.
 
-        Where gevent or eventlet has patched threads, it does not start, which is logged.
+        If gevent or eventlet has patched threads, an error is logged instead.
         """
         if self._pid == os.getpid():
             return
@@ -101,9 +100,9 @@ class EmbeddedWorker:
         atexit.register(self._stop_at_exit, self._pid)
 
     def stop(self, timeout: float | None = None) -> None:
-        """Stop it: running jobs have their grace; a second call ends that.
+        """Stop the worker after the grace period of its jobs; a second call ends that period.
 
-        :param timeout: seconds to wait for its end; by default until it has ended.
+        :param timeout: seconds to wait for the end of the worker; default: no limit.
         """
         if not self.is_running:
             return
@@ -114,14 +113,14 @@ class EmbeddedWorker:
         self._thread.join(timeout)
 
     def start_when_serving(self) -> None:
-        """Start it at once where this process is known to serve, else with its first work."""
-        if _serves_for_certain():
+        """Start at once if this process certainly serves, else with the first request or job."""
+        if _certainly_serves():
             self.start()
         elif _may_serve():
-            self._state.app.wsgi_app = self._started_by(self._state.app.wsgi_app)  # type: ignore[method-assign]  # as Flask's documentation does
+            self._state.app.wsgi_app = self._starting_worker(self._state.app.wsgi_app)  # type: ignore[method-assign]  # as Flask's documentation does
             self._state.enqueued.append(lambda _job: self._start_if_serving())
 
-    def _started_by(self, wsgi_app: Callable[..., Any]) -> Callable[..., Any]:
+    def _starting_worker(self, wsgi_app: Callable[..., Any]) -> Callable[..., Any]:
         def serve(environ: Any, start_response: Any) -> Any:
             self.start()
             return wsgi_app(environ, start_response)
@@ -154,11 +153,11 @@ class EmbeddedWorker:
             self._stopping.wait(max(pause, _LEAST_PAUSE_SECONDS))
 
     def _wait_for_code(self) -> None:
-        """Wait for code that could not be stopped, or the next worker would run beside it."""
+        """Wait until code that could not be stopped has ended, before the next worker starts."""
         worker = self._worker
         if worker is None or not worker.has_threads_running:
             return
-        _logger.warning("It starts again when the code of its jobs has ended")
+        _logger.warning("The worker restarts when the code of its jobs has ended")
         while worker.has_threads_running and not self._stopping.is_set():
             self._stopping.wait(_LOOK_SECONDS)
 
@@ -166,7 +165,7 @@ class EmbeddedWorker:
         if pid != os.getpid():
             return
         if _is_reloaded():
-            # A process with the new code is about to take over: the second call ends the grace.
+            # A process with the new code is about to start: the next call ends the grace period.
             self.stop(timeout=0)
         self.stop(timeout=self._grace() + _END_SECONDS)
 
@@ -181,14 +180,14 @@ def _is_reloaded() -> bool:
 
 
 def _flask_command() -> click.Context | None:
-    """The context of the ``flask`` command that runs, if one does."""
+    """The context of the running ``flask`` command, if there is one."""
     context = click.get_current_context(silent=True)
     if context is None or not isinstance(context.find_root().command, FlaskGroup):
         return None
     return context
 
 
-def _serves_for_certain() -> bool:
+def _certainly_serves() -> bool:
     if is_child():
         return False
     context = _flask_command()
@@ -202,7 +201,7 @@ def _may_serve() -> bool:
 
 
 def _has_reloader(context: click.Context) -> bool:
-    """Whether ``flask run`` reloads, decided as that command does."""
+    """Whether ``flask run`` uses the reloader, decided in the same way as in that command."""
     from flask.helpers import get_debug_flag
 
     reload: bool | None = context.params.get("reload")

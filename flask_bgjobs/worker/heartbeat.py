@@ -1,7 +1,7 @@
-"""The heartbeat: a thread of its own, so that no job and no slow claim delays it.
+"""The heartbeat. It has its own thread, so that no job and no slow claim delays it.
 
-It beats only while the worker's loop makes progress. A loop that stands still settles nothing and
-claims nothing, so other workers must be able to take over its jobs.
+It beats only while the worker's loop makes progress. A loop that stands still neither claims nor
+settles jobs, so other workers must be able to take over its jobs.
 """
 
 from __future__ import annotations
@@ -16,42 +16,43 @@ from ..store import Store
 from ..system.safe_logging import logger as _logger
 from ..system.threads import WorkerThread, position_of
 
-_LOOK_SECONDS = 0.5
-"""How often the loop's progress is looked at."""
+_CHECK_SECONDS = 0.5
+"""Interval for checking the loop's progress."""
 _SLOW_RECEIVER_SECONDS = 1.0
-"""After so long in one signal receiver a warning is logged."""
+"""Time in one signal receiver after which a warning is logged."""
 _MIN_STANDSTILL_SECONDS = 10.0
-"""Longer than the longest wait of one database call: SQLite waits five seconds for its lock."""
+"""Longer than one database call can wait: SQLite waits five seconds for its lock."""
 
 
 class LoopProgress:
-    """When the worker's loop last made progress; noted by the loop, read by the heartbeat.
+    """When the worker's loop last made progress. The loop writes it, the heartbeat reads it.
 
-    :param lease: seconds; a loop may stand still for so long, and for ten seconds at least.
+    :param lease: seconds without progress after which the loop stands still; less than ten seconds
+        count as ten.
     """
 
     def __init__(self, lease: float) -> None:
         self.allowed_seconds = max(lease, _MIN_STANDSTILL_SECONDS)
         self.thread_id = threading.get_ident()
-        # The time counts from here: a receiver of ``worker_started`` may hang as well.
+        # Measured from here on, because a receiver of ``worker_started`` may hang as well.
         self.note()
 
     def note(self, wait_seconds: float = 0.0) -> None:
         """Note progress.
 
-        :param wait_seconds: for how long the loop is going to wait on purpose.
+        :param wait_seconds: how long the loop is about to wait on purpose.
         """
         self._noted = time.monotonic()
         self._expected_by = self._noted + wait_seconds + self.allowed_seconds
 
     def note_if_own_thread(self) -> None:
-        """Note progress when called by the loop's thread, as before each try of a transaction."""
+        """Note progress if the calling thread is the loop's. Called before each transaction try."""
         if threading.get_ident() == self.thread_id:
             self.note()
 
     @property
     def stands_still(self) -> bool:
-        """Whether there was no progress for longer than is allowed."""
+        """Whether the loop has made no progress for longer than allowed."""
         return time.monotonic() > self._expected_by
 
     @property
@@ -61,10 +62,10 @@ class LoopProgress:
 
 
 class Heartbeat:
-    """Shows, every ``interval`` seconds, that a worker lives.
+    """Records regularly that a worker is alive.
 
-    :param interval: seconds.
-    :param progress: of the worker's loop.
+    :param interval: seconds between two heartbeats.
+    :param progress: the progress of the worker's loop.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Heartbeat:
         self._worker_id = worker_id
         self._interval = interval
         self._progress = progress
-        self._warned_of: signals.Emission | None = None
+        self._warned_emission: signals.Emission | None = None
         self._stood_still = False
         self._stopped = threading.Event()
         self.thread = WorkerThread(self._run, "bgjobs-heartbeat")
@@ -83,11 +84,14 @@ class Heartbeat:
 
     @property
     def lease_lost(self) -> bool:
-        """Whether the worker's row was marked dead by another worker."""
+        """Whether another worker has marked this worker's row dead."""
         return self._lost_id == self._worker_id
 
     def switch_to(self, worker_id: int) -> None:
-        """Go on for the new row of a worker that started over."""
+        """Beat for another row, after the worker has started over.
+
+        :param worker_id: the id of the new row.
+        """
         self._worker_id = worker_id
 
     def stop(self) -> None:
@@ -96,18 +100,18 @@ class Heartbeat:
         self.thread.join()
 
     def _run(self) -> None:
-        last = looked = time.monotonic()
-        look_seconds = min(self._interval, _LOOK_SECONDS)
-        while not self._stopped.wait(look_seconds):
+        last_beat = checked = time.monotonic()
+        check_seconds = min(self._interval, _CHECK_SECONDS)
+        while not self._stopped.wait(check_seconds):
             now = time.monotonic()
-            if (late := now - looked - look_seconds) > self._interval:
+            if (late := now - checked - check_seconds) > self._interval:
                 _logger.warning("Heartbeat late by %.1f s; a job may be holding the GIL", late)
-            looked = now
+            checked = now
             self._warn_of_slow_receiver()
-            if now - last >= self._interval and not self._loop_stands_still():
-                last = now
+            if now - last_beat >= self._interval and not self._loop_stands_still():
+                last_beat = now
                 self._beat()
-                looked = time.monotonic()
+                checked = time.monotonic()
 
     def _beat(self) -> None:
         worker_id = self._worker_id
@@ -116,12 +120,12 @@ class Heartbeat:
         except DBAPIError as error:
             _logger.warning("Heartbeat not recorded: %s", error.orig)
         except Exception:
-            # Such as a host's own way to connect that fails: without heartbeats the worker would
-            # lose its lease and never learn of it.
+            # For example from a function of the host that opens connections. If the exception
+            # ended this thread, the worker would lose its lease and never notice it.
             _logger.exception("Heartbeat not recorded")
         else:
             if not alive:
-                # Of that row: the worker may have started over meanwhile.
+                # The id of that row, because the worker may have started over in the meantime.
                 self._lost_id = worker_id
 
     def _loop_stands_still(self) -> bool:
@@ -132,7 +136,7 @@ class Heartbeat:
             self._stood_still = True
             _logger.error(
                 "Worker stands still | For: %.0f s | In: %s | Its heartbeat stops, so that other "
-                "workers run its jobs",
+                "workers can take over its jobs",
                 self._progress.seconds_since,
                 position_of(self._progress.thread_id),
             )
@@ -140,14 +144,14 @@ class Heartbeat:
 
     def _warn_of_slow_receiver(self) -> None:
         emission = signals.emission_in(self._progress.thread_id)
-        if emission is None or emission is self._warned_of:
+        if emission is None or emission is self._warned_emission:
             return
         seconds = time.monotonic() - emission.began
         if seconds >= _SLOW_RECEIVER_SECONDS:
-            self._warned_of = emission
+            self._warned_emission = emission
             _logger.warning(
-                "Slow receiver | Signal: %s | Receiver: %s | For: %.1f s | The worker does nothing "
-                "else meanwhile; a receiver should enqueue a job for anything slow",
+                "Slow receiver | Signal: %s | Receiver: %s | For: %.1f s | It blocks the worker; "
+                "a receiver should enqueue a job for anything slow",
                 emission.signal_name,
                 signals.receiver_in(self._progress.thread_id),
                 seconds,

@@ -1,8 +1,8 @@
-"""Wake-ups: how a worker hears at once of jobs that other processes enqueue.
+"""Wake-ups: how a worker learns at once of jobs that other processes enqueue.
 
-A thread listens where the database can tell. Where it cannot, the worker looks often as long as
-there is work, and rarely when there has been none for a while. None of this may be relied on: each
-look that a wake-up spares comes with the next poll.
+If the database can notify, a thread listens for its notifications. Otherwise the worker polls often
+while there is work, and at the poll interval after 30 seconds without work. A wake-up may be lost:
+the next poll finds the same jobs.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ..system.safe_logging import logger as _logger
 from ..system.threads import WorkerThread
 
 _QUICK_POLL_SECONDS = 0.02
-_SILENCE_SECONDS = 30.0
-"""Without work for so long, the database is no longer asked so often."""
+_QUIET_AFTER_SECONDS = 30.0
+"""Time without work after which the database is polled less often."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 30.0
-"""Before the next try to listen, when the last one failed."""
+"""Shortest and longest pause before the next try to listen, after a failure."""
 
 
 class Wake:
-    """An event that a signal handler may set: ``threading.Event`` could deadlock there."""
+    """An event that a signal handler may set; ``threading.Event`` could deadlock there."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def set(self) -> None:
-        # What is set already need not be set again, ten thousand times a second.
+        # Skipped if it is set already: finished jobs may call this ten thousand times a second.
         if self._queue.empty():
             self._queue.put(None)
 
     def wait(self, timeout: float) -> None:
-        """Return when it is set, or after ``timeout`` seconds; it is unset then."""
+        """Return when the event is set, or after ``timeout`` seconds, and clear it."""
         try:
             self._queue.get(timeout=max(timeout, 0.0))
             while True:
@@ -47,17 +47,17 @@ class Wake:
 
 
 class WakeUps:
-    """Calls ``on_news`` when there may be work, until it is stopped.
+    """Calls a function when there may be new work, until :meth:`stop`.
 
-    :param on_news: called in a thread of its own; must be quick.
-    :param poll_interval: seconds between two looks of a worker that hears nothing.
+    :param on_news: the function; called in the listener's thread, must be quick.
+    :param poll_interval: longest time between two polls, in seconds.
     """
 
     def __init__(self, store: Store, on_news: Callable[[], object], poll_interval: float) -> None:
         self._store = store
         self._on_news = on_news
         self._poll_interval = poll_interval
-        self._worked = time.monotonic()
+        self._work_noted_at = time.monotonic()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if store.can_listen:
@@ -66,28 +66,28 @@ class WakeUps:
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that must live until it is stopped."""
+        """The threads that must live until :meth:`stop`."""
         return [] if self._thread is None else [self._thread]
 
     def note_work(self) -> None:
-        """Note that there was work to do."""
-        self._worked = time.monotonic()
+        """Note that the worker has just found work."""
+        self._work_noted_at = time.monotonic()
 
     def poll_seconds(self) -> float:
-        """After how long the worker must look by itself."""
+        """Seconds after which the worker must poll without a wake-up."""
         if self._thread is not None or self._is_quiet():
             return self._poll_interval
         return min(_QUICK_POLL_SECONDS, self._poll_interval)
 
     def stop(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         self._stopped.set()
         if self._thread is not None:
             self._store.stop_listening()
             self._thread.join()
 
     def _is_quiet(self) -> bool:
-        return time.monotonic() - self._worked > _SILENCE_SECONDS
+        return time.monotonic() - self._work_noted_at > _QUIET_AFTER_SECONDS
 
     def _listen(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
@@ -96,7 +96,7 @@ class WakeUps:
             try:
                 self._store.listen(self._stopped, self._on_news, self._is_quiet)
             except SQLAlchemyError as error:
-                # The worker itself says that the database is away, and polls meanwhile.
+                # The worker logs the outage, and polls in the meantime.
                 _logger.debug("Not listening for new jobs: %s", getattr(error, "orig", error))
             except Exception:
                 _logger.exception("Not listening for new jobs")

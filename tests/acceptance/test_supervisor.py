@@ -313,7 +313,7 @@ def supervise(*command: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
 @pytest.mark.parametrize(
     ("then", "says"),
     [
-        ("signal.pause()", "It did not end in its time"),
+        ("signal.pause()", "It did not stop in time"),
         ("os._exit(3)", "It exited with code 3"),
         ("os.abort()", "It was killed by SIGABRT"),
     ],

@@ -52,7 +52,7 @@ def test_a_change_of_code_starts_the_worker_anew(
     (tmp_path / "host.py").write_text(host)
     new = enqueue("process_id").wait(DEADLINE_SECONDS).result
     assert new not in (old, worker.pid)
-    assert "host.py has changed; the worker starts anew" in worker.log.read_text()
+    assert "host.py has changed; restarting the worker" in worker.log.read_text()
     worker.send_signal(signal.SIGINT)
     assert worker.wait(DEADLINE_SECONDS) == 0
     wait_until(lambda: not Path(f"/proc/{new}").exists(), "the worker's end")

@@ -130,7 +130,7 @@ def test_it_does_not_start_beside_code_that_still_runs(
         waiting = run_background_job("tests.jobs.echo", parameters=[1])
         # Twenty times as long as it would take to start again.
         time.sleep(1)
-        assert "It starts again when the code of its jobs has ended" in caplog.text
+        assert "The worker restarts when the code of its jobs has ended" in caplog.text
         assert len(rows(state_of(app), WorkerRow)) == 1
         assert stuck.refresh().status == "failed"
         # The code ends as soon as somebody opens the pipe.

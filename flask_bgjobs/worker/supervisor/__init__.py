@@ -1,1 +1,1 @@
-"""One command, several worker processes: starts, watches and replaces them."""
+"""Several worker processes with one command: starts, watches and replaces them."""

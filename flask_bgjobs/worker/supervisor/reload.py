@@ -1,4 +1,4 @@
-"""Start a worker anew when code changes; for development."""
+"""Restart a worker when code changes; for development."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from ...errors import BgJobsError
 from ...system.signal_handlers import STOP_SIGNALS, handled
 
 _IDLE_STOP_SECONDS, _STOP_SECONDS = 0.5, 5.0
-"""For a worker to end by itself, and then to give its running jobs back before it is killed."""
+"""How long a worker may take to stop: first until it gets a second signal, then until it is
+killed."""
 
 
 def watched_folders(root_path: str) -> list[Path]:
-    """The working directory and the app's own, without what lies inside another."""
+    """The working directory and the app's folder; only the outer one if one contains the other."""
     folders = {Path.cwd().resolve(), Path(root_path).resolve()}
     return sorted(f for f in folders if not any(other in f.parents for other in folders))
 
 
 def run_with_reload(command: Sequence[str], folders: Iterable[Path]) -> int:
-    """Run ``command``, anew at each change of a Python file below ``folders``, until interrupted.
+    """Run a command, and restart it when a Python file changes, until the process is interrupted.
 
-    A command that ended by itself, as after a syntax error, is run again at the next change.
+    A command that has exited, for example after a syntax error, is started at the next change.
 
-    :returns: the exit code for the process that calls this: 0.
+    :param folders: the folders to watch, with their subfolders.
+    :returns: the exit code for the calling process: 0.
     :raises BgJobsError: when watchfiles is not installed.
     """
     try:
@@ -47,7 +49,7 @@ def run_with_reload(command: Sequence[str], folders: Iterable[Path]) -> int:
         try:
             for change in changes:
                 names = sorted({os.path.relpath(path) for _, path in change})
-                print(f"{names[0]} has changed; the worker starts anew", file=sys.stderr)
+                print(f"{names[0]} has changed; restarting the worker", file=sys.stderr)
                 _stop(process)
                 process = subprocess.Popen(command)
         finally:
@@ -56,7 +58,7 @@ def run_with_reload(command: Sequence[str], folders: Iterable[Path]) -> int:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a worker soon: the second signal ends the grace of its running jobs."""
+    """Stop a worker soon: the second signal ends the grace period of its jobs."""
     for seconds in (_IDLE_STOP_SECONDS, _STOP_SECONDS):
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

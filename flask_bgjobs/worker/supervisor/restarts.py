@@ -1,4 +1,4 @@
-"""When a child process that has ended is started again: pure arithmetic, no clock."""
+"""The backoff before an ended child process is started again. It only computes; it has no clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STEADY_SECONDS = 60.0
 
 
 class Restarts:
-    """The pauses before the starts of one child after the other in the same place."""
+    """Computes the pause before each restart of one child."""
 
     def __init__(self) -> None:
         self._pause = 0.0
@@ -18,12 +18,12 @@ class Restarts:
     def pause(self, lived_seconds: float, *, failed: bool) -> float:
         """Seconds to wait before the next start.
 
-        A failure is answered at once, and failures in quick succession after 1, 2, 4, … up to 30
-        seconds, with jitter, so that many children do not come all at once. What is meant to end
-        from time to time starts once in a second at most.
+        The first restart after a failure is immediate. Repeated failures wait 1, 2, 4, … up to 30
+        seconds, with jitter, so that many children do not restart all at once. A child that ended
+        as intended, for example at a limit, starts at most once per second.
 
         :param lived_seconds: from the child's start to its end.
-        :param failed: whether it ended otherwise than it should.
+        :param failed: whether the child ended with an error.
         """
         if not failed or lived_seconds >= _STEADY_SECONDS:
             self._pause = 0.0

@@ -1,4 +1,4 @@
-"""Tell systemd how a service of ``Type=notify`` fares: the protocol of ``sd_notify(3)``."""
+"""Notify systemd of the state of a ``Type=notify`` service, by the ``sd_notify(3)`` protocol."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import socket
 
 
 def notify(*states: str) -> bool:
-    """Whether systemd was told; ``False`` where nobody listens. Never raises.
+    """Send state changes to systemd. Never raises.
 
     :param states: lines such as ``READY=1``, ``STOPPING=1`` or ``STATUS=…``.
+    :returns: whether they were sent; ``False`` without ``NOTIFY_SOCKET`` or on an error.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:

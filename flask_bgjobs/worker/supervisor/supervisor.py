@@ -1,7 +1,7 @@
-"""The supervisor: starts worker processes, watches and replaces them, and stops them together.
+"""The supervisor: starts worker processes, replaces those that end, and stops them together.
 
-It holds no connection to the database and runs nothing of the app's. Each child is a fresh process,
-since one that has threads or connections must not be forked.
+It has no database connection and runs no code of the app. Each child is a new process and no fork,
+because a process with threads or connections must not be forked.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from . import sd_notify
 from .restarts import Restarts
 from .supervised import OPTION, STOP
 
-_TRIES = 3
-"""Starts of each child, until a service of which none ever took jobs is given up."""
+_MAX_FAILED_STARTS = 3
+"""Number of failed starts of each child after which the supervisor gives up, if none was ready."""
 END_SECONDS = 13.0
-"""For a child to end, beyond the grace of its jobs: longer than it takes by itself."""
-_SOME_BYTES = 4096
+"""Time after the grace period in which a child must end. It is longer than a worker needs."""
+_READ_BYTES = 4096
 _MAX_SELECT_SECONDS = 86_400.0
-"""epoll waits for 24 days at most."""
+"""One wait must stay below 24 days, the limit of epoll."""
 
 
 class Supervisor:
-    """Some worker processes that run until they are told to stop.
+    """Worker processes that run until the supervisor is asked to stop.
 
-    :param commands: of the children; each gets the option ``--supervised`` besides.
-    :param burst: whether a child that ends with code 0 is done, instead of being replaced.
-    :param grace_seconds: what the running jobs of a child have after the first signal.
+    :param commands: the command of each child; the option ``--supervised`` is added.
+    :param burst: whether a child that exits with code 0 is done. By default it is replaced.
+    :param grace_seconds: grace period of running jobs after the first signal.
     """
 
     def __init__(
@@ -48,37 +48,37 @@ class Supervisor:
         self._burst = burst
         self._grace_seconds = grace_seconds
         self._selector = selectors.DefaultSelector()
-        self._stops = self._stops_passed_on = 0
-        self._were_all_up = False
+        self._stops = self._stops_forwarded = 0
+        self._were_all_ready = False
         self._stopped_cleanly = True
         self._failed_start_code = 1
 
     def run(self) -> int:
-        """Supervise until the children have stopped, are done, or turn out unable to start.
+        """Supervise until all children have stopped, are done, or cannot start.
 
-        :returns: the exit code for the process that calls this: 0, also after a clean stop; 1 when
-            a child did not stop cleanly; that of the children when none could start.
+        :returns: the exit code for the calling process: 0 after a clean stop or a burst, 1 if a
+            child did not stop cleanly, and the exit code of the children if none could start.
         """
         with self._woken_by_signals():
             while not self._is_over():
                 self._start_due()
                 self._wait()
                 self._reap()
-                self._pass_stops_on()
+                self._forward_stops()
                 self._kill_overdue()
         if self._stops or not self._has_given_up:
             return 0 if self._stopped_cleanly else 1
-        _logger.error("No worker process could start in %d tries; giving up", _TRIES)
+        _logger.error("No worker process could start in %d tries; giving up", _MAX_FAILED_STARTS)
         return self._failed_start_code
 
     @property
     def started(self) -> int:
-        """How many processes it has started."""
+        """Number of processes that were started."""
         return sum(slot.starts for slot in self._slots)
 
     @property
     def replacements(self) -> int:
-        """How many of these took the place of one that had ended."""
+        """Number of started processes that replaced an ended one."""
         return sum(max(slot.starts - 1, 0) for slot in self._slots)
 
     def _is_over(self) -> bool:
@@ -88,16 +88,17 @@ class Supervisor:
 
     @property
     def _has_given_up(self) -> bool:
-        """Whether no child was ever up, and each has had its tries.
+        """Whether each child has used up its failed starts, and none was ever ready.
 
-        Once one was up, the app can start: what keeps it from that now, such as a database that is
-        away, will pass.
+        If one was ready before, the app can start, and the present error is temporary. The database
+        may be unreachable, for example.
         """
-        return all(slot.failed_starts >= _TRIES for slot in self._slots) and not self._ever_up
+        all_failed = all(slot.failed_starts >= _MAX_FAILED_STARTS for slot in self._slots)
+        return all_failed and not self._ever_ready
 
     @property
-    def _ever_up(self) -> bool:
-        return any(slot.was_up for slot in self._slots)
+    def _ever_ready(self) -> bool:
+        return any(slot.was_ready for slot in self._slots)
 
     # Signals
 
@@ -130,16 +131,16 @@ class Supervisor:
                 self._start(slot)
 
     def _is_to_start(self, slot: _Slot) -> bool:
-        """Whether a child is to start there, now or later."""
+        """Whether a child will be started in this slot, now or later."""
         if slot.child or slot.is_done or self._stops:
             return False
-        return self._ever_up or slot.failed_starts < _TRIES
+        return self._ever_ready or slot.failed_starts < _MAX_FAILED_STARTS
 
     def _start(self, slot: _Slot) -> None:
         try:
             slot.child = _Child(slot.command)
         except OSError as error:
-            # Such as too many processes: the children that run must not suffer for it.
+            # For example too many processes. The running children must not be affected.
             slot.failed_starts += 1
             slot.pause(0.0, failed=True)
             _logger.error(
@@ -152,10 +153,10 @@ class Supervisor:
         slot.starts += 1
         self._selector.register(slot.child.channel, selectors.EVENT_READ, slot)
 
-    # What children tell, and how they end
+    # Messages of children, and their ends
 
     def _wait(self) -> None:
-        """Wait until there is a signal, a child tells something, or something is due."""
+        """Wait for a signal, for a message of a child, or until a start or kill is due."""
         due = [slot.start_at for slot in self._slots if self._is_to_start(slot)]
         due += [slot.child.kill_at for slot in self._slots if slot.child]
         at = min(due, default=math.inf)
@@ -163,46 +164,46 @@ class Supervisor:
         seconds = None if at == math.inf else min(left, _MAX_SELECT_SECONDS)
         for key, _ in self._selector.select(seconds):
             if key.data is None:
-                self._awake.recv(_SOME_BYTES)
+                self._awake.recv(_READ_BYTES)
             else:
-                self._hear(key.data)
+                self._read_message(key.data)
 
-    def _hear(self, slot: _Slot) -> None:
-        """Take note of all that a child ever tells: that it takes jobs, or that it is no more."""
+    def _read_message(self, slot: _Slot) -> None:
+        """Read the only message of a child: that it takes jobs. End of file means that it ended."""
         assert slot.child is not None
         self._selector.unregister(slot.child.channel)
         if not slot.child.is_ready():
             return
-        slot.was_up = True
-        if not self._were_all_up and all(each.was_up for each in self._slots):
-            self._were_all_up = True
+        slot.was_ready = True
+        if not self._were_all_ready and all(each.was_ready for each in self._slots):
+            self._were_all_ready = True
             sd_notify.notify("READY=1", f"STATUS={len(self._slots)} worker processes take jobs")
 
     def _reap(self) -> None:
         for slot in self._slots:
             if slot.child and (code := slot.child.process.poll()) is not None:
                 if slot.child.channel in self._selector.get_map():
-                    self._hear(slot)
+                    self._read_message(slot)
                 self._on_end(slot, slot.child, code)
 
     def _on_end(self, slot: _Slot, child: _Child, code: int) -> None:
         child.channel.close()
         slot.child = None
         lived_seconds = time.monotonic() - child.began
-        is_well = child.takes_jobs and code == 0
+        is_clean = child.takes_jobs and code == 0
         if self._stops:
-            # One that did not take jobs yet was ended at once, and had nothing to lose.
-            is_well = is_well or not child.takes_jobs
-            self._stopped_cleanly &= is_well
-        elif is_well and self._burst:
+            # A child that took no jobs yet was terminated at once, and its exit code means nothing.
+            is_clean = is_clean or not child.takes_jobs
+            self._stopped_cleanly &= is_clean
+        elif is_clean and self._burst:
             slot.is_done = True
         else:
-            slot.pause(lived_seconds, failed=not is_well)
+            slot.pause(lived_seconds, failed=not is_clean)
             if not child.takes_jobs:
                 slot.failed_starts += 1
                 self._failed_start_code = max(code, 1)
         _logger.log(
-            logging.INFO if is_well else logging.WARNING,
+            logging.INFO if is_clean else logging.WARNING,
             "Worker process ended | Process: %d | Pid: %d | It %s | After: %.1f s | Next start: %s",
             slot.number,
             child.process.pid,
@@ -219,19 +220,19 @@ class Supervisor:
 
     # Stops
 
-    def _pass_stops_on(self) -> None:
-        while self._stops_passed_on < self._stops:
-            self._stops_passed_on += 1
-            is_first = self._stops_passed_on == 1
+    def _forward_stops(self) -> None:
+        while self._stops_forwarded < self._stops:
+            self._stops_forwarded += 1
+            is_first = self._stops_forwarded == 1
             if is_first:
-                self._tell_of_stop()
+                self._announce_stop()
             seconds = END_SECONDS + (self._grace_seconds if is_first else 0.0)
             for slot in self._slots:
                 if slot.child:
                     slot.child.stop(time.monotonic() + seconds)
 
-    def _tell_of_stop(self) -> None:
-        sd_notify.notify("STOPPING=1", "STATUS=Running jobs have their grace")
+    def _announce_stop(self) -> None:
+        sd_notify.notify("STOPPING=1", "STATUS=Waiting for running jobs to finish")
         _logger.info(
             "Supervisor stopping | Processes: %d | Grace: %g s; a second signal ends it",
             sum(slot.child is not None for slot in self._slots),
@@ -242,7 +243,7 @@ class Supervisor:
         for slot in self._slots:
             if slot.child and slot.child.kill_at <= time.monotonic():
                 _logger.error(
-                    "Worker process killed | Process: %d | Pid: %d | It did not end in its time",
+                    "Worker process killed | Process: %d | Pid: %d | It did not stop in time",
                     slot.number,
                     slot.child.process.pid,
                 )
@@ -250,7 +251,7 @@ class Supervisor:
 
 
 class _Slot:
-    """The place of one child after the other."""
+    """One of the worker processes; an ended child is replaced in the same slot."""
 
     def __init__(self, number: int, command: Sequence[str]) -> None:
         self.number = number
@@ -259,14 +260,18 @@ class _Slot:
         self.start_at = -math.inf
         self.starts = 0
         self.failed_starts = 0
-        """How many children ended before they took jobs."""
-        self.was_up = False
-        """Whether one ever took jobs."""
+        """Number of children that could not be started, or ended before they took jobs."""
+        self.was_ready = False
+        """Whether a child of this slot has ever taken jobs."""
         self.is_done = False
         self._restarts = Restarts()
 
     def pause(self, lived_seconds: float, *, failed: bool) -> None:
-        """Set when the next child is to start, after the end of one."""
+        """Set the time of the next start, after a child has ended.
+
+        :param lived_seconds: from the child's start to its end.
+        :param failed: whether it failed.
+        """
         pause = self._restarts.pause(lived_seconds, failed=failed)
         self.start_at = time.monotonic() + pause
 
@@ -274,7 +279,7 @@ class _Slot:
 class _Child:
     """One worker process.
 
-    :raises OSError: when it cannot be started.
+    :raises OSError: when the process cannot be started.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -285,7 +290,7 @@ class _Child:
                 self.process = subprocess.Popen(
                     [*command, OPTION, str(descriptor)],
                     pass_fds=[descriptor],
-                    # What systemd is told is the supervisor's word.
+                    # Only the supervisor may notify systemd.
                     env={k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"},
                 )
             except OSError:
@@ -296,24 +301,24 @@ class _Child:
         self.kill_at = math.inf
 
     def is_ready(self) -> bool:
-        """Whether that is what it has to say; it says nothing when it has ended."""
+        """Whether the child has reported that it takes jobs. Without a message it has ended."""
         with contextlib.suppress(OSError):
             self.takes_jobs = bool(self.channel.recv(1, socket.MSG_DONTWAIT))
         return self.takes_jobs
 
     def stop(self, kill_at: float) -> None:
-        """Ask it to stop; asked again, it ends the grace of its jobs.
+        """Ask the child to stop; a second call ends the grace period of its jobs.
 
-        :param kill_at: the monotonic time at which its own time is over.
+        :param kill_at: time by ``time.monotonic()`` at which the child is to be killed.
         """
         self.kill_at = kill_at
         with contextlib.suppress(OSError):
             self.channel.send(STOP)
         if not self.takes_jobs:
-            # It may not listen yet, while it imports the app.
+            # While it imports the app, it does not read the socket yet.
             self.process.terminate()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self.kill_at = math.inf
         self.process.kill()
