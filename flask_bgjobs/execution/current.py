@@ -1,4 +1,4 @@
-"""``current_job``: what running code may ask of its own job, and tell about it."""
+"""``current_job``: what running code can read and report about its own job."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..job.text import storable
 from ..system.safe_logging import logger as _logger
 
 _NO_META = "{}"
-_MOST_MASKED = 2**20
-"""Characters of a text that are looked through for secrets."""
+_MAX_MASKED_CHARS = 2**20
+"""Most characters of a text that are searched for secrets."""
 
 
 class CurrentJob:
-    """One attempt, seen from inside.
+    """The running attempt of a job, for the job's own code.
 
-    What it is told is kept in memory and written a few times a second, so that a loop may
-    report each of its steps.
+    Progress and log lines are kept in memory and written a few times a second, so a loop may report
+    each of its steps.
     """
 
     def __init__(self, spec: JobSpec, *, max_payload: int | None = None) -> None:
@@ -45,10 +45,10 @@ class CurrentJob:
         self._make_masker: Callable[[], Callable[[str], str]] | None = None
         self._masker: Callable[[str], str] | None = None
         self.raised: tuple[BaseException, BaseException] | None = None
-        """What ended the attempt, and the same without secrets; for :mod:`.execute`."""
+        """The exception that ended the attempt, and a copy without secrets; for :mod:`.execute`."""
         self._report: Callable[[], None] | None = None
         self.meta: dict[str, Any] = _readable_meta(self._written_meta)
-        """A dict of yours, kept with the job over all its attempts."""
+        """A dict for the job's own data, stored with the job and kept over all its attempts."""
 
     @property
     def id(self) -> int:
@@ -57,37 +57,38 @@ class CurrentJob:
 
     @property
     def attempt(self) -> int:
-        """Which claim of the job this is, from 1."""
+        """The number of this attempt: how often the job has been claimed, from 1."""
         return self._spec.attempt
 
     @property
     def retry_count(self) -> int:
-        """Retries used before this attempt."""
+        """The number of retries used before this attempt."""
         return self._spec.retry_count
 
     @property
     def queue(self) -> str:
-        """The name of its queue."""
+        """The name of the job's queue."""
         return self._spec.queue
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked for a cancel; a loop may look and stop tidily."""
+        """Whether the job's cancellation was requested. A loop can check it and stop cleanly."""
         return self._cancelled
 
     def raise_if_cancelled(self) -> None:
-        """Stop here when somebody asked for a cancel.
+        """Stop the job here if its cancellation was requested.
 
-        :raises JobCancelled: then.
+        :raises JobCancelled: if it was requested.
         """
         if self.cancelled:
             raise JobCancelled
 
     def progress(self, fraction: float, note: str | None = None) -> None:
-        """Show how far the job is.
+        """Report how much of the job is done.
 
-        :param fraction: 0 to 1; values outside are cut to that, with a warning in the log.
-        :param note: a few words, such as ``"4 of 10"``.
+        :param fraction: 0 to 1. Values outside this range are clipped to it, and a warning is
+            logged.
+        :param note: a few words, such as ``"4 of 10"``; default: keep the last note.
         :raises ValueError: when ``fraction`` is no number.
         """
         fraction = float(fraction)
@@ -104,7 +105,7 @@ class CurrentJob:
                 self._note = storable(self.masked(str(note)))[:255]
 
     def log(self, message: object) -> None:
-        """Keep a line with the job, for its page on the dashboard."""
+        """Store a log line with the job. Its page on the dashboard shows it."""
         line = storable(self.masked(str(message)))
         with self._lock:
             if len(self._lines) == MAX_LINES:
@@ -112,48 +113,52 @@ class CurrentJob:
             self._lines.append(line)
 
     def mask_with(self, make_masker: Callable[[], Callable[[str], str]]) -> None:
-        """Mask what is told from now on; for :mod:`.execute`.
+        """Mask secrets in all further texts; for :mod:`.execute`.
 
-        :param make_masker: called when the first text comes, as most jobs tell nothing.
+        :param make_masker: makes the function that masks a text. It is called with the first text,
+            because most jobs report none.
         """
         self._make_masker, self._masker = make_masker, None
 
     def masked(self, text: str) -> str:
-        """``text`` without the job's secrets; before it is cut, or a part of one would be left."""
+        """A text without the job's secrets.
+
+        Call it before the text is cut: a part of a secret would not be recognized.
+        """
         if self._make_masker is None:
             return text
-        if len(text) > _MOST_MASKED:
-            # Far more than is kept of any text; nothing of what is left out is shown.
-            text = f"{text[: _MOST_MASKED // 2]}…{text[-_MOST_MASKED // 2 :]}"
+        if len(text) > _MAX_MASKED_CHARS:
+            # Much more than is stored of any text, so the omitted middle is never shown.
+            text = f"{text[: _MAX_MASKED_CHARS // 2]}…{text[-_MAX_MASKED_CHARS // 2 :]}"
         try:
             if self._masker is None:
                 self._masker = self._make_masker()
             return self._masker(text)
         except Exception:
-            # Rather nothing than a secret; an attempt must not fail for it.
+            # Show nothing rather than a secret. The attempt must not fail because of this.
             return MASK
 
     def report_with(self, report: Callable[[], None]) -> None:
-        """Keep how the attempt's failure is reported; for :mod:`.execute`."""
+        """Set the function that reports the attempt's failure; for :mod:`.execute`."""
         self._report = report
 
     def report_failure(self) -> None:
-        """Report the attempt's failure, if it has failed; for pools, after they have handed its
-        outcome over."""
+        """Report the attempt's failure, if any. Pools call it after they have handed over its
+        outcome."""
         report, self._report = self._report, None
         if report is not None:
             report()
 
     def after_fork_in_child(self) -> None:
-        """Take a new lock: another thread of the parent may have held the old one."""
+        """Make a new lock, because another thread of the parent may have held the old one."""
         self._lock = threading.Lock()
 
     def request_cancel(self) -> None:
-        """Make :attr:`cancelled` true; for pools."""
+        """Make :attr:`cancelled` true. Pools call it."""
         self._cancelled = True
 
     def take_report(self) -> Report | None:
-        """What was told since the last call, ``None`` when that is nothing; for pools."""
+        """The changes since the last call, or ``None`` if there are none. Pools call it."""
         meta = self._changed_meta()
         with self._lock:
             lines = tuple(self._lines)
@@ -173,7 +178,7 @@ class CurrentJob:
                 return None
             text = serialize.dumps(self.meta, name="meta", max_bytes=self._max_payload)
         except serialize.NotSerializable:
-            # Changed by the job at this moment, or not storable: the attempt's end checks it.
+            # The job is changing it, or it cannot be stored; check_meta() decides at the end.
             return None
         if text == self._written_meta:
             return None
@@ -181,20 +186,20 @@ class CurrentJob:
         return text
 
     def check_meta(self) -> None:
-        """Make sure that :attr:`meta` can be stored.
+        """Check that :attr:`meta` can be stored.
 
-        :raises NotSerializable: names what cannot.
+        :raises NotSerializable: names the value that cannot be stored.
         """
         if not self._has_no_meta():
             serialize.dumps(self.meta, name="current_job.meta", max_bytes=self._max_payload)
 
     def _has_no_meta(self) -> bool:
-        # A job may put anything there, also an object whose comparison raises.
+        # A job may assign any object, even one whose comparison raises.
         return type(self.meta) is dict and not self.meta
 
 
 def _readable_meta(text: str) -> dict[str, Any]:
-    """The stored meta; empty when somebody edited it into something else."""
+    """The stored meta; empty if the column was edited and is no JSON object."""
     if text == _NO_META:
         return {}
     try:
@@ -209,10 +214,10 @@ _current: contextvars.ContextVar[CurrentJob] = contextvars.ContextVar("bgjobs_cu
 current_job = cast(
     CurrentJob,
     LocalProxy(
-        _current, unbound_message="current_job is only there inside a job that a worker runs"
+        _current, unbound_message="current_job is only available inside a job that a worker runs"
     ),
 )
-"""The job that runs the calling code; a ``RuntimeError`` elsewhere."""
+"""The job whose code is running. Outside a job, its use raises ``RuntimeError``."""
 
 
 def enter(job: CurrentJob) -> contextvars.Token[CurrentJob]:

@@ -1,7 +1,7 @@
-"""Execute: one attempt, from the name to the outcome. No database here.
+"""Execute one attempt, from the job's name to its outcome. No database is used here.
 
-Both pools run this same function. A failing job is a value, an outcome; nothing that a job
-does may raise out of here.
+Both pools run :func:`execute`. A failing job is a value, an outcome: no exception of a job may
+leave this function.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from .leftovers import ThreadState
 def execute(
     state: AppState, spec: JobSpec, job: CurrentJob, scope: InterruptScope, claimed: float
 ) -> Outcome:
-    """How the attempt ended.
+    """Run one attempt of a job, and return its outcome.
 
-    A copy of the process that a job forks ends here, as soon as the job's code ends in it.
+    If the job forks, the child process ends here as soon as the job's code ends in it.
 
     :param spec: the claimed job.
-    :param job: what its code sees as ``current_job``.
-    :param scope: through which it may be stopped.
-    :param claimed: when it was claimed, by ``time.monotonic()``.
-    :returns: to be handed over first; then :meth:`.CurrentJob.report_failure` is to be called.
+    :param job: the object that its code sees as ``current_job``.
+    :param scope: the scope through which the code may be interrupted.
+    :param claimed: time of the claim, by ``time.monotonic()``.
+    :returns: the outcome. The caller hands it over first, then calls
+        :meth:`.CurrentJob.report_failure`.
     """
     with forks.CopiesEnd():
-        # A copy of the context: what the job sets in it is gone when it ends.
+        # A copy of the context, so that context variables of the job end with it.
         context_of_job = contextvars.copy_context()
         try:
             outcome = context_of_job.run(_execute, state, spec, job, scope, claimed)
         except BaseException as error:
-            # Such as an alarm of the job's after its code had ended, or no memory.
+            # For example a SIGALRM of the job after its code had ended, or a MemoryError.
             outcome = _failure(job, spec, OutcomeKind.FAILED, error)
         raised, job.raised = job.raised, None
-        # What a cancelled job raised is no failure, and one that is given back runs again.
+        # An exception of a cancelled job is no failure, and a job that is given back runs again.
         if raised is None or job.cancelled or scope.interruption is JobCancelled:
             return outcome
         settled = failures.expected(state, spec, outcome)
@@ -66,7 +67,7 @@ def execute(
 def _execute(
     state: AppState, spec: JobSpec, job: CurrentJob, scope: InterruptScope, claimed: float
 ) -> Outcome:
-    # The one of the caller is an object that both contexts hold.
+    # Both contexts refer to the same decimal context, so the job gets its own.
     decimal.setcontext(decimal.getcontext().copy())
     job.mask_with(lambda: state.redactor.forms)
     try:
@@ -74,11 +75,11 @@ def _execute(
         parameters = spec.parameters
         if not isinstance(parameters, list | dict):
             raise ValueError("the parameters in the row are neither a list nor a dict")
-        job.mask_with(lambda: state.redactor.masker(parameters, _named(target)))
+        job.mask_with(lambda: state.redactor.masker(parameters, _named_function(target)))
     except JobNotAllowed as error:
         return _failure(job, spec, OutcomeKind.REFUSED, error)
     except BaseException as error:
-        # A module may raise anything when it is imported, KeyboardInterrupt as well.
+        # The import of a module may raise anything, also KeyboardInterrupt.
         return _failure(job, spec, OutcomeKind.FAILED_FINALLY, error)
     started = time.monotonic()
     outcome: dict[str, Any] = {}
@@ -86,9 +87,9 @@ def _execute(
         with state.app.app_context():
             outcome = _attempt(state, spec, job, scope, target, parameters)
     except BaseException as error:
-        # A teardown of the host's raised, after the code had ended.
+        # A teardown function of the host raised, after the code had ended.
         if not outcome:
-            outcome = _of_exception(job, error)
+            outcome = _outcome_of_exception(job, error)
         else:
             SafeLogger(state.app.logger).exception("Teardown after job %s raised", spec.id)
     return Outcome(
@@ -102,11 +103,11 @@ def _execute(
     )
 
 
-def _named(target: Target) -> Callable[..., Any] | None:
+def _named_function(target: Target) -> Callable[..., Any] | None:
     try:
         return target.named
     except Exception:
-        # A function that tells nothing of its parameters: any of them may be the secret.
+        # The function has no readable signature, so any parameter may be a secret.
         return None
 
 
@@ -129,17 +130,17 @@ def _attempt(
     except JobTimeout as error:
         error.args = (f"it ran longer than {spec.timeout} s",)
         state.roll_back_session()
-        return _of_exception(job, error)
+        return _outcome_of_exception(job, error)
     except BaseException as error:
         state.roll_back_session()
-        return _of_exception(job, error)
+        return _outcome_of_exception(job, error)
     finally:
         context.leave(token)
         state.remove_session()
 
 
 def _call(scope: InterruptScope, target: Target, parameters: Any) -> Any:
-    # Before anything of ours runs in a copy, as that would use what it shares with its parent.
+    # A forked child must end before our code runs in it and uses connections of its parent.
     with forks.CopiesEnd():
         if isinstance(parameters, dict):
             result = target.call((), parameters)
@@ -148,13 +149,13 @@ def _call(scope: InterruptScope, target: Target, parameters: Any) -> Any:
     return scope.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
-def _of_exception(job: CurrentJob, error: BaseException) -> dict[str, Any]:
-    """What an exception says about the attempt: the one place where that is decided."""
+def _outcome_of_exception(job: CurrentJob, error: BaseException) -> dict[str, Any]:
+    """Outcome fields for an exception. Only this function maps exceptions to outcomes."""
     match error:
         case Retry():
-            kind, delay = OutcomeKind.RETRY, _asked_delay(error.delay)
+            kind, delay = OutcomeKind.RETRY, _requested_delay(error.delay)
         case Snooze():
-            kind, delay = OutcomeKind.SNOOZED, _asked_delay(error.delay) or 0.0
+            kind, delay = OutcomeKind.SNOOZED, _requested_delay(error.delay) or 0.0
         case Fail() | serialize.NotSerializable():
             kind, delay = OutcomeKind.FAILED_FINALLY, None
         case JobCancelled():
@@ -166,8 +167,8 @@ def _of_exception(job: CurrentJob, error: BaseException) -> dict[str, Any]:
     return {"kind": kind, "delay_seconds": delay, **_described(job, error)}
 
 
-def _asked_delay(delay: object) -> float | None:
-    """The delay that the code asked for; one that is no duration counts as not given."""
+def _requested_delay(delay: object) -> float | None:
+    """The delay given to ``Retry`` or ``Snooze``; ``None`` if it is missing or no duration."""
     if delay is None:
         return None
     try:
@@ -181,7 +182,7 @@ def _failure(job: CurrentJob, spec: JobSpec, kind: OutcomeKind, error: BaseExcep
 
 
 def _described(job: CurrentJob, error: BaseException) -> dict[str, Any]:
-    """Type, message and traceback of an exception, fit for any database, whatever it is."""
+    """Type, message and traceback of any exception, masked and safe to store in any database."""
     kind = storable(type(error).__qualname__)[:255]
     try:
         message = str(error)
@@ -189,7 +190,7 @@ def _described(job: CurrentJob, error: BaseException) -> dict[str, Any]:
         message = f"(its message cannot be read: {type(broken).__name__})"
     text = tracebacks.formatted(error)
     masked = job.masked(text)
-    job.raised = error, error if masked == text else tracebacks.stand_in(error, job.masked(message))
+    job.raised = error, error if masked == text else tracebacks.redacted(error, job.masked(message))
     return {
         "error_type": kind,
         "error": storable(job.masked(f"{kind}: {message}" if message else kind)),

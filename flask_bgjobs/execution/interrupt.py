@@ -1,9 +1,9 @@
-"""The scope in which a job's code may be stopped from another thread.
+"""The scope in which a job's code can be interrupted from another thread.
 
-CPython can raise an exception in another thread at its next instruction. That must never
-hit code of ours or of the host (a commit, a log handler, the return of a connection), so it
-is sent only while a scope is open around user code alone, and one that is still on its way
-when the scope closes is taken back.
+CPython can raise an exception in another thread at its next instruction. Such an exception must
+never reach library or host code, such as a commit, a log handler or the return of a connection. So
+it is sent only while a scope is open around the job's code. When the scope closes, an exception
+that has not arrived yet is taken back.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 Interruption = type[JobCancelled] | type[JobTimeout]
 
 _set_async_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-_NOTHING = ctypes.py_object()
-"""A null pointer: takes back an exception that has not arrived yet."""
+_NO_EXCEPTION = ctypes.py_object()
+"""A null pointer. Sending it takes back an exception that has not arrived yet."""
 
 
-_AGAIN_SECONDS = 1.0
-"""Between two interruptions of code that swallowed the first: it may be cleaning up."""
+_REPEAT_SECONDS = 1.0
+"""Shortest time between two interruptions. Code that caught the first may be cleaning up."""
 _CLOSED = -1
-"""No thread: the code has ended, and nothing may be sent any more."""
+"""Thread id of a closed scope, whose code has ended: nothing may be sent."""
 
 
 class InterruptScope:
@@ -42,11 +42,11 @@ class InterruptScope:
         self._stop_task: Callable[[], object] | None = None
         self._sent_at = -math.inf
         self.interruption: Interruption | None = None
-        """What was sent into the code, if anything."""
+        """The exception that was sent to the code, if any."""
         self.overdue_since: float | None = None
-        """When it was interrupted, or else when its code ended, by ``time.monotonic()``."""
+        """Time of the interruption, or else of the end of the code, by ``time.monotonic()``."""
         self.thread_id: int | None = None
-        """Of the thread that runs the code."""
+        """Id of the thread that runs the code."""
 
     @property
     def is_closed(self) -> bool:
@@ -54,9 +54,10 @@ class InterruptScope:
         return self._thread == _CLOSED
 
     def run(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns or raises, run in the calling thread with the scope open.
+        """Run a function in the calling thread with the scope open, and return its result.
 
-        :raises JobCancelled: or :class:`JobTimeout`, when interrupted with it.
+        :raises JobCancelled: when the code was interrupted by a cancel.
+        :raises JobTimeout: when the code was interrupted by a timeout.
         """
         try:
             self._thread = self.thread_id = threading.get_ident()
@@ -64,23 +65,23 @@ class InterruptScope:
                 raise self.interruption
             return function()
         finally:
-            # What is still on its way may arrive at any call from here on: begin again until
-            # the scope is shut, after which nothing new can be sent. (No call stands outside
-            # the inner `try`, not even of a property.)
+            # An exception that was sent may arrive at any call from here on. Repeat until the
+            # scope is closed; then none can be sent. (Every call must be inside the inner `try`,
+            # even the call of a property.)
             while self._thread != _CLOSED:
                 try:  # noqa: SIM105 - it may arrive in the code of suppress() as well
                     self._close()
                 except BaseException:
-                    # Also what a signal handler of the job raises, such as that of its alarm.
+                    # Also an exception from a signal handler of the job, such as for SIGALRM.
                     pass
 
     def run_coroutine(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What ``coroutine`` returns, run in an event loop of its own; within :meth:`run`.
+        """Run a coroutine in its own event loop, and return its result; call it within :meth:`run`.
 
-        It is interrupted by cancelling its task, so that its ``finally`` blocks may await.
+        To interrupt it, its task is cancelled, so that its ``finally`` blocks may await.
         """
         try:
-            self._interrupt_through(_nothing)
+            self._interrupt_with(_stop_no_task)
         except BaseException:
             coroutine.close()
             raise
@@ -88,29 +89,31 @@ class InterruptScope:
         async def main() -> T:
             loop, task = asyncio.get_running_loop(), asyncio.current_task()
             assert task is not None
-            self._interrupt_through(lambda: loop.call_soon_threadsafe(task.cancel))
+            self._interrupt_with(lambda: loop.call_soon_threadsafe(task.cancel))
             try:
                 with forks.CopiesEnd():
                     return await coroutine
             finally:
-                # From here on the loop ends, and must not be disturbed.
-                self._interrupt_through(_nothing)
+                # The loop ends from here on, and must not be interrupted.
+                self._interrupt_with(_stop_no_task)
 
         try:
             return asyncio.run(main())
         except asyncio.CancelledError as error:
             if self.interruption is None:
                 raise
-            # With the place where the coroutine stood.
+            # The traceback shows where the coroutine was interrupted.
             raise self.interruption().with_traceback(error.__traceback__) from None
         finally:
             coroutine.close()
 
     def interrupt(self, interruption: Interruption) -> bool:
-        """Raise ``interruption`` in the code; ``False`` when the scope is closed.
+        """Raise an exception in the code. A blocking C call returns first.
 
-        A call in C ends first. Before :meth:`run` it is kept and raised at once there. Code that
-        swallowed it is interrupted again by a later call, at most once a second.
+        If :meth:`run` has not begun, it raises the exception at once. If the code has caught an
+        earlier one, a later call interrupts it again, at most once a second.
+
+        :returns: ``False`` if the scope is closed.
         """
         with self._lock:
             if self.is_closed:
@@ -118,7 +121,7 @@ class InterruptScope:
             now = time.monotonic()
             if self.interruption is None:
                 self.interruption, self.overdue_since = interruption, now
-            if self._thread is not None and now - self._sent_at >= _AGAIN_SECONDS:
+            if self._thread is not None and now - self._sent_at >= _REPEAT_SECONDS:
                 self._sent_at = now
                 self._send()
             return True
@@ -127,32 +130,32 @@ class InterruptScope:
         if self._stop_task is not None:
             self._stop_task()
         elif self._thread == threading.get_ident():
-            # From a signal's handler, which stands within the code that is to stop.
+            # Called from a signal handler, which runs inside the code to be stopped.
             assert self.interruption is not None
             raise self.interruption
         else:
             assert self._thread is not None
             _set_async_exception(ctypes.c_ulong(self._thread), ctypes.py_object(self.interruption))
 
-    def _interrupt_through(self, stop_task: Callable[[], object]) -> None:
-        """Send interruptions to a task from now on, also one that came before it began."""
+    def _interrupt_with(self, stop_task: Callable[[], object]) -> None:
+        """Call ``stop_task`` for interruptions from now on, also for one that came before."""
         with self._lock:
             was_sent = self.interruption is not None
             if was_sent and self._stop_task is None and self._thread is not None:
-                _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
+                _set_async_exception(ctypes.c_ulong(self._thread), _NO_EXCEPTION)
             self._stop_task = stop_task
             if was_sent:
                 stop_task()
 
     def _close(self) -> None:
         with self._lock:
-            # Only what was sent: CPython slows down for good by taking back nothing.
+            # Only if one was sent: taking back nothing slows CPython down permanently.
             if self._thread is not None and self.interruption is not None:
-                _set_async_exception(ctypes.c_ulong(self._thread), _NOTHING)
+                _set_async_exception(ctypes.c_ulong(self._thread), _NO_EXCEPTION)
             self._thread = _CLOSED
             if self.overdue_since is None:
                 self.overdue_since = time.monotonic()
 
 
-def _nothing() -> None:
-    """Stops no task: there is none at the moment."""
+def _stop_no_task() -> None:
+    """Stop no task: there is none before the event loop runs and while it ends."""

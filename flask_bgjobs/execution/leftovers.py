@@ -1,4 +1,4 @@
-"""What a job's code leaves behind in its process, undone before the next job begins."""
+"""Restore process state, such as signal handlers and timers, that a job's code has changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HANDLED = tuple(
     )
     if hasattr(signal, name)
 )  # fmt: skip
-"""The signals that programs handle; to look at all of them would take as long as a short job."""
+"""The signals that programs usually handle. Checking all signals takes as long as a short job."""
 
 
 _runs_only_jobs = False
@@ -26,7 +26,7 @@ _runs_only_jobs = False
 
 @contextlib.contextmanager
 def owning_process() -> Iterator[None]:
-    """Declare that this process runs nothing but jobs: whatever is left behind is a job's."""
+    """Within this block, the process runs only jobs, so any changed state comes from a job."""
     global _runs_only_jobs
     _runs_only_jobs = True
     try:
@@ -36,30 +36,32 @@ def owning_process() -> Iterator[None]:
 
 
 class ThreadState:
-    """A block after which the alarm is off and signals are blocked as before, in any thread.
+    """A block, for any thread, that cancels the job's alarm and restores the mask of signals.
 
-    An alarm that was set before the block stays, and so does one that other code of the process,
-    such as a request in its main thread, may have set meanwhile.
+    An alarm that was set before the block is kept. So is one that other code of the process, such
+    as a request in its main thread, may have set in the meantime.
     """
 
-    __slots__ = ("_disarms", "_mask")
+    __slots__ = ("_cancels_alarm", "_mask")
 
     def __enter__(self) -> None:
         if _IS_POSIX:
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-            is_ours = _runs_only_jobs or threading.current_thread() is threading.main_thread()
-            self._disarms = is_ours and not _is_set(signal.ITIMER_REAL)
+            is_owner = _runs_only_jobs or threading.current_thread() is threading.main_thread()
+            self._cancels_alarm = is_owner and not _is_set(signal.ITIMER_REAL)
 
     def __exit__(self, *_: object) -> None:
         if _IS_POSIX:
-            if self._disarms and _is_set(signal.ITIMER_REAL):
+            if self._cancels_alarm and _is_set(signal.ITIMER_REAL):
                 signal.setitimer(signal.ITIMER_REAL, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
 
 class ProcessState:
-    """What a process is like that runs one job at a time in its main thread: handlers of signals,
-    timers, working directory and umask."""
+    """Signal handlers, timers, working directory and umask of a process, to restore after a job.
+
+    It is for child processes, which run one job at a time in the main thread.
+    """
 
     def __init__(self) -> None:
         self._handlers: dict[signal.Signals, Any] = {n: signal.getsignal(n) for n in _HANDLED}
@@ -67,13 +69,13 @@ class ProcessState:
         try:
             self._folder = os.getcwd()
         except FileNotFoundError:
-            # It has been removed: there is nowhere to go back to.
+            # The folder was removed, so there is none to return to.
             self._folder = os.curdir
         self._umask = os.umask(0)
         os.umask(self._umask)
 
     def restore(self) -> None:
-        """Make the process what it was."""
+        """Restore the state that the process had when this object was made."""
         for timer in self._timers:
             signal.setitimer(timer, 0)
         for number, handler in self._handlers.items():
@@ -82,7 +84,7 @@ class ProcessState:
         signal.set_wakeup_fd(-1)
         os.umask(self._umask)
         with contextlib.suppress(OSError):
-            # It may have been removed.
+            # The folder may have been removed.
             os.chdir(self._folder)
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from ..registry import Target
 
 _MAX_CHAIN = 20
-"""Exceptions of a chain that a traceback shows; formatting hundreds takes seconds."""
+"""Most exceptions of a chain in a traceback. Formatting hundreds of them takes seconds."""
 _MAX_FRAMES = 50
 _OURS = frozenset(
     f"flask_bgjobs.execution.{module}" for module in ("execute", "interrupt", "pools.process.child")
@@ -17,15 +17,17 @@ _OURS = frozenset(
 
 
 def frames_of_job(error: BaseException) -> TracebackType | None:
-    """The traceback within the job's code: neither what calls it, nor what interrupts it from a
-    signal handler."""
+    """The part of the traceback in the job's code: the frames after our last frame.
+
+    Our frames at the end, from an interruption in a signal handler, are left out first.
+    """
     frames = list(_frames(error.__traceback__))
     while frames and _is_ours(frames[-1]):
         frames.pop()
-    calls = [number for number, frame in enumerate(frames) if _is_ours(frame)]
-    # Made anew, as the exception keeps its own.
+    ours = [number for number, frame in enumerate(frames) if _is_ours(frame)]
+    # New objects, because the exception keeps its own traceback.
     found: TracebackType | None = None
-    for frame in reversed(frames[calls[-1] + 1 :] if calls else frames):
+    for frame in reversed(frames[ours[-1] + 1 :] if ours else frames):
         found = TracebackType(found, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
     return found
 
@@ -42,10 +44,10 @@ def _is_ours(frame: TracebackType) -> bool:
     return frame.tb_frame.f_globals.get("__name__") in _OURS
 
 
-def stand_in(error: BaseException, message: str) -> BaseException:
-    """An exception of the same name and place with another message, and without a chain.
+def redacted(error: BaseException, message: str) -> BaseException:
+    """An exception with the same class name and traceback, another message, and no chain.
 
-    Log handlers may format an exception by themselves, and would show what the message masks.
+    It is for log handlers that format exceptions themselves: they would show the unmasked message.
     """
     kind = type(error)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -54,7 +56,7 @@ def stand_in(error: BaseException, message: str) -> BaseException:
 
 
 def formatted(error: BaseException) -> str:
-    """The traceback as text, whatever the exception is."""
+    """The traceback of any exception as text, even if the exception itself cannot be formatted."""
     frames = frames_of_job(error)
     chain = _cut_chain(error)
     try:
@@ -67,7 +69,10 @@ def formatted(error: BaseException) -> str:
 
 
 def _cut_chain(error: BaseException) -> bool:
-    """Whether the chain can be shown: one that is too long is cut, if it lets itself be."""
+    """Cut the chain of exceptions after 20.
+
+    :returns: whether the chain can be shown; ``False`` if it is too long and cannot be cut.
+    """
     link: BaseException | None = error
     for _ in range(_MAX_CHAIN):
         if link is None:
@@ -79,6 +84,6 @@ def _cut_chain(error: BaseException) -> bool:
         link.__cause__ = None
         link.__suppress_context__ = True
     except Exception:
-        # An exception that forbids its attributes to be set.
+        # The exception does not allow its attributes to be set.
         return False
     return True

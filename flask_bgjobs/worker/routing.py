@@ -65,13 +65,13 @@ class RoutedPool:
 
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
         """Run jobs in this order, each as soon as a thread or child process is free."""
-        self._throughput.submitted(len(specs))
+        self._throughput.note_submitted(len(specs))
         self.pool.submit(specs, claimed)
 
     def take_unstarted(self) -> list[JobSpec]:
         """Remove the jobs that have not started from the pool, and return them."""
         taken = self.pool.take_unstarted()
-        self._throughput.submitted(-len(taken))
+        self._throughput.note_submitted(-len(taken))
         return taken
 
     def room(self) -> int:
@@ -80,7 +80,7 @@ class RoutedPool:
         if capacity == 0:
             return 0
         unstarted, running = self.pool.unstarted(), self.pool.running()
-        self._throughput.look(unstarted, running)
+        self._throughput.update(unstarted, running)
         ahead = self._prefetch()
         if unstarted > ahead // 2:
             return 0

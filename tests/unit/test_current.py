@@ -165,7 +165,7 @@ def test_cancelled(job: CurrentJob) -> None:
 
 def test_no_current_job() -> None:
     """Outside a job, ``current_job`` is a ``RuntimeError`` that says where it is there."""
-    with pytest.raises(RuntimeError, match="only there inside a job"):
+    with pytest.raises(RuntimeError, match="only available inside a job"):
         _ = current_job.id
     assert not current_job
     assert "unbound" in repr(current_job)

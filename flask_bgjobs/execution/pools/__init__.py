@@ -1,4 +1,4 @@
-"""Where jobs run: each pool offers the same few methods to the worker."""
+"""The pools in which jobs run. All have the same methods, those of :class:`.protocol.Pool`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ def is_child() -> bool:
 
 
 def become_child() -> None:
-    """Make :func:`is_child` true, for the rest of this process's life."""
+    """Make :func:`is_child` return true in this process from now on."""
     global _is_child
     _is_child = True

@@ -1,4 +1,4 @@
-"""The kinds of pools, by the names that ``BGJOBS_POOL`` takes."""
+"""The kinds of pools, by the values of ``BGJOBS_POOL``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .thread import ThreadPool
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """What pools are made with; each kind uses what it needs."""
+    """Settings for all kinds of pools. Each kind uses some of them."""
 
     state: AppState
     app: str | None
-    """From where child processes import the app."""
+    """Import path from which child processes build the app."""
     limits: Limits | None
-    """When a child process is replaced by a fresh one."""
+    """Limits at which a child process is replaced."""
     show_logs: bool
     """Whether child processes print their log lines."""
 
@@ -32,12 +32,12 @@ class PoolKind:
     """One kind of pool."""
 
     place: str
-    """What a job holds there, in messages; ``places`` is its plural."""
+    """The word in messages for what runs a job; ``places`` is its plural."""
     places: str
     forks: bool
-    """Whether its jobs run in processes of their own, which it makes by forks."""
+    """Whether the pool runs each job in a child process, which it makes by forking."""
     open: Callable[[PoolSettings, int, Finished], Pool]
-    """Makes one with so many places, and what to call with each job and its outcome."""
+    """Makes a pool from its settings, its size, and the callback for each job and its outcome."""
 
 
 def _open_threads(settings: PoolSettings, size: int, on_finished: Finished) -> Pool:

@@ -1,4 +1,4 @@
-"""What a worker asks of a pool, whatever its jobs run in."""
+"""The methods of a pool: the same for threads and child processes."""
 
 from __future__ import annotations
 
@@ -10,57 +10,60 @@ from ...job.records import JobSpec, Key, Outcome, Report
 from .trouble import Failing, Overdue
 
 Finished = Callable[[JobSpec, Outcome], None]
-"""Called with a job and its outcome."""
+"""A callback for a job and its outcome."""
 
 
 class Pool(Protocol):
-    """Runs jobs. One thread of the worker submits them and takes them back."""
+    """Runs jobs. Only one thread of the worker calls its methods.
+
+    In this class, a slot is a thread or a child process.
+    """
 
     stop_seconds: float
-    """Within which code that was cancelled has stopped, unless it ignores that."""
+    """Time within which cancelled code stops, unless it ignores the cancel."""
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that must live until it is closed."""
+        """The threads that must live until :meth:`close`."""
 
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
-        """Run jobs, in this order, as places become free.
+        """Run jobs in this order, each as soon as a slot is free.
 
-        :param claimed: when they were claimed, by ``time.monotonic()``.
+        :param claimed: time of their claim, by ``time.monotonic()``.
         """
 
     def unstarted(self) -> int:
-        """How many submitted jobs wait for a place."""
+        """Number of submitted jobs that wait for a slot."""
 
     def running(self) -> int:
-        """How many jobs hold a place: those that run, and those whose failure is reported."""
+        """Number of jobs that hold a slot: they run, or their failure is being reported."""
 
     def idle(self) -> int:
-        """How many jobs would begin at once, were they submitted now."""
+        """Number of jobs that would start at once if they were submitted now."""
 
     def capacity(self) -> int:
-        """How many jobs could run at once."""
+        """Number of jobs that can run at the same time."""
 
     def failing(self) -> Failing | None:
-        """Why no place is left, and none comes; ``None`` while one is there."""
+        """Why there is no slot and none can be started; ``None`` while there is one."""
 
     def take_unstarted(self) -> list[JobSpec]:
-        """The jobs that wait for a place; they will not be run here."""
+        """Remove the jobs that wait for a slot, and return them."""
 
     def running_specs(self) -> list[JobSpec]:
-        """The jobs that run."""
+        """The running jobs."""
 
     def unstarted_specs(self) -> list[JobSpec]:
-        """The jobs that wait for a place."""
+        """The jobs that wait for a slot."""
 
     def reports(self) -> dict[Key, Report]:
-        """What running jobs told since the last call, by job id and attempt."""
+        """Progress and log lines of running jobs since the last call, by job id and attempt."""
 
     def cancel(self, spec: JobSpec) -> None:
-        """Stop a job's code, or let one that waits end as cancelled without having run."""
+        """Stop a job's code. A job that waits for a slot ends as cancelled without having run."""
 
     def overdue(self) -> list[Overdue]:
-        """The jobs that hold a place although they were asked to stop or their code has ended."""
+        """Jobs that still hold a slot after they were asked to stop, or after their code ended."""
 
     def close(self) -> None:
-        """End what it has started; nothing more can be submitted."""
+        """End the pool's threads and child processes. No job can be submitted afterwards."""

@@ -1,4 +1,4 @@
-"""What a pool says of jobs that do not end, and of child processes that do not start."""
+"""Reports of a pool about jobs that do not end, and child processes that do not start."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from ..interrupt import Interruption
 
 
 class Overdue(NamedTuple):
-    """A job that holds a thread or a child process for longer than it should."""
+    """A job that still holds a thread or child process although it should have ended."""
 
     spec: JobSpec
     seconds: float
-    """Since it was asked to stop, its process was killed, or its code ended."""
+    """Seconds since it was asked to stop, its process was killed, or its code ended."""
     interruption: Interruption | None
-    """What was raised in its code; ``None``: its code has ended, and a teardown has not."""
+    """The exception raised in its code; ``None``: its code has ended, but a teardown runs."""
     position: str
-    """What its thread executes, or which process does not end."""
+    """The code that its thread executes, or the process that does not end."""
 
 
 class Failing(NamedTuple):
-    """No child process is left, and none could start."""
+    """The state of a process pool that has no child process, because none could start."""
 
     seconds: float
-    """From the first failed start to the last one."""
+    """Seconds from the first failed start to the last one."""
     is_hopeless: bool
-    """Whether several starts have failed in a row; a single one may have been killed by chance."""
+    """Whether several starts in a row have failed; one child may have been killed by chance."""
     reason: str
-    """Why the last one could not."""
+    """Why the last start failed."""
