@@ -1,1 +1,1 @@
-"""From a call in the app to a row in the database."""
+"""Enqueueing: from a call in the app to a row in the database."""

@@ -1,4 +1,4 @@
-"""What ``@bgjobs.job`` makes of a function: still that function, with ``enqueue`` beside it."""
+"""Job functions, which ``@bgjobs.job`` returns: callable as before, with an ``enqueue`` method."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _OTHER_NAMES = {
     "send_with_options": "using(…).enqueue(…)",
     "set": "using(…)",
 }
-"""What other job queues call our methods."""
+"""Method names of other job queues, and what to call instead."""
 
 
 class JobFunction(Generic[P, R]):
-    """A function that may be run in the background; calling it runs it here and now."""
+    """A function that can be run in the background. A plain call runs it at once, in the caller."""
 
     def __init__(self, function: Callable[P, R], name: str) -> None:
         functools.update_wrapper(self, function)
         self._function = function
         self.job_name = name
-        """The name under which its jobs are stored."""
+        """The name of the function in stored jobs."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the function returns, run here and now."""
+        """Call the function directly, and return its result."""
         return self._function(*args, **kwargs)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job:
-        """The job that runs the function with these arguments in the background.
+        """Enqueue a job that runs the function with these arguments, and return it.
 
         :raises InvalidJob: when an argument cannot be stored.
         """
@@ -56,17 +56,17 @@ class JobFunction(Generic[P, R]):
     def using(
         self, *, session: SessionChoice = AUTO, **options: Unpack[OptionValues]
     ) -> BoundJob[P]:
-        """The function with other options, for one enqueue.
+        """The function with other options, ready to be enqueued.
 
         :param session: as in :func:`~flask_bgjobs.run_background_job`.
-        :param options: fields of :class:`~flask_bgjobs.options.JobOptions`; what is left out
-            stays as decorated.
+        :param options: fields of :class:`~flask_bgjobs.options.JobOptions`. Missing options keep
+            the values of the decorator.
         :raises TypeError: for an option that does not exist.
         """
         return BoundJob(self.job_name, options_from(options), session)
 
     if not TYPE_CHECKING:
-        # For type checkers a name that does not exist must stay an error.
+        # Hidden from type checkers, so that an unknown attribute remains an error for them.
         def __getattr__(self, name: str) -> NoReturn:
             hint = f": did you mean {_OTHER_NAMES[name]}?" if name in _OTHER_NAMES else ""
             raise AttributeError(f"a job function has no {name}{hint}", name=name, obj=self)
@@ -84,28 +84,28 @@ class BoundJob(Generic[P]):
         self._session = session
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job:
-        """The job that runs the function with these arguments in the background.
+        """Enqueue a job that runs the function with these arguments, and return it.
 
         :raises InvalidJob: when an argument or option cannot be stored.
         """
-        return self.enqueue_many([_one_set(self._name, args, kwargs)])[0]
+        return self.enqueue_many([_stored_arguments(self._name, args, kwargs)])[0]
 
     def within(self, session: SessionChoice) -> BoundJob[P]:
-        """The same, for another transaction."""
+        """The same function and options, with another session."""
         return BoundJob(self._name, self._options, session)
 
     def enqueue_many(self, parameter_sets: Sequence[Parameters]) -> list[Job]:
-        """One job for each set of parameters, in order, all in one transaction."""
+        """Enqueue one job per set of parameters in one transaction, and return them in order."""
         return enqueue(
             current_state(), self._name, None, parameter_sets, self._options, self._session
         )
 
 
-def _one_set(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parameters:
-    """The arguments of a call as they are stored: all positional or all by keyword.
+def _stored_arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parameters:
+    """The arguments of a call in the form in which they are stored: a list or a dict.
 
-    :raises InvalidJob: when the call does not fit the function, or mixes both in a way that
-        only a call can.
+    :raises InvalidJob: when the arguments do not fit the function, or when positional and keyword
+        arguments are mixed for a function whose arguments cannot all be given by keyword.
     """
     if not kwargs:
         return list(args)
@@ -122,8 +122,8 @@ def _one_set(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Param
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise InvalidJob(
-                f"{wanted} was given positional and keyword parameters, which are stored "
-                f"as one dict; *{parameter.name} and positional-only parameters have no place in it"
+                f"{wanted} was given positional and keyword parameters, which are stored as one "
+                f"dict; it cannot hold *{parameter.name} or positional-only parameters"
             )
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     by_name = dict(bound.arguments)

@@ -1,4 +1,4 @@
-"""Enqueue: check a job, then insert it, in the session's transaction or in one of our own."""
+"""Enqueue: check a job, then insert it in the session's transaction or in a separate one."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class _Auto(enum.Enum):
 
 
 AUTO: Final = _Auto.AUTO
-"""Join ``db.session`` when it holds uncommitted writes; save at once when it does not."""
+"""Join ``db.session`` if it holds uncommitted writes, otherwise save the job at once."""
 
 _COMMITTING: weakref.WeakSet[Flask] = weakref.WeakSet()
-"""The apps within :func:`committing_clean_sessions`."""
+"""The apps for which :func:`committing_clean_sessions` is active."""
 
 SessionChoice = Session | scoped_session[Any] | None | _Auto
 Parameters = Sequence[Any] | Mapping[str, Any]
@@ -67,13 +67,13 @@ def run_background_job(
     owner: str | None = None,
     session: SessionChoice = AUTO,
 ) -> Job:
-    """The job that was enqueued, loaded and detached.
+    """Enqueue a job, and return it, loaded and detached.
 
-    ``None`` for an option means the decorator's value, then the configuration's. Durations are
+    An option that is ``None`` takes the decorator's value, then the configuration's. Durations are
     seconds or ``timedelta``.
 
     :param target: dotted name of a class or function on the allow-list.
-    :param method: the method of a class; left out for a function.
+    :param method: method of the class; ``None`` for a function.
     :param parameters: a list of positional or a dict of keyword parameters, stored as JSON.
     :param retries: retries after the first attempt; default ``BGJOBS_RETRIES``.
     :param priority: a number, higher runs first, or a name from ``BGJOBS_PRIORITIES``;
@@ -84,23 +84,23 @@ def run_background_job(
     :param run_at: when to run, as a datetime with a time zone, instead of ``delay``.
     :param backoff: how a single retry delay grows: ``fixed`` (default), ``linear``,
         ``exponential``.
-    :param max_retry_delay: what no wait before a retry exceeds; default none.
+    :param max_retry_delay: upper limit for the wait before a retry; default none.
     :param jitter: share of the retry delay, 0 to 1, by which it is spread; default 0.
     :param queue: lower-case name; default ``default``.
     :param timeout: for one attempt; default ``BGJOBS_TIMEOUT``.
-    :param unique_key: while a job with this key is not finished, nothing is inserted and that
+    :param unique_key: while a job with this key is not finished, nothing is inserted, and that
         job is returned with ``deduplicated`` set.
-    :param tags: up to 20 words to find the job by.
-    :param owner: whose job it is, for finding it.
+    :param tags: up to 20 words by which to find the job.
+    :param owner: an identifier of the job's owner, by which to find the job.
     :param session: a session whose transaction the job joins; ``None`` never joins. By default
         it joins ``db.session`` when that holds uncommitted writes, and is saved at once
         otherwise.
     :raises JobNotAllowed: when the allow-list does not hold target or method.
-    :raises InvalidJob: when a parameter or option is not acceptable.
+    :raises InvalidJob: when a parameter or option is not valid.
     :raises DatabaseUnusable: when the tables are missing, or a SQLite file is locked for more than
         30 s, full or read-only.
-    :raises sqlalchemy.exc.OperationalError: when the database is away. Where the link breaks in the
-        call, nobody can tell whether the job was stored.
+    :raises sqlalchemy.exc.OperationalError: when the database cannot be reached. If the connection
+        breaks during the call, the job may or may not have been stored.
     """
     options = JobOptions(
         retries=retries,
@@ -128,10 +128,10 @@ def enqueue(
     options: JobOptions,
     session: SessionChoice = AUTO,
 ) -> list[Job]:
-    """One job for each set of parameters, in order, all in one transaction.
+    """Enqueue one job per set of parameters in one transaction, and return them in order.
 
     :raises JobNotAllowed: when the allow-list does not hold target or method.
-    :raises InvalidJob: when a parameter or option is not acceptable; none is enqueued then.
+    :raises InvalidJob: when a parameter or option is not valid; then no job is enqueued.
     """
     try:
         jobs = _new_jobs(state, target, method, parameter_sets, options)
@@ -142,18 +142,18 @@ def enqueue(
 
 
 def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> list[Job]:
-    """Insert checked jobs by the transaction rule."""
+    """Insert checked jobs, in the session's transaction or in a separate one."""
     joined = _session_to_join(state, session)
     if joined is None:
         return _save(state, jobs)
-    # A session that the caller names is the caller's to commit.
+    # The caller commits a session that it has passed.
     may_commit = state.app in _COMMITTING and (session is AUTO or session is None)
     commits = may_commit and not transactions.holds_writes(joined, state.store.host_engine)
     transactions.flush(joined)
     connection = transactions.connection_to_join(joined, state.table, state.store.host_engine)
     if connection is None:
         return _save(state, jobs)
-    with _naming_missing_tables():
+    with _explaining_missing_tables():
         saved = state.store.insert(connection, jobs)
     transactions.follow(joined, _new_among(saved), lambda job: _announce(state, [job]))
     if commits:
@@ -163,9 +163,10 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
 
 @contextlib.contextmanager
 def committing_clean_sessions(app: Flask) -> Iterator[None]:
-    """Within it, a job that joined a session without writes is committed at once.
+    """Within this block, a job that joined a session without writes is committed at once.
 
-    So enqueues of tests on in-memory SQLite, which always join, behave as on a file.
+    On in-memory SQLite, jobs always join the session. With this block, tests on it behave as with a
+    database file.
     """
     if app in _COMMITTING:
         yield
@@ -178,9 +179,9 @@ def committing_clean_sessions(app: Flask) -> Iterator[None]:
 
 
 def _save(state: AppState, jobs: NewJobs) -> list[Job]:
-    """Insert jobs in a transaction of their own, and announce them."""
+    """Insert jobs in a separate transaction, and announce them."""
     try:
-        with _naming_missing_tables():
+        with _explaining_missing_tables():
             saved = state.store.save(jobs)
     except DBAPIError as error:
         what_to_do = advice(error)
@@ -192,8 +193,8 @@ def _save(state: AppState, jobs: NewJobs) -> list[Job]:
 
 
 @contextlib.contextmanager
-def _naming_missing_tables() -> Iterator[None]:
-    """Say what to do where the database has none of our tables."""
+def _explaining_missing_tables() -> Iterator[None]:
+    """Raise an error that says what to do when the tables are missing."""
     try:
         yield
     except DBAPIError as error:
@@ -203,8 +204,8 @@ def _naming_missing_tables() -> Iterator[None]:
 
 
 def _not_enqueued(error: DBAPIError, what_to_do: str) -> DatabaseUnusable:
-    said = one_line(str(error.orig).partition("\n")[0])
-    return DatabaseUnusable(f"the job was not enqueued: {said} ({what_to_do})")
+    message = one_line(str(error.orig).partition("\n")[0])
+    return DatabaseUnusable(f"the job was not enqueued: {message} ({what_to_do})")
 
 
 def _new_jobs(
@@ -220,7 +221,7 @@ def _new_jobs(
     values = column_values(chosen, config)
     delay_seconds, run_at = first_run(chosen)
     if values["unique_key"] is not None and len(parameter_sets) > 1:
-        raise InvalidJob("unique_key names one job; enqueue these one by one, each with its own")
+        raise InvalidJob("unique_key is for one job; enqueue these one by one, each with its own")
     resolved = registry.resolve(target, method)
     waits = delay_seconds is not None or run_at is not None
     common = {
@@ -231,14 +232,14 @@ def _new_jobs(
         "unique_hash": values["unique_key"] and unique_hash(values["unique_key"]),
         **enqueued(waits=waits),
     }
-    texts = []
+    parameters_json = []
     for parameters in parameter_sets:
-        texts.append(_parameters_text(parameters, config.max_payload))
+        parameters_json.append(_parameters_json(parameters, config.max_payload))
         _check_signature(resolved, parameters, target)
-    return NewJobs(common, texts, delay_seconds, run_at)
+    return NewJobs(common, parameters_json, delay_seconds, run_at)
 
 
-def _parameters_text(parameters: object, max_bytes: int) -> str:
+def _parameters_json(parameters: object, max_bytes: int) -> str:
     if not isinstance(parameters, list | tuple | dict):
         raise InvalidJob(
             "parameters must be a list (positional) or a dict (keyword), not "
@@ -261,7 +262,7 @@ def _check_signature(target: Target, parameters: Parameters, name: str) -> None:
 
 
 def hint_at_options(signature: inspect.Signature, given: Parameters) -> str:
-    """What to write where an option of the job was given as a parameter of the function."""
+    """The hint for an error message when an option was passed as a parameter of the function."""
     names = given if isinstance(given, Mapping) else ()
     for field in dataclasses.fields(JobOptions):
         if field.name in names and field.name not in signature.parameters:
@@ -276,7 +277,7 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
         if transactions.was_rolled_back(choice):
             raise InvalidJob(
                 "the transaction of this session was rolled back, and the job would be lost with "
-                "it: pass session=None, or no session, to save the job by itself"
+                "it: pass session=None, or no session, to save the job separately"
             )
         return choice
     if choice is not None and choice is not AUTO:
@@ -290,7 +291,7 @@ def _session_to_join(state: AppState, choice: SessionChoice) -> Session | None:
         return session
     if state.store.would_wait_for_the_host():
         raise InvalidJob(
-            "session=None would wait for your own open transaction, because SQLite has one "
+            "session=None would wait for your own open transaction, because SQLite allows one "
             "writer at a time: commit db.session first, or let the job join it"
         )
     return None
@@ -306,4 +307,4 @@ def _announce(state: AppState, jobs: Sequence[Job]) -> None:
         try:
             notify(job)
         except Exception:
-            _logger.exception("Job %s is enqueued, but could not be announced", job.id)
+            _logger.exception("Job %s is enqueued, but a listener for new jobs raised", job.id)

@@ -1,8 +1,8 @@
-"""The transaction rule: when a job joins a session's transaction, and what follows its commit.
+"""The transaction rule: when a job joins a session's transaction, and what its commit triggers.
 
-Writes are seen at the connection, by a listener on the host's engine: ORM events would miss
-Core and text statements. A mark stays on the connection until the outermost commit or
-rollback, also when a savepoint around the write was rolled back.
+A listener on the host's engine marks each connection that writes; ORM events would miss Core and
+text statements. The mark stays until the outermost commit or rollback, even if a savepoint around
+the write is rolled back.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 _WROTE = "bgjobs_wrote"
 _CONNECTIONS = "bgjobs_connections"
 _IS_DISCARDED = "bgjobs_is_discarded"
-"""In a session's info: that what it has not committed is lost on purpose, or by an exception."""
-_HANDLED = "bgjobs_handled"
+"""Key in a session's ``info``: its uncommitted jobs are discarded on purpose or by an exception."""
+_EXCEPTION_BEFORE = "bgjobs_handled"
 _JOINED = "bgjobs_joined"
-_ENDS = ("commit", "rollback", "commit_twophase", "rollback_twophase")
+_TRANSACTION_ENDS = ("commit", "rollback", "commit_twophase", "rollback_twophase")
 
 _LINE_COMMENT = re.compile(r"--[^\n]*+")
 _COMMENT = re.compile(rf"{_LINE_COMMENT.pattern}|/\*.*?\*/", re.DOTALL)
@@ -52,17 +52,17 @@ _WATCHED_URLS: set[sa.URL] = set()
 _LISTENED_TO: weakref.WeakSet[object] = weakref.WeakSet()
 _SEARCH_PATH = re.compile(r"search_path\s*+=\s*+((?:\\.|\S)++)")
 _DATABASE_ARGUMENTS = ("database", "db", "dbname")
-_FINDS_TABLES: weakref.WeakKeyDictionary[sa.Dialect, list[object]] = weakref.WeakKeyDictionary()
-"""What decides where connections find a table, of the engines in an app's configuration. An engine
-keeps its dialect."""
+_TABLE_LOCATIONS: weakref.WeakKeyDictionary[sa.Dialect, list[object]] = weakref.WeakKeyDictionary()
+"""Settings of each engine that decide where its connections find a table, such as the search path
+for schemas. The key is the engine's dialect, which lives as long as the engine."""
 
 OnCommit = Callable[[Job], object]
 
 
 class HostSessions:
-    """An app's sessions, as the store asks for them; what they are may change in tests.
+    """The app's sessions, for the store. They are looked up each time, as tests may replace them.
 
-    :param bind_key: of the tables.
+    :param bind_key: bind key of the tables.
     """
 
     def __init__(self, app: Flask, db: SQLAlchemy, engine: sa.Engine, bind_key: str | None) -> None:
@@ -76,7 +76,7 @@ class HostSessions:
         return self._db.session
 
     def outer_connection(self) -> sa.Connection | None:
-        """The connection to which the app's sessions are bound, if they are bound to one."""
+        """The open connection to our database to which the app's sessions are bound, if any."""
         for bind in self._binds():
             if (
                 isinstance(bind, sa.Connection)
@@ -87,7 +87,7 @@ class HostSessions:
         return None
 
     def holds_write_lock(self) -> bool:
-        """Whether the app's session of this context may keep other connections from writing."""
+        """Whether the app's current session may block writes of other connections."""
         if not has_app_context() or current_app._get_current_object() is not self._app:  # type: ignore[attr-defined]  # LocalProxy
             return False
         if not self._db.session.registry.has():
@@ -98,7 +98,7 @@ class HostSessions:
         )
 
     def _binds(self) -> Iterator[object]:
-        """To what tests bind sessions that they roll back, in each of the usual ways."""
+        """The binds of the app's sessions. Tests that roll back bind them in several ways."""
         sessions = self._db.session
         factory: object = sessions.session_factory
         if isinstance(factory, sessionmaker):
@@ -110,7 +110,7 @@ class HostSessions:
 
 
 def tell_binds_apart(app: Flask, db: SQLAlchemy) -> None:
-    """Note which of an app's binds look at other schemas, as they may have one URL."""
+    """Note in which schema or database each bind finds its tables; their URLs may be the same."""
     with app.app_context():
         engines = dict(db.engines)
     for key, engine in engines.items():
@@ -122,17 +122,17 @@ def tell_binds_apart(app: Flask, db: SQLAlchemy) -> None:
             options |= bind
         arguments = options.get("connect_args") or {}
         found = _SEARCH_PATH.search(str(arguments.get("options", "")))
-        _FINDS_TABLES[engine.dialect] = [
+        _TABLE_LOCATIONS[engine.dialect] = [
             found and found[1],
             *(arguments.get(name) for name in _DATABASE_ARGUMENTS),
         ]
 
 
 def watch(engine: sa.Engine) -> None:
-    """Mark the transactions of ``engine`` that write, and know the connections of sessions."""
+    """Mark the transactions of ``engine`` that write, and track the connections of sessions."""
     _watch_engine(engine)
     if _is_new(Session):
-        # On the class, as an app may replace `db.session`, in its tests for instance.
+        # On the class, because an app may replace `db.session`, for example in its tests.
         event.listen(Session, "after_begin", _remember_connection)
         event.listen(Session, "after_transaction_end", _forget_connections)
 
@@ -140,28 +140,28 @@ def watch(engine: sa.Engine) -> None:
 def _watch_engine(engine: sa.Engine) -> None:
     _WATCHED_URLS.add(engine.url)
     if _is_new(engine.pool):
-        # An engine with options passes the events of the one that it was made of.
+        # An engine made by execution_options() gets the events of its original engine.
         engine = getattr(engine, "_proxied", engine)
         event.listen(engine, "before_cursor_execute", _mark_write)
-        for name in _ENDS:
+        for name in _TRANSACTION_ENDS:
             event.listen(engine, name, _clear_mark)
 
 
 def holds_writes(session: Session, engine: sa.Engine) -> bool:
-    """Whether ``session`` has changes for ``engine``'s database that are not committed."""
-    # After a commit or rollback, what is left unflushed belongs to no transaction.
+    """Whether ``session`` has uncommitted changes for ``engine``'s database, flushed or not."""
+    # After a commit or rollback, unflushed changes belong to no transaction.
     if session.is_active and _has_unflushed_changes(session, engine):
         return True
     return bool(_writing_connections(session, engine))
 
 
 def has_written(session: Session, engine: sa.Engine) -> bool:
-    """Whether ``session`` has sent changes to ``engine``'s database that are not committed."""
+    """Whether ``session`` has sent uncommitted changes to ``engine``'s database."""
     return bool(_writing_connections(session, engine))
 
 
 def flush(session: Session) -> None:
-    """Flush the session's changes, except in one of its events that cannot."""
+    """Flush the session's changes, unless it is inactive or in a flush, as in some events."""
     if session.is_active and not session._flushing:
         session.flush()
 
@@ -169,40 +169,42 @@ def flush(session: Session) -> None:
 def connection_to_join(
     session: Session, table: sa.Table, engine: sa.Engine
 ) -> sa.Connection | None:
-    """The session's connection to the database of ``engine``; whatever else it is bound to.
+    """The session's connection to the database of ``engine``.
 
-    ``None``: its transaction has ended, as in an ``after_commit`` event, and nothing can join it.
-
-    :param table: the host's copy of a table of ours.
-    :raises InvalidRequestError: when it was rolled back, and the host has not seen that yet.
+    :param table: the host's copy of one of our tables.
+    :returns: ``None`` if the transaction has ended and cannot be joined, for example in an
+        ``after_commit`` event.
+    :raises InvalidRequestError: when the transaction was rolled back, but the host has not called
+        ``rollback()`` yet.
     """
     writing = _writing_connections(session, engine)
     if session.is_active:
         bind = writing[0].engine if writing else _bind_of(session, table, engine)
-        # By way of the session, which begins the savepoints that are open.
+        # Through the session, because it begins its open savepoints on the connection.
         return session.connection(bind_arguments={"bind": bind})
     if writing:
-        # A savepoint has ended, and the transaction around it goes on.
+        # A savepoint has ended, but the transaction around it is still open.
         return writing[0]
     return session.bind if isinstance(session.bind, sa.Connection) else None
 
 
 def was_rolled_back(session: Session) -> bool:
-    """Whether the session's transaction has been rolled back, and the session is not told yet."""
+    """Whether the transaction was rolled back, but ``rollback()`` was not called on the session."""
     transaction = session._transaction
     return transaction is not None and transaction._state is SessionTransactionState.DEACTIVE
 
 
 def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
-    """Call ``on_commit`` for each of the jobs after the session's outermost commit.
+    """Call ``on_commit`` for each job after the session's outermost commit.
 
-    A job whose transaction or savepoint is rolled back instead is logged at DEBUG, and one whose
-    session is closed without a commit as a warning: somebody has probably forgotten it. If an
-    exception ended the block, or the request was answered with an error, no warning is logged.
+    If the transaction or savepoint of a job is rolled back, this is logged at DEBUG. If the session
+    is closed without a commit, a warning is logged, because the app has probably forgotten it. The
+    warning is omitted if an exception ended the block, or if the response to the request is an
+    error.
     """
     transaction = session.get_nested_transaction() or session.get_transaction()
     while transaction is not None and not transaction.is_active:
-        # A savepoint that has ended: the job is part of the transaction around it.
+        # This savepoint has ended, so the job is part of the transaction around it.
         transaction = transaction.parent
     if transaction is None:
         for job in jobs:
@@ -212,9 +214,9 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
         event.listen(session, "after_commit", _note_commit)
         event.listen(session, "after_rollback", _note_rollback)
         event.listen(session, "after_soft_rollback", _drop_rolled_back)
-        event.listen(session, "after_transaction_end", _finish_joined)
+        event.listen(session, "after_transaction_end", _finish_joined_jobs)
     # A caller may be handling an exception now. That one does not end this transaction.
-    session.info.setdefault(_HANDLED, sys.exc_info()[1])
+    session.info.setdefault(_EXCEPTION_BEFORE, sys.exc_info()[1])
     joined = session.info.setdefault(_JOINED, [])
     for job in jobs:
         job.committed = False
@@ -222,26 +224,26 @@ def follow(session: Session, jobs: Sequence[Job], on_commit: OnCommit) -> None:
 
 
 def is_plain_select(statement: str) -> bool:
-    """Whether a statement only reads: a SELECT that takes no lock and stores nothing."""
+    """Whether a statement is a SELECT that takes no lock and stores no result."""
     bare = _without_comments(statement) if _MAY_HOLD_COMMENT.search(statement) else statement
     if not _PLAIN.match(bare):
         return False
-    # Looked for with and without comments: what looks like one may stand in a literal.
+    # Searched with and without comments, because a string literal may look like a comment.
     locks = _LOCKS_OR_WRITES.search(statement) or _LOCKS_OR_WRITES.search(bare)
     return not locks and not _SECOND_STATEMENT.search(bare)
 
 
 def _without_comments(statement: str) -> str:
-    # Where no comment can end any more, none is looked for: from each of many beginnings the rest
-    # would be searched in vain.
+    # Block comments are removed only up to the last "*/". After it, the pattern would search the
+    # whole rest for each "/*", which takes quadratic time.
     before, end, rest = statement.rpartition("*/")
     return _COMMENT.sub(" ", before + end) + _LINE_COMMENT.sub(" ", rest)
 
 
 def _is_new(target: object) -> bool:
-    """Whether nobody listens to ``target`` yet.
+    """Whether no listeners were added to ``target`` yet.
 
-    ``event.contains`` knows a target by its address, which a later one may have.
+    ``event.contains`` identifies a target by its address, which a later object may reuse.
     """
     if target in _LISTENED_TO:
         return False
@@ -262,13 +264,13 @@ def _writing_connections(session: Session, engine: sa.Engine) -> list[sa.Connect
 
 
 def _mark_write(connection: sa.Connection, _cursor: object, statement: str, *_rest: object) -> None:
-    # Savepoints are the frame of a write and not a write themselves.
+    # Savepoint statements write nothing.
     if not is_plain_select(statement) and not _SAVEPOINT.match(statement):
         connection.info[_WROTE] = True
 
 
 def _clear_mark(connection: sa.Connection, *_two_phase: object) -> None:
-    # One that has died has lost its mark with its transaction, and refuses every question.
+    # An invalidated connection has lost its transaction, and its `info` cannot be read.
     if not connection.invalidated:
         connection.info.pop(_WROTE, None)
 
@@ -279,9 +281,9 @@ def _remember_connection(
     if connection.engine.url not in _WATCHED_URLS:
         return
     if transaction.parent is None:
-        # Of the one before, where the session is bound to a connection that others use as well.
+        # A mark of an earlier transaction, if the session is bound to a shared connection.
         connection.info.pop(_WROTE, None)
-    # It may be another engine of the same database, as of a session that routes to replicas.
+    # It may be another engine of the same database, if the session routes reads to replicas.
     _watch_engine(connection.engine)
     connections = session.info.setdefault(_CONNECTIONS, [])
     if connection not in connections:
@@ -295,27 +297,27 @@ def _forget_connections(session: Session, transaction: SessionTransaction) -> No
 
 def _has_unflushed_changes(session: Session, engine: sa.Engine) -> bool:
     changed = [*session.new, *session.deleted]
-    changed += [thing for thing in session.dirty if session.is_modified(thing)]
+    changed += [instance for instance in session.dirty if session.is_modified(instance)]
     if not changed:
         return False
-    with _as_in_a_flush(session):
-        return any(_is_for(session, thing, engine) for thing in changed)
+    with _binds_for_writes(session):
+        return any(_belongs_to(session, instance, engine) for instance in changed)
 
 
-def _is_for(session: Session, thing: object, engine: sa.Engine) -> bool:
+def _belongs_to(session: Session, instance: object, engine: sa.Engine) -> bool:
     try:
-        bind = session.get_bind(mapper=object_mapper(thing))
+        bind = session.get_bind(mapper=object_mapper(instance))
     except sa.exc.UnboundExecutionError:
         return True
     return is_same(bind.engine, engine)
 
 
 def _bind_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Engine | sa.Connection:
-    """To what the session is bound for writes to ``table``; ``engine`` when not to its database."""
+    """The bind of the session for writes to ``table``; ``engine`` if it is another database."""
     bind: sa.Engine | sa.Connection | None = session.bind
     if not isinstance(bind, sa.Connection):
         try:
-            with _as_in_a_flush(session):
+            with _binds_for_writes(session):
                 bind = session.get_bind(clause=sa.insert(table))
         except sa.exc.UnboundExecutionError:
             bind = None
@@ -323,11 +325,10 @@ def _bind_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Engine 
 
 
 @contextlib.contextmanager
-def _as_in_a_flush(session: Session) -> Iterator[None]:
-    """Let ``get_bind`` answer as it does in a flush.
+def _binds_for_writes(session: Session) -> Iterator[None]:
+    """Let ``get_bind`` return the bind for writes, as in a flush.
 
-    A session that routes reads to a replica tells by this attribute, as in SQLAlchemy's
-    documentation.
+    Sessions that route reads to replicas check this attribute, as SQLAlchemy's documentation shows.
     """
     before, session._flushing = session._flushing, True
     try:
@@ -337,31 +338,31 @@ def _as_in_a_flush(session: Session) -> Iterator[None]:
 
 
 def is_same(one: sa.Engine, other: sa.Engine) -> bool:
-    """Whether two engines are of the same database."""
+    """Whether two engines use the same database."""
     if one.pool is other.pool:
         return True
-    # In memory each engine has a database of its own.
+    # Each engine of an in-memory database has its own database.
     if one.url != other.url or is_in_memory(one):
         return False
-    places = [_FINDS_TABLES.get(engine.dialect) for engine in (one, other)]
-    return None in places or places[0] == places[1]
+    locations = [_TABLE_LOCATIONS.get(engine.dialect) for engine in (one, other)]
+    return None in locations or locations[0] == locations[1]
 
 
 def _note_commit(session: Session) -> None:
-    # Fires when a savepoint is released as well; only the outermost commit counts.
+    # Also called when a savepoint is released, but only the outermost commit counts.
     if not session.in_nested_transaction():
         for _, job, _ in session.info.get(_JOINED, []):
             job.committed = True
 
 
 def discard_on_error(db: SQLAlchemy, error: BaseException | None) -> None:
-    """Note, at the end of an application context, whether an exception ended it."""
+    """At the end of an application context: note that an exception ended it, if one did."""
     if error is not None:
         _discard(db)
 
 
 def discard_on_refusal(db: SQLAlchemy, response: Response) -> Response:
-    """Note, at the end of a request, that an error handler has answered it, or ``abort()``."""
+    """At the end of a request: note that its jobs are discarded, if the response is an error."""
     if response.status_code >= HTTPStatus.BAD_REQUEST:
         _discard(db)
     return response
@@ -373,7 +374,7 @@ def _discard(db: SQLAlchemy) -> None:
 
 
 def _note_rollback(session: Session) -> None:
-    # Fires for a savepoint as well, and the transaction goes on.
+    # Also called for a savepoint, whose outer transaction continues.
     if not session.in_nested_transaction():
         session.info[_IS_DISCARDED] = True
 
@@ -383,7 +384,7 @@ def _drop_rolled_back(session: Session, rolled_back: SessionTransaction) -> None
     for entry in session.info.pop(_JOINED, []):
         transaction, job, _ = entry
         if _is_within(transaction, rolled_back):
-            _log_loss(job)
+            _log_lost_job(job)
         else:
             kept.append(entry)
     session.info[_JOINED] = kept
@@ -395,17 +396,17 @@ def _is_within(inner: SessionTransaction | None, outer: SessionTransaction) -> b
     return inner is outer
 
 
-def _finish_joined(session: Session, transaction: SessionTransaction) -> None:
+def _finish_joined_jobs(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None:
         return
-    handled, handled_before = sys.exc_info()[1], session.info.pop(_HANDLED, None)
-    was_raised = handled is not None and handled is not handled_before
+    exception, exception_before = sys.exc_info()[1], session.info.pop(_EXCEPTION_BEFORE, None)
+    was_raised = exception is not None and exception is not exception_before
     is_discarded = session.info.pop(_IS_DISCARDED, False) or was_raised
     for _, job, on_commit in session.info.pop(_JOINED, []):
         if job.committed:
             on_commit(job)
         elif is_discarded:
-            _log_loss(job)
+            _log_lost_job(job)
         else:
             _logger.warning(
                 "Job lost | Job: %s | Class: %s | Its session was closed without a commit: call "
@@ -415,6 +416,6 @@ def _finish_joined(session: Session, transaction: SessionTransaction) -> None:
             )
 
 
-def _log_loss(job: Job) -> None:
-    """Log, for who looks for a job, that its transaction was rolled back."""
+def _log_lost_job(job: Job) -> None:
+    """Log at DEBUG that a job was lost, to help find missing jobs."""
     _logger.debug("Job %s was lost with its transaction: %s", job.id, job.name)
