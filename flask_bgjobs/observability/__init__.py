@@ -1,1 +1,1 @@
-"""What a job leaves for people to read: log lines, tracebacks and reports of failures."""
+"""Log lines, tracebacks and failure reports of jobs."""

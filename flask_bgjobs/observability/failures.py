@@ -1,9 +1,9 @@
-"""Failed attempts, reported after their outcomes were handed over.
+"""Reports of failed attempts, made after their outcomes were handed over.
 
-A report is a log line with the exception, and a call of each function that
-:meth:`~flask_bgjobs.BgJobs.on_failure` registered. An attempt is reported in the process where it
-ran. One whose process died, or whose row could not be run, is reported by the worker that records
-it, without an exception of its own.
+A report is a log line with the exception, and a call of each ``on_failure`` function
+(:meth:`~flask_bgjobs.BgJobs.on_failure`). An attempt is reported in the process where it ran. If
+that process died, or if the job's row could not be run, the worker that records the outcome reports
+the attempt, with a substitute for the exception.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from ..system.threads import WorkerThread
 from . import logs
 
 _MAX_CALLS = 1_000
-"""Calls that wait; each keeps an exception, and what its frames refer to."""
+"""Most calls in the queue. Each keeps an exception and all objects in its frames alive."""
 _FAILED = (JobStatus.FAILED, JobStatus.RETRYING)
 
 
 def expected(state: AppState, spec: JobSpec, outcome: Outcome) -> Settled | None:
-    """What becomes of the job of an attempt that failed, to be recorded and reported like that.
+    """The new status and delay of a job after a failed attempt, to be recorded and reported.
 
-    Its outcome has the delay that the log line will name. ``None``: it has not failed.
+    The returned outcome has a fixed retry delay, so that the log line and the database agree.
+
+    :returns: ``None`` if the attempt has not failed.
     """
     decided = settlement_of(spec, outcome, max_crashes=state.config.max_crashes)
     if decided.status not in _FAILED:
@@ -50,33 +52,34 @@ def report(
 ) -> None:
     """Report an attempt that failed in this process.
 
-    :param error: what its code raised, for the host's functions.
-    :param logged: the same for the log, or a stand-in for it without secrets.
-    :param context: of the job.
+    :param error: the exception that its code raised, for the ``on_failure`` functions.
+    :param logged: the exception for the log: the same, or a substitute without secrets.
+    :param context: the job's context.
     """
-    # A copy, as something that the job has started may run in its own.
+    # A copy: a context cannot be entered twice, and code that the job started may run in it.
     context = context.copy()
     try:
         context.run(logs.log_failure, state, settled, logged)
         _call_hooks(state, settled, error, context)
     except BaseException:
-        # Also a timeout of gevent's: the thread goes on with the next job.
+        # Also gevent.Timeout, which is a BaseException: the thread must run the next job.
         _logger.exception("The failure of job %s could not be reported", settled.job_id)
 
 
 def report_lost(state: AppState, settled: Settled) -> None:
-    """Call the host's functions for what was recorded of an attempt that nobody has reported.
+    """Call the ``on_failure`` functions for a recorded failure that was not reported before.
 
-    The log line follows the signals of the record.
+    Its log line is written by the receiver of ``job_failed`` or ``job_retrying``.
     """
     if settled.status in _FAILED and not settled.outcome.is_reported:
-        _call_hooks(state, settled, _stand_in(settled), contextvars.copy_context())
+        _call_hooks(state, settled, _substitute(settled), contextvars.copy_context())
 
 
 def report_cut_off(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
-    """Report, in the thread of ``call_soon``, an attempt whose process ended before it had done so.
+    """Report an attempt whose process ended before it had reported the failure.
 
-    A logging handler may have hung in that process, and would hang here as well.
+    This is done in the thread of ``call_soon``, because a logging handler may have hung in that
+    process, and could hang here as well.
     """
     settled = expected(state, spec, outcome)
     if settled is not None:
@@ -89,12 +92,12 @@ def _report_cut_off(state: AppState, settled: Settled) -> None:
         "failure; does a logging handler hang?",
         settled.job_id,
     )
-    stand_in = _stand_in(settled)
-    report(state, settled, stand_in, stand_in, contextvars.copy_context())
+    substitute = _substitute(settled)
+    report(state, settled, substitute, substitute, contextvars.copy_context())
 
 
 class CallThread:
-    """Calls the host's functions, one after the other, so that no job or worker waits for them."""
+    """Calls functions one after the other in a thread, so that no job or worker waits for them."""
 
     def __init__(self) -> None:
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_CALLS)
@@ -103,7 +106,7 @@ class CallThread:
         self._lock = threading.Lock()
 
     def __call__(self, call: Callable[[], None]) -> None:
-        """Make a call soon. Calls that come when too many wait are dropped, and logged."""
+        """Add a call to the queue. If 1,000 calls wait, it is dropped, and an error is logged."""
         try:
             with self._lock:
                 is_finished = self._is_finished
@@ -121,9 +124,9 @@ class CallThread:
             )
 
     def finish(self, seconds: float) -> None:
-        """Wait for the calls that are due, for so many seconds at most.
+        """Wait until the queued calls were made, for ``seconds`` at most.
 
-        A call that comes later is made at once, in the caller's thread.
+        Later calls are made at once, in the caller's thread.
         """
         ends = time.monotonic() + seconds
         with self._lock:
@@ -142,13 +145,13 @@ class CallThread:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            # What a call raises it logs by itself; this may be a logging handler that raises.
+            # Each call logs its own exceptions. This exception may come from a logging handler.
             with contextlib.suppress(BaseException):
                 call()
 
 
-def _stand_in(settled: Settled) -> BaseException:
-    """An exception for an attempt whose own, if there was one, is gone with its process."""
+def _substitute(settled: Settled) -> BaseException:
+    """An exception for an attempt whose own exception was lost with its process, or never was."""
     if settled.outcome.kind is OutcomeKind.TIMEOUT:
         return JobTimeout(settled.error)
     return AttemptFailed(settled.error)
@@ -167,10 +170,10 @@ def _call_each_hook(state: AppState, settled: Settled, error: BaseException) -> 
     final = settled.status is JobStatus.FAILED
     for hook in tuple(state.failure_hooks):
         try:
-            # Of its own: the job's is over, and its session is closed.
+            # A new context, because the job's has ended and its session is closed.
             with state.app.app_context():
                 hook(settled.spec, error, final=final)
         except BaseException:
-            # Also a timeout of gevent's, or sys.exit(): nothing but this call may end by it.
+            # Also gevent.Timeout or sys.exit(): only this call may end by it.
             name = getattr(hook, "__qualname__", repr(hook))
             _logger.exception("%s raised; job %s is not affected", name, settled.job_id)

@@ -1,7 +1,7 @@
-"""Every log line of a job's stages, written by listening to the signals.
+"""The log lines for the stages of jobs, written by receivers of the signals.
 
-One line each, whatever the parameters hold, with secrets masked; the same fields stand in
-``extra`` for structured logs.
+Each stage is one line, whatever the parameters contain. Secrets are masked. The record has the same
+fields as attributes (``extra``), for structured logs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from ..system.safe_logging import logger as _logger
 from .tracebacks import frames_of_job
 
 _MAX_PARAMETERS = 2_000
+"""Most characters of parameters in a line. The dashboard shows all of them."""
 _MAX_NAME = 255
-"""Characters of parameters in a line; the dashboard shows them whole."""
+"""Most characters of a refused name in a line."""
 
 
 def connect() -> None:
-    """Write log lines from now on; calling it again changes nothing."""
+    """Connect the receivers that write log lines. A second call has no effect."""
     for signal, receiver in _RECEIVERS.items():
         signal.connect(receiver)
 
@@ -46,7 +47,7 @@ def _on_refused(app: Flask, target: object, method: object, error: Exception) ->
 
 
 def _name(name: object) -> str:
-    """What somebody gave as a name, which may be of any kind and length."""
+    """The text for a refused target or method, which may have any type and length."""
     return name if isinstance(name, str) and len(name) <= _MAX_NAME else shown(name)
 
 
@@ -69,11 +70,11 @@ def _on_completed(app: Flask, job: JobSpec, settled: Settled) -> None:
 
 
 def log_failure(state: AppState, settled: Settled, error: BaseException | None = None) -> None:
-    """Write the line of an attempt that failed.
+    """Write the line for a failed attempt.
 
-    :param settled: what becomes of its job; it need not be recorded yet.
-    :param error: what its code raised, for ``exc_info`` of the record. The text of its traceback
-        is masked as it is in the database.
+    :param settled: the attempt and the new status of its job; it may not be recorded yet.
+    :param error: the exception for ``exc_info`` of the record. Its traceback is masked in the same
+        way as in the database.
     """
     job, outcome = settled.spec, settled.outcome
     fields: dict[str, object] = {
@@ -90,7 +91,7 @@ def log_failure(state: AppState, settled: Settled, error: BaseException | None =
         stage = "Unauthorized or invalid job class/method"
     raised = None
     if error is not None:
-        # Indented, as a line of a message must not look like one of the log.
+        # Indented, so that no line of an exception's message looks like a line of the log.
         text = textwrap.indent(printable_lines(outcome.traceback or ""), "  ", lambda _: True)
         raised = Raised(error, frames_of_job(error), text.rstrip())
     _write(level, stage, fields, {"Queue": job.queue}, raised)
@@ -151,18 +152,18 @@ def _write(
     level: int,
     stage: str,
     fields: Mapping[str, object],
-    more: Mapping[str, object] | None = None,
+    hidden_fields: Mapping[str, object] | None = None,
     raised: Raised | None = None,
 ) -> None:
     """Write a line.
 
-    :param more: fields that the record has, and the line does not show.
+    :param hidden_fields: fields of the record that the line does not show.
     """
     fields = {**fields, "Timestamp": _clock_text(dt.datetime.now(dt.UTC))}
-    # One message for all lines of a stage, by which tools that collect errors group them.
+    # The message is the same for all lines of a stage, so that error trackers can group them.
     message = " | ".join([stage, *(f"{name}: %s" for name in fields)])
     values = [one_line(str(value)) for value in fields.values()]
-    attributes = {**fields, **(more or {})}
+    attributes = {**fields, **(hidden_fields or {})}
     extra = {f"bgjobs_{name.lower().replace(' ', '_')}": v for name, v in attributes.items()}
     _logger.write(level, message, *values, extra={"bgjobs_stage": stage, **extra}, raised=raised)
 
