@@ -1,1 +1,1 @@
-"""The operating system: processes, signals, threads, memory and logging that never raises."""
+"""Helpers for the operating system: processes, signals, threads, memory, and safe logging."""

@@ -1,4 +1,4 @@
-"""Log lines on the terminal, for commands of apps that have not set logging up."""
+"""Log lines on the terminal, for commands of apps that do not configure logging."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _logger = logging.getLogger("flask_bgjobs")
 
 
 def show_logs() -> None:
-    """Print the stages of jobs to stderr, unless the host has set logging up by itself."""
+    """Print the stages of jobs to stderr, unless the host has configured logging."""
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)
     if not _logger.hasHandlers():

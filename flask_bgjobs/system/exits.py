@@ -1,4 +1,4 @@
-"""How processes end, in words."""
+"""Text for the exit codes of processes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import signal
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, such as ``exited with code 1`` or ``was killed by SIGKILL``.
+    """The end of a process as text: ``exited with code 1``, ``was killed by SIGKILL``.
 
-    :param code: its exit code, negative for the number of a signal.
+    :param code: the exit code; a negative number is that of a signal.
     """
     if code >= 0:
         return f"exited with code {code}"

@@ -1,12 +1,12 @@
-"""Forks: what a copy of this process must not have, and where it ends.
+"""Forks: what a forked child of this process must not inherit, and where it ends.
 
-A copy must not inherit the connections of its parent. What is shared breaks both: two processes
-would talk over one socket. With SQLite it is worse, as its locks stay with the parent while the
-child believes that it holds them: the write-ahead log can be deleted under a child that goes on
-writing into it, and its commits are lost.
+A forked child must not use the connections of its parent. A shared connection breaks both
+processes, because they talk over one socket. With SQLite, the locks stay with the parent, but the
+child's copy of the connection counts on them: the write-ahead log can be deleted while the child
+writes to it, and its commits are lost.
 
-A job that forks makes a copy of the worker. That copy must end with the job's code, or there would
-be two workers that record outcomes.
+A job that forks makes a copy of the worker. That copy must end with the job's code, or two workers
+would record outcomes.
 """
 
 from __future__ import annotations
@@ -22,35 +22,39 @@ from . import signal_handlers
 
 
 class Forkable(Protocol):
-    """What holds connections or locks that a copy must not use."""
+    """An object with connections or locks that a forked child must not use."""
 
     def before_fork(self) -> None:
-        """Close the connections that are not in use; nothing by default."""
+        """Close unused connections; the default does nothing."""
         return None
 
     def after_fork_in_child(self) -> None:
-        """Forget what other threads of the parent may have been doing."""
+        """Reset connections and locks that other threads of the parent may have been using."""
 
 
 _generation = 0
-"""How many forks made this process out of the one that imported this; cheaper than its pid."""
+"""Number of forks between this process and the one that imported this module; cheaper to read than
+the pid."""
 _watched: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
 def watch(forkable: Forkable) -> None:
-    """Tell ``forkable`` of each fork, for as long as it lives."""
+    """Call the methods of ``forkable`` at each fork, as long as the object lives."""
     _watched.add(forkable)
 
 
 def close_in_copy(end: socket.socket) -> None:
-    """Close a copy's descriptor of ``end``; no lock is taken, as a lost thread may hold it."""
+    """Close a socket in a forked child.
+
+    It takes no lock, because a thread that does not exist in the child may hold it.
+    """
     descriptor = end.detach()
     if descriptor >= 0:
         os.close(descriptor)
 
 
 class CopiesEnd:
-    """A block of code that copies of this process, forked within it, do not leave."""
+    """A block of code. A child that is forked inside the block ends where the block ends."""
 
     __slots__ = ("_generation",)
 
@@ -63,7 +67,7 @@ class CopiesEnd:
 
 
 def _end_copy(error: BaseException | None) -> NoReturn:
-    """End this process as Python ends a program, but without the parent's exit handlers."""
+    """End this process like a Python program, but without running the parent's exit handlers."""
     code = 1
     try:
         code = _exit_code(error)
@@ -92,7 +96,7 @@ def _all_watched() -> list[Forkable]:
         try:
             return list(_watched)
         except RuntimeError:
-            # Another thread has added one meanwhile.
+            # Another thread has changed the set during the iteration.
             continue
 
 

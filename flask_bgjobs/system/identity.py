@@ -1,4 +1,4 @@
-"""Who this process is, so that another one on the same host can tell when it is gone."""
+"""The identity of a process, by which other processes on its host can tell that it has ended."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PROC = Path("/proc")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process, told from every other one."""
+    """Identifies one process, also after its pid is used again."""
 
     host: str
     pid: int
     process: str | None
-    """Boot, pid namespace, pid and start time; ``None`` where the system does not tell them."""
+    """Boot id, pid namespace, pid and start time; ``None`` if the system does not show them."""
 
 
 def this_process() -> ProcessIdentity:
@@ -29,11 +29,13 @@ def this_process() -> ProcessIdentity:
 
 
 def is_gone(process: str | None) -> bool:
-    """Whether a process is known to have ended; ``False`` where that cannot be found out.
+    """Whether a process is known to have ended; ``False`` if this cannot be determined.
 
-    A host name would not do: containers that share one do not see each other's processes. Nor does
-    a missing file in ``/proc``: it may hide the processes of other users, and a process that has
-    used up its descriptors cannot read it.
+    The host name is not enough: containers with the same host name do not see each other's
+    processes. Nor is a missing file in ``/proc``: the processes of other users may be hidden there,
+    and a process without free file descriptors cannot read it.
+
+    :param process: from :attr:`ProcessIdentity.process`.
     """
     if process is None:
         return False
@@ -57,7 +59,7 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        # It belongs to another user.
+        # The process belongs to another user.
         return True
     return True
 
@@ -71,9 +73,9 @@ def _machine() -> str | None:
 
 
 def _stat(pid: int) -> tuple[str, str] | None:
-    """State, and start time in clock ticks since boot; ``None`` when they cannot be read."""
+    """State and start time (clock ticks since boot) of a process; ``None`` if not readable."""
     try:
-        # The command's name stands in parentheses and may itself hold spaces and parentheses.
+        # The command name is in parentheses, and may itself contain spaces and parentheses.
         fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""How much memory this process holds."""
+"""The memory use of this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def memory_in_use() -> float:
-    """MiB that this process holds in memory; where the system does not tell, the most so far."""
+    """Resident memory of this process in MiB; without ``/proc``, its highest value so far."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

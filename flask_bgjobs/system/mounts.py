@@ -1,4 +1,4 @@
-"""On which kind of file system a file lies, where the system tells."""
+"""The type of the file system that holds a file, on systems with ``/proc/mounts``."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _NETWORK = frozenset(
 def network_file_system(path: str, mounts: Path | None = None) -> str | None:
     """The type of the network file system that holds ``path``, such as ``nfs4``.
 
-    :param mounts: the table of mounts; by default the system's own.
-    :returns: ``None`` for a local file system, and where there is no such table.
+    :param mounts: the table of mounts; default: ``/proc/mounts``.
+    :returns: ``None`` for a local file system, and if there is no such table.
     """
     try:
         table = (mounts or _MOUNTS).read_text(errors="surrogateescape")
@@ -48,7 +48,7 @@ def network_file_system(path: str, mounts: Path | None = None) -> str | None:
 
 
 def _file_system(path: str, table: str) -> str | None:
-    """The type of the mount nearest above ``path``; a newer one covers those before it."""
+    """The type of the innermost mount that contains ``path``; of equal ones, the last applies."""
     nearest, found = "", None
     for line in table.splitlines():
         fields = line.split(" ")
@@ -62,7 +62,7 @@ def _file_system(path: str, table: str) -> str | None:
 
 
 def _unescaped(folder: str) -> str:
-    """A folder as it is named; the table has white space and backslashes in octal."""
+    """The name of a folder; the table has octal escapes for white space and backslashes."""
     for character in " \t\n\\":
         folder = folder.replace(f"\\{ord(character):03o}", character)
     return folder

@@ -1,7 +1,7 @@
-"""A logger whose filters and handlers cannot end the thread that logs.
+"""A logger that never raises, even if a filter or handler fails.
 
-Hosts add filters and handlers that read ``flask.g`` or call a service. In a worker they run in
-threads that have no request and no application context, and an exception of theirs would end the
+Hosts add filters and handlers that read ``flask.g`` or call a service. In a worker, these run in
+threads without a request or application context. An exception from one of them would end the
 heartbeat or the scheduler.
 """
 
@@ -22,23 +22,23 @@ else:
 
 
 class Raised(NamedTuple):
-    """The exception that a record is about."""
+    """The exception of a log record."""
 
     error: BaseException
     frames: TracebackType | None
-    """The part of its traceback that the record shows."""
+    """The part of the traceback that the record shows."""
     text: str
-    """Its traceback as text."""
+    """The traceback as text."""
 
 
 class SafeLogger(_Adapter):
-    """Logs like the wrapped logger, and never raises.
+    """Logs through another logger, and never raises.
 
-    An exception of a filter, a handler or a record factory is printed to ``sys.stderr``, as
-    :meth:`logging.Handler.handleError` does, unless ``logging.raiseExceptions`` is false.
+    An exception from a filter, a handler or a record factory is printed to ``sys.stderr``, as by
+    :meth:`logging.Handler.handleError`, unless ``logging.raiseExceptions`` is false.
 
     :param stays_enabled: whether :func:`logging.config.dictConfig` and ``fileConfig``, which
-        Alembic calls as well, cannot disable the logger; its level can silence it.
+        Alembic calls, cannot disable the logger. Its level can still silence it.
     :param least_level: records below this level are not logged.
     """
 
@@ -56,13 +56,13 @@ class SafeLogger(_Adapter):
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  # logging's name for it
         """Whether a record of ``level`` would be logged."""
         if self._stays_enabled and self.logger.disabled:
-            # By default they disable every logger that exists and that they do not name.
+            # By default, dictConfig() and fileConfig() disable existing loggers they do not name.
             self.logger.disabled = False
         return level >= self._least_level and super().isEnabledFor(level)
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a record with the position of the caller."""
-        # One more frame to skip: this method.
+        """Log a record that shows the position of the caller."""
+        # Skip the frame of this method as well.
         stacklevel = kwargs.pop("stacklevel", 1) + 1
         try:
             super().log(level, msg, *args, stacklevel=stacklevel, **kwargs)
@@ -77,18 +77,18 @@ class SafeLogger(_Adapter):
         extra: Mapping[str, object],
         raised: Raised | None = None,
     ) -> None:
-        """Log a record with fields of its own, and the exception that it is about."""
+        """Log a record with additional attributes and, optionally, an exception."""
         if not self.isEnabledFor(level):
             return
         try:
-            # This method is one frame, and who calls it another.
+            # Skip the frame of this method, so that the record shows its caller.
             path, line, function, _ = self.logger.findCaller(stacklevel=2)
             exc_info = raised and (type(raised.error), raised.error, raised.frames)
             record = self.logger.makeRecord(
                 self.logger.name, level, path, line, msg, args, exc_info, function, extra
             )
             if raised is not None:
-                # Formatters print this text instead of making their own.
+                # Formatters print this text instead of formatting the traceback.
                 record.exc_text = raised.text
             self.logger.handle(record)
         except Exception:
@@ -97,7 +97,7 @@ class SafeLogger(_Adapter):
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        """The message and its ``extra`` as they were given."""
+        """Return the message and its ``extra`` unchanged."""
         return msg, kwargs
 
 

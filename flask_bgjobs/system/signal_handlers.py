@@ -1,7 +1,7 @@
-"""Signal handlers of ours, and what a forked copy of the process has instead.
+"""Our signal handlers, and the handlers that a forked child gets instead.
 
-A copy that kept our handlers could not be ended: ``multiprocessing`` stops its helpers with
-SIGTERM, which a worker takes as a request to stop and a child of the process pool ignores.
+A forked child with our handlers could not be ended: ``multiprocessing`` stops its helper processes
+with SIGTERM, which a worker treats as a stop request and a child of the process pool ignores.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What service managers and terminals send to a process that is to stop."""
+"""The signals by which service managers and terminals stop a process."""
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
-"""What ``signal.signal`` takes and returns; ``None`` for a handler that Python did not set."""
+"""Type of the handlers of ``signal.signal``; ``None``: the handler was not set by Python."""
 
 _replaced: list[tuple[signal.Signals, Handler, Handler]] = []
-"""Signal, our handler and the former one, in the order in which they were set."""
+"""Each signal with our handler and the former one, in the order in which they were set."""
 _before_fork = threading.local()
 
 
@@ -28,7 +28,7 @@ _before_fork = threading.local()
 def handled(
     numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Let ``handler`` answer some signals, and afterwards who did before; in the main thread."""
+    """Handle signals with ``handler`` within this block; use it in the main thread only."""
     before = {number: signal.signal(number, handler) for number in numbers}
     reset_in_copies(before)
     try:
@@ -40,14 +40,14 @@ def handled(
 
 
 def reset_in_copies(former: Mapping[signal.Signals, Handler]) -> None:
-    """Give forked copies of this process the ``former`` handlers instead of the present ones."""
+    """Give forked children of this process the ``former`` handlers instead of the current ones."""
     _replaced.extend((n, signal.getsignal(n), handler) for n, handler in former.items())
 
 
 def block_for_fork() -> None:
-    """Keep signals from a copy until it has the former handlers.
+    """Block signals until a forked child has the former handlers.
 
-    Python drops a signal that reaches the copy earlier.
+    Python drops a signal that reaches the child earlier.
     """
     numbers = {number for number, _, _ in _replaced}
     _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
@@ -61,7 +61,7 @@ def unblock_after_fork() -> None:
 
 
 def reset_in_this_copy() -> None:
-    """Set the former handlers, except where the code that forked has set its own."""
+    """Restore the former handlers, except for signals to which the forking code has set its own."""
     if not _replaced:
         return
     signal.set_wakeup_fd(-1)
@@ -70,6 +70,6 @@ def reset_in_this_copy() -> None:
         if present[number] == ours:
             present[number] = former
     for number, handler in present.items():
-        # Once for each: a signal that waits is dropped by a handler that ignores it for a moment.
+        # Set each only once: even a short SIG_IGN would drop a pending signal.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
     _replaced.clear()

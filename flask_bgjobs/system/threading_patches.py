@@ -1,4 +1,4 @@
-"""Whether gevent or eventlet has replaced threads by greenlets, and a lock that bears it."""
+"""Detects gevent and eventlet, which replace threads by greenlets; a lock that works with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 
 def patched_by() -> str | None:
-    """The library that has replaced the threads of this process by greenlets, if one has."""
+    """The library that has replaced this process's threads by greenlets, or ``None``."""
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
         return "gevent"
@@ -18,20 +18,23 @@ def patched_by() -> str | None:
 
 
 def refusal(library: str) -> str:
-    """Why no worker runs in such a process, and what to do instead."""
+    """The message that says why no worker runs in such a process, and what to do instead.
+
+    :param library: from :func:`patched_by`.
+    """
     return (
         f"{library} has patched the threads of this process, and jobs in greenlets could be "
-        "neither cancelled nor timed out: run `flask bgjobs worker` as a process of its own, and "
+        "neither cancelled nor timed out: run `flask bgjobs worker` as a separate process, and "
         "patch only in the web server (`gunicorn --worker-class gevent`), not in a module of the "
         "app"
     )
 
 
 class Lock:
-    """A lock that also works when threads are patched after it was made.
+    """A lock that works even if threads are patched after it was made.
 
     ``gunicorn --preload`` builds the app before its gevent workers patch threads. A greenlet that
-    waits for a lock from before blocks all greenlets, also the one that holds the lock.
+    waits for an unpatched lock blocks all greenlets, including the one that holds the lock.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The threads of a worker, whose end the worker must notice."""
+"""The threads of a worker, and a check that they are alive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .safe_logging import logger as _logger
 
 
 class WorkerThread(threading.Thread):
-    """A daemon thread that logs the exception that ends it, and keeps it as :attr:`failure`.
+    """A daemon thread that logs an exception that ends it, and keeps it as :attr:`failure`.
 
-    It is a daemon, so that a job that ignores every request to stop cannot keep the process alive.
+    Daemon threads do not keep the process alive if a job ignores all requests to stop.
     """
 
     def __init__(self, target: Callable[..., object], name: str, *args: Any) -> None:
@@ -22,7 +22,7 @@ class WorkerThread(threading.Thread):
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """Call the target."""
+        """Call the target, and log its exception."""
         try:
             super().run()
         except BaseException as error:
@@ -31,9 +31,9 @@ class WorkerThread(threading.Thread):
 
 
 def require_alive(threads: Iterable[threading.Thread]) -> None:
-    """Make sure that all of these threads live.
+    """Check that all threads are alive.
 
-    :raises WorkerFailed: names the first one that has ended, and why.
+    :raises WorkerFailed: if one has ended; names the first, and its exception if there was one.
     """
     for thread in threads:
         if not thread.is_alive():
@@ -43,7 +43,7 @@ def require_alive(threads: Iterable[threading.Thread]) -> None:
 
 
 def position_of(thread_id: int) -> str:
-    """What a thread executes at the moment, as ``file:line, function``."""
+    """The code that a thread is executing, as ``file:line, function``."""
     frame = sys._current_frames().get(thread_id)
     if frame is None:
         return "an ended thread"

@@ -134,7 +134,7 @@ def test_a_worker_inside_is_refused_and_requests_are_served(site: Site, state: A
     site.serve("--preload")
     wait_until(lambda: site.ask("/nothing") == 404, "the server")
     assert site.ask_together("/", b"") == {200}
-    assert site.log.read_text().count("run `flask bgjobs worker` as a process of its own") == 1
+    assert site.log.read_text().count("run `flask bgjobs worker` as a separate process") == 1
     assert site.ask("/jobs/healthz") == 503
 
 
