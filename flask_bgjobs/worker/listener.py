@@ -49,13 +49,13 @@ class Wake:
 class WakeUps:
     """Calls a function when there may be new work, until :meth:`stop`.
 
-    :param on_news: the function; called in the listener's thread, must be quick.
+    :param wake: the function; called in the listener's thread, must be quick.
     :param poll_interval: longest time between two polls, in seconds.
     """
 
-    def __init__(self, store: Store, on_news: Callable[[], object], poll_interval: float) -> None:
+    def __init__(self, store: Store, wake: Callable[[], object], poll_interval: float) -> None:
         self._store = store
-        self._on_news = on_news
+        self._wake = wake
         self._poll_interval = poll_interval
         self._work_noted_at = time.monotonic()
         self._stopped = threading.Event()
@@ -94,7 +94,7 @@ class WakeUps:
         while not self._stopped.is_set():
             began = time.monotonic()
             try:
-                self._store.listen(self._stopped, self._on_news, self._is_quiet)
+                self._store.listen(self._stopped, self._wake, self._is_quiet)
             except SQLAlchemyError as error:
                 # The worker logs the outage, and polls in the meantime.
                 _logger.debug("Not listening for new jobs: %s", getattr(error, "orig", error))

@@ -68,7 +68,7 @@ _LAST_LOCKS_SECONDS = 3.0
 _LAST_CALLS_SECONDS = 3.0
 """How long a stopping worker waits for the host's ``on_failure`` functions."""
 _END_SECONDS = 8.0
-"""Time after the grace period in which a worker stops running jobs and settles the rest."""
+"""Time after the grace period in which a worker stops its jobs and records their outcomes."""
 _TRANSACTIONS_PER_LEASE = 4
 _MIN_TRANSACTION_SECONDS, _MAX_TRANSACTION_SECONDS = 2.0, 600.0
 """PostgreSQL accepts up to 24 days, but no transaction of a worker takes ten minutes."""
@@ -134,6 +134,7 @@ class Worker:
         """Grace period of running jobs after a stop request, in seconds."""
         self._id = 0
         self._stops = 0
+        """Number of stop requests."""
         self._has_started = False
         self._is_draining = False
         """Whether the worker claims no more jobs, and stops when its jobs have finished."""
@@ -156,7 +157,7 @@ class Worker:
         self._poll_due = False
         self._polled_at = self._swept_at = -float("inf")
         self._outage = Outage(self.name)
-        self._clock = Clock(self._on_news, config.poll_interval)
+        self._clock = Clock(self._poll_soon, config.poll_interval)
         self._limits = Limits(
             max_jobs=options.max_jobs, max_time=options.max_time, max_memory=options.max_memory
         )
@@ -207,8 +208,8 @@ class Worker:
     def _run(self) -> None:
         self._pools = self._open_pools()
         try:
-            with contextlib.ExitStack() as ending:
-                self._start(ending)
+            with contextlib.ExitStack() as cleanup:
+                self._start(cleanup)
                 try:
                     self._work()
                 except BaseException:
@@ -242,40 +243,40 @@ class Worker:
         except Exception:
             _logger.exception("Worker %s could not give its jobs back", self.name)
 
-    # Beginning and end
+    # Start and end
 
-    def _start(self, ending: contextlib.ExitStack) -> None:
+    def _start(self, cleanup: contextlib.ExitStack) -> None:
         """Start the threads that run beside the loop, and register the worker.
 
-        :param ending: gets a callback for each, which stops them in reverse order; also when a
-            later start fails.
+        :param cleanup: gets a callback for each thread, to stop it. The callbacks run in reverse
+            order, also when a later start fails.
         """
         calls = self.state.call_soon = CallThread()
-        ending.callback(setattr, self.state, "call_soon", call_now)
-        ending.callback(calls.finish, _LAST_CALLS_SECONDS)
-        ending.callback(self._emit_stopped)
-        ending.callback(self._store.dispose)
+        cleanup.callback(setattr, self.state, "call_soon", call_now)
+        cleanup.callback(calls.finish, _LAST_CALLS_SECONDS)
+        cleanup.callback(self._emit_stopped)
+        cleanup.callback(self._store.dispose)
         notice = self._store.prepare(wal=self.state.config.sqlite_wal)
         if notice:
             _logger.info(notice)
         self._register()
-        ending.callback(lambda: self._guard(lambda: self._store.stop_worker(self._id)))
+        cleanup.callback(lambda: self._guard(lambda: self._store.stop_worker(self._id)))
         self._progress = LoopProgress(self.state.config.lease)
         self._store.on_attempt = self._progress.note_if_own_thread
         self._heartbeat = Heartbeat(
             self._store, self._id, self.state.config.heartbeat_interval, self._progress
         )
-        ending.callback(self._heartbeat.stop)
-        ending.callback(lambda: self._guard(lambda: self._roll_up(at_once=True)))
-        ending.callback(self._pools.close)
+        cleanup.callback(self._heartbeat.stop)
+        cleanup.callback(lambda: self._guard(lambda: self._roll_up(at_once=True)))
+        cleanup.callback(self._pools.close)
         if self._options.scheduler:
             self._clock.every(_PRUNE_INTERVAL_SECONDS, self._on_prune_time)
         self._clock.start()
-        ending.callback(self._clock.stop)
-        self._wake_ups = WakeUps(self._store, self._on_news, self.state.config.poll_interval)
-        ending.callback(self._wake_ups.stop)
+        cleanup.callback(self._clock.stop)
+        self._wake_ups = WakeUps(self._store, self._poll_soon, self.state.config.poll_interval)
+        cleanup.callback(self._wake_ups.stop)
         self.state.enqueued.append(self._on_enqueued)
-        ending.callback(self.state.enqueued.remove, self._on_enqueued)
+        cleanup.callback(self.state.enqueued.remove, self._on_enqueued)
         if not self.state.registry:
             _logger.warning(
                 "No job is allowed | Worker: %s | It will refuse every job: name the modules of "
@@ -693,14 +694,14 @@ class Worker:
         return limits.max_memory is not None and memory_in_use() >= limits.max_memory
 
     def _has_no_jobs_left(self) -> bool:
-        left = True
+        has_unfinished = True
         try:
             # A retry without a delay is due at once.
             self._store.promote()
-            left = self._store.unfinished(self.queues)
+            has_unfinished = self._store.unfinished(self.queues)
         except SQLAlchemyError as error:
-            self._wait_out(error)
-        return not left and self._polled_at > 0
+            self._back_off(error)
+        return not has_unfinished and self._polled_at > 0
 
     def _drain(self) -> None:
         """Give unstarted jobs back, let running jobs finish in the grace period, give back the
@@ -718,7 +719,7 @@ class Worker:
             self._guard(self._drain_turn)
             self._sleep(min(_OBSERVE_SECONDS, max(0.0, grace_ends - time.monotonic())))
         shutdown.give_back_running(self._pools, self._outbox, self._sleep)
-        # A pool that failed during the grace has put its jobs back into its queue.
+        # A pool that failed in the grace period has put its jobs back into its queue.
         shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         self._settle_last()
 
@@ -738,15 +739,15 @@ class Worker:
         self._observe_running()
 
     def _guard(self, step: Callable[[], None]) -> None:
-        """Run a step that uses the database; on a database error, wait for the outage to end."""
+        """Run a step that uses the database; on a database error, log it and wait (backoff)."""
         try:
             step()
         except SQLAlchemyError as error:
-            self._wait_out(error)
+            self._back_off(error)
         else:
             self._outage.record_success()
 
-    def _wait_out(self, error: SQLAlchemyError) -> None:
+    def _back_off(self, error: SQLAlchemyError) -> None:
         self._pause(self._outage.record_failure(error, len(self._outbox)))
 
     def _pause(self, seconds: float) -> None:
@@ -761,7 +762,7 @@ class Worker:
         self._outbox.put(spec, outcome)
         self._wake.set()
 
-    def _on_news(self) -> None:
+    def _poll_soon(self) -> None:
         """Poll soon: a job is due or was enqueued, or the poll interval has passed."""
         self._poll_due = True
         self._wake.set()
@@ -770,7 +771,7 @@ class Worker:
         self._prune_due = True
 
     def _on_enqueued(self, _job: Job) -> None:
-        self._on_news()
+        self._poll_soon()
 
 
 def register(
