@@ -241,7 +241,7 @@ def _without_comments(statement: str) -> str:
 
 
 def _is_new(target: object) -> bool:
-    """Whether no listeners were added to ``target`` yet.
+    """Whether ``target`` has no listeners of ours yet. Later calls return ``False``.
 
     ``event.contains`` identifies a target by its address, which a later object may reuse.
     """

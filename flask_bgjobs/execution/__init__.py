@@ -1,1 +1,1 @@
-"""Running the code of one attempt."""
+"""Execution: runs the code of one attempt, in a thread or a child process."""

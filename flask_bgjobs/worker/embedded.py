@@ -1,8 +1,8 @@
 """A worker inside the serving process, for small deployments.
 
-The master process of a pre-fork server must not start threads, and looks the same as a process that
-serves requests. But only a serving process gets requests. So the worker starts with the first
-request or the first enqueued job. It starts at once only if this process certainly serves.
+The master process of a pre-fork server must not start threads, but code cannot tell it from a
+process that serves requests. Only the serving process gets requests. So the worker starts with the
+first request or the first enqueued job, and at once only if this process certainly serves.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class EmbeddedWorker:
         atexit.register(self._stop_at_exit, self._pid)
 
     def stop(self, timeout: float | None = None) -> None:
-        """Stop the worker after the grace period of its jobs; a second call ends that period.
+        """Stop the worker. Running jobs have a grace period, which a second call ends.
 
         :param timeout: seconds to wait for the end of the worker; default: no limit.
         """
@@ -201,7 +201,7 @@ def _may_serve() -> bool:
 
 
 def _has_reloader(context: click.Context) -> bool:
-    """Whether ``flask run`` uses the reloader, decided in the same way as in that command."""
+    """Whether ``flask run`` uses the reloader, decided as that command decides it."""
     from flask.helpers import get_debug_flag
 
     reload: bool | None = context.params.get("reload")

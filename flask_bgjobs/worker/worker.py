@@ -173,7 +173,7 @@ class Worker:
         import_jobs(state)
 
     def stop(self) -> None:
-        """Ask the worker to stop after the grace period; a second call ends that period at once.
+        """Ask the worker to stop. Running jobs have a grace period, which a second call ends.
 
         Safe to call from a signal handler and from any thread.
         """

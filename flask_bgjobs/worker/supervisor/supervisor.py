@@ -172,7 +172,7 @@ class Supervisor:
         """Read the only message of a child: that it takes jobs. End of file means that it ended."""
         assert slot.child is not None
         self._selector.unregister(slot.child.channel)
-        if not slot.child.is_ready():
+        if not slot.child.read_message():
             return
         slot.was_ready = True
         if not self._were_all_ready and all(each.was_ready for each in self._slots):
@@ -300,8 +300,11 @@ class _Child:
         self.takes_jobs = False
         self.kill_at = math.inf
 
-    def is_ready(self) -> bool:
-        """Whether the child has reported that it takes jobs. Without a message it has ended."""
+    def read_message(self) -> bool:
+        """Read the child's message.
+
+        :returns: whether the child takes jobs; ``False``: it has ended without a message.
+        """
         with contextlib.suppress(OSError):
             self.takes_jobs = bool(self.channel.recv(1, socket.MSG_DONTWAIT))
         return self.takes_jobs
