@@ -14,21 +14,21 @@ from . import access, api, assets, changes, pages
 from .rendering import TemplateLoader
 
 _HOST = "bgjobs_host"
-"""The name of the host in an address, where the app's routes name hosts."""
-_LOOKED = "bgjobs_routes_were_looked_at"
+"""Name of the URL variable that matches any host, in an app with ``host_matching``."""
+_ROUTES_CHECKED = "bgjobs_routes_checked"
+"""Set in ``app.extensions`` after the routes were compared with those of the app."""
 _METHODS = frozenset({"GET", "POST"})
-"""Those of our routes."""
-_AUTOMATIC = frozenset({"HEAD", "OPTIONS"})
-"""Methods that Flask answers by itself beside others."""
+"""Methods of the dashboard's routes."""
+_AUTOMATIC_METHODS = frozenset({"HEAD", "OPTIONS"})
+"""Methods that Flask adds to a route by itself."""
 
 
 def add_dashboard(app: Flask, config: Config) -> None:
-    """Register the dashboard.
+    """Register the dashboard's blueprint on ``app``.
 
-    :param config: tells where it is mounted; the rest is read from the app at each request, so
-        that two apps can have different settings.
+    :param config: gives the URL prefix. All other settings are read from the app at each request,
+        so that two apps can have different ones.
     """
-    # The loader of a blueprint's own folder would not know the host's delimiters.
     kind = _OnAnyHost if app.url_map.host_matching else _Dashboard
     blueprint = kind("bgjobs", __name__, url_prefix=config.dashboard_url_prefix)
     access.protect(blueprint)
@@ -37,17 +37,18 @@ def add_dashboard(app: Flask, config: Config) -> None:
     changes.register(blueprint)
     api.register(blueprint)
     app.register_blueprint(blueprint)
-    # First of all, also before a function of the host's that sends everybody to log in.
+    # Before all other functions: one of the host's may redirect every request to its login page.
     app.before_request_funcs.setdefault(None, []).insert(0, pages.answer_health_check)
     app.before_request(_warn_of_shadowed_routes)
 
 
 class _Dashboard(Blueprint):
-    """A blueprint whose templates the host's environment can read, whatever its delimiters."""
+    """A blueprint whose templates work with any Jinja delimiters that the host has set."""
 
     @property
     def jinja_loader(self) -> Any:
-        """Loads the templates that the host has not replaced."""
+        """The loader of the templates that the host has not replaced."""
+        # Flask's loader for a blueprint's folder does not translate delimiters.
         return _TEMPLATES
 
 
@@ -55,7 +56,7 @@ _TEMPLATES = TemplateLoader("flask_bgjobs.dashboard")
 
 
 class _OnAnyHost(_Dashboard):
-    """The dashboard of an app with ``host_matching``, where a route without a host matches none."""
+    """The dashboard in an app with ``host_matching``, where every rule needs a host."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +64,7 @@ class _OnAnyHost(_Dashboard):
         self.url_defaults(_add_host)
 
     def add_url_rule(self, rule: str, *args: Any, **options: Any) -> None:
-        """Add a rule that matches on each host."""
+        """Add a rule that matches on any host."""
         super().add_url_rule(rule, *args, host=f"<{_HOST}>", **options)
 
 
@@ -78,30 +79,31 @@ def _add_host(_endpoint: str, values: dict[str, Any]) -> None:
 
 
 def _warn_of_shadowed_routes() -> None:
-    """Warn, at the first request, of paths that the app and the dashboard both have."""
-    if _LOOKED in current_app.extensions:
+    """Log a warning, at the first request, for each path that app and dashboard both serve."""
+    if _ROUTES_CHECKED in current_app.extensions:
         return
-    current_app.extensions[_LOOKED] = True
+    current_app.extensions[_ROUTES_CHECKED] = True
     rules = list(current_app.url_map.iter_rules())
-    ours = [rule for rule in rules if rule.endpoint.startswith("bgjobs.")]
-    for theirs in rules:
-        if theirs.endpoint.startswith("bgjobs."):
+    dashboard_rules = [rule for rule in rules if rule.endpoint.startswith("bgjobs.")]
+    for app_rule in rules:
+        if app_rule.endpoint.startswith("bgjobs."):
             continue
-        for mine in filter(functools.partial(_is_same_place, theirs), ours):
+        for own_rule in filter(functools.partial(_overlap, app_rule), dashboard_rules):
             _logger.warning(
-                "Path in two places | Path: %s | Endpoints: %s, %s | Only the one registered first "
-                "answers: set BGJOBS_DASHBOARD_URL_PREFIX, or move the app's own page",
-                theirs.rule,
-                theirs.endpoint,
-                mine.endpoint,
+                "Path in two places | Path: %s | Endpoints: %s, %s | Only the route registered "
+                "first is served: set BGJOBS_DASHBOARD_URL_PREFIX, or move the app's own page",
+                app_rule.rule,
+                app_rule.endpoint,
+                own_rule.endpoint,
             )
 
 
-def _is_same_place(theirs: Rule, mine: Rule) -> bool:
-    if theirs.rule.rstrip("/") != mine.rule.rstrip("/"):
+def _overlap(app_rule: Rule, own_rule: Rule) -> bool:
+    """Whether two rules match the same path, and a method in common."""
+    if app_rule.rule.rstrip("/") != own_rule.rule.rstrip("/"):
         return False
-    # With `host_matching`, ours are on each host.
-    if not current_app.url_map.host_matching and theirs.subdomain != mine.subdomain:
+    # With `host_matching`, the dashboard's rules match on any host.
+    if not current_app.url_map.host_matching and app_rule.subdomain != own_rule.subdomain:
         return False
-    shared = (theirs.methods or _METHODS) & (mine.methods or _METHODS)
-    return bool(shared - _AUTOMATIC)
+    shared = (app_rule.methods or _METHODS) & (own_rule.methods or _METHODS)
+    return bool(shared - _AUTOMATIC_METHODS)

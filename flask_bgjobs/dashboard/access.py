@@ -1,8 +1,8 @@
-"""Who may do what, and that it was really they who asked.
+"""Authorization and CSRF protection of the dashboard's views.
 
-Everything is closed until the host registers an authorizer. A view that stands in no line of
-:data:`_ACTIONS` and is not in :data:`_OPEN` is closed as well, so that a new one cannot be
-forgotten.
+Everything is closed until the host registers an authorizer. A view that is neither in
+:data:`_ACTIONS` nor in :data:`_OPEN` is closed as well, so that a new view is never open by
+mistake.
 """
 
 from __future__ import annotations
@@ -59,33 +59,33 @@ _ACTIONS = {
     "api_act_on_queue": "",
     "api_act_on_worker": "",
 }
-"""What the authorizer is asked for each view; the empty ones are named by the address."""
+"""The action that the authorizer is asked about, by view; where it is empty, the URL names it."""
 _OPEN = frozenset({"static", "healthz"})
-"""Views for everybody: a load balancer has no login. They tell nothing of any job."""
+"""Views without authorization: a load balancer cannot log in. They show nothing about jobs."""
 
 QUERY_SECONDS = 2.0
-"""For each query of a page: a visitor waits, and asks again."""
+"""Time limit of each query of a page: the visitor waits for it, and is likely to reload."""
 _READING = "bgjobs.reading"
-"""Where the environment of a request holds what ends its reading."""
-_RAISED = "bgjobs.raised"
-"""Set in the environment of a request for which the authorizer has raised."""
-_SAID = "bgjobs.said"
-"""Where the environment of a request holds the errors that were logged for it."""
+"""Key in the request's environment: the exit stack that closes its shared connection."""
+_AUTHORIZER_RAISED = "bgjobs.authorizer_raised"
+"""Key in the request's environment: set after the authorizer raised an exception."""
+_LOGGED_ERRORS = "bgjobs.logged_errors"
+"""Key in the request's environment: the error messages that were logged for it."""
 _GUARDED = "bgjobs.guarded"
-"""Set in the environment of a request that our checks have seen."""
+"""Key in the request's environment: set as soon as this module checks the request."""
 _MAY_SEE_TOTALS = "bgjobs.may_see_totals"
-"""Where the environment of a request holds the answer of :func:`may_see_totals`."""
-_TOLD_OF_TOTALS = "bgjobs_told_of_totals"
-"""Set in an app whose log says why figures are hidden."""
+"""Key in the request's environment: the result of :func:`may_see_totals`."""
+_HIDDEN_TOTALS_LOGGED = "bgjobs_hidden_totals_logged"
+"""Key in ``app.extensions``: set after the log has said why figures are hidden."""
 _SAMPLES = "bgjobs_sampled_jobs"
-"""Where an app keeps these jobs for :func:`may_see_totals`, and when it read them."""
+"""Key in ``app.extensions``: when :func:`_samples` read its jobs, and the jobs."""
 _SAMPLES_KEPT_SECONDS = 10.0
 _SAMPLE_SECONDS = 1.0
-"""For asking about all of them; an authorizer that takes longer gets no figures of all jobs."""
+"""Time for asking the authorizer about all samples; when it takes longer, totals are hidden."""
 _SAMPLED_QUEUES, _NEWEST = 50, 20
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 FRAGMENT_HEADER = "X-Bgjobs-Fragment"
-"""Sent by our script: the answer is the part of the page that changes."""
+"""Sent by the dashboard's script to get only the part of a page that changes."""
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -94,19 +94,20 @@ CONTENT_SECURITY_POLICY = (
 
 
 def protect(blueprint: Blueprint) -> None:
-    """Put every view of ``blueprint`` behind authorization, CSRF check and headers."""
+    """Add authorization, CSRF check and security headers to every view of ``blueprint``."""
     blueprint.before_request(_begin_reading)
     blueprint.before_request(_guard)
     blueprint.after_request(_add_headers)
     blueprint.after_request(_end_reading)
-    blueprint.teardown_request(_release)
+    blueprint.teardown_request(_close_reading)
 
 
 def is_allowed(action: str, job: Job | None = None) -> bool:
-    """Whether the visitor may do ``action``, by configuration and the host's authorizer.
+    """Whether configuration and authorizer allow the visitor to do ``action``.
 
-    Only ``True`` means yes. An authorizer that raises or aborts allows nothing. It is not asked
-    where a function of the host's has refused the request: it may not know the visitor yet.
+    Only ``True`` from the authorizer allows it; an authorizer that raises or aborts denies it. The
+    authorizer is not asked when a ``before_request`` function of the host has refused the request,
+    because it may not know the visitor yet.
     """
     if not is_guarded():
         return False
@@ -117,7 +118,7 @@ def is_allowed(action: str, job: Job | None = None) -> bool:
 
 
 def _is_allowed(action: str, job: Job | None) -> bool:
-    """The same, but what the authorizer aborts with is raised: it is the answer to the request."""
+    """Like :func:`is_allowed`, but lets an ``abort()`` of the authorizer end the request."""
     state = current_state()
     if action == VIEW:
         if state.config.dashboard_public:
@@ -125,7 +126,7 @@ def _is_allowed(action: str, job: Job | None) -> bool:
     elif action != AUDIT and state.config.read_only:
         return False
     authorizer = state.find_authorizer()
-    if authorizer is None or _RAISED in request.environ:
+    if authorizer is None or _AUTHORIZER_RAISED in request.environ:
         return False
     try:
         answer: object = authorizer(action, job)
@@ -134,29 +135,29 @@ def _is_allowed(action: str, job: Job | None) -> bool:
     except Exception as error:
         _logger.exception("The dashboard's authorizer raised for %r; access is refused", action)
         _roll_back_after(error)
-        # Once is enough: the page that says so would ask for each of its links.
-        request.environ[_RAISED] = True
+        # Otherwise the error page would ask, and log the error, again for each of its links.
+        request.environ[_AUTHORIZER_RAISED] = True
         return False
     if not isinstance(answer, bool | None):
         hooks.discard(answer)
-        _complain_once(
-            f"The dashboard's authorizer returned {_kind_of(answer)} for {action!r}; only True "
+        _log_error_once(
+            f"The dashboard's authorizer returned {_type_name(answer)} for {action!r}; only True "
             "allows anything"
         )
     return answer is True
 
 
-def _complain_once(sentence: str) -> None:
-    """Log an error once per request: a page asks for each job and button."""
-    said: set[str] = request.environ.setdefault(_SAID, set())
-    if sentence not in said:
-        said.add(sentence)
-        _logger.error(sentence)
+def _log_error_once(message: str) -> None:
+    """Log an error once per request: a page asks the authorizer about each job and button."""
+    logged: set[str] = request.environ.setdefault(_LOGGED_ERRORS, set())
+    if message not in logged:
+        logged.add(message)
+        _logger.error(message)
 
 
-def _kind_of(answer: object) -> str:
-    """What was returned, without its value, which may be a secret."""
-    kind = type(answer)
+def _type_name(value: object) -> str:
+    """The type of ``value``, for a message that must not show the value: it may be a secret."""
+    kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
@@ -166,16 +167,16 @@ def visible(job: Job) -> bool:
 
 
 def visible_filter() -> Callable[[Job], bool] | None:
-    """The same, to be asked for each job of a list; ``None`` where everybody sees all."""
+    """:func:`visible`, to filter a list with; ``None`` where every visitor may see all jobs."""
     return None if current_state().config.dashboard_public else visible
 
 
 def may_see_totals() -> bool:
-    """Whether the visitor gets figures of all jobs, because the authorizer seems to allow all.
+    """Whether the visitor gets totals of all jobs, because the authorizer seems to allow them all.
 
-    It is asked about a made-up job with an owner and a queue that do not exist, about one in each
-    queue, and about the newest jobs. If only existing jobs counted, a visitor could change the
-    answer by enqueueing some.
+    The authorizer is asked about a made-up job whose owner and queue do not exist, about a made-up
+    job in each queue, and about the newest jobs. If it were asked about existing jobs only, a
+    visitor could change the result by enqueueing some.
     """
     state = current_state()
     if state.config.dashboard_public:
@@ -200,24 +201,24 @@ def _may_see_each(authorizer: Authorizer, jobs: Iterable[Job]) -> bool:
             if answer is not True:
                 return False
             if time.monotonic() > deadline:
-                _tell_why_hidden(f"took longer than {_SAMPLE_SECONDS:g} s for a few jobs")
+                _warn_totals_hidden(f"took longer than {_SAMPLE_SECONDS:g} s for a few jobs")
                 return False
     except HTTPException:
         return False
     except Exception as error:
-        # It may look for something that belongs to the job.
+        # Not an error: it may look up a row that belongs to the job, and a made-up job has none.
         _roll_back_after(error)
-        _tell_why_hidden(f"raised {type(error).__name__} for a made-up job")
+        _warn_totals_hidden(f"raised {type(error).__name__} for a made-up job")
         return False
     return True
 
 
-def _tell_why_hidden(reason: str) -> None:
-    if not current_app.extensions.get(_TOLD_OF_TOTALS):
-        current_app.extensions[_TOLD_OF_TOTALS] = True
+def _warn_totals_hidden(reason: str) -> None:
+    if not current_app.extensions.get(_HIDDEN_TOTALS_LOGGED):
+        current_app.extensions[_HIDDEN_TOTALS_LOGGED] = True
         _logger.warning(
-            "Figures hidden | The dashboard's authorizer %s: let it answer for any job at once, "
-            "and visitors who may see all jobs get figures of all",
+            "Figures hidden | The dashboard's authorizer %s. Visitors who may see all jobs get "
+            "totals only if it answers at once for any job, also for one that does not exist",
             reason,
         )
 
@@ -234,27 +235,27 @@ def _samples(state: AppState) -> Sequence[Job]:
 
 
 def _roll_back_after(error: Exception) -> None:
-    """Let the host's session be used again, where a statement of the authorizer's has failed."""
+    """Make the host's session usable again after a statement of the authorizer failed."""
     if isinstance(error, DBAPIError):
         current_state().db.session.rollback()
 
 
 def require_totals() -> None:
-    """Refuse numbers of all jobs to who may see only some of them."""
+    """Abort with 403 where the visitor may see only some of the jobs."""
     if not may_see_totals():
-        abort(403, "These figures cover all jobs, and you can see only some of them.")
+        abort(403, "These figures cover all jobs, and you may see only some of them.")
 
 
 def visitor(reason: str | None = None) -> Actor:
-    """Who makes a change, for the audit trail.
+    """The person who makes a change, for the audit trail.
 
-    :param reason: by what many jobs were chosen.
+    :param reason: the filter that selected the jobs, when many are changed.
     """
     return Actor(_visitor_name(), "api" if is_api() else "dashboard", reason)
 
 
 def is_guarded() -> bool:
-    """Whether the request has come as far as to this module's own checks."""
+    """Whether the request has reached the checks of this module."""
     return _GUARDED in request.environ
 
 
@@ -268,14 +269,14 @@ def _view() -> str:
 
 
 def _visitor_name() -> str:
-    """As the host's own function says, or the id that Flask-Login knows, or the address."""
+    """The name from the host's own function, else Flask-Login's user id, else the IP address."""
     identify = current_state().find_identifier()
     if identify is not None:
         name: object = identify()
         if name is not None and not isinstance(name, str | int):
             hooks.discard(name)
             raise TypeError(
-                f"the function of identify_visitor returned {_kind_of(name)}; it must return a "
+                f"the function of identify_visitor returned {_type_name(name)}; it must return a "
                 "string. Nothing was changed"
             )
         if name is not None:
@@ -289,13 +290,13 @@ def _visitor_name() -> str:
 
 
 def requested_job() -> Job:
-    """The job that the address names; the guard found it and let the visitor see it."""
+    """The job in the request's URL. The guard has loaded it, and the visitor may see it."""
     job: Job = g.bgjobs_job
     return job
 
 
 def find_visible_job(job_id: int) -> Job | None:
-    """The job, when it exists and the visitor may see it."""
+    """The job with this id; ``None`` when there is none, or the visitor may not see it."""
     if not queries.is_possible_id(job_id):
         return None
     job = current_state().store.get(job_id)
@@ -303,40 +304,42 @@ def find_visible_job(job_id: int) -> Job | None:
 
 
 def csrf_token() -> str | None:
-    """The token that every form sends; ``None`` when the app cannot sign one."""
+    """The CSRF token for forms; ``None`` when the app has no ``SECRET_KEY`` to sign it with."""
     return generate_csrf() if current_app.secret_key else None
 
 
 def csrf_field_name() -> str:
-    """The name under which forms send the token, as the host's own protection expects it."""
+    """The name of the form field with the token, as the host's ``CSRFProtect`` expects it."""
     return str(current_app.config.get("WTF_CSRF_FIELD_NAME", "csrf_token"))
 
 
 def wants_fragment() -> bool:
-    """Whether our script asks for the changing part of a page."""
+    """Whether the dashboard's script asks for only the part of a page that changes."""
     return FRAGMENT_HEADER in request.headers
 
 
 def _begin_reading() -> None:
+    """Read all of a page through one connection, with a time limit for each query."""
     if request.method in _SAFE_METHODS and _view() not in _OPEN:
-        # Not in `g`, which a request within this one would share.
+        # Not in `g`: a nested request would share it.
         reading = request.environ[_READING] = contextlib.ExitStack()
         reading.enter_context(current_state().store.reading(QUERY_SECONDS))
 
 
 def _end_reading(response: Response) -> Response:
-    # Before functions of the host's run, which may write.
-    _release()
+    # The host's `after_request` functions run next, and may write.
+    _close_reading()
     return response
 
 
-def _release(_error: BaseException | None = None) -> None:
+def _close_reading(_error: BaseException | None = None) -> None:
     reading = request.environ.pop(_READING, None)
     if reading is not None:
         reading.close()
 
 
 def _guard() -> ResponseReturnValue | None:
+    """Check authorization and CSRF token; returns the response that refuses the request."""
     view = _view()
     request.environ[_GUARDED] = True
     if view in _OPEN:
@@ -345,35 +348,35 @@ def _guard() -> ResponseReturnValue | None:
     action = _ACTIONS.get(view) or values.get("verb")
     if action is None:
         abort(403)
-    refusal = _refuse_job(action, values["job_id"]) if "job_id" in values else _refuse(action)
+    refusal = _job_refusal(action, values["job_id"]) if "job_id" in values else _refusal(action)
     if refusal is not None:
         return refusal
     if request.method not in _SAFE_METHODS:
-        _check_request_is_ours()
+        _check_csrf()
     return None
 
 
-def _refuse_job(action: str, job_id: int) -> ResponseReturnValue | None:
+def _job_refusal(action: str, job_id: int) -> ResponseReturnValue | None:
     job = find_visible_job(job_id)
     if job is None:
-        # The same answers as to an id that does not exist, whichever it is.
-        refusal = _refuse(VIEW)
+        # The same response for a hidden job and a missing one, so that they cannot be told apart.
+        refusal = _refusal(VIEW)
         if refusal is None:
-            abort(404, "there is no such job, or none that you may see")
+            abort(404, "there is no such job, or you may not see it")
         return refusal
     g.bgjobs_job = job
-    return None if action == VIEW else _refuse(action, job)
+    return None if action == VIEW else _refusal(action, job)
 
 
-def _refuse(action: str, job: Job | None = None) -> ResponseReturnValue | None:
-    """The answer to who may not; ``None`` when the visitor may."""
+def _refusal(action: str, job: Job | None = None) -> ResponseReturnValue | None:
+    """The response to a visitor who may not do ``action``; ``None`` when it is allowed."""
     try:
         if _is_allowed(action, job):
             return None
     except HTTPException as error:
         if error.response is None:
             raise
-        return _given(error.response)
+        return _authorizer_response(error.response)
     if current_state().find_authorizer() is not None and _is_anonymous():
         if is_api():
             abort(401, "Log in first.")
@@ -389,8 +392,10 @@ def _refuse(action: str, job: Job | None = None) -> ResponseReturnValue | None:
 
 
 def _return_to(page: str, answer: Response) -> None:
-    """Let a login lead back to a page: Flask-Login knows only the address that was asked for, which
-    a browser cannot open after a form was sent to it."""
+    """Make the login page lead back to ``page``.
+
+    Flask-Login would lead back to the URL of the request, which takes only POST.
+    """
     if "next" in session:
         session["next"] = page
     url = urlsplit(answer.headers.get("Location", ""))
@@ -400,10 +405,11 @@ def _return_to(page: str, answer: Response) -> None:
         answer.headers["Location"] = url._replace(query=urlencode(back)).geturl()
 
 
-def _given(response: WerkzeugResponse) -> ResponseReturnValue:
-    """The answer that an authorizer has aborted with, such as a redirect to its login page.
+def _authorizer_response(response: WerkzeugResponse) -> ResponseReturnValue:
+    """The response that an authorizer has aborted with, such as a redirect to its login page.
 
-    A script would take that page for what it asked for.
+    Scripts and API clients get 401 instead of a redirect: they would follow it, and take the login
+    page for the data that they asked for.
     """
     is_redirect = HTTPStatus.MULTIPLE_CHOICES <= response.status_code < HTTPStatus.BAD_REQUEST
     if is_redirect and (is_api() or wants_fragment()):
@@ -412,7 +418,7 @@ def _given(response: WerkzeugResponse) -> ResponseReturnValue:
 
 
 def _is_anonymous() -> bool:
-    """Whether the host has Flask-Login and nobody is logged in."""
+    """Whether the host uses Flask-Login and the visitor is not logged in."""
     if not hasattr(current_app, "login_manager"):
         return False
     from flask_login import current_user
@@ -426,11 +432,10 @@ def _prefers_json() -> bool:
     )
 
 
-def _check_request_is_ours() -> None:
-    """Refuse a change that another site made the visitor's browser send.
+def _check_csrf() -> None:
+    """Abort with 400 when another site may have made the visitor's browser send the request.
 
-    Checked here whether or not the host has ``CSRFProtect``, and also where it switched that
-    off: a dashboard cannot rely on either.
+    Checked whether or not the host has ``CSRFProtect``, and also when that is switched off.
     """
     if not current_app.secret_key:
         abort(400, "Changes need a SECRET_KEY in the app's configuration.")
@@ -440,7 +445,7 @@ def _check_request_is_ours() -> None:
     try:
         validate_csrf(token)
     except ValidationError as error:
-        abort(400, f"{error} Open the page again and repeat the change; nothing was changed.")
+        abort(400, f"{error} Nothing was changed. Open the page again and repeat the change.")
 
 
 def _add_headers(response: Response) -> Response:

@@ -1,4 +1,4 @@
-"""Stylesheets, scripts and images. Their addresses change with their content."""
+"""Stylesheets, scripts and images. The URL of a file changes with its content."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FOLDER = pathlib.Path(__file__).with_name("static")
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _YEAR_SECONDS = 365 * 86_400
 _SCOPED = "bootstrap-scoped.css"
-"""Made of Bootstrap: it applies to the dashboard's part of a page only."""
+"""Bootstrap, limited to the dashboard's part of a page; generated from the vendored file."""
 _SCOPE = ":where(.bgj, .bgj-bar)"
-"""The elements that hold the dashboard; without weight, so that all rules keep their order."""
+"""Selector of the dashboard's elements. ``:where`` has no specificity, so the rules keep theirs."""
 _RESET = "nav,section,form,table{margin:0;padding:0;background:none;border:0;box-shadow:none}"
-"""Of elements that hosts style by their names, and Bootstrap leaves alone."""
+"""Resets elements that hosts often style by name, and that Bootstrap does not reset."""
 _KEYFRAMES = re.compile(r"@(?:-webkit-)?keyframes [\w-]+\{(?:[^{}]*\{[^{}]*\})*\}")
 _DARK = re.compile(r"(?<![\w\]-])\[data-bs-theme=dark\]")
 _WHOLE_PAGE = re.compile(r":root|(?<=[}/])body(?=\{)")
@@ -35,7 +35,7 @@ def register(blueprint: Blueprint) -> None:
 
 
 def send(filename: str) -> Response:
-    """A file. What :func:`address` gives is fetched once, and never asked for again."""
+    """Serve a file. Browsers keep a URL from :func:`address` for a year without asking again."""
     asset = _assets().get(filename)
     if asset is None:
         abort(404)
@@ -43,7 +43,7 @@ def send(filename: str) -> Response:
     response = Response(asset.content, mimetype=kind)
     response.set_etag(asset.digest)
     if request.args.get("v") == asset.digest:
-        # Not for caches that people share: Flask may send a session's cookie with it.
+        # No shared caches: Flask may add the session cookie to the response.
         response.cache_control.private = True
         response.cache_control.immutable = True
         response.cache_control.max_age = _YEAR_SECONDS
@@ -54,13 +54,13 @@ def send(filename: str) -> Response:
 
 
 def address(filename: str) -> str:
-    """The address of a file, new whenever its content is."""
+    """The URL of a file, with a digest of its content."""
     return url_for("bgjobs.static", filename=filename, v=_assets()[filename].digest)
 
 
 @functools.cache
 def _assets() -> dict[str, _Asset]:
-    """The files by their path; they are small, and stay in memory."""
+    """All files by path. They are small enough to stay in memory."""
     contents = {
         path.relative_to(_FOLDER).as_posix(): path.read_bytes()
         for path in _FOLDER.rglob("*")
@@ -74,11 +74,11 @@ def _assets() -> dict[str, _Asset]:
 
 
 def _scoped(css: str) -> str:
-    """Bootstrap for a layout of the host's, whose own elements keep their looks."""
+    """Bootstrap's rules, limited to the dashboard, so that they do not change a host's layout."""
     charset, _, rules = css.partition(";")
-    assert charset.startswith("@charset"), "it cannot stand within other rules"
+    assert charset.startswith("@charset"), "@charset is not allowed inside the scope's braces"
     keyframes = _KEYFRAMES.findall(rules)
     rules = _WHOLE_PAGE.sub("&", _KEYFRAMES.sub("", rules))
-    # The host's theme stands on an element around ours.
+    # The host sets the theme on an element outside the dashboard.
     rules = _DARK.sub(r"\g<0> &", rules)
     return f"{''.join(keyframes)}{_SCOPE}{{{_RESET}{rules}}}"

@@ -1,4 +1,4 @@
-"""What a request asks for: filters, pages and numbers, read from its address or form."""
+"""The parameters of a request: filters, page and numbers, from its query string or form."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from ..job.text import storable
 from ..operations import queries
 
 PER_PAGE = 50
+"""Jobs on a page, unless the request asks for another number."""
 _MAX_VALUE = 200
-"""Characters of a value in an address."""
+"""Highest number of characters in a value."""
 _MAX_CHOICES = 50
+"""Highest number of values of one filter."""
 _LOCAL_PATH = re.compile(r"(?:[a-z0-9]+(?:/[a-z0-9]+)*)?")
 
 
 class InvalidTime(ValueError):
-    """Something is not a time; says what one looks like."""
+    """A value is not a time. The message shows an example of one."""
 
 
 def filters(*, with_words: bool = True) -> queries.JobFilters:
-    """The filters of a list.
+    """The filters of a list of jobs.
 
-    :param with_words: whether what is searched for is one of them.
-    :raises ValueError: when one of them makes no sense.
+    :param with_words: whether to include the search text ``q`` (default: yes).
+    :raises ValueError: when a filter has an invalid value.
     """
     return queries.JobFilters(
         statuses=_choices("status"),
@@ -44,7 +46,7 @@ def filters(*, with_words: bool = True) -> queries.JobFilters:
 
 
 def query_of(filters: queries.JobFilters) -> dict[str, Any]:
-    """What :func:`filters` reads, as the query of an address; ``None`` where nothing is asked."""
+    """The query parameters that :func:`filters` reads back; ``None`` or ``[]`` for no filter."""
     return {
         "status": list(filters.statuses),
         "queue": list(filters.queues),
@@ -60,41 +62,43 @@ def query_of(filters: queries.JobFilters) -> dict[str, Any]:
 
 
 def query_string(filters: queries.JobFilters) -> str:
-    """The same as text, as it stands in an address."""
+    """The filters as a URL query string."""
     given = {name: value for name, value in query_of(filters).items() if value}
     return urlencode(given, doseq=True)
 
 
 def only(*names: str) -> None:
-    """Refuse parameters of the query that nobody would look at.
+    """Check that the query string has no parameter but ``names``, and that its page size and
+    period are valid.
 
-    :raises ValueError: for the first of them.
+    :raises ValueError: for the first parameter, in alphabetical order, that is not in ``names``;
+        when ``per`` is out of range; or when ``period`` is unknown.
     """
     unknown = sorted(request.args.keys() - set(names))
     if unknown:
         known = ", ".join(sorted(names)) or "none"
         raise ValueError(f"there is no parameter {unknown[0]!r}; there are {known}")
-    size, stretch = request.args.get("per"), request.args.get("period")
-    if size is not None and not 1 <= _number(size) <= queries.MAX_PER_PAGE:
-        raise ValueError(f"per must be 1 to {queries.MAX_PER_PAGE}, and not {size[:40]!r}")
-    if stretch is not None and stretch not in queries.PERIODS:
+    per, period_name = request.args.get("per"), request.args.get("period")
+    if per is not None and not 1 <= _number(per) <= queries.MAX_PER_PAGE:
+        raise ValueError(f"per must be 1 to {queries.MAX_PER_PAGE}, and not {per[:40]!r}")
+    if period_name is not None and period_name not in queries.PERIODS:
         raise ValueError(f"period must be one of {', '.join(queries.PERIODS)}")
 
 
 def text(name: str) -> str:
-    """A value of the address or form, cleaned."""
+    """A value from the query string or form, stripped and cut to 200 characters."""
     return storable(request.values.get(name, "").strip()[:_MAX_VALUE])
 
 
 def _words() -> str:
-    """What is searched for: a part of it would find what does not match."""
+    """The search text. It is never cut, because the shorter text would match other jobs."""
     if len(request.values.get("q", "").strip()) > _MAX_VALUE:
-        raise queries.InvalidSearch(f"a search has {_MAX_VALUE} characters at most")
+        raise queries.InvalidSearch(f"a search must not exceed {_MAX_VALUE} characters")
     return text("q")
 
 
 def number(name: str) -> int:
-    """A positive whole number; 0 where there is none."""
+    """A positive integer from the query string or form; 0 where it is missing or invalid."""
     return _number(request.values.get(name, ""))
 
 
@@ -103,28 +107,31 @@ def _number(value: str) -> int:
 
 
 def ids(most: int) -> tuple[int, ...]:
-    """The ids of the jobs that were chosen."""
+    """The ids of the selected jobs, without duplicates.
+
+    :param most: how many form values are read.
+    """
     given = map(_number, request.form.getlist("id")[:most])
     return tuple(dict.fromkeys(number for number in given if number))
 
 
 def per_page() -> int:
-    """How many jobs a page shall show."""
+    """Rows per page, from 1 to ``MAX_PER_PAGE``; 50 by default."""
     return min(max(number("per") or PER_PAGE, 1), queries.MAX_PER_PAGE)
 
 
 def unusual_per_page() -> int | None:
-    """The same, for the address of another page; ``None`` where it need not say so."""
+    """:func:`per_page`, for the URLs of other pages; ``None`` when it is the default."""
     return None if per_page() == PER_PAGE else per_page()
 
 
 def period() -> queries.Period:
-    """The period of a chart."""
+    """The period of a chart; the default period for an unknown name."""
     return queries.PERIODS.get(text("period"), queries.DEFAULT_PERIOD)
 
 
 def next_page() -> str:
-    """Where a form wants to go next, when that is a page of this dashboard."""
+    """The form's ``next`` URL if it is a page of this dashboard, else the URL of the job list."""
     root = url_for(".overview")
     wanted = request.form.get("next", "")
     below = wanted.partition("?")[0].removeprefix(root)
@@ -137,16 +144,17 @@ def next_page() -> str:
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    """The values of a filter that may be given several times."""
+    """The values of a filter that takes several, without duplicates."""
     values = (storable(value.strip()[:_MAX_VALUE]) for value in request.values.getlist(name))
     return tuple(dict.fromkeys(value for value in values if value))[:_MAX_CHOICES]
 
 
 def moment(name: str, value: object) -> dt.datetime | None:
-    """The time that a text names, in UTC unless it has a zone; ``None`` for none.
+    """The time in an ISO 8601 text, in UTC; ``None`` for an empty value.
 
-    :param name: what the value is called in the error.
-    :raises InvalidTime: when it is not one.
+    :param name: the parameter's name, for the error message.
+    :param value: a text without a time zone is taken as UTC.
+    :raises InvalidTime: when it is not a time.
     """
     if value in (None, ""):
         return None

@@ -1,4 +1,4 @@
-"""What the templates call: times and durations in words, addresses, and who may do what."""
+"""Helpers for the templates: times and durations in words, URLs and permissions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ..state import AppState
 from . import access, assets, params, rendering
 
 _MAX_DELAYS_CHARACTERS = 200
+"""How much of a retry delay is shown when it cannot be read."""
 _VERBS = ("retry", "cancel", "delete")
-"""In the order of their buttons."""
+"""The actions on jobs, in the order of their buttons."""
 
 
 class Helpers:
-    """The one name that every template of the dashboard sees, as ``bgjobs``."""
+    """The object that every template of the dashboard has under the name ``bgjobs``."""
 
     statuses = tuple(status.value for status in JobStatus)
     iso = staticmethod(queries.time_text)
-    visible = staticmethod(rendering.visible)
+    escape_bidi = staticmethod(rendering.escape_bidi)
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -42,36 +43,42 @@ class Helpers:
 
     @functools.cached_property
     def csrf_token(self) -> str | None:
-        """What forms send; ``None`` when the app has no ``SECRET_KEY``."""
+        """The CSRF token for forms; ``None`` when the app has no ``SECRET_KEY``."""
         return access.csrf_token()
 
     def may(self, action: str, job: Job | None = None) -> bool:
-        """Whether to show what the visitor would need for ``action``."""
+        """Whether the visitor may do ``action``, so that its link or button is shown."""
         return access.is_allowed(action, job)
 
     def actions(self, row: JobRow) -> list[str]:
-        """The verbs that the visitor may use on a job as it stands. The store has the last word."""
+        """The actions that the visitor may take on a job in its present status.
+
+        The store checks again, because the status may have changed meanwhile.
+        """
         if self.csrf_token is None or row.is_cancelling:
             return []
         can = (verb for verb in _VERBS if row.status in CAN_CHANGE[verb])
         return [verb for verb in can if self.may(verb, row.job)]
 
     @property
-    def here(self) -> str:
-        """The address of this page, to come back to."""
+    def current_url(self) -> str:
+        """The URL of this page, for coming back after a change."""
         return request.script_root + request.full_path.rstrip("?")
 
     def asset(self, filename: str) -> str:
-        """The address of a static file, new whenever its content is."""
+        """The URL of a static file, which changes with its content."""
         return assets.address(filename)
 
     def list_url(self, filters: Any, **changes: Any) -> str:
-        """The address of the list with ``filters``, and ``changes`` to its query."""
+        """The URL of the job list with ``filters``.
+
+        :param changes: query parameters that replace or extend those of the filters.
+        """
         return url_for(".list_jobs", **{**params.query_of(filters), **changes})
 
     @staticmethod
     def query_of(filters: Any) -> list[tuple[str, list[str]]]:
-        """The names and values that a form sends for ``filters``."""
+        """The names and values of the form fields that send ``filters``."""
         query = params.query_of(filters)
         return [
             (name, value if isinstance(value, list) else [value])
@@ -81,32 +88,35 @@ class Helpers:
 
     @staticmethod
     def filter_words(filters: Any) -> str:
-        """The filters as people may read them."""
+        """The filters in the syntax of the search box, such as ``status:failed queue:a,b``."""
         query = Helpers.query_of(filters)
         return " ".join(f"{name}:{','.join(values)}" for name, values in query if name != "sort")
 
     @staticmethod
     def capped(number: int) -> queries.Count:
-        """What waits in a queue, which is counted up to a limit only."""
+        """A number of jobs in a queue, shown as ``10k+`` when it exceeds what is counted."""
         return queries.Count(number, queries.COUNTED_IN_QUEUES)
 
     @property
     def orders(self) -> list[tuple[str, str]]:
-        """How a list can be sorted: names and words."""
+        """The orders of the job list: names and labels."""
         return [(name, order.words) for name, order in queries.ORDERS.items()]
 
     @property
     def job_names(self) -> list[str]:
-        """What the allow-list holds, to choose from."""
+        """The names on the allow-list, for the job filter."""
         return self._state.registry.names()
 
     @property
     def period_names(self) -> list[tuple[str, str]]:
-        """The periods of charts: names and words."""
+        """The periods of charts: names and labels."""
         return [(name, period.words) for name, period in queries.PERIODS.items()]
 
     def verbs_for(self, statuses: Collection[str]) -> list[str]:
-        """What the visitor may do to many jobs of these statuses; of all where none is given."""
+        """The bulk actions that the visitor may take on jobs of these statuses.
+
+        :param statuses: empty for all statuses.
+        """
         if self.csrf_token is None:
             return []
         wanted = set(statuses or JobStatus)
@@ -115,12 +125,12 @@ class Helpers:
 
     @staticmethod
     def utc(when: dt.datetime) -> str:
-        """A UTC time for people."""
+        """A time such as ``2026-11-23 12:00:00 UTC``."""
         return f"{when:%Y-%m-%d %H:%M:%S} UTC"
 
     @staticmethod
     def relative(when: dt.datetime, now: dt.datetime) -> str:
-        """``3 min ago`` or ``in 2 h``."""
+        """``when`` relative to ``now``, such as ``3 min ago`` or ``in 2 h``."""
         seconds = (when - now).total_seconds()
         if abs(seconds) < 1:
             return "now"
@@ -129,7 +139,7 @@ class Helpers:
 
     @staticmethod
     def duration(seconds: float) -> str:
-        """A duration in the unit that suits it."""
+        """A duration such as ``250 ms``, ``1.5 s`` or ``2 h 5 min``."""
         if not math.isfinite(seconds):
             return str(seconds)
         if seconds < 1:
@@ -143,7 +153,7 @@ class Helpers:
 
     @staticmethod
     def delays(text: str) -> str:
-        """The seconds before each retry, from their JSON; other text is shown as it is."""
+        """The delay before each retry, from the JSON in the row; other text is shown unchanged."""
         try:
             return ", ".join(f"{seconds:g}" for seconds in json.loads(text)) + " s"
         except (ValueError, TypeError, RecursionError):

@@ -605,7 +605,7 @@ def test_a_change_needs_a_valid_token(make_host: MakeHost, token: str | None) ->
     for path in (f"/job/{job_id}/cancel", f"/job/{job_id}/delete", "/dispatch"):
         answer = host.client.post(PREFIX + path, data=data)
         assert answer.status_code == 400
-        assert "nothing was changed" in answer.text
+        assert "Nothing was changed" in answer.text
     assert host.job(job_id).status == "pending"
     assert host.count() == 1
 

@@ -360,7 +360,7 @@ def test_a_parameter_that_would_be_overlooked_is_refused(host: Host, path: str, 
 def test_a_job_that_is_not_there_is_told_in_words(host: Host) -> None:
     """404 speaks of the job, not of an address."""
     error = json.loads(host.get("/api/v1/jobs/99", 404))["error"]
-    assert error["message"] == "there is no such job, or none that you may see"
+    assert error["message"] == "there is no such job, or you may not see it"
 
 
 @pytest.mark.parametrize(

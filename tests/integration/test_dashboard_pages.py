@@ -1070,7 +1070,7 @@ def test_a_search_that_is_too_long_is_refused(host: Host) -> None:
     """A part of the words would find what does not match."""
     host.add()
     page = host.get(f"/list?q={'SampleJob+' * 20}nothing", 400)
-    assert "A search has 200 characters at most." in page
+    assert "A search must not exceed 200 characters." in page
 
 
 def test_lines_that_are_not_shown_are_told(host: Host) -> None:
