@@ -1,7 +1,8 @@
-"""The JSON API below ``api/v1``: what the pages show and do, with the same rights and masks.
+"""The JSON API below ``api/v1``: the data and actions of the pages, with the same authorization
+and masking.
 
-It is described by ``openapi.json``, which it serves. A change needs the token that each answer
-carries in the header ``X-CSRFToken``, together with the session's cookie.
+It serves its description, ``openapi.json``. A change needs the session cookie, and the CSRF token
+from the ``X-CSRFToken`` header of any successful response.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ _QUERY = {
     "api_workers": ("ended",),
     "api_audit": ("after", "per"),
 }
-"""The parameters that each view reads; none where it is not here."""
+"""The query parameters of each view; a view that is not listed has none."""
 _OPTIONS = frozenset(
     {
         "retries", "priority", "delay", "retry_delay", "run_at", "backoff", "max_retry_delay",
         "jitter", "queue", "timeout", "unique_key", "tags", "owner",
     }
 )  # fmt: skip
-"""The fields of a dispatch besides ``target``, ``method`` and ``parameters``."""
+"""The optional fields of a dispatch, beside ``target``, ``method`` and ``parameters``."""
 
 
 def register(blueprint: Blueprint) -> None:
@@ -67,7 +68,7 @@ def register(blueprint: Blueprint) -> None:
 
 
 def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., ResponseReturnValue]:
-    """``view``, which answers with 400 to parameters that it would overlook."""
+    """``view``, which responds with 400 to query parameters that it does not read."""
 
     @functools.wraps(view)
     def wrapped(**values: Any) -> ResponseReturnValue:
@@ -81,9 +82,9 @@ def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., Response
 
 
 def answer_error(error: HTTPException) -> Response:
-    """An error as the API tells it."""
+    """The JSON response for an error."""
     code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
-    # It may repeat what was sent, however long that is.
+    # Shortened, because the message may quote a long value from the request.
     message = storable(str(error.description))
     response = json_response(error={"status": code, "message": message})
     response.status_code = code
@@ -91,12 +92,12 @@ def answer_error(error: HTTPException) -> Response:
 
 
 def api_description() -> ResponseReturnValue:
-    """The API's description, as OpenAPI 3.1."""
+    """Return the API's description, as OpenAPI 3.1."""
     return Response(_OPENAPI.read_bytes(), mimetype="application/json")
 
 
 def api_stats() -> ResponseReturnValue:
-    """Counts by status, who works, and what ended in a period."""
+    """Return counts by status, workers, and the attempts that finished in a period."""
     state = current_state()
     service = queries.service_now(state)
     if not access.may_see_totals():
@@ -119,7 +120,7 @@ def api_stats() -> ResponseReturnValue:
 
 
 def _stats(service: queries.Service) -> dict[str, Any]:
-    """What tells nothing of how many jobs there are."""
+    """The part that is also for visitors who may see only some of the jobs."""
     return {
         "now": queries.time_text(service.now),
         "workers": {"alive": service.alive, "silent": service.silent},
@@ -128,7 +129,7 @@ def _stats(service: queries.Service) -> dict[str, Any]:
 
 
 def api_jobs() -> ResponseReturnValue:
-    """A page of the jobs that the query filters."""
+    """Return a page of the jobs that match the filters."""
     state = current_state()
     try:
         page = queries.list_jobs(
@@ -147,7 +148,7 @@ def api_jobs() -> ResponseReturnValue:
 
 
 def api_job(job_id: int) -> ResponseReturnValue:
-    """One job, with all that is known of it."""
+    """Return one job, with its attempts and log lines."""
     detail = queries.job_detail(
         current_state(), access.requested_job(), with_totals=access.may_see_totals()
     )
@@ -164,7 +165,7 @@ def api_dispatch() -> ResponseReturnValue:
         raise BadRequest("target must be the name of a class or function, and method a name")
     if unknown := body.keys() - _OPTIONS:
         raise BadRequest(
-            f"there is no field {min(unknown)!r}; there are {', '.join(sorted(_OPTIONS))}"
+            f"there is no field {min(unknown)!r}; the fields are {', '.join(sorted(_OPTIONS))}"
         )
     try:
         body["run_at"] = params.moment("run_at", body.get("run_at"))
@@ -191,7 +192,7 @@ def api_act(job_id: int, verb: str) -> ResponseReturnValue:
 
 
 def api_errors() -> ResponseReturnValue:
-    """What fails, by job and exception."""
+    """Return the failed attempts, grouped by job and exception."""
     errors = queries.errors_in(current_state(), params.period(), access.visible_filter())
     return json_response(
         period=errors.period.name,
@@ -201,7 +202,7 @@ def api_errors() -> ResponseReturnValue:
 
 
 def api_queues() -> ResponseReturnValue:
-    """What each queue holds, and who serves it."""
+    """Return the number of jobs and workers of each queue."""
     access.require_totals()
     stats = queries.queue_stats(current_state(), most=queries.COUNTED_IN_QUEUES)
     return json_response(queues=[queries.plain(queue) for queue in stats])
@@ -221,13 +222,13 @@ def api_act_on_queue(verb: str) -> ResponseReturnValue:
 
 
 def api_workers() -> ResponseReturnValue:
-    """Who works, and on what; with ``ended=1`` also who worked."""
+    """Return the workers; with ``ended=1`` also stopped and dead ones."""
     workers = queries.list_workers(current_state(), ended="ended" in request.args)
     return json_response(workers=[queries.plain(worker) for worker in workers])
 
 
 def api_act_on_worker(verb: str) -> ResponseReturnValue:
-    """Ask a worker to finish what it runs, and to end."""
+    """Ask a worker to finish its running jobs and stop."""
     worker_id = _body().get("worker")
     if type(worker_id) is not int or not queries.is_possible_id(worker_id):
         raise BadRequest("worker must be the id of a worker")
@@ -236,7 +237,7 @@ def api_act_on_worker(verb: str) -> ResponseReturnValue:
 
 
 def api_audit() -> ResponseReturnValue:
-    """Who changed what."""
+    """Return a page of the audit trail."""
     try:
         page = queries.list_audit(
             current_state(), after=request.args.get("after"), per=params.per_page()
@@ -248,10 +249,10 @@ def api_audit() -> ResponseReturnValue:
 
 def _body() -> dict[str, Any]:
     try:
-        # Not by the host's provider, which may read numbers and times as objects of its own.
+        # Not the host's JSON provider, which may convert numbers and times to its own types.
         body = json.loads(request.get_data()) if request.is_json else None
     except RecursionError:
-        raise BadRequest("the body is nested too deep") from None
+        raise BadRequest("the body is nested too deeply") from None
     except ValueError:
         body = None
     if not isinstance(body, dict):

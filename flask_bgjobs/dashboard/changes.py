@@ -1,4 +1,4 @@
-"""The POSTs: what people change. Each goes through the operations, and is audited."""
+"""The POST requests that change jobs, queues and workers. All changes are audited."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ ACTS: dict[str, actions.Act] = {
     "retry": actions.retry,
     "delete": actions.delete,
 }
-"""What can be done to jobs, by verb."""
-_AT_ONCE = 1_000
-"""Jobs per transaction, where all that match are meant."""
-_MAX_CHOSEN = 1_000
-_COUNT_SECONDS, _COUNTED_AT_ONCE = 2.0, 50
-"""For counting jobs one by one, and how many are read at once for that."""
-_FREE_OF_TYPING = 100
-"""So many jobs are changed without typing their number."""
-_BUDGET_SECONDS = 15.0
-"""For one request: a proxy gives up after 30 s or more."""
+"""The actions on jobs, by verb."""
+_BATCH_JOBS = 1_000
+"""Jobs per transaction when all matching jobs are changed."""
+_MAX_SELECTED = 1_000
+"""Highest number of jobs that can be selected one by one."""
+_COUNT_SECONDS, _COUNT_BATCH_JOBS = 2.0, 50
+"""Time for counting the jobs that the visitor may change, and jobs that one query reads for it."""
+_MAX_UNTYPED = 100
+"""Highest number of jobs that are changed without typing their number."""
+_REQUEST_SECONDS = 15.0
+"""Time for one request. Proxies wait for 30 s or more."""
 
 
 def register(blueprint: Blueprint) -> None:
-    """Add what changes something to ``blueprint``."""
+    """Add the views that change something to ``blueprint``."""
     blueprint.add_url_rule(
         "/job/<int:job_id>/<any(cancel, retry, delete):verb>", view_func=act, methods=["POST"]
     )
@@ -53,7 +54,7 @@ def register(blueprint: Blueprint) -> None:
 
 
 def act(job_id: int, verb: str) -> ResponseReturnValue:
-    """Cancel, retry or delete a job, then go back to where the visitor came from."""
+    """Cancel, retry or delete a job, and redirect to the page that the visitor came from."""
     result = ACTS[verb](current_state(), [job_id], access.visitor())
     for number in result.done:
         flash(f"Job {number} {DONE[verb]}.", "success")
@@ -69,44 +70,45 @@ def act(job_id: int, verb: str) -> ResponseReturnValue:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done to many jobs, before it is confirmed."""
+    """An action on many jobs that waits for its confirmation."""
 
     verb: str
     ids: tuple[int, ...]
-    """The jobs that were chosen one by one; empty where all that match are meant."""
+    """The jobs selected one by one; empty when all matching jobs are meant."""
     filters: queries.JobFilters
     up_to: int
-    """The highest id of all that match."""
+    """The highest job id at the time of the confirmation; later jobs are not changed."""
     count: int
     has_more: bool = False
-    """Whether there are more than were counted in time."""
+    """Whether the count stopped early because it took too long."""
 
     @property
     def must_be_typed(self) -> bool:
-        """Whether the number of jobs has to be typed."""
-        return self.verb == "delete" or self.has_more or self.count > _FREE_OF_TYPING
+        """Whether the visitor has to type the number of jobs to confirm."""
+        return self.verb == "delete" or self.has_more or self.count > _MAX_UNTYPED
 
 
 def bulk(verb: str) -> ResponseReturnValue:
-    """Cancel, retry or delete many jobs: those that were chosen, or all that match.
+    """Cancel, retry or delete many jobs: the selected ones, or all matching ones.
 
-    The first request asks for a confirmation, the second one acts.
+    The first request shows a confirmation, the second one makes the change.
     """
     state = current_state()
     plan = _plan(state, verb)
     if not plan.count:
-        nothing = f"There is no job to {verb}." if "all" in request.form else "Choose jobs first."
+        warning = f"There is no job to {verb}." if "all" in request.form else "Select jobs first."
         if plan.has_more:
-            nothing = f"No job to {verb} was found in time: narrow the filter."
-        flash(nothing, "warning")
+            warning = f"No job to {verb} was found in time: narrow the filter."
+        flash(warning, "warning")
         return redirect(params.next_page(), HTTPStatus.SEE_OTHER)
     wrong_number = None
     if "confirmed" in request.form:
         typed = re.sub(r"[\s.,']", "", request.form.get("typed", ""))
         if not plan.must_be_typed or typed == str(plan.count):
-            _carry_out(state, plan)
+            _execute(state, plan)
             return redirect(params.next_page(), HTTPStatus.SEE_OTHER)
-        wrong_number = f"{typed or 'No number'} is not {plan.count:,}: nothing was changed."
+        entered = f"You typed {typed}, not {plan.count:,}" if typed else "You typed no number"
+        wrong_number = f"{entered}: nothing was changed."
     page = render(
         "_confirm" if access.wants_fragment() else "confirm",
         plan=plan,
@@ -118,53 +120,56 @@ def bulk(verb: str) -> ResponseReturnValue:
 
 def _plan(state: AppState, verb: str) -> Plan:
     if "all" not in request.form:
-        ids = params.ids(_MAX_CHOSEN)
+        ids = params.ids(_MAX_SELECTED)
         return Plan(verb, ids, queries.JobFilters(), 0, len(ids))
     try:
         filters = params.filters()
     except ValueError as error:
         abort(400, f"{sentence(str(error))}.")
     if not filters.offers_all:
-        abort(400, "All that match can be changed only where no words are searched for.")
+        abort(400, "All matching jobs can be changed only if the filter has no search text.")
     up_to = params.number("up_to") or queries.highest_id(state)
     plan = Plan(verb, (), filters, up_to, params.number("count"), "more" in request.form)
     if plan.count:
-        # What was asked is answered, whatever workers have done to these jobs meanwhile.
+        # The confirmation showed this count. A new one could differ, as workers go on running jobs.
         return plan
     if access.may_see_totals() and not filters.asks_for_texts:
         count = queries.count_matching(state, filters, verb, up_to)
         return dataclasses.replace(plan, count=count)
-    return _counted_one_by_one(state, plan)
+    return _count_allowed(state, plan)
 
 
-def _counted_one_by_one(state: AppState, plan: Plan) -> Plan:
-    """The plan with the number of jobs that the visitor may change. The database would also count
-    jobs that the authorizer refuses."""
+def _count_allowed(state: AppState, plan: Plan) -> Plan:
+    """The plan with the number of jobs that the visitor may change.
+
+    The authorizer is asked about each job. A count in SQL would include jobs that it refuses.
+    """
     began = time.monotonic()
     count = 0
-    for ids in queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _COUNTED_AT_ONCE):
-        for job in _meant(state, plan, ids).values():
+    for ids in queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _COUNT_BATCH_JOBS):
+        for job in _visible_matches(state, plan, ids).values():
             count += access.is_allowed(plan.verb, job)
-            seconds = time.monotonic() - began
-            # The question needs a number: without one, counting goes on for longer.
-            if seconds > (_COUNT_SECONDS if count else _BUDGET_SECONDS):
+            elapsed_seconds = time.monotonic() - began
+            # The confirmation needs a number: as long as it is 0, count for longer.
+            if elapsed_seconds > (_COUNT_SECONDS if count else _REQUEST_SECONDS):
                 return dataclasses.replace(plan, count=count, has_more=True)
     return dataclasses.replace(plan, count=count, has_more=False)
 
 
-def _meant(state: AppState, plan: Plan, ids: Sequence[int]) -> dict[int, Job]:
-    """Those of the jobs that the visitor may see, and that are shown to match."""
+def _visible_matches(state: AppState, plan: Plan, ids: Sequence[int]) -> dict[int, Job]:
+    """The jobs of ``ids`` that the visitor may see, and whose masked values match the filter."""
     jobs = queries.jobs_for_authorizer(state, ids)
     if plan.filters.asks_for_texts:
         jobs = {n: job for n, job in jobs.items() if queries.is_listed(state, job, plan.filters)}
     return {number: job for number, job in jobs.items() if access.visible(job)}
 
 
-def _carry_out(state: AppState, plan: Plan) -> None:
-    deadline = time.monotonic() + _BUDGET_SECONDS
+def _execute(state: AppState, plan: Plan) -> None:
+    """Make the change, in batches, until the time of one request is used up."""
+    deadline = time.monotonic() + _REQUEST_SECONDS
     batches: Iterable[Sequence[int]] = [plan.ids]
     if not plan.ids:
-        batches = queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _AT_ONCE)
+        batches = queries.matching_ids(state, plan.filters, plan.verb, plan.up_to, _BATCH_JOBS)
     total = ActionResult()
     for ids in batches:
         result = _act_on_allowed(state, plan, ids)
@@ -172,7 +177,7 @@ def _carry_out(state: AppState, plan: Plan) -> None:
         total.requested += result.requested
         total.skipped |= result.skipped
         if time.monotonic() > deadline:
-            flash("That is as much as one request does. Do it again for the rest.", "warning")
+            flash("The time for one request is up. Repeat the action for the rest.", "warning")
             break
     changed = total.done or total.requested
     if changed:
@@ -183,14 +188,14 @@ def _carry_out(state: AppState, plan: Plan) -> None:
 
 
 def _act_on_allowed(state: AppState, plan: Plan, ids: Sequence[int]) -> ActionResult:
-    """Do it to those of the jobs that the visitor may change; the others do not exist for them."""
-    jobs = _meant(state, plan, ids)
+    """Change the jobs that the visitor may change, and report the others as skipped."""
+    jobs = _visible_matches(state, plan, ids)
     allowed = [number for number, job in jobs.items() if access.is_allowed(plan.verb, job)]
     reason = None if plan.ids else params.query_string(plan.filters) or "all jobs"
     result = ACTS[plan.verb](state, sorted(allowed), access.visitor(reason))
     refused = jobs.keys() - set(allowed)
     result.skipped |= dict.fromkeys(refused, "you are not allowed to")
-    # Of all that match, nothing is said of those that the visitor may not see.
+    # Hidden jobs are reported only if they were selected by id, and then as missing ones.
     result.skipped |= {n: "it does not exist" for n in plan.ids if n not in jobs}
     return result
 
@@ -214,11 +219,11 @@ def act_on_queue(verb: str) -> ResponseReturnValue:
 
 
 def act_on_worker(verb: str) -> ResponseReturnValue:
-    """Ask a worker to finish what it runs, and to end."""
+    """Ask a worker to finish its running jobs and stop."""
     worker_id = params.number("worker")
-    asked_now = current_state().store.drain_worker(worker_id, access.visitor())
-    if asked_now:
-        flash("The worker was asked to finish what it runs, and to end.", "success")
+    changed = current_state().store.drain_worker(worker_id, access.visitor())
+    if changed:
+        flash("The worker was asked to finish its running jobs and stop.", "success")
     else:
-        flash("The worker has ended, or was asked already.", "warning")
+        flash("The worker has stopped, or is already draining.", "warning")
     return redirect(url_for(".list_workers"), HTTPStatus.SEE_OTHER)

@@ -1,4 +1,4 @@
-"""The dispatch form: text becomes what ``run_background_job`` takes, errors go to their field."""
+"""The dispatch form: parses text for ``run_background_job``, and shows errors at their field."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobChoice:
-    """Something that may be dispatched, or why it may not."""
+    """An option of the job field: a function, or a class with one of its methods."""
 
     value: str
-    """Name, and after a colon the method of a class."""
+    """The dotted name; for a class followed by a colon and the method."""
     label: str
+    """The dotted name with its parameters."""
     error: str | None = None
+    """Why the job cannot be dispatched, such as a failed import."""
 
 
 def job_choices(registry: Registry) -> list[JobChoice]:
-    """Everything on the allow-list, each method of a class by itself."""
+    """The options of the job field: all functions and methods on the allow-list."""
     return [choice for name in registry.names() for choice in _choices_of(registry, name)]
 
 
@@ -69,21 +71,21 @@ def _signature(registry: Registry, name: str, method: str | None) -> list[inspec
 
 
 def job_value(target: str, method: str | None) -> str:
-    """A target and its method as one value of the form."""
+    """The value of the job field for a target and its method."""
     return target if method is None else f"{target}:{method}"
 
 
 @functools.cache
 def _zone_names() -> list[str]:
-    """The time zones that this machine knows: to find them takes a look into many files."""
+    """The time zones of this machine. Cached, because finding them reads many files."""
     return sorted(zoneinfo.available_timezones())
 
 
 class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
-    """What to run, when and how; ``options`` and ``values`` are set by ``validate``."""
+    """The fields of the dispatch form. ``validate`` sets ``options`` and ``values``."""
 
     class Meta:
-        # The blueprint has checked the token of every POST before a form is made.
+        # The blueprint has already checked the token.
         csrf = False
 
     job = StringField("Job")
@@ -101,7 +103,7 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.values: Any = []
-        """The parameters, read."""
+        """The parsed parameters."""
         self.options: dict[str, Any] = {}
         """The other arguments of ``run_background_job``."""
 
@@ -132,7 +134,7 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
         _zone(field.data)
 
     def validate_run_at(self, field: Field) -> None:
-        # A zone that is not known is told at its own field.
+        # An unknown zone is reported at its own field.
         zone = dt.UTC if self.zone.errors else _zone(self.zone.data)
         self._keep(field, _moment(field.data, zone))
         if field.data and self.delay.data:
@@ -159,18 +161,18 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
 
     @property
     def target(self) -> str:
-        """The dotted name chosen."""
+        """The dotted name of the selected job."""
         return str(self.job.data).partition(":")[0]
 
     @property
     def method(self) -> str | None:
-        """The method chosen."""
+        """The method of the selected job; ``None`` for a function."""
         return str(self.job.data).partition(":")[2] or None
 
     def place_error(self, error: BgJobsError) -> None:
-        """Show a refusal at the field that it is about, or above the form."""
+        """Show an error at the field that it is about, or above the form."""
         text = str(error)
-        # Refusals open with the option's name: "priority 'x' is not …", "parameters[0]: …".
+        # Messages begin with the option's name: "priority 'x' is not …", "parameters[0]: …".
         named = re.match(r"(?:the |each )?([a-z_]+)", text)
         name = "job" if isinstance(error, JobNotAllowed) else named and named[1]
         place = self[name].errors if name in self else self.form_errors
@@ -178,7 +180,7 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
 
 
 def _delays_text(text: str) -> str:
-    """The delays before retries as the form takes them; empty when the row holds none."""
+    """Retry delays as the form takes them, such as ``5, 30``; empty when they cannot be read."""
     try:
         return ", ".join(f"{delay:g}" for delay in json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -186,7 +188,7 @@ def _delays_text(text: str) -> str:
 
 
 def form_like(state: AppState, job: Job) -> DispatchForm:
-    """The form filled in with what ``job`` was dispatched with; secrets are masked."""
+    """The form, filled in with the options and masked parameters of ``job``."""
     return DispatchForm(
         formdata=None,
         data={
@@ -203,17 +205,18 @@ def form_like(state: AppState, job: Job) -> DispatchForm:
 
 
 def dispatch_job(state: AppState, form: DispatchForm, again: Job | None, by: Actor) -> Job | None:
-    """The job enqueued from the form; ``None`` when it is refused, with the errors in the form.
+    """Enqueue the job that the form describes.
 
-    :param again: the job that the form was filled in from; what is still masked in the form is
-        copied from it here, so that it never leaves the server.
+    :param again: the job that filled in the form. Values that are still masked are copied from it
+        here, so that they never leave the server.
+    :returns: the job, or ``None`` when it is refused; the form then holds the errors.
     """
     if not form.validate():
         return None
     parameters = form.values
     more: dict[str, Any] = {}
     if again is not None and (again.target, again.method) == (form.target, form.method):
-        # Only into the same job: another one might show what this one hides.
+        # Only for the same target: another job may not mask these values.
         parameters = _unmask(parameters, _masked(state, again), again.parameters)
         more = {
             "backoff": again.backoff,
@@ -237,12 +240,15 @@ def _masked(state: AppState, job: Job) -> Any:
 
 
 def _editable(value: Any) -> str:
-    """JSON that reads back as ``value``, dates and the like as tagged objects."""
+    """``value`` as JSON that can be read back; dates and the like are tagged objects."""
     return json.dumps(json.loads(serialize.dumps(value)), ensure_ascii=False, indent=2)
 
 
 def _unmask(given: Any, masked: Any, original: Any) -> Any:
-    """``given`` with the values that were masked and left so taken from ``original``."""
+    """``given``, with values that are still masked replaced by those of ``original``.
+
+    :param masked: ``original`` as the form showed it.
+    """
     if given == MASK and masked == MASK:
         return original
     if isinstance(given, dict) and isinstance(masked, dict):
@@ -256,7 +262,7 @@ def _unmask(given: Any, masked: Any, original: Any) -> Any:
             _unmask(value, *known[index]) if index < len(known) else value
             for index, value in enumerate(given)
         ]
-        # Masking made lists of tuples and sets.
+        # Masking has turned tuples and sets into lists.
         with contextlib.suppress(TypeError):
             return type(original)(items)
         return items
@@ -298,18 +304,21 @@ def _seconds(text: str | None) -> float | None:
 def _zone(text: str | None) -> dt.tzinfo:
     name = (text or "").strip() or _UTC
     if name == _UTC:
-        # Known also where the machine has no list of zones.
+        # Works also on machines without a time zone database.
         return dt.UTC
     try:
         return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         raise ValidationError(
-            f"{name[:40]!r} is not a time zone that is known here; write it like Europe/Berlin."
+            f"{name[:40]!r} is not a known time zone; write it like Europe/Berlin."
         ) from None
 
 
 def _moment(text: str | None, zone: dt.tzinfo) -> dt.datetime | None:
-    """The time that a text names, in ``zone`` unless it has one of its own."""
+    """The time in an ISO 8601 text; ``None`` when it is empty.
+
+    :param zone: used when the text has no time zone.
+    """
     text = (text or "").strip()
     if not text:
         return None
@@ -322,5 +331,7 @@ def _moment(text: str | None, zone: dt.tzinfo) -> dt.datetime | None:
     moment = when.replace(tzinfo=zone)
     with contextlib.suppress(OverflowError):
         if moment.astimezone(dt.UTC).astimezone(zone).replace(tzinfo=None) != when:
-            raise ValidationError(f"There is no such time in {zone}: clocks go forward over it.")
+            raise ValidationError(
+                f"There is no such time in {zone}: the clocks are set forward then."
+            )
     return moment

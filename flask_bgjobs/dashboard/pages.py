@@ -1,4 +1,4 @@
-"""The pages. Each reads through :mod:`.queries`."""
+"""The views of the pages. They read through :mod:`flask_bgjobs.operations.queries`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
     SQLAlchemyError,
 )
-from sqlalchemy.exc import TimeoutError as NoConnectionFree
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, ServiceUnavailable
 
 from ..errors import DatabaseUnusable
@@ -42,8 +42,9 @@ from .rendering import render
 from .template_helpers import Helpers
 
 _MOST_QUEUES = 8
-"""On the overview."""
+"""How many queues the overview shows."""
 _TIME_TEXT = re.compile(r"(<time[^>]*>)[^<]*")
+"""The text of a ``<time>`` element, such as ``3 s ago``."""
 
 
 def register(blueprint: Blueprint) -> None:
@@ -62,13 +63,13 @@ def register(blueprint: Blueprint) -> None:
     for code in (400, 401, 403, 404, 413):
         blueprint.register_error_handler(code, _show_error)
     blueprint.register_error_handler(QueryTimeout, _show_timeout)
-    for refusal in (InterfaceError, NoConnectionFree, OperationalError, ProgrammingError):
-        blueprint.register_error_handler(refusal, _show_refusal)
+    for error in (InterfaceError, PoolTimeout, OperationalError, ProgrammingError):
+        blueprint.register_error_handler(error, _show_database_error)
     blueprint.register_error_handler(DatabaseUnusable, _show_unusable)
 
 
 def overview() -> ResponseReturnValue:
-    """What is broken, and how it goes: counts, warnings, queues, charts and recent failures."""
+    """Show warnings, counts by status, charts, queues and recent failures."""
     state = current_state()
     service = queries.service_now(state)
     counts = _counts(state)
@@ -87,12 +88,13 @@ def overview() -> ResponseReturnValue:
 
 
 def list_jobs() -> ResponseReturnValue:
-    """A page of the jobs that the address filters."""
+    """Show a page of the jobs that match the filters in the URL."""
     state = current_state()
     is_first = not ({"after", "before"} & request.args.keys())
-    page = wrong = late = None
+    page = search_error = timeout_error = None
     code = HTTPStatus.OK
     try:
+        # Without the search text first: if that is invalid, the page still has the other filters.
         filters = params.filters(with_words=False)
         filters = params.filters()
         page = queries.list_jobs(
@@ -104,27 +106,27 @@ def list_jobs() -> ResponseReturnValue:
             visible=access.visible_filter(),
         )
     except queries.InvalidSearch as error:
-        # Told beside the box, where it can be mended.
-        wrong, code = f"{sentence(str(error))}.", HTTPStatus.BAD_REQUEST
+        # Shown below the search box, where the visitor can correct it.
+        search_error, code = f"{sentence(str(error))}.", HTTPStatus.BAD_REQUEST
     except QueryTimeout as error:
-        late = f"{_too_long(error)} Narrow the filter, or try again."
+        timeout_error = f"{_timeout_message(error)} Narrow the filter, or try again."
         code = HTTPStatus.SERVICE_UNAVAILABLE
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
     response = _live_page(
         "list",
-        # Numbers of all jobs above a part of them would be taken for those of the part.
+        # Counts of all jobs above a filtered list would look like the counts of that list.
         counts=None if filters.is_narrowed else _counts(state),
         service=queries.service_now(state),
         filters=filters,
         page=page,
-        wrong=wrong,
-        late=late,
+        search_error=search_error,
+        timeout_error=timeout_error,
         q=params.text("q"),
         per=params.unusual_per_page(),
         is_first=is_first,
-        news_url=None if page is None or is_first else _news_url(state, filters),
-        # A search that reads many rows is not repeated every few seconds.
+        count_new_url=None if page is None or is_first else _count_new_url(state, filters),
+        # No refresh of a search: it may read many rows.
         is_live=is_first and page is not None and not filters.terms,
     )
     if page is None:
@@ -133,13 +135,16 @@ def list_jobs() -> ResponseReturnValue:
 
 
 def count_new() -> ResponseReturnValue:
-    """How many jobs a list has got since one of its deeper pages was opened; only a fragment."""
+    """Return, as a fragment, how many new jobs a list has since one of its later pages was opened.
+
+    The query parameter ``above`` is the highest job id at that time.
+    """
     try:
         filters = params.filters()
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
-    if not _tells_new(filters):
-        raise BadRequest("New jobs are told by no search, and in no order but that of their ids.")
+    if not _can_count_new(filters):
+        raise BadRequest("New jobs are counted only in a list without a search, newest first.")
     number = queries.count_new(
         current_state(), filters, params.number("above"), visible=access.visible_filter()
     )
@@ -147,7 +152,7 @@ def count_new() -> ResponseReturnValue:
 
 
 def show_job(job_id: int) -> ResponseReturnValue:
-    """One job, with all that is known of it."""
+    """Show one job, with its attempts, log lines and changes."""
     detail = queries.job_detail(
         current_state(), access.requested_job(), with_totals=access.may_see_totals()
     )
@@ -155,7 +160,7 @@ def show_job(job_id: int) -> ResponseReturnValue:
 
 
 def list_errors() -> ResponseReturnValue:
-    """What fails, by job and exception."""
+    """Show the failed attempts, grouped by job and exception."""
     return _live_page(
         "errors",
         errors=queries.errors_in(current_state(), params.period(), access.visible_filter()),
@@ -163,7 +168,7 @@ def list_errors() -> ResponseReturnValue:
 
 
 def list_queues() -> ResponseReturnValue:
-    """What each queue holds and does."""
+    """Show the queues: their jobs, workers, and finished attempts of the last hour."""
     state = current_state()
     access.require_totals()
     service = queries.service_now(state)
@@ -176,7 +181,7 @@ def list_queues() -> ResponseReturnValue:
 
 
 def list_workers() -> ResponseReturnValue:
-    """Who works, and on what."""
+    """Show the workers and their running jobs."""
     state = current_state()
     with_ended = "ended" in request.args
     workers = queries.list_workers(state, ended=with_ended)
@@ -190,7 +195,7 @@ def list_workers() -> ResponseReturnValue:
 
 
 def list_audit() -> ResponseReturnValue:
-    """Who changed what."""
+    """Show the audit trail."""
     try:
         page = queries.list_audit(current_state(), after=request.args.get("after"))
     except ValueError as error:
@@ -199,9 +204,9 @@ def list_audit() -> ResponseReturnValue:
 
 
 def dispatch() -> ResponseReturnValue:
-    """The form that enqueues a job, and what it sends."""
+    """Show the form that enqueues a job, and enqueue the job when it is sent."""
     state = current_state()
-    again = _dispatched_again()
+    again = _job_to_repeat()
     form = DispatchForm() if request.method == "POST" or again is None else form_like(state, again)
     if request.method == "POST":
         job = dispatch_job(state, form, again, access.visitor())
@@ -213,71 +218,74 @@ def dispatch() -> ResponseReturnValue:
 
 
 def healthz() -> Response:
-    """Whether a worker is alive, for load balancers: 200 or 503, and no detail."""
+    """Respond to a health check with 200 when a worker is alive, else with 503.
+
+    The response has no detail, because it needs no login.
+    """
     try:
         alive = queries.count_live_workers(current_state())
     except SQLAlchemyError as error:
         _logger.warning("Health check failed | Error: %s", one_line(str(error)))
-        return _plain("the database does not answer", HTTPStatus.SERVICE_UNAVAILABLE)
+        return _plain_text("the database does not answer", HTTPStatus.SERVICE_UNAVAILABLE)
     if not alive:
-        return _plain("no worker is alive", HTTPStatus.SERVICE_UNAVAILABLE)
-    return _plain("ok", HTTPStatus.OK)
+        return _plain_text("no worker is alive", HTTPStatus.SERVICE_UNAVAILABLE)
+    return _plain_text("ok", HTTPStatus.OK)
 
 
 def answer_health_check() -> Response | None:
-    """The answer of :func:`healthz`, where it is asked for; runs before each request of the app."""
+    """The response to a health check; ``None`` for other requests. Runs before every request."""
     return healthz() if request.endpoint == "bgjobs.healthz" else None
 
 
 def _counts(state: AppState) -> dict[str, queries.Count] | None:
-    """How many jobs have each status; ``None`` where the visitor may not see all of them."""
+    """The number of jobs by status; ``None`` where the visitor may not see all jobs."""
     return queries.count_by_status(state) if access.may_see_totals() else None
 
 
-def _plain(text: str, status: HTTPStatus) -> Response:
+def _plain_text(text: str, status: HTTPStatus) -> Response:
     return Response(text, status, mimetype="text/plain")
 
 
 def _live_page(name: str, **values: Any) -> Response:
-    """The page, or only the part of it that changes when our script asks for that."""
+    """A page; only the part that changes when the dashboard's script refreshes it."""
     if access.wants_fragment():
         return _fragment(name, **values)
     return make_response(render(name, **values))
 
 
 def _fragment(name: str, **values: Any) -> Response:
-    """The part of a page that changes; 304 when it has not."""
+    """The part of a page that changes, or 304 when it is unchanged."""
     fragment = render(f"_{name}", **values)
     response = make_response(fragment)
-    # "3 s ago" is brought up to date by the script, and is no news.
-    news = _TIME_TEXT.sub(r"\1", fragment)
+    # Texts such as "3 s ago" do not count as a change: the script updates them by itself.
+    comparable = _TIME_TEXT.sub(r"\1", fragment)
     token = access.csrf_token()
     if token is not None:
-        # The page's own would expire while it stays open.
+        # A new token, because the page's first one expires while the page stays open.
         response.headers["X-CSRFToken"] = token
         # The token contains the time in seconds, so it is different for each request.
-        news = news.replace(token, "")
-    response.set_etag(hashlib.sha256(news.encode()).hexdigest()[:32], weak=True)
+        comparable = comparable.replace(token, "")
+    response.set_etag(hashlib.sha256(comparable.encode()).hexdigest()[:32], weak=True)
     response.make_conditional(request)
     return response
 
 
-def _news_url(state: AppState, filters: queries.JobFilters) -> str | None:
-    """Where to ask whether a list has got new jobs; ``None`` where it is not told."""
-    if not _tells_new(filters):
+def _count_new_url(state: AppState, filters: queries.JobFilters) -> str | None:
+    """The URL that counts new jobs of a list; ``None`` for lists where they are not counted."""
+    if not _can_count_new(filters):
         return None
     above = queries.highest_id(state)
     query = params.query_of(filters)
     return url_for(".count_new", above=above, per=params.unusual_per_page(), **query)
 
 
-def _tells_new(filters: queries.JobFilters) -> bool:
-    """Whether new jobs would come first, and are found without reading many."""
+def _can_count_new(filters: queries.JobFilters) -> bool:
+    """Whether new jobs would be first in the list, and can be found without reading many rows."""
     return not filters.terms and filters.sort == queries.DEFAULT_ORDER
 
 
-def _dispatched_again() -> Job | None:
-    """The job that the form repeats, when there is one and the visitor may see it."""
+def _job_to_repeat() -> Job | None:
+    """The job that fills in the form; ``None`` when there is none or the visitor may not see it."""
     job = access.find_visible_job(params.number("again"))
     return job if job is not None and queries.is_readable(job) else None
 
@@ -286,58 +294,61 @@ def _show_error(error: HTTPException) -> ResponseReturnValue:
     if access.is_api():
         return api.answer_error(error)
     if not access.is_guarded():
-        # A function of the host's that runs before each request has refused, and it knows why.
-        answer = _answer_of_host(error)
-        # Of CSRFProtect the visitor would read one sentence, and no way to go on.
-        if answer is not None or not isinstance(error, CSRFError):
-            return answer or error
+        # A `before_request` function of the host has refused: its own error page says why.
+        response = _host_response(error)
+        # The default page for CSRFProtect's error has no link back, so use the dashboard's.
+        if response is not None or not isinstance(error, CSRFError):
+            return response or error
     is_closed = error.code == HTTPStatus.FORBIDDEN and current_state().find_authorizer() is None
     if access.wants_fragment():
         return Response(str(error.description), error.code, mimetype="text/plain")
-    # A form may have been open for too long: a fresh one is sent with that page.
+    # The token may have expired in an open form: link to the page, which has a new token.
     again = params.next_page() if request.method == "POST" and error.code == 400 else None
     page = render("error", error=error, is_closed=is_closed, again=again)
     return page, error.code or HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def _answer_of_host(error: HTTPException) -> ResponseReturnValue | None:
-    """What the app's own handler makes of ``error``; Flask asks those of a blueprint first."""
+def _host_response(error: HTTPException) -> ResponseReturnValue | None:
+    """The response of the app's own error handler; ``None`` when it has none.
+
+    Flask itself calls the blueprint's handler first.
+    """
     for code in (error.code, None):
         handlers = current_app.error_handler_spec[None][code]
         for kind in type(error).__mro__:
             if kind in handlers:
-                answer: ResponseReturnValue = current_app.ensure_sync(handlers[kind])(error)
-                return answer
+                response: ResponseReturnValue = current_app.ensure_sync(handlers[kind])(error)
+                return response
     return None
 
 
 def _show_timeout(error: QueryTimeout) -> ResponseReturnValue:
     advice = "Narrow the filter, or try again." if access.is_api() else "Try again in a moment."
-    return _show_error(ServiceUnavailable(f"{_too_long(error)} {advice}"))
+    return _show_error(ServiceUnavailable(f"{_timeout_message(error)} {advice}"))
 
 
-def _show_refusal(error: SQLAlchemyError) -> ResponseReturnValue:
-    """503 where the database is away, locked or without our tables, and 403 where its user lacks a
-    right; other errors are bugs."""
+def _show_database_error(error: SQLAlchemyError) -> ResponseReturnValue:
+    """Respond with 503 when the database is down, locked or lacks the tables, and with 403 when
+    its user lacks a right. Other errors are bugs, and are raised again."""
     is_denied = isinstance(error, DBAPIError) and current_state().store.is_denied(error)
     if isinstance(error, ProgrammingError) and not (is_denied or is_missing_table(error)):
         raise error
     _logger.warning(
         "Database not usable | Path: %s | Error: %s", request.path, database_sentence(error)
     )
-    # Not what it said: the visitor may not even be known, and it may name hosts and users.
-    what = "The database does not answer. Try again in a moment; the app's log says more."
+    # Not the database's own message: it may name hosts and users, and the visitor may be anonymous.
+    message = "The database does not answer. Try again in a moment; the app's log has the details."
     if is_missing_table(error):
-        what = f"The database lacks a table: {MAKE_TABLES}."
-    answer: HTTPException = ServiceUnavailable(what)
+        message = f"The database lacks a table: {MAKE_TABLES}."
+    http_error: HTTPException = ServiceUnavailable(message)
     if is_denied:
-        what = "The app's database user lacks the right to do this; the app's log says more."
-        answer = Forbidden(what)
+        message = "The app's database user lacks the right to do this; see the app's log."
+        http_error = Forbidden(message)
     try:
-        return _show_error(answer)
+        return _show_error(http_error)
     except SQLAlchemyError:
-        # The page asks the host who the visitor is, and the host asks the database.
-        return _plain(what, HTTPStatus(answer.code or HTTPStatus.SERVICE_UNAVAILABLE))
+        # The error page calls the authorizer, which may need the database to know the visitor.
+        return _plain_text(message, HTTPStatus(http_error.code or HTTPStatus.SERVICE_UNAVAILABLE))
 
 
 def _show_unusable(error: DatabaseUnusable) -> ResponseReturnValue:
@@ -345,10 +356,10 @@ def _show_unusable(error: DatabaseUnusable) -> ResponseReturnValue:
     return _show_error(ServiceUnavailable(f"{sentence(str(error))}."))
 
 
-def _too_long(error: QueryTimeout) -> str:
-    """What to tell the visitor; the operator reads in the log which query it was."""
+def _timeout_message(error: QueryTimeout) -> str:
+    """Log the query that timed out, and return the sentence for the visitor."""
     query = one_line(error.statement or "")
-    _logger.warning("Query of the dashboard ended | Path: %s | Query: %s", request.path, query)
+    _logger.warning("Dashboard query timed out | Path: %s | Query: %s", request.path, query)
     return f"The database took longer than {access.QUERY_SECONDS:g} s."
 
 

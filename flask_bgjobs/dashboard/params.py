@@ -76,8 +76,8 @@ def only(*names: str) -> None:
     """
     unknown = sorted(request.args.keys() - set(names))
     if unknown:
-        known = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"there is no parameter {unknown[0]!r}; there are {known}")
+        known = f"the parameters are {', '.join(sorted(names))}" if names else "there are none"
+        raise ValueError(f"there is no parameter {unknown[0]!r}; {known}")
     per, period_name = request.args.get("per"), request.args.get("period")
     if per is not None and not 1 <= _number(per) <= queries.MAX_PER_PAGE:
         raise ValueError(f"per must be 1 to {queries.MAX_PER_PAGE}, and not {per[:40]!r}")

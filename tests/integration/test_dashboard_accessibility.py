@@ -110,7 +110,7 @@ def test_axe_finds_nothing_in_what_opens(
     page.wait_for_selector("dialog[open] >> text=go to the search box")
     found += problems(page, "keys")
     page.keyboard.press("Escape")
-    page.check('[aria-label="Choose job 2"]')
+    page.check('[aria-label="Select job 2"]')
     page.click('#bgjobs-bulk button:has-text("Delete")')
     page.wait_for_selector("dialog[open] >> text=Delete 1 job?")
     found += problems(page, "question")

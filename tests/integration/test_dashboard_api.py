@@ -345,7 +345,7 @@ class TestRights:
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("/jobs?statsu=failed", "there is no parameter 'statsu'; there are after, before, error"),
+        ("/jobs?statsu=failed", "there is no parameter 'statsu'; the parameters are after, before"),
         ("/jobs?per=0", "per must be 1 to 200, and not '0'"),
         ("/jobs?per=many", "per must be 1 to 200"),
         ("/stats?period=2h", "period must be one of 1h, 24h, 7d"),

@@ -281,10 +281,10 @@ def test_chosen_rows_are_counted(host: Host, open_page: Browsing) -> None:
     page = open_page("/list")
     number, note = page.locator("[data-bgjobs-chosen]"), page.locator("[data-bgjobs-fresh]")
     page.check("[data-bgjobs-all]")
-    playwright_api.expect(number).to_have_text("3 chosen")
+    playwright_api.expect(number).to_have_text("3 selected")
     page.uncheck("#job-2 [name=id]")
-    playwright_api.expect(number).to_have_text("2 chosen")
-    playwright_api.expect(note).to_contain_text("while jobs are chosen")
+    playwright_api.expect(number).to_have_text("2 selected")
+    playwright_api.expect(note).to_contain_text("while jobs are selected")
     page.uncheck("#job-1 [name=id]")
     page.uncheck("#job-3 [name=id]")
     page.mouse.move(1, 1)
@@ -379,12 +379,12 @@ def test_many_jobs_are_changed_after_a_question(host: Host, open_page: Browsing)
     """Choosing rows stops the refresh; the question is a dialog, and Escape leaves it."""
     host.add(3)
     page = open_page("/list")
-    page.check('[aria-label="Choose job 2"]')
-    page.check('[aria-label="Choose job 3"]')
+    page.check('[aria-label="Select job 2"]')
+    page.check('[aria-label="Select job 3"]')
     host.add()
     page.wait_for_timeout(1000)
     assert page.locator("#job-4").count() == 0
-    assert page.is_checked('[aria-label="Choose job 2"]')
+    assert page.is_checked('[aria-label="Select job 2"]')
     page.click('#bgjobs-bulk button:has-text("Delete")')
     page.wait_for_selector("dialog[open] >> text=Delete 2 jobs?")
     assert page.evaluate("document.querySelector('dialog').contains(document.activeElement)")
@@ -424,9 +424,9 @@ def test_a_finger_stops_no_refresh(host: Host, open_page: Browsing) -> None:
     """What was touched last looks as if a pointer were on it."""
     host.add(2)
     page = open_page("/list", has_touch=True)
-    box = page.locator('[aria-label="Choose job 1"]')
+    box = page.locator('[aria-label="Select job 1"]')
     box.tap()
-    page.wait_for_selector("text=1 chosen")
+    page.wait_for_selector("text=1 selected")
     box.tap()
     assert box.evaluate("element => element.matches(':hover')")
     host.add()
@@ -454,8 +454,8 @@ def test_choosing_moves_nothing(host: Host, open_page: Browsing, width: int) -> 
         ".map((element) => element.getBoundingClientRect().toJSON())"
     )
     before = page.evaluate(places)
-    page.check('[aria-label="Choose job 3"]')
-    page.wait_for_selector("text=1 chosen")
+    page.check('[aria-label="Select job 3"]')
+    page.wait_for_selector("text=1 selected")
     assert page.evaluate(places) == before
 
 
@@ -517,7 +517,7 @@ def test_many_jobs_are_changed_without_script(host: Host, open_page: Browsing) -
     """Without JavaScript the question is a page of its own."""
     host.add(2)
     page = open_page("/list", java_script_enabled=False)
-    page.check('[aria-label="Choose job 1"]')
+    page.check('[aria-label="Select job 1"]')
     page.click('#bgjobs-bulk button:has-text("Cancel")')
     page.wait_for_selector("h1:has-text('Cancel 1 job?')")
     page.click('button:has-text("Cancel 1 job")')
@@ -538,7 +538,7 @@ def test_the_keyboard_is_enough(host: Host, open_page: Browsing) -> None:
         page.keyboard.press(key)
         assert page.evaluate("document.activeElement.closest('tr')?.id") == f"job-{row}"
     page.keyboard.press("x")
-    assert page.is_checked('[aria-label="Choose job 2"]')
+    assert page.is_checked('[aria-label="Select job 2"]')
     page.keyboard.press("?")
     page.wait_for_selector("dialog[open] >> text=go to the search box")
 

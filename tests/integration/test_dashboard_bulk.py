@@ -72,7 +72,8 @@ def test_to_delete_takes_the_number(host: Host) -> None:
     assert "Type <strong>2</strong>" in question
     for wrong in ("", "3", "two"):
         page = send(host, "/bulk/delete", [*fields(question), ("typed", wrong)], 400)
-        assert f"{wrong or 'No number'} is not 2: nothing was changed." in page
+        typed = f"{wrong}, not 2" if wrong else "no number"
+        assert f"You typed {typed}: nothing was changed." in page
     assert host.count() == 2
     answer(host, "delete", question, typed=" 2 ")
     assert host.count() == 0
@@ -88,7 +89,7 @@ def test_more_than_a_hundred_take_the_number(host: Host) -> None:
 
 def test_all_that_match_are_frozen(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that matched when it was asked are changed, in chunks, and none that came later."""
-    monkeypatch.setattr(changes, "_AT_ONCE", 2)
+    monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
     wanted = [host.add(status="failed", queue="mail") for _ in range(5)]
     others = [host.add(status="failed"), host.add(queue="mail")]
     question = ask(host, "retry", ("all", 1), ("status", "failed"), ("queue", "mail"))
@@ -106,8 +107,8 @@ def test_work_goes_on_behind_what_it_cannot_change(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs that an action cannot change are not read for it, however many they are."""
-    monkeypatch.setattr(changes, "_AT_ONCE", 2)
-    monkeypatch.setattr(changes, "_BUDGET_SECONDS", -1.0)
+    monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
+    monkeypatch.setattr(changes, "_REQUEST_SECONDS", -1.0)
     host.add(5, status="completed")
     host.add(3, status="failed")
     for left in (1, 0):
@@ -135,7 +136,7 @@ def test_a_job_is_retried_once(host: Host, monkeypatch: pytest.MonkeyPatch, beco
             connection.execute(change)
         return result
 
-    monkeypatch.setattr(changes, "_AT_ONCE", 2)
+    monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
     question = ask(host, "retry", ("all", 1))
     monkeypatch.setattr(host.state.store, "retry", retry_and_fail)
     answer(host, "retry", question)
@@ -185,7 +186,7 @@ def test_all_of_one_kind_are_changed(
         host.add(status="failed", error="E: x", **values)
     last = host.add(3, status="failed", error="E: x", **meant)
     name, value = field
-    assert "All that match" in host.get(f"/list?status=failed&{name}={value}")
+    assert "All matching" in host.get(f"/list?status=failed&{name}={value}")
     question = ask(host, "retry", ("all", 1), ("status", "failed"), field)
     assert "Retry 3 jobs?" in question
     assert "3 pending again." in answer(host, "retry", question)
@@ -232,7 +233,7 @@ def test_a_count_that_takes_too_long_says_more_than(
     question = ask(host, "cancel", ("all", 1), ("owner", "42"))
     assert "Cancel more than 1 job?" in question
     refused = send(host, "/bulk/cancel", fields(question), 400)
-    assert "No number is not 1: nothing was changed." in refused
+    assert "You typed no number: nothing was changed." in refused
     assert {host.job(number).status for number in (1, 200)} == {"pending"}
     assert "200 cancelled." in answer(host, "cancel", question, typed="1")
 
@@ -241,7 +242,7 @@ def test_a_count_that_finds_nothing_in_time_asks_nothing(
     make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How many jobs would be meant is not known at all."""
-    monkeypatch.setattr(changes, "_BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(changes, "_REQUEST_SECONDS", 0.0)
     host = make_host(authorizer=lambda action, job: job is None or action == "view")
     host.add(3, owner="42")
     token = ("csrf_token", host.token())
@@ -252,8 +253,8 @@ def test_a_count_that_finds_nothing_in_time_asks_nothing(
 def test_words_cannot_mean_all(host: Host) -> None:
     """What words find is only known of what is shown, so they cannot mean all jobs."""
     host.add(status="failed", error="E: x")
-    assert "All that match" not in host.get("/list?q=x")
-    assert "All that match" in host.get("/list?status=failed")
+    assert "All matching" not in host.get("/list?q=x")
+    assert "All matching" in host.get("/list?status=failed")
     token = ("csrf_token", host.token())
     send(host, "/bulk/retry", [token, ("all", 1), ("q", "x")], 400)
     assert host.job(1).status == "failed"
@@ -264,7 +265,7 @@ def test_nothing_chosen_is_said(host: Host) -> None:
     host.add()
     for data in ([], [("id", "x"), ("id", "-1"), ("id", "9" * 30)]):
         send(host, "/bulk/cancel", [("csrf_token", host.token()), *data], 303)
-        assert "Choose jobs first." in host.get("/list")
+        assert "Select jobs first." in host.get("/list")
 
 
 def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:
@@ -292,12 +293,12 @@ def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:
 
 def test_long_work_ends_in_time(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes longer than one request may is left, and said."""
-    monkeypatch.setattr(changes, "_AT_ONCE", 2)
-    monkeypatch.setattr(changes, "_BUDGET_SECONDS", -1.0)
+    monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
+    monkeypatch.setattr(changes, "_REQUEST_SECONDS", -1.0)
     host.add(5)
     page = answer(host, "cancel", ask(host, "cancel", ("all", 1)))
     assert "2 cancelled." in page
-    assert "Do it again for the rest." in page
+    assert "Repeat the action for the rest." in page
 
 
 def test_the_filters_are_kept(host: Host) -> None:
@@ -342,11 +343,11 @@ def test_a_worker_is_asked_to_end(host: Host) -> None:
     host.add_worker("w-1")
     host.post("/workers/drain", worker="1")
     page = host.get("/workers")
-    assert "was asked to finish what it runs" in page
+    assert "was asked to finish its running jobs" in page
     assert "draining…" in page
     assert "/workers/drain" not in page
     host.post("/workers/drain", worker="1")
-    assert "has ended, or was asked already" in host.get("/workers")
+    assert "has stopped, or is already draining" in host.get("/workers")
     with host.state.store.read() as connection:
         assert connection.scalar(sa.select(Worker.drain_requested_at)) is not None
     assert [(entry.action, entry.subject) for entry in trail(host)] == [("drain", "w-1")]

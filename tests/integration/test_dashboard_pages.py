@@ -383,7 +383,7 @@ def test_errors_lead_to_their_jobs_of_the_period(host: Host) -> None:
         assert "error=ValueError" in link
         listed = host.get(link.replace("&amp;", "&"))
         assert sorted(listed_ids(listed)) == sorted(expected)
-        assert "All that match" in listed
+        assert "All matching" in listed
 
 
 def test_numbers_stand_for_what_is_listed(host: Host) -> None:
@@ -494,7 +494,7 @@ def test_draining_is_asked_twice(host: Host) -> None:
     host.add_worker()
     page = host.get("/workers")
     menu = page.split('<details class="bgj-choice bgj-confirm"')[1].split("</details>")[0]
-    assert "finishes what it runs, and ends." in menu
+    assert "finishes its running jobs, and stops." in menu
     assert page.count('name="worker"') == menu.count('name="worker"') == 1
 
 
@@ -737,7 +737,7 @@ def test_each_attempt_has_its_own_lines(host: Host) -> None:
     words = " ".join(re.sub("<[^>]*>", " ", host.get(f"/job/{job_id}")).split())
     _, third, second, first = re.split(r"Attempt (?=\d ·)", words)
     assert third.startswith("3 · running · worker worker-1")
-    assert second.startswith("2 · given back, or put off by itself")
+    assert second.startswith("2 · given back or snoozed")
     assert first.startswith("1 · failed")
     assert "worker worker-9 · waited 1 min · ran 2.0 s" in first
     for number, part in ((3, third), (2, second), (1, first)):
@@ -777,7 +777,7 @@ def test_a_traceback_shows_the_application_first(host: Host) -> None:
     page = host.get(f"/job/{job_id}")
     assert "frames of libraries: 1" in page
     assert page.count("requests/api.py") == 1
-    assert page.index("frames of libraries: 1") < page.index("With all frames of libraries")
+    assert page.index("frames of libraries: 1") < page.index("Full traceback, with library frames")
 
 
 def test_why_a_job_waits(host: Host) -> None:

@@ -123,7 +123,7 @@ class TestBehindAProxy:
         page.wait_for_selector("#job-4")
         page.click('#job-4 button:has-text("Cancel")')
         page.wait_for_selector("text=Job 4 cancelled.")
-        page.check('[aria-label="Choose job 1"]')
+        page.check('[aria-label="Select job 1"]')
         page.click('#bgjobs-bulk button:has-text("Cancel")')
         page.click('dialog button:has-text("Cancel 1 job")')
         page.wait_for_selector("text=1 cancelled.")

@@ -39,7 +39,7 @@ def test_a_list_says_so_beside_its_filter(host: Host, caplog: pytest.LogCaptureF
     page = host.get("/list?status=failed&q=late", 503)
     assert "The database took longer than 0.001 s. Narrow the filter" in page
     assert 'value="late"' in page
-    assert "Query of the dashboard ended | Path: /jobs/list | Query: WITH RECURSIVE" in caplog.text
+    assert "Dashboard query timed out | Path: /jobs/list | Query: WITH RECURSIVE" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["/", "/queues"])

@@ -1,20 +1,21 @@
-// Keeps a page of the dashboard up to date, and its colours as the visitor likes them.
-// Every page works without this file.
+// Refreshes the pages of the dashboard, switches the theme, shows local times, and handles
+// confirmations and keys. Every page also works without this script.
 (() => {
   "use strict";
   const root = document.documentElement;
   root.classList.add("bgj-scripted");
-  const LONGEST_SECONDS = 60, USUAL_SECONDS = 5;
+  const MAX_SECONDS = 60, DEFAULT_SECONDS = 5;
 
-  // What this browser remembers; a private window may not.
+  // Settings in the browser's local storage, which may be unavailable in a private window.
   function recall(key) {
     try { return localStorage.getItem(key); } catch { return null; }
   }
   function keep(key, value) {
-    try { localStorage.setItem(key, value); } catch { /* It holds for this page. */ }
+    try { localStorage.setItem(key, value); } catch { /* The setting is lost when the page closes. */ }
   }
 
-  // Theme: in our own layout only, a host's page decides for itself. Set before the first paint.
+  // Theme: only in the dashboard's own layout; a host's layout has its own. Set before the first
+  // paint, so that the page does not flash in the other theme.
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const theme = () => recall("bgjobs-theme") || (dark.matches ? "dark" : "light");
   function paint() {
@@ -35,8 +36,8 @@
     dark.addEventListener("change", paint);
   }
 
-  // Times: the words grow old between two answers of the server.
-  let ahead = 0; // of the server's clock, in milliseconds
+  // Times: relative times such as "3 s ago" are updated between two refreshes.
+  let clockOffset = 0; // server's clock minus this browser's, in milliseconds
   const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
   function relative(seconds) {
     const [size, unit] = UNITS.find(([size]) => Math.abs(seconds) >= size) || [];
@@ -45,11 +46,11 @@
     return seconds > 0 ? `in ${words}` : `${words} ago`;
   }
   const CLOCK = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "long" });
-  function age() {
-    const now = Date.now() + ahead;
+  function updateTimes() {
+    const now = Date.now() + clockOffset;
     for (const time of document.querySelectorAll(".bgj time")) {
       const moment = Date.parse(time.dateTime);
-      // In the visitor's zone, which stands behind it.
+      // In the visitor's time zone, with its name.
       const clock = CLOCK.format(moment);
       const isClock = "bgjobsClock" in time.dataset;
       const words = isClock ? clock : relative((moment - now) / 1000);
@@ -58,7 +59,8 @@
     }
   }
 
-  // Turns what stands in an element into `html`. What the visitor has typed, checked and opened stays.
+  // Changes the content of an element into `html`, but keeps what the visitor has typed, checked
+  // and opened.
   const MADE_BY_VISITOR = {
     DETAILS: ["open"], INPUT: ["checked"], OPTION: ["selected"], TR: ["tabindex"],
   };
@@ -71,24 +73,25 @@
       morphStyle: "innerHTML",
       callbacks: {
         beforeAttributeUpdated: (name, node) => !isMadeByVisitor(name, node),
-        // It may say for a moment that it has copied.
+        // A copy button may be showing "Copied" just then.
         beforeNodeMorphed: (node) => !(node instanceof HTMLElement && "bgjobsCopy" in node.dataset),
       },
     });
   }
 
-  // Refresh: asks for the changing part of this page, and learns with 304 that nothing changed.
+  // Refresh: requests the part of the page that changes; the server responds with 304 when it is
+  // unchanged.
   let etag = null, failures = 0, timer = null;
-  // Why the page must not change just now; empty where it may.
-  function obstacle(live) {
+  // Why the page must not change at the moment; empty when it may.
+  function holdReason(live) {
     const selection = getSelection();
-    if (document.querySelector("dialog[open], .bgj-confirm[open]")) return "a question is open";
-    if (chosen().length) return "jobs are chosen";
+    if (document.querySelector("dialog[open], .bgj-confirm[open]")) return "a dialog is open";
+    if (selected().length) return "jobs are selected";
     if (isAiming(live)) return "the pointer is on a row";
     if (!selection.isCollapsed && live.contains(selection.anchorNode)) return "text is selected";
     return "";
   }
-  // Rows must not move under a pointer that is about to press a button or to check a box.
+  // Rows must not move while the visitor is about to click a button or a checkbox.
   const STILL_MS = 1500;
   let pointed = 0, isPressed = false, hovers = matchMedia("(hover: hover)").matches;
   function isAiming(live) {
@@ -98,14 +101,14 @@
   }
   for (const move of ["pointermove", "pointerdown"]) {
     document.addEventListener(move, (event) => {
-      // A finger hovers over nothing, but what it touched last keeps `:hover`.
+      // Touch has no hover, but the element that was touched last keeps `:hover`.
       hovers = event.pointerType !== "touch";
       pointed = performance.now();
       if (move === "pointerdown") isPressed = true;
     });
   }
   for (const end of ["pointerup", "pointercancel", "contextmenu", "blur"]) {
-    // A click follows, which has to find the button where it was.
+    // The click event follows, and must reach the button before a refresh moves it.
     window.addEventListener(end, () => setTimeout(() => { isPressed = false; }, 50));
   }
   async function refresh(live) {
@@ -113,61 +116,61 @@
     const from = live.dataset.bgjobsFrom || location.href;
     const response = await fetch(from, { headers, redirect: "manual", cache: "no-store" });
     if (response.type === "opaqueredirect" || [401, 403, 404].includes(response.status)) {
-      return location.reload(); // Logged out, or gone: the whole page says so.
+      return location.reload(); // Logged out, or the job was deleted: the full page says which.
     }
     if (response.status !== 304 && !response.ok) throw new Error(`status ${response.status}`);
     const date = Date.parse(response.headers.get("Date"));
-    if (date) ahead = date - Date.now();
+    if (date) clockOffset = date - Date.now();
     for (const input of document.querySelectorAll("[data-bgjobs-token]")) {
       input.value = response.headers.get("X-CSRFToken") || input.value;
     }
     if (response.status === 304) return;
     const html = await response.text();
-    if (obstacle(live)) return;
+    if (holdReason(live)) return;
     morph(live, html);
     showLocalTimes();
     etag = response.headers.get("ETag");
   }
-  async function turn(live) {
-    held = obstacle(live);
-    turnsHeld = held ? turnsHeld + 1 : 0;
-    if (!held && !document.hidden) {
+  async function tick(live) {
+    heldBy = holdReason(live);
+    heldTicks = heldBy ? heldTicks + 1 : 0;
+    if (!heldBy && !document.hidden) {
       try {
         await refresh(live);
         failures = 0;
-        refreshed = new Date();
+        refreshedAt = new Date();
       } catch {
         failures += 1;
       }
     }
-    age();
-    tellFreshness();
+    updateTimes();
+    showFreshness();
     schedule(live);
   }
-  // Where a page does not refresh, or cannot, it says so: old figures look like new ones.
-  let refreshed = new Date(), held = "", turnsHeld = 0;
-  function tellFreshness() {
+  // Says when the page is not refreshed, because old figures look like current ones.
+  let refreshedAt = new Date(), heldBy = "", heldTicks = 0;
+  function showFreshness() {
     const note = document.querySelector("[data-bgjobs-fresh]");
     if (!note) return;
-    const time = refreshed.toLocaleTimeString([], { timeStyle: "medium" });
+    const time = refreshedAt.toLocaleTimeString([], { timeStyle: "medium" });
     let words = "";
     if (failures > 1) words = `Not refreshed since ${time}: the server does not answer`;
-    else if (chosen().length) words = "Not refreshed while jobs are chosen";
-    // Once is no news: a pointer often rests for a moment.
-    else if (turnsHeld > 1) words = `Not refreshed while ${held}`;
+    else if (selected().length) words = "Not refreshed while jobs are selected";
+    // Not at the first skipped refresh: the pointer often rests on a row for a moment.
+    else if (heldTicks > 1) words = `Not refreshed while ${heldBy}`;
     note.classList.toggle("bgj-stale", failures > 1);
     if (note.textContent !== words) note.textContent = words;
   }
-  const seconds = () => Number(recall("bgjobs-seconds") ?? USUAL_SECONDS);
+  const seconds = () => Number(recall("bgjobs-seconds") ?? DEFAULT_SECONDS);
   function schedule(live) {
     clearTimeout(timer);
     if (!seconds()) {
-      turnsHeld = 0;
+      heldTicks = 0;
       return;
     }
-    // After an error ever more seldom: the server has enough to do.
-    const wait = Math.max(seconds(), Math.min(seconds() * 2 ** failures, LONGEST_SECONDS));
-    timer = setTimeout(turn, wait * 1000, live);
+    // The interval doubles after each error, so that a server in trouble gets fewer requests.
+    const wait = Math.max(seconds(), Math.min(seconds() * 2 ** failures, MAX_SECONDS));
+    timer = setTimeout(tick, wait * 1000, live);
   }
   function offerInterval(live) {
     const select = document.querySelector("[data-bgjobs-interval]");
@@ -180,28 +183,28 @@
     });
   }
 
-  // Choosing rows, and asking before many jobs are changed. The question is the server's own page.
+  // Selecting rows, and confirming bulk actions. The server renders the confirmation.
   const boxes = () => [...document.querySelectorAll('[name="id"][form="bgjobs-bulk"]')];
-  const chosen = () => boxes().filter((box) => box.checked);
-  function choosePage(all) {
+  const selected = () => boxes().filter((box) => box.checked);
+  function selectPage(all) {
     for (const box of boxes()) box.checked = all.checked;
   }
-  function countChosen() {
-    const number = chosen().length;
+  function showSelectedCount() {
+    const number = selected().length;
     const output = document.querySelector("[data-bgjobs-chosen]");
-    if (output) output.textContent = number ? `${number} chosen` : "";
-    tellFreshness();
+    if (output) output.textContent = number ? `${number} selected` : "";
+    showFreshness();
   }
   async function ask(form, button) {
     const body = new FormData(form, button);
     const response = await fetch(button.formAction, {
       method: "POST", body, headers: { "X-Bgjobs-Fragment": "1" }, redirect: "manual",
     });
-    // Nothing was chosen, or the login has run out: the whole page says so.
+    // Nothing was selected, or the login has expired: the full page says which.
     if (response.type === "opaqueredirect" || !response.ok) return location.reload();
-    show(new DOMParser().parseFromString(await response.text(), "text/html").body.childNodes);
+    showDialog(new DOMParser().parseFromString(await response.text(), "text/html").body.childNodes);
   }
-  function show(nodes) {
+  function showDialog(nodes) {
     const dialog = document.createElement("dialog");
     dialog.className = "bgj-dialog";
     dialog.append(...nodes);
@@ -216,18 +219,18 @@
     });
     dialog.showModal();
   }
-  // Times of a filter: shown in the visitor's zone, as all others are, and sent in UTC.
+  // Time filters: shown in the visitor's time zone, and sent in UTC.
   const LOCAL = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "medium" });
-  // A year has four digits here, the first one too.
+  // Padded, because a datetime-local field needs a year of four digits.
   const local = (utc) => LOCAL.format(new Date(`${utc}Z`)).replace(" ", "T").padStart(19, "0");
-  const given = new WeakMap(); // what each field held, in UTC and as it is shown
+  const originals = new WeakMap(); // by field: its original time in UTC, and the text shown for it
   function showLocalTimes() {
     for (const input of document.querySelectorAll("[data-bgjobs-utc]")) {
-      if (given.has(input)) continue;
-      // Not its value, which the browser may have kept from before a reload.
+      if (originals.has(input)) continue;
+      // Not `value`: after a reload, the browser may have restored an older one.
       const utc = input.defaultValue;
       if (utc) input.value = local(utc);
-      given.set(input, { utc, shown: input.value });
+      originals.set(input, { utc, shown: input.value });
     }
     for (const label of document.querySelectorAll("[data-bgjobs-zoned]")) {
       label.textContent = label.dataset.bgjobsZoned;
@@ -235,9 +238,10 @@
   }
   document.addEventListener("formdata", (event) => {
     for (const input of event.target.querySelectorAll("[data-bgjobs-utc]")) {
-      if (!input.value || !given.has(input)) continue;
-      const { utc, shown } = given.get(input);
-      // An hour that a zone repeats could be either one.
+      if (!input.value || !originals.has(input)) continue;
+      const { utc, shown } = originals.get(input);
+      // Unchanged fields send their original time: when clocks are set back, a local time occurs
+      // twice, and could be converted to the wrong one.
       const time = input.value === shown ? utc : new Date(input.value).toISOString().slice(0, 19);
       event.formData.set(input.name, time);
     }
@@ -252,34 +256,34 @@
     });
   });
   document.addEventListener("change", (event) => {
-    if (event.target.matches("[data-bgjobs-all]")) choosePage(event.target);
-    // By its attribute: the form's own `id` is hidden by the boxes of that name.
-    if (event.target.form?.matches("#bgjobs-bulk")) countChosen();
+    if (event.target.matches("[data-bgjobs-all]")) selectPage(event.target);
+    // Not `form.id`: in this form, that is the checkboxes named "id".
+    if (event.target.form?.matches("#bgjobs-bulk")) showSelectedCount();
   });
 
-  // Tells who listens what the eye sees.
-  function say(words) {
-    let said = document.getElementById("bgjobs-said");
-    if (!said) {
-      said = document.createElement("p");
-      Object.assign(said, { id: "bgjobs-said", className: "visually-hidden" });
-      said.setAttribute("role", "status");
-      document.querySelector(".bgj").append(said);
+  // Announces `words` to screen readers.
+  function announce(words) {
+    let status = document.getElementById("bgjobs-said");
+    if (!status) {
+      status = document.createElement("p");
+      Object.assign(status, { id: "bgjobs-said", className: "visually-hidden" });
+      status.setAttribute("role", "status");
+      document.querySelector(".bgj").append(status);
     }
-    said.textContent = words;
+    status.textContent = words;
   }
 
-  // Copies what stands in the element that the button names.
+  // Copies the text of the element that the button names.
   async function copy(button) {
     const text = document.getElementById(button.dataset.bgjobsCopy);
     try {
       await navigator.clipboard.writeText(text.textContent);
       const word = button.firstChild;
       word.data = "Copied";
-      say("Copied");
+      announce("Copied");
       setTimeout(() => { word.data = "Copy"; }, 2000);
     } catch {
-      getSelection().selectAllChildren(text); // Not allowed here: Ctrl+C does it.
+      getSelection().selectAllChildren(text); // Clipboard not available: select for Ctrl+C.
     }
   }
   document.addEventListener("click", (event) => {
@@ -287,10 +291,11 @@
     if (button) copy(button);
   });
 
-  // Keys: / searches, j and k go down and up the rows, x chooses one, r refreshes, ? tells.
-  const KEYS = [["/", "go to the search box"], ["j", "next row"], ["k", "row before"],
-    ["x", "choose the row"], ["r", "refresh"], ["?", "these keys"]];
-  function go(step) {
+  // Keys: / focuses the search box, j and k move through the rows, x selects one, r refreshes, ? lists
+  // the keys.
+  const KEYS = [["/", "go to the search box"], ["j", "next row"], ["k", "previous row"],
+    ["x", "select the row"], ["r", "refresh"], ["?", "show these keys"]];
+  function moveFocus(step) {
     const rows = [...document.querySelectorAll(".bgj-table tbody tr")];
     const at = rows.findIndex((row) => row.contains(document.activeElement));
     const row = rows[Math.min(Math.max(at + step, 0), rows.length - 1)];
@@ -299,7 +304,7 @@
     if (!link) row.tabIndex = -1;
     (link || row).focus();
   }
-  function tellKeys() {
+  function showKeys() {
     const template = document.createElement("template");
     template.innerHTML = '<h2 id="bgjobs-keys">Keys</h2><dl class="bgj-facts"></dl>';
     for (const [key, words] of KEYS) {
@@ -309,7 +314,7 @@
       item.append(term, text);
       template.content.querySelector("dl").append(item);
     }
-    show(template.content.childNodes);
+    showDialog(template.content.childNodes);
   }
   function closeMenus(except) {
     for (const menu of document.querySelectorAll(".bgj-choice[open]")) {
@@ -322,15 +327,15 @@
     if (event.key === "Escape") closeMenus();
     const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
     if (typing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-    if (!("bgjobs" in root.dataset)) return; // In a host's layout the keys are the host's.
+    if (!("bgjobs" in root.dataset)) return; // A host's layout may use these keys itself.
     const box = document.activeElement.closest("tr")?.querySelector('[name="id"]');
-    const acts = {
-      "/": () => document.getElementById("bgjobs-q")?.focus(), j: () => go(1), k: () => go(-1),
-      x: () => box?.click(), r: () => location.reload(), "?": tellKeys,
+    const actions = {
+      "/": () => document.getElementById("bgjobs-q")?.focus(), j: () => moveFocus(1), k: () => moveFocus(-1),
+      x: () => box?.click(), r: () => location.reload(), "?": showKeys,
     };
-    if (!(event.key in acts)) return;
+    if (!(event.key in actions)) return;
     event.preventDefault();
-    acts[event.key]();
+    actions[event.key]();
   });
 
   document.addEventListener("DOMContentLoaded", () => {
@@ -339,9 +344,9 @@
     const keys = document.querySelector("[data-bgjobs-keys]");
     if (keys) {
       keys.hidden = false;
-      keys.addEventListener("click", tellKeys);
+      keys.addEventListener("click", showKeys);
     }
-    age();
+    updateTimes();
     showLocalTimes();
     document.querySelector('[aria-invalid="true"]')?.focus();
     const live = document.querySelector("[data-bgjobs-live]");
