@@ -133,7 +133,7 @@ def _plan(state: AppState, verb: str) -> Plan:
     if plan.count:
         # The confirmation showed this count. A new one could differ, as workers go on running jobs.
         return plan
-    if access.may_see_totals() and not filters.asks_for_texts:
+    if access.may_see_totals() and not filters.has_maskable_fields:
         count = queries.count_matching(state, filters, verb, up_to)
         return dataclasses.replace(plan, count=count)
     return _count_allowed(state, plan)
@@ -159,7 +159,7 @@ def _count_allowed(state: AppState, plan: Plan) -> Plan:
 def _visible_matches(state: AppState, plan: Plan, ids: Sequence[int]) -> dict[int, Job]:
     """The jobs of ``ids`` that the visitor may see, and whose masked values match the filter."""
     jobs = queries.jobs_for_authorizer(state, ids)
-    if plan.filters.asks_for_texts:
+    if plan.filters.has_maskable_fields:
         jobs = {n: job for n, job in jobs.items() if queries.is_listed(state, job, plan.filters)}
     return {number: job for number, job in jobs.items() if access.visible(job)}
 

@@ -1,1 +1,1 @@
-"""What people do by hand, for the command line, the API and the pages alike."""
+"""The operations that people run by hand, shared by the command line, the API and the pages."""

@@ -1,4 +1,4 @@
-"""The tables in the database: made for hosts without Flask-Migrate, and compared."""
+"""The database's tables: create them without Flask-Migrate, and compare them with the models."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from ..state import AppState
 
 
 def create_tables(state: AppState) -> list[str]:
-    """The names of the tables that were missing and are made now."""
+    """Create the missing tables, and return their names."""
     missing = missing_tables(state)
     state.store.transaction(lambda connection: Base.metadata.create_all(connection))
     return missing
 
 
 def missing_tables(state: AppState) -> list[str]:
-    """The names of the tables that the database lacks."""
+    """The names of the tables that the database does not have, sorted."""
     with state.store.read() as connection:
         present = set(sa.inspect(connection).get_table_names(schema=state.store.schema))
     return sorted(name for name in Base.metadata.tables if name not in present)
 
 
 def is_migrated_by_alembic(state: AppState) -> bool:
-    """Whether the database has the table in which Alembic keeps its revision."""
+    """Whether the database has Alembic's revision table."""
     with state.store.read() as connection:
         return sa.inspect(connection).has_table("alembic_version")
 
 
 def differences(state: AppState) -> list[str]:
-    """A sentence for each difference between the database and the models; empty when none."""
-    # Here, as a worker imports this module and does without Alembic, which takes long to import.
+    """The differences between the database's tables and the models, one sentence each."""
+    # Imported here because Alembic is slow to import, and workers, which load this module, do not
+    # need it.
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
     names = set(Base.metadata.tables)
     with state.store.read() as connection:
         default_schema = sa.inspect(connection).default_schema_name
-        # Alembic knows the default schema by no name.
+        # Alembic calls the default schema None.
         schema = None if state.store.schema == default_schema else state.store.schema
 
         def ours_only(name: str | None, kind: str, parents: Any) -> bool:
@@ -56,20 +57,23 @@ def differences(state: AppState) -> list[str]:
 
 
 def session_differences(state: AppState) -> list[str]:
-    """A sentence for each way in which ``db.session`` uses another database than workers do."""
+    """The differences between the database that ``db.session`` uses and the one that workers use.
+
+    :returns: a sentence for each difference, such as another search path.
+    """
     if state.store.always_joins:
         return []
     with state.store.read() as connection:
         ours = state.store.seen_by(connection)
-    # Another one than that of this context, which may hold changes.
+    # A new session, because the one of the current context may hold changes.
     with state.db.session.session_factory() as session:
         joined = transactions.connection_to_join(session, state.table, state.store.host_engine)
-        assert joined is not None, "its transaction has just begun"
+        assert joined is not None, "the new session's transaction cannot have ended"
         theirs = state.store.seen_by(joined)
     return [
-        f"{what}: db.session has {theirs[what]}, and flask-bgjobs has {ours[what]}"
-        for what in ours
-        if ours[what] != theirs[what]
+        f"{setting}: db.session has {theirs[setting]}, and flask-bgjobs has {ours[setting]}"
+        for setting in ours
+        if ours[setting] != theirs[setting]
     ]
 
 
@@ -78,18 +82,18 @@ def _flat(group: Any) -> list[tuple[Any, ...]]:
 
 
 def _sentence(change: tuple[Any, ...]) -> str:
-    """What one entry of Alembic's comparison says, in words."""
+    """One entry of Alembic's comparison as a sentence."""
     match change:
         case ("add_table", table):
             return f"table {table.name} is missing"
         case ("add_column", _, table, column):
             return f"column {table}.{column.name} is missing"
         case ("remove_column", _, table, column):
-            return f"column {table}.{column.name} is not one of ours"
+            return f"column {table}.{column.name} is not part of flask-bgjobs"
         case ("add_index", index):
             return f"index {index.name} on {index.table.name} is missing"
         case ("remove_index", index):
-            return f"index {index.name} on {index.table.name} is not one of ours"
+            return f"index {index.name} on {index.table.name} is not part of flask-bgjobs"
         case (("modify_type" | "modify_nullable") as kind, _, table, column, _, old, new):
             what = "type" if kind == "modify_type" else "nullable"
             return f"column {table}.{column}: {what} is {old!r} and should be {new!r}"

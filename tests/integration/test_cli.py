@@ -177,7 +177,7 @@ def test_check_names_every_difference(app: Flask, run: Any, state: AppState) -> 
     for sentence in (
         "index ix_bgjobs_job_due on bgjobs_job is missing",
         "column bgjobs_job.owner is missing",
-        "column bgjobs_job.extra is not one of ours",
+        "column bgjobs_job.extra is not part of flask-bgjobs",
         "table bgjobs_log is missing",
     ):
         assert sentence in output

@@ -217,7 +217,7 @@ def test_unknown_queues_are_refused(state: AppState, run: Any) -> None:
     add(state, 1, queue="mail")
     for command in ("pause", "resume"):
         assert "did you mean 'mail'?" in run(command, "mial", code=1)
-        assert "there are default, mail" in run(command, "zzz", code=1)
+        assert "the known queues are default, mail" in run(command, "zzz", code=1)
         run(command, code=2)
     with pytest.raises(QueueNotFound):
         actions.pause(state, "mial")
@@ -381,7 +381,7 @@ def test_a_retried_job_that_fails_at_once_is_not_met_again(
         change(state, sa.update(Job).where(Job.id.in_(ids)).values(**failed))
         return result
 
-    monkeypatch.setattr(actions, "_AT_ONCE", 2)
+    monkeypatch.setattr(actions, "_BATCH_JOBS", 2)
     monkeypatch.setattr(state.store, "retry", retry_and_fail)
     run("retry", "--status", "failed", "--status", "retrying", "--yes")
     assert sorted(times) == [1, 2, 3, 4, 5, 6]

@@ -154,7 +154,7 @@ def test_each_batch_of_a_cancel_is_clean(
     app: Flask, session: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A receiver that leaves a transaction open does not block the next batch of the command."""
-    monkeypatch.setattr("flask_bgjobs.operations.actions._AT_ONCE", 1)
+    monkeypatch.setattr("flask_bgjobs.operations.actions._BATCH_JOBS", 1)
     seen: list[Any] = []
 
     def receiver(_app: Flask, **_values: object) -> None:

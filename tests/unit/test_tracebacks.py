@@ -31,7 +31,7 @@ def test_frames_of_libraries_are_left_out() -> None:
         raised,
     )
     shown = of_application(text, "shop")
-    assert shown == trace(frame("/srv/shop/jobs.py"), "  … frames of libraries: 3\n", raised)
+    assert shown == trace(frame("/srv/shop/jobs.py"), "  … library frames: 3\n", raised)
 
 
 def test_the_application_alone_is_shown_as_it_is() -> None:
@@ -47,7 +47,7 @@ def test_each_part_of_a_chain_keeps_its_last_frame() -> None:
     first = trace(frame(f"{LIBRARY}/a.py"), frame(f"{LIBRARY}/b.py"))
     second = trace(frame("/srv/shop/jobs.py"), frame(r"C:\venv\Lib\site-packages\c.py"))
     assert of_application(first + between + second, "shop") == (
-        trace("  … frames of libraries: 1\n", frame(f"{LIBRARY}/b.py")) + between + second
+        trace("  … library frames: 1\n", frame(f"{LIBRARY}/b.py")) + between + second
     )
 
 
@@ -58,7 +58,7 @@ def test_repeated_lines_belong_to_their_frame() -> None:
     shown = of_application(text, "shop")
     assert shown is not None
     assert "repeated" not in shown
-    assert shown.count("… frames of libraries: 1") == 1
+    assert shown.count("… library frames: 1") == 1
 
 
 @pytest.mark.parametrize("raising", [lambda: int("x"), lambda: [][1]])
@@ -75,7 +75,7 @@ def test_an_application_among_the_libraries_is_no_library() -> None:
     packages = "/app/venv/lib/python3.11/site-packages"
     own, module = frame(f"{packages}/shop/jobs.py"), frame(f"{packages}/shop.py")
     text = trace(own, frame(f"{packages}/shopping/x.py"), module, frame(f"{LIBRARY}/api.py"))
-    shown = trace(own, "  … frames of libraries: 1\n", module, frame(f"{LIBRARY}/api.py"))
+    shown = trace(own, "  … library frames: 1\n", module, frame(f"{LIBRARY}/api.py"))
     assert of_application(text, "shop") == shown
 
 
@@ -83,7 +83,7 @@ def test_libraries_of_windows_are_libraries() -> None:
     """Paths are written in another way there."""
     library = frame(r"C:\Python311\Lib\asyncio\runners.py")
     shown = of_application(trace(library, frame(r"C:\shop\jobs.py")), "shop")
-    assert shown == trace("  … frames of libraries: 1\n", frame(r"C:\shop\jobs.py"))
+    assert shown == trace("  … library frames: 1\n", frame(r"C:\shop\jobs.py"))
 
 
 def test_a_group_of_exceptions_is_shown_whole() -> None:

@@ -1,8 +1,8 @@
-"""Everything that dashboard and CLI read. No row is changed here.
+"""All queries of the dashboard and the command line. They change no rows.
 
-What these functions hand out is masked already, apart from :attr:`JobRow.job`, which is for
-the authorizer only. So a template cannot show a secret by mistake. All statements run on the
-store's own connection: the host's session is never touched.
+Their results are masked, so that a template cannot show a secret by mistake. Only
+:attr:`JobRow.job` is not masked; it is for the authorizer. All statements run on the store's own
+connections, never in the host's session.
 """
 
 from .audit import AuditPage, AuditRow, list_audit

@@ -1,4 +1,4 @@
-"""The attempts of a job: how each of them went, and what its code wrote."""
+"""The attempts of a job, with their outcomes and log lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ...models import Attempt, Job, JobLog
 from . import tracebacks
 from .shown import Shown
 
-_MOST = 500
-"""Attempts and lines: more make a page that nobody reads, and that takes long to load."""
+_MAX_ROWS = 500
+"""Highest number of attempts, and of log lines: a longer page loads slowly and is not read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttemptRow:
-    """How an attempt went; its texts are masked."""
+    """One attempt, with masked texts."""
 
     attempt: int
     outcome: str
@@ -28,19 +28,19 @@ class AttemptRow:
     due_at: dt.datetime | None
     started_at: dt.datetime | None
     finished_at: dt.datetime | None
-    """``None`` while it runs."""
+    """``None`` while the attempt is running."""
     error: str | None = None
     traceback: str | None = None
 
     @property
     def run_seconds(self) -> float | None:
-        """How long its code ran; ``None`` when it never began, or still runs."""
+        """How long the code ran; ``None`` when it did not start, or is running."""
         return _seconds_between(self.started_at, self.finished_at)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line that the job wrote; masked."""
+    """A log line of the job, masked."""
 
     attempt: int
     created_at: dt.datetime
@@ -49,26 +49,26 @@ class LogLine:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """An attempt with the lines of its code."""
+    """An attempt with its log lines."""
 
     attempt: int
     record: AttemptRow | None
-    """``None`` where nothing was recorded: it was given back, or put itself off."""
+    """``None`` for an attempt without a row: it was given back or snoozed."""
     lines: list[LogLine]
     wait_seconds: float | None
-    """From when it was due, and the attempt before it over, to when its code began; ``None`` when
-    it never did, or nobody knows."""
+    """Wait from the due time, or the end of the previous attempt if that is later, to the start of
+    the code; ``None`` when the code did not start, or the times are not known."""
     application_traceback: str | None
-    """The traceback without the frames of libraries; ``None`` where it has none."""
+    """The traceback without library frames; ``None`` when it has none to leave out."""
 
 
 def attempts_of(connection: sa.Connection, job: Job, shown: Shown) -> list[AttemptRow]:
-    """The attempts that did not complete, newest first."""
+    """The recorded attempts, newest first, 500 at most. Completed attempts have no record."""
     recorded = (
         sa.select(Attempt.__table__)
         .where(Attempt.job_id == job.id)
         .order_by(Attempt.attempt.desc(), Attempt.id.desc())
-        .limit(_MOST)
+        .limit(_MAX_ROWS)
     )
     return [
         AttemptRow(
@@ -86,19 +86,19 @@ def attempts_of(connection: sa.Connection, job: Job, shown: Shown) -> list[Attem
 
 
 def lines_of(connection: sa.Connection, job: Job, shown: Shown) -> list[LogLine]:
-    """The newest lines that the job wrote, oldest first."""
+    """The newest 500 log lines of the job, oldest first."""
     newest = (
         sa.select(JobLog.attempt, JobLog.created_at, JobLog.message)
         .where(JobLog.job_id == job.id)
         .order_by(JobLog.id.desc())
-        .limit(_MOST + 1)
+        .limit(_MAX_ROWS + 1)
     )
     rows = connection.execute(newest).all()
     lines = [
         LogLine(row.attempt, row.created_at, shown.text(row.message) or "")
-        for row in reversed(rows[:_MOST])
+        for row in reversed(rows[:_MAX_ROWS])
     ]
-    if len(rows) > _MOST:
+    if len(rows) > _MAX_ROWS:
         lines.insert(0, dataclasses.replace(lines[0], message="(older lines are not shown)"))
     return lines
 
@@ -106,7 +106,10 @@ def lines_of(connection: sa.Connection, job: Job, shown: Shown) -> list[LogLine]
 def runs_of(
     job: Job, worker_name: str | None, attempts: Sequence[AttemptRow], lines: Sequence[LogLine]
 ) -> list[Run]:
-    """All attempts of which anything is known, newest first."""
+    """All attempts that have a record or log lines, newest first.
+
+    A running or completed attempt has no record, so it is taken from the job's own row.
+    """
     records = {attempt.attempt: attempt for attempt in attempts}
     if job.status in (JobStatus.RUNNING, JobStatus.COMPLETED):
         records[job.attempt] = AttemptRow(
@@ -133,15 +136,15 @@ def runs_of(
     ]
 
 
-def _wait_seconds(attempt: AttemptRow | None, before: AttemptRow | None) -> float | None:
+def _wait_seconds(attempt: AttemptRow | None, previous: AttemptRow | None) -> float | None:
     if attempt is None or attempt.due_at is None:
         return None
     if attempt.attempt == 1:
         return _seconds_between(attempt.due_at, attempt.started_at)
-    if before is None or before.finished_at is None:
+    if previous is None or previous.finished_at is None:
         return None
-    # A job whose worker died, or gave it back, stays due since before that attempt.
-    return _seconds_between(max(attempt.due_at, before.finished_at), attempt.started_at)
+    # After a rescue or a give-back, the job's due time is earlier than the previous attempt.
+    return _seconds_between(max(attempt.due_at, previous.finished_at), attempt.started_at)
 
 
 def _of_application(attempt: AttemptRow | None, package: str) -> str | None:
@@ -150,7 +153,7 @@ def _of_application(attempt: AttemptRow | None, package: str) -> str | None:
     return tracebacks.of_application(attempt.traceback, package)
 
 
-def _seconds_between(first: dt.datetime | None, second: dt.datetime | None) -> float | None:
-    if first is None or second is None:
+def _seconds_between(start: dt.datetime | None, end: dt.datetime | None) -> float | None:
+    if start is None or end is None:
         return None
-    return max(0.0, (second - first).total_seconds())
+    return max(0.0, (end - start).total_seconds())

@@ -1,4 +1,4 @@
-"""The audit trail, as it is read: who changed what, newest first."""
+"""Queries of the audit trail, newest entries first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _audited = cast(sa.Table, AuditedJob.__table__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AuditRow:
-    """One change that a person made."""
+    """An entry of the audit trail: a change that a person made."""
 
     id: int
     created_at: dt.datetime
@@ -29,26 +29,29 @@ class AuditRow:
     reason: str | None
     result: str | None
     jobs: list[int]
-    """The id of the first job that it changed."""
+    """The lowest id of the jobs that it changed, or the id of the job whose trail is read; empty
+    for changes of queues and workers."""
     more_jobs: int
-    """How many others it changed."""
+    """How many other jobs it changed; 0 in the trail of one job."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AuditPage:
-    """Some changes, newest first."""
+    """A page of the audit trail, newest entries first."""
 
     rows: list[AuditRow]
     now: dt.datetime
     """The database's clock."""
     older: str | None
-    """Cursor of the page after; pass it as ``after``."""
+    """The cursor of the page with older entries, to pass as ``after``; ``None`` at the end."""
 
 
 def list_audit(state: AppState, *, after: str | None = None, per: int = 50) -> AuditPage:
     """A page of the audit trail.
 
-    :raises InvalidCursor: when ``after`` is not one of ours.
+    :param after: the ``older`` cursor of the previous page (default: start at the newest entry).
+    :param per: entries on a page.
+    :raises InvalidCursor: when ``after`` is malformed.
     """
     cursor = decode_cursor(after, is_timed=False)
     statement = sa.select(_entry).order_by(_entry.c.id.desc()).limit(per + 1)
@@ -64,7 +67,7 @@ def list_audit(state: AppState, *, after: str | None = None, per: int = 50) -> A
 
 
 def audit_of(connection: sa.Connection, job_id: int, limit: int = 20) -> list[AuditRow]:
-    """The newest changes that people made to a job, newest first."""
+    """The trail of one job, newest entries first."""
     statement = (
         sa.select(_entry)
         .join_from(_audited, _entry, _entry.c.id == _audited.c.entry_id)
@@ -76,7 +79,7 @@ def audit_of(connection: sa.Connection, job_id: int, limit: int = 20) -> list[Au
 
 
 def _rows(connection: sa.Connection, entries: Any) -> list[AuditRow]:
-    """The entries with their jobs: the number of all, and the ids of a few."""
+    """The entries, each with its number of jobs and the lowest of their ids."""
     ids = [entry.id for entry in entries]
     counts = {
         entry_id: (number, first)

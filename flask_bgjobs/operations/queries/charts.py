@@ -1,7 +1,8 @@
-"""Charts: what ended, and how long it waited and ran, over the last hour, day or week.
+"""Charts of the finished attempts and their wait and run times, over the last hour, day or week.
 
-Read from the roll-up, so that a million jobs cost no more than ten. It lags behind by some
-seconds, and lacks what a worker had not written when it was killed.
+They are read from the roll-up table, so that the cost does not grow with the number of jobs. The
+table is some seconds behind, and lacks the numbers that a worker had not written when it was
+killed.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ _rollup = Rollup.__table__
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Period:
-    """A stretch of time up to now, in steps."""
+    """A period that ends now, divided into steps."""
 
     name: str
-    """As in the address: ``1h``, ``24h`` or ``7d``."""
+    """The name in URLs: ``1h``, ``24h`` or ``7d``."""
     words: str
+    """The label on pages, such as ``last hour``."""
     cell_seconds: int
-    """Of the cells that it is read from."""
+    """Length of the roll-up cells that are read."""
     step_seconds: int
-    """Of a bar; a multiple of the above."""
+    """Length of a step, a multiple of ``cell_seconds``."""
     steps: int
+    """Number of steps."""
 
 
 PERIODS = {
@@ -48,36 +51,39 @@ DEFAULT_PERIOD = PERIODS["1h"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bar:
-    """The attempts that ended in one step of a chart."""
+    """The attempts that finished in one step of a chart."""
 
     begins_at: dt.datetime
     counts: Mapping[str, int]
-    """By outcome, of :data:`~flask_bgjobs.job.rollup.OUTCOMES`; 0 where there are none."""
+    """Number of attempts for each of :data:`~flask_bgjobs.job.rollup.OUTCOMES`."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of attempts with any outcome."""
         return sum(self.counts.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chart:
-    """What ended in a period."""
+    """The finished attempts of a period."""
 
     period: Period
     bars: list[Bar]
-    """Oldest first; the last one is not over yet."""
+    """Oldest first; the last one is still growing."""
     totals: Mapping[str, int]
-    """By outcome."""
+    """Number of attempts by outcome."""
     wait_p50: float | None
-    """Seconds from being due to the start, as are the others; ``None``: nothing was measured."""
+    """Median of the seconds from the due time to the start; ``None`` when nothing was measured."""
     wait_p95: float | None
+    """95th percentile of these seconds."""
     run_p50: float | None
+    """Median of the seconds that the code ran; ``None`` when nothing was measured."""
     run_p95: float | None
+    """95th percentile of these seconds."""
 
     @property
     def highest(self) -> int:
-        """The most that ended in one step."""
+        """The highest total of a bar."""
         return max(bar.total for bar in self.bars)
 
     def __bool__(self) -> bool:
@@ -85,27 +91,28 @@ class Chart:
 
 
 def chart(state: AppState, now: dt.datetime, period: Period = DEFAULT_PERIOD) -> Chart:
-    """What ended in ``period``, of all queues.
+    """The finished attempts of ``period``, of all queues together.
 
     :param now: the database's clock.
     """
     begin = _first_step(now, period)
     with state.store.read() as connection:
-        wanted = (_rollup.c.seconds == period.cell_seconds, _rollup.c.begins_at >= begin)
+        in_period = (_rollup.c.seconds == period.cell_seconds, _rollup.c.begins_at >= begin)
         jobs = sa.func.sum(_rollup.c.jobs)
-        ended = (
+        by_outcome = (
             sa.select(_rollup.c.begins_at, _rollup.c.outcome, sa.null(), jobs)
-            .where(*wanted, _rollup.c.measure == RUN)
+            .where(*in_period, _rollup.c.measure == RUN)
             .group_by(_rollup.c.begins_at, _rollup.c.outcome)
         )
-        took = (
+        by_duration = (
             sa.select(sa.null(), _rollup.c.measure, _rollup.c.bucket, jobs)
-            .where(*wanted)
+            .where(*in_period)
             .group_by(_rollup.c.measure, _rollup.c.bucket)
         )
-        rows = connection.execute(sa.union_all(ended, took)).all()
+        rows = connection.execute(sa.union_all(by_outcome, by_duration)).all()
     bars = _bars([(at, outcome, n) for at, outcome, _, n in rows if at is not None], begin, period)
     times: dict[str, dict[int, int]] = {RUN: {}, WAIT: {}}
+    # Rows of the second query have no time.
     for at, measure, bucket, number in rows:
         if at is None:
             times[measure][bucket] = int(number)
@@ -121,14 +128,14 @@ def chart(state: AppState, now: dt.datetime, period: Period = DEFAULT_PERIOD) ->
 
 
 def finished_by_queue(state: AppState, now: dt.datetime) -> dict[str, list[int]]:
-    """How many attempts ended in each minute of the last hour, oldest first, by queue.
+    """The finished attempts in each minute of the last hour, oldest first, by queue.
 
     :param now: the database's clock.
     """
     period = DEFAULT_PERIOD
     begin = _first_step(now, period)
     with state.store.read() as connection:
-        counted = connection.execute(
+        rows = connection.execute(
             sa.select(_rollup.c.queue, _rollup.c.begins_at, sa.func.sum(_rollup.c.jobs))
             .where(
                 _rollup.c.seconds == period.cell_seconds,
@@ -138,7 +145,7 @@ def finished_by_queue(state: AppState, now: dt.datetime) -> dict[str, list[int]]
             .group_by(_rollup.c.queue, _rollup.c.begins_at)
         ).all()
     lines: dict[str, list[int]] = collections.defaultdict(lambda: [0] * period.steps)
-    for queue, begins_at, jobs in counted:
+    for queue, begins_at, jobs in rows:
         step = _step_of(begins_at, begin, period)
         if step < period.steps:
             lines[queue][step] += int(jobs)
@@ -146,7 +153,7 @@ def finished_by_queue(state: AppState, now: dt.datetime) -> dict[str, list[int]]
 
 
 def _first_step(now: dt.datetime, period: Period) -> dt.datetime:
-    """The begin of the oldest step, when the newest one holds ``now``."""
+    """The begin of the oldest step of the period; the newest step contains ``now``."""
     epoch = dt.datetime(1970, 1, 1)
     newest = int((now - epoch).total_seconds()) // period.step_seconds
     return epoch + dt.timedelta(seconds=(newest - period.steps + 1) * period.step_seconds)
@@ -156,11 +163,11 @@ def _step_of(begins_at: dt.datetime, begin: dt.datetime, period: Period) -> int:
     return int((begins_at - begin).total_seconds()) // period.step_seconds
 
 
-def _bars(counted: Iterable[Any], begin: dt.datetime, period: Period) -> list[Bar]:
+def _bars(rows: Iterable[Any], begin: dt.datetime, period: Period) -> list[Bar]:
     counts = [dict.fromkeys(map(str, OUTCOMES), 0) for _ in range(period.steps)]
-    for begins_at, outcome, jobs in counted:
+    for begins_at, outcome, jobs in rows:
         step = _step_of(begins_at, begin, period)
-        # A worker's clock may have been ahead.
+        # Later than the last step if the clock of the worker that wrote the row is ahead.
         if step < period.steps and outcome in counts[step]:
             counts[step][outcome] += int(jobs)
     width = dt.timedelta(seconds=period.step_seconds)

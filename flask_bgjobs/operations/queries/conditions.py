@@ -1,7 +1,7 @@
-"""Conditions: what filters and words ask of a row, in SQL and of what is shown of it.
+"""The conditions of filters and search terms, in SQL and in Python.
 
-SQL finds the jobs that may match, by the text that is stored. What a search finds must be *shown*
-to match as well, so that nobody can find out by searching what is masked.
+SQL finds candidates by the stored values. Python then compares their masked values, so that a
+search cannot reveal a secret by finding the job that holds it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _worker = Worker.__table__
 _full_name: sa.ColumnElement[str] = sa.func.coalesce(
     _job.c.target + "." + _job.c.method, _job.c.target
 )
-_TEXTS = (_full_name, _job.c.error, _job.c.owner, _job.c.unique_key)
-_JSON = (_job.c.parameters, _job.c.tags)
+_TEXT_COLUMNS = (_full_name, _job.c.error, _job.c.owner, _job.c.unique_key)
+_JSON_COLUMNS = (_job.c.parameters, _job.c.tags)
 _ESCAPE = "/"
-"""Before a sign of LIKE that stands for itself."""
+"""The escape character of LIKE patterns."""
 
 
 def sql_conditions(filters: JobFilters) -> Iterator[sa.ColumnElement[bool]]:
-    """True for the jobs that :func:`is_shown_to_match` has to look at."""
+    """The SQL conditions on candidates; :func:`is_shown_to_match` decides about each of them."""
     if filters.queues:
         yield _job.c.queue.in_(filters.queues)
     if filters.job:
@@ -62,28 +62,29 @@ def _term_condition(term: Term) -> sa.ColumnElement[bool]:
         case "error":
             return sa.or_(*(_contains(_job.c.error, value) for value in term.values))
         case "tag":
-            return sa.or_(*(_holds(_job.c.tags, value) for value in term.values))
+            return sa.or_(*(_json_contains(_job.c.tags, value) for value in term.values))
         case "parameters":
-            return sa.or_(*(_holds(_job.c.parameters, value) for value in term.values))
-    return sa.or_(*(condition for value in term.values for condition in _anywhere(value)))
+            return sa.or_(*(_json_contains(_job.c.parameters, value) for value in term.values))
+    return sa.or_(*(condition for value in term.values for condition in _any_column(value)))
 
 
 def _has_worker(values: tuple[str, ...]) -> sa.ColumnElement[bool]:
-    """Whether the job's worker has one of the names, or ids."""
+    """Whether ``values`` has the name or the id of the job's worker."""
     ids = [number for value in values if (number := as_id(value)) is not None]
     named = sa.select(_worker.c.id).where(_worker.c.name.in_(values))
     return sa.or_(_job.c.worker_id.in_(ids), _job.c.worker_id.in_(named))
 
 
-def _anywhere(value: str) -> Iterator[sa.ColumnElement[bool]]:
-    yield from (_contains(column, value) for column in _TEXTS)
-    yield from (_holds(column, value) for column in _JSON)
+def _any_column(value: str) -> Iterator[sa.ColumnElement[bool]]:
+    """The conditions of which one must be true for a search word without a field."""
+    yield from (_contains(column, value) for column in _TEXT_COLUMNS)
+    yield from (_json_contains(column, value) for column in _JSON_COLUMNS)
     if (job_id := as_id(value)) is not None:
         yield _job.c.id == job_id
 
 
-class _position(FunctionElement[int]):  # noqa: N801  # written as the function that it is
-    """Where a text stands in another one, letter for letter; 0 where it does not."""
+class _position(FunctionElement[int]):  # noqa: N801  # called like a SQL function
+    """The position of a text in another one, from 1; 0 when it is not found."""
 
     inherit_cache = True
     type = sa.Integer()
@@ -100,7 +101,7 @@ def _strpos(element: _position, compiler: Any, **kw: Any) -> str:
 
 
 class _CaseFolded(FunctionElement[str]):
-    """What LIKE compares in any case of its letters."""
+    """A text that LIKE compares without regard to case."""
 
     inherit_cache = True
     type = sa.String()
@@ -112,30 +113,32 @@ def _lower(element: _CaseFolded, compiler: Any, **kw: Any) -> str:
 
 
 @compiles(_CaseFolded, "sqlite")
-def _as_it_is(element: _CaseFolded, compiler: Any, **kw: Any) -> str:
-    """Its LIKE looks past the case of ASCII letters, and its ``lower()`` knows no others."""
+def _unchanged(element: _CaseFolded, compiler: Any, **kw: Any) -> str:
+    """SQLite's LIKE ignores the case of ASCII letters, and ``lower()`` changes only these."""
     return str(compiler.process(element.clauses, **kw))
 
 
 def _contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
-    escaped = text.translate({ord(sign): f"{_ESCAPE}{sign}" for sign in (_ESCAPE, "%", "_")})
-    # One value, and not a text that each row puts together again.
+    """Whether a column contains ``text``, without regard to case."""
+    special = (_ESCAPE, "%", "_")
+    escaped = text.translate({ord(character): f"{_ESCAPE}{character}" for character in special})
+    # One literal: SQLAlchemy's `contains()` would concatenate the pattern for each row.
     return _CaseFolded(column).like(_CaseFolded(sa.literal(f"%{escaped}%")), escape=_ESCAPE)
 
 
-def _holds(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
-    """Whether JSON holds ``text``, where other letters and quotes are stored as escapes."""
+def _json_contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
+    """Whether JSON contains ``text``, as it is or with non-ASCII letters and quotes escaped."""
     return sa.or_(*(_contains(column, stored) for stored in {text, json.dumps(text)[1:-1]}))
 
 
 def as_id(text: str) -> int | None:
-    """The id that a word names, as in ``42`` or ``#42``."""
+    """The job id in a word such as ``42`` or ``#42``; ``None`` for other words."""
     digits = text.removeprefix("#")
     return int(digits) if digits.isdecimal() and digits.isascii() and len(digits) < 19 else None
 
 
 def is_shown_to_match(row: JobRow, filters: JobFilters) -> bool:
-    """Whether what is shown of a job has everything that is asked for."""
+    """Whether the masked values of a job match the filters and all search terms."""
     if filters.tag and filters.tag not in row.tags:
         return False
     if filters.owner and filters.owner != row.owner:
@@ -148,7 +151,7 @@ def is_shown_to_match(row: JobRow, filters: JobFilters) -> bool:
 def _term_matches(row: JobRow, term: Term) -> bool:
     match term.field:
         case "id" | "queue" | "worker" | "job":
-            # SQL has decided; these are never masked.
+            # Already decided in SQL, because these values are never masked.
             return True
         case "owner":
             return row.owner in term.values
@@ -158,10 +161,10 @@ def _term_matches(row: JobRow, term: Term) -> bool:
             return any(_is_in(value, row.error) for value in term.values)
         case "parameters":
             return _has_parameter(row, term)
-    return any(_is_anywhere(row, value) for value in term.values)
+    return any(_is_in_any_text(row, value) for value in term.values)
 
 
-def _is_anywhere(row: JobRow, value: str) -> bool:
+def _is_in_any_text(row: JobRow, value: str) -> bool:
     shown = (row.name, row.parameters, row.error, row.owner, row.unique_key, *row.tags)
     return row.id == as_id(value) or any(_is_in(value, text) for text in shown)
 
@@ -171,7 +174,7 @@ def _is_in(value: str, text: str | None) -> bool:
 
 
 def _has_parameter(row: JobRow, term: Term) -> bool:
-    """Whether the parameters, as they are shown, have one of the values at the path."""
+    """Whether the masked parameters have one of the term's values at its path."""
     if row.parameters is None:
         return False
     found: Any = json.loads(row.parameters)

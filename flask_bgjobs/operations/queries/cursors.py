@@ -1,4 +1,4 @@
-"""Cursors: where a page of a list begins."""
+"""Cursors: the positions at which the pages of a list begin."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _MICROSECOND = dt.timedelta(microseconds=1)
 
 
 class InvalidCursor(ValueError):
-    """The cursor of a page was not made by us."""
+    """A cursor is malformed, or belongs to a list with another order."""
 
 
 class Cursor(NamedTuple):
-    """The job at which a page ended, and what it was sorted by."""
+    """The position of the job at which a page ended."""
 
     id: int
     when: dt.datetime | None = None
-    """UTC without ``tzinfo``; ``None`` in a list that is in the order of ids."""
+    """The time by which the list is sorted, in UTC without ``tzinfo``; ``None`` in a list sorted
+    by id."""
 
     def encoded(self) -> str:
-        """As it stands in an address."""
+        """The cursor as text for a URL."""
         text = str(self.id)
         if self.when is not None:
             text += f":{(self.when - _EPOCH) // _MICROSECOND}"
@@ -32,10 +33,10 @@ class Cursor(NamedTuple):
 
 
 def decode_cursor(text: str | None, *, is_timed: bool) -> Cursor | None:
-    """The job at which a page ended; ``None`` for no cursor.
+    """The position that ``text`` encodes; ``None`` for no text.
 
     :param is_timed: whether the list is sorted by a time.
-    :raises InvalidCursor: when it is not one of ours, or of a list that was sorted otherwise.
+    :raises InvalidCursor: when the text is malformed, or comes from a list with another order.
     """
     if text is None:
         return None
@@ -45,11 +46,11 @@ def decode_cursor(text: str | None, *, is_timed: bool) -> Cursor | None:
         decoded = b""
     found = re.fullmatch(rb"(\d{1,18})(?::(-?\d{1,17}))?", decoded)
     if found is None or (found[2] is not None) != is_timed:
-        raise InvalidCursor("the page's cursor is not one of this list; start at the first page")
+        raise InvalidCursor("the cursor is invalid for this list; start at the first page")
     when = None
     if is_timed:
         try:
             when = _EPOCH + dt.timedelta(microseconds=int(found[2]))
         except OverflowError:
-            raise InvalidCursor("the page's cursor is not one of ours") from None
+            raise InvalidCursor("the cursor is invalid; start at the first page") from None
     return Cursor(int(found[1]), when)

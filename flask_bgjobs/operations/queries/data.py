@@ -1,4 +1,4 @@
-"""What is read, as plain data: the API and the command line's ``--json`` say the same."""
+"""Query results as plain data for the API and for ``--json`` of the command line."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .rows import JobRow
 
 
 def plain(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, with times as JSON can hold them."""
+    """The fields of a dataclass, with times as ISO 8601 text."""
     return _plain_fields(dataclasses.asdict(value))
 
 
 def job_data(row: JobRow) -> dict[str, Any]:
-    """A job of a list; its secrets are masked already."""
+    """A job of a list, with masked values."""
     fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     del fields["job"]
-    return _plain_fields(fields) | {"parameters": _read(row.parameters)}
+    return _plain_fields(fields) | {"parameters": _decoded(row.parameters)}
 
 
 def detail_data(detail: JobDetail) -> dict[str, Any]:
-    """All that is known of a job; its secrets are masked already."""
+    """A job with its attempts and log lines, with masked values."""
     return job_data(detail.row) | {
-        "parameters": _read(detail.parameters),
-        "result": _read(detail.result),
-        "meta": _read(detail.meta),
+        "parameters": _decoded(detail.parameters),
+        "result": _decoded(detail.result),
+        "meta": _decoded(detail.meta),
         "worker": detail.worker_name,
         "why_not_running": detail.reasons,
         "attempts": [plain(attempt) for attempt in detail.attempts],
@@ -38,7 +38,7 @@ def detail_data(detail: JobDetail) -> dict[str, Any]:
 
 
 def time_text(value: dt.datetime) -> str:
-    """A UTC time in ISO 8601, to the millisecond."""
+    """A UTC time as ISO 8601 text with milliseconds."""
     return f"{value.isoformat(timespec='milliseconds')}Z"
 
 
@@ -46,8 +46,8 @@ def _plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: time_text(v) if isinstance(v, dt.datetime) else v for name, v in fields.items()}
 
 
-def _read(text: str | None) -> Any:
-    """What a JSON text says; the text itself when it is none."""
+def _decoded(text: str | None) -> Any:
+    """The value of a JSON text; the text itself when it is not JSON."""
     try:
         return None if text is None else json.loads(text)
     except ValueError:

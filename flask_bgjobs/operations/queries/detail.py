@@ -1,4 +1,4 @@
-"""One job, with all that is known of it."""
+"""One job, with its attempts, log lines, changes, and the reasons why it is not running."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .service import Service, WorkerRow, service_now
 from .shown import Shown
 
 _MAX_AHEAD = 1_000
+"""How far the jobs that are ahead of a job are counted."""
 
 _job = Job.__table__
 _worker = Worker.__table__
@@ -26,7 +27,7 @@ _worker = Worker.__table__
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobDetail:
-    """All that is known of one job; its texts are masked."""
+    """One job with masked values."""
 
     row: JobRow
     parameters: str
@@ -34,26 +35,26 @@ class JobDetail:
     result: str | None
     meta: str | None
     attempts: list[AttemptRow]
-    """Those that did not complete, newest first."""
+    """The attempts that did not complete, newest first."""
     lines: list[LogLine]
-    """Oldest first; the newest 500."""
+    """The newest 500 log lines, oldest first."""
     runs: list[Run]
-    """The attempts of which anything is known, newest first, with their lines."""
+    """All attempts that have a record or log lines, newest first."""
     changes: list[AuditRow]
-    """What people did to it, newest first; the newest 20."""
+    """The newest 20 changes by people, newest first."""
     worker_name: str | None
-    """Of the newest attempt."""
+    """Name of the worker of the newest attempt."""
     reasons: list[str]
-    """Why it is not running, as sentences; empty when it runs or is finished."""
+    """Sentences that say why the job's code is not running, or that its worker is silent."""
     now: dt.datetime
     """The database's clock."""
 
 
 def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDetail:
-    """All that is known of ``job``, masked.
+    """The details of ``job``, masked.
 
-    :param job: freshly read, as by ``state.store.get``.
-    :param with_totals: whether to say how many other jobs are ahead of it.
+    :param job: a job just read from the database, such as by ``state.store.get``.
+    :param with_totals: whether the reasons may include the number of jobs ahead of it.
     """
     shown = Shown.of(state, job.target, job.method, job.parameters_json)
     service = service_now(state)
@@ -85,8 +86,8 @@ def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDet
     )
 
 
-def _runners(job: Job, service: Service) -> list[WorkerRow]:
-    """The workers that could begin a job now: those that serve its queue, or the one that has
+def _candidate_workers(job: Job, service: Service) -> list[WorkerRow]:
+    """The workers that could start the job next: those that serve its queue, or the worker that has
     claimed it."""
     if job.status == JobStatus.PENDING:
         return [worker for worker in service.workers if worker.serves(job.queue)]
@@ -96,11 +97,11 @@ def _runners(job: Job, service: Service) -> list[WorkerRow]:
 
 
 def _count_held(job: Job, service: Service) -> sa.ColumnElement[int]:
-    """How many other jobs the workers hold that could begin a job now."""
-    runners = [worker.id for worker in _runners(job, service)]
-    if not runners:
+    """The number of other jobs that the candidate workers hold."""
+    worker_ids = [worker.id for worker in _candidate_workers(job, service)]
+    if not worker_ids:
         return sa.literal(0)
-    held = sa.and_(_job.c.worker_id.in_(runners), _job.c.id != job.id)
+    held = sa.and_(_job.c.worker_id.in_(worker_ids), _job.c.id != job.id)
     count = sa.select(sa.func.count()).where(has_status(JobStatus.RUNNING), held)
     return count.scalar_subquery()
 
@@ -109,20 +110,20 @@ def _reasons(
     job: Job, service: Service, worker_name: str | None, ahead: int, held: int
 ) -> list[str]:
     if job.status == JobStatus.RUNNING:
-        return list(_running_trouble(job, service, worker_name, held))
+        return list(_running_reasons(job, service, worker_name, held))
     if job.status not in WAITING:
         return []
     reasons = []
     if job.status == JobStatus.RETRYING and job.run_at > service.now:
-        reasons.append("Its last attempt failed, and the time of its next retry has not come.")
+        reasons.append("Its last attempt failed, and its next retry is not due yet.")
     elif job.status != JobStatus.PENDING and job.run_at > service.now:
         reasons.append("It is not due yet.")
     if job.queue in service.paused:
         reasons.append(f"The queue {job.queue} is paused.")
-    runners = _runners(job, service)
-    slots = sum(worker.concurrency for worker in runners)
+    workers = _candidate_workers(job, service)
+    slots = sum(worker.concurrency for worker in workers)
     if slots and held >= slots:
-        serving = "worker that serves" if len(runners) == 1 else "workers that serve"
+        serving = "worker that serves" if len(workers) == 1 else "workers that serve"
         reasons.append(
             f"The only slot of the {serving} the queue is busy."
             if slots == 1
@@ -140,7 +141,7 @@ def _reasons(
 
 
 def _count_ahead(job: Job) -> sa.ScalarSelect[int]:
-    """How many jobs of its queue are claimed before ``job``, counted to a limit."""
+    """The number of pending jobs that are claimed before ``job``, counted up to 1,001."""
     ahead = (
         sa.select(_job.c.id)
         .where(
@@ -163,19 +164,20 @@ def _count_ahead(job: Job) -> sa.ScalarSelect[int]:
     return sa.select(sa.func.count()).select_from(ahead).scalar_subquery()
 
 
-def _running_trouble(
+def _running_reasons(
     job: Job, service: Service, worker_name: str | None, held: int
 ) -> Iterator[str]:
+    """Why the code of a claimed job has not started, or that the job's worker is silent."""
     holder = next((worker for worker in service.workers if worker.id == job.worker_id), None)
     if holder is not None and holder.is_silent:
         yield (
-            f"Its worker {holder.name} is silent; another worker takes the job over once it "
-            "finds the lease run out."
+            f"Its worker {holder.name} is silent. Another worker takes over the job after the "
+            "lease has expired."
         )
     elif job.started_at is None and job.suspect:
         yield (
-            f"A worker died with it. The worker {worker_name or job.worker_id} runs such jobs one "
-            "at a time, and starts this one in its turn."
+            f"A worker died while it held this job. The worker {worker_name or job.worker_id} runs "
+            "such jobs one at a time, and has not started this one yet."
         )
     elif job.started_at is None and holder is not None and held >= holder.concurrency:
         slot = "its slot" if holder.concurrency == 1 else f"one of its {holder.concurrency:,} slots"
@@ -185,5 +187,5 @@ def _running_trouble(
 
 
 def is_possible_id(job_id: int) -> bool:
-    """Whether the database can hold the id at all, so that it may be asked for."""
+    """Whether ``job_id`` is in the range of ids. Databases raise an error for larger numbers."""
     return 0 < job_id <= MAX_ID

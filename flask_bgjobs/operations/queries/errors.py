@@ -1,4 +1,4 @@
-"""Errors: what fails, how often and since when, one row for each job and exception."""
+"""Failed attempts, grouped by job and exception, with their numbers and times."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .listing import jobs_for_authorizer
 from .shown import Shown
 
 READ_ATTEMPTS = 10_000
-"""The newest so many failed attempts are looked at: there is an index of their ids alone."""
+"""How many of the newest failed attempts are read. No index covers them by time, only by id."""
 _MAX_ERRORS = 100
+"""Highest number of groups."""
 
 _job = cast(sa.Table, Job.__table__)
 _attempt = cast(sa.Table, Attempt.__table__)
@@ -34,12 +35,12 @@ class ErrorGroup:
     error_type: str | None
     attempts: int
     jobs: int
-    """How many jobs they are of."""
+    """Number of jobs with these attempts."""
     first_at: dt.datetime
     last_at: dt.datetime
     last_job_id: int
     last_error: str | None
-    """Its message; masked."""
+    """The newest error message, masked."""
 
     @property
     def name(self) -> str:
@@ -49,27 +50,27 @@ class ErrorGroup:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Errors:
-    """What failed in a period."""
+    """The failed attempts of a period."""
 
     period: Period
     now: dt.datetime
     """The database's clock."""
     since: dt.datetime
-    """When the period began."""
+    """Start of the period."""
     groups: list[ErrorGroup]
-    """The most frequent first."""
+    """Most frequent first."""
     is_complete: bool
-    """Whether all failed attempts of the period were looked at."""
+    """Whether all failed attempts of the period were read."""
 
 
 def errors_in(
     state: AppState, period: Period, visible: Callable[[Job], bool] | None = None
 ) -> Errors:
-    """What failed in ``period``, most frequent first; a hundred kinds at most.
+    """The failed attempts of ``period`` in groups, most frequent first, 100 groups at most.
 
-    Jobs that were deleted or pruned are not in it.
+    Attempts of deleted or pruned jobs are not included.
 
-    :param visible: what it is false of for the job that failed last, is left out.
+    :param visible: a group is left out when this is false for the job of its newest attempt.
     """
     newest = (
         sa.select(
@@ -86,7 +87,7 @@ def errors_in(
         .subquery("newest")
     )
     kind = (_job.c.target, _job.c.method, newest.c.error_type)
-    # A retry that the code asked for is an error only where it was the last that it had.
+    # A retry that the code asked for counts as an error only if no retries were left.
     was_last = sa.and_(_job.c.status == JobStatus.FAILED.value, _job.c.attempt == newest.c.attempt)
     is_error = sa.or_(newest.c.outcome != OutcomeKind.RETRY.value, was_last)
     attempts = sa.func.count().label("attempts")
@@ -112,7 +113,7 @@ def errors_in(
         oldest, number = connection.execute(
             sa.select(sa.func.min(newest.c.finished_at), sa.func.count()).select_from(newest)
         ).one()
-        last = {row.id: row for row in connection.execute(_attempts(found))}
+        last = {row.id: row for row in connection.execute(_newest_attempts(found))}
     jobs = jobs_for_authorizer(state, [row.job_id for row in last.values()])
     groups = (_group(state, row, last.get(row.last_id), jobs, visible) for row in found)
     return Errors(
@@ -124,8 +125,8 @@ def errors_in(
     )
 
 
-def _attempts(found: Sequence[Any]) -> sa.Select[Any]:
-    """The newest attempt of each kind."""
+def _newest_attempts(found: Sequence[Any]) -> sa.Select[Any]:
+    """The newest attempt of each group."""
     return sa.select(_attempt.c.id, _attempt.c.job_id, _attempt.c.error).where(
         _attempt.c.id.in_([row.last_id for row in found])
     )
@@ -140,7 +141,7 @@ def _group(
 ) -> ErrorGroup | None:
     job = None if last is None else jobs.get(last.job_id)
     if job is None or not (visible is None or visible(job)):
-        # Deleted since, or not for this visitor.
+        # The job has been deleted meanwhile, or the visitor may not see it.
         return None
     shown = Shown.of(state, row.target, row.method, vars(job).get("parameters_json"))
     return ErrorGroup(

@@ -1,4 +1,4 @@
-"""What a list of jobs is asked for: filters, words and order."""
+"""The filters, search text and order of a list of jobs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _job = cast(sa.Table, Job.__table__)
 
 
 class Order(NamedTuple):
-    """How a list is sorted: by a column that an index of each status has, then by id."""
+    """The order of a list: by an indexed column, then by id."""
 
     column: sa.Column[Any]
     descending: bool
     statuses: frozenset[JobStatus]
-    """The jobs that have a value in the column, in an index."""
+    """The statuses whose jobs are in the index, with a value in the column."""
     index_name: str
-    """Has the jobs of each status in this order."""
+    """The index that has the jobs of each status in this order."""
     words: str
+    """The label on the page."""
 
     @property
     def is_timed(self) -> bool:
-        """Whether it sorts by a time rather than in the order of the enqueue, by id."""
+        """Whether the list is sorted by a time, and not by id."""
         return self.column is not _job.c.id
 
 
@@ -39,45 +40,49 @@ _DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
 ORDERS: Mapping[str, Order] = {
     "-created": Order(_job.c.id, True, frozenset(JobStatus), _LIST, "Newest first"),
     "created": Order(_job.c.id, False, frozenset(JobStatus), _LIST, "Oldest first"),
-    "-finished": Order(_job.c.finished_at, True, FINAL, _FINISHED, "Last finished first"),
-    "finished": Order(_job.c.finished_at, False, FINAL, _FINISHED, "First finished first"),
-    "due": Order(_job.c.run_at, False, _DELAYED, _DUE, "Next due first"),
-    "-due": Order(_job.c.run_at, True, _DELAYED, _DUE, "Last due first"),
+    "-finished": Order(_job.c.finished_at, True, FINAL, _FINISHED, "Latest finished first"),
+    "finished": Order(_job.c.finished_at, False, FINAL, _FINISHED, "Earliest finished first"),
+    "due": Order(_job.c.run_at, False, _DELAYED, _DUE, "Earliest due first"),
+    "-due": Order(_job.c.run_at, True, _DELAYED, _DUE, "Latest due first"),
 }
 DEFAULT_ORDER = "-created"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobFilters:
-    """Which jobs to list; what is empty does not filter.
+    """The filters of a list of jobs. Empty values do not filter.
 
-    :raises ValueError: when a status or an order does not exist.
-    :raises InvalidSearch: when ``q`` cannot be read.
+    :raises ValueError: when a status or the order is unknown.
+    :raises InvalidSearch: when ``q`` has a syntax error.
     """
 
     statuses: tuple[str, ...] = ()
     queues: tuple[str, ...] = ()
     job: str = ""
-    """The dotted name of a class or function, or of a class with its method."""
+    """The dotted name of a function or class, or of a class and its method."""
     tag: str = ""
     owner: str = ""
     error: str = ""
-    """Name of the last attempt's exception class."""
+    """The exact name of the last attempt's exception class."""
     since: dt.datetime | None = None
-    """Of the end of a finished job, of the newest attempt of one that was tried, and of the
-    enqueue of any other; UTC without ``tzinfo``, as is the next."""
+    """Earliest time of the job's end; if it has not ended, of its newest claim; before the first
+    claim, of its enqueue. UTC without ``tzinfo``."""
     until: dt.datetime | None = None
+    """Latest time, compared in the same way. UTC without ``tzinfo``."""
     q: str = ""
-    """See :mod:`.search`."""
+    """The search text; see :mod:`.search`."""
     sort: str = DEFAULT_ORDER
+    """A key of :data:`ORDERS`."""
 
     def __post_init__(self) -> None:
         known = [status.value for status in JobStatus]
         for status in self.statuses:
             if status not in known:
-                raise ValueError(f"there is no status {status!r}; there are {', '.join(known)}")
+                statuses = ", ".join(known)
+                raise ValueError(f"there is no status {status!r}; the statuses are {statuses}")
         if self.sort not in ORDERS:
-            raise ValueError(f"there is no order {self.sort!r}; there are {', '.join(ORDERS)}")
+            raise ValueError(f"there is no order {self.sort!r}; the orders are {', '.join(ORDERS)}")
+        # Parsed here to raise InvalidSearch.
         _ = self.terms
 
     def __bool__(self) -> bool:
@@ -85,47 +90,47 @@ class JobFilters:
 
     @property
     def order(self) -> Order:
-        """How the list is sorted."""
+        """The order of the list."""
         return ORDERS[self.sort]
 
     @property
     def terms(self) -> tuple[search.Term, ...]:
-        """What ``q`` asks for."""
+        """The parsed terms of ``q``."""
         return _parsed(self.q)
 
     @property
     def ranges(self) -> tuple[JobStatus, ...] | None:
-        """The statuses that are read one by one; ``None``: all jobs, in the order of ids."""
-        chosen = [JobStatus(status) for status in self.statuses] or list(JobStatus)
+        """The statuses whose index ranges are read; ``None`` to read all jobs by id."""
+        wanted = [JobStatus(status) for status in self.statuses] or list(JobStatus)
         if not self.statuses and not self.order.is_timed:
             return None
-        return tuple(status for status in chosen if status in self.order.statuses)
+        return tuple(status for status in wanted if status in self.order.statuses)
 
     @property
     def is_narrowed(self) -> bool:
-        """Whether more is asked for than a status and an order."""
+        """Whether the list is filtered by more than the status."""
         return self != JobFilters(statuses=self.statuses, sort=self.sort)
 
     @property
     def offers_all(self) -> bool:
-        """Whether *All that match* can be offered: words match what is shown, which the database
-        does not have."""
+        """Whether *All matching* can be offered. Not for a search text: it is compared with masked
+        values, and the database has only the unmasked ones."""
         return not self.q
 
     @property
-    def asks_for_texts(self) -> bool:
-        """Whether it asks for texts that may be masked where they are shown."""
+    def has_maskable_fields(self) -> bool:
+        """Whether a filter compares a value that may be masked on the page."""
         return bool(self.tag or self.owner)
 
     @property
     def needs_reading(self) -> bool:
-        """Whether rows must be looked at one by one, as no index knows what is asked for."""
+        """Whether rows must be checked one by one, because no index covers the filters."""
         words = [term for term in self.terms if term.field != "id"]
-        # Sorted by the end, the index covers the time asked for.
+        # In a list sorted by its end, the index covers `since` and `until`.
         times = (self.since or self.until) and self.order.column is not _job.c.finished_at
         named = self.queues or self.job or self.tag or self.owner or self.error
         return bool(named or words or times)
 
 
-# Pages ask for the terms of one text several times.
+# Cached, because a page parses the same text several times.
 _parsed = functools.lru_cache(256)(search.parse)

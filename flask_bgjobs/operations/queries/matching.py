@@ -1,4 +1,4 @@
-"""All jobs that a filter lists, to act on every one of them."""
+"""All jobs that match a filter, for bulk actions."""
 
 from __future__ import annotations
 
@@ -18,25 +18,33 @@ _job = cast(sa.Table, Job.__table__)
 
 
 def highest_id(state: AppState) -> int:
-    """The newest job's id: what is enqueued later is not among the jobs of an action."""
+    """The id of the newest job, or 0. A bulk action does not change jobs enqueued later."""
     with state.store.read() as connection:
         return connection.scalar(sa.select(sa.func.max(_job.c.id))) or 0
 
 
 def count_matching(state: AppState, filters: JobFilters, verb: str, up_to: int) -> int:
-    """How many of the jobs that ``verb`` can change ``filters`` list, up to an id."""
-    return state.store.count_where(_each(state, filters, verb, up_to))
+    """How many jobs match ``filters`` and have a status that ``verb`` can change.
+
+    :param up_to: the highest id.
+    """
+    return state.store.count_where(_conditions_by_status(state, filters, verb, up_to))
 
 
 def matching_ids(
     state: AppState, filters: JobFilters, verb: str, up_to: int, limit: int
 ) -> Iterator[list[int]]:
-    """The ids of these jobs, in batches of ``limit`` at most; not of those that end meanwhile."""
-    return state.store.ids_where(_each(state, filters, verb, up_to), limit)
+    """The ids of the jobs that :func:`count_matching` counts, without jobs that end meanwhile.
+
+    :param limit: ids in a batch, at most.
+    """
+    return state.store.ids_where(_conditions_by_status(state, filters, verb, up_to), limit)
 
 
-def _each(state: AppState, filters: JobFilters, verb: str, up_to: int) -> list[Conditions]:
-    """The conditions on the jobs of each status."""
+def _conditions_by_status(
+    state: AppState, filters: JobFilters, verb: str, up_to: int
+) -> list[Conditions]:
+    """The conditions on the jobs of each status that ``verb`` can change."""
     now = state.store.clock()
     common = [*sql_conditions(filters), _job.c.id <= up_to]
 

@@ -1,4 +1,4 @@
-"""Queues: what each of them holds, and who serves it."""
+"""The jobs and workers of each queue."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .service import Service, service_now
 _job = cast(sa.Table, Job.__table__)
 _WAITING = (JobStatus.PENDING, JobStatus.SCHEDULED, JobStatus.RETRYING)
 COUNTED_IN_QUEUES = 10_000
-"""How far the pages count what waits in a queue."""
-_AT_ONCE = 50
-"""Queues per statement."""
+"""How far the pages count the waiting jobs of a status in a queue."""
+_QUEUES_PER_STATEMENT = 50
 _OLDEST = "oldest"
-_MOST_PRIORITIES = 1_000
-"""Of all queues together, of each of which the oldest pending job is looked up."""
+"""Stands for a status in the result rows that hold the due time of the oldest pending job."""
+_MAX_PRIORITIES = 1_000
+"""How many priorities, over all queues, are searched for their oldest pending job."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueueStats:
-    """What a queue holds, and who serves it."""
+    """The numbers of jobs and workers of a queue."""
 
     name: str
     pending: int
@@ -35,29 +35,29 @@ class QueueStats:
     retrying: int
     running: int
     oldest_pending_at: dt.datetime | None
-    """When the pending job that has waited longest was due."""
+    """Due time of the pending job that has waited longest."""
     oldest_pending_seconds: float | None
     paused_at: dt.datetime | None
     workers: int
-    """Live ones that serve it."""
+    """Number of live workers that serve the queue."""
 
     @property
     def waiting(self) -> int:
-        """Jobs that nobody runs yet, due or not."""
+        """Number of jobs that wait to run, due or not."""
         return self.pending + self.scheduled + self.retrying
 
 
 def queue_stats(state: AppState, *, most: int | None = None) -> list[QueueStats]:
-    """What each known queue holds, by name.
+    """The jobs and workers of all known queues, sorted by name.
 
-    :param most: how far the waiting jobs of one status are counted; a number above it means that
-        there are more.
+    :param most: how far the waiting jobs of a status are counted (default: all). The number
+        ``most + 1`` means that there are more than ``most``.
     """
     return queues_of(state, service_now(state), most=most)
 
 
 def urgent_first(queues: Iterable[QueueStats], service: Service) -> list[QueueStats]:
-    """Queues that nobody serves, then those in which a job waits longest."""
+    """``queues``, unserved ones first, then those whose oldest pending job has waited longest."""
 
     def urgency(queue: QueueStats) -> tuple[bool, float, str]:
         return queue.name not in service.unserved, -(queue.oldest_pending_seconds or 0), queue.name
@@ -66,13 +66,13 @@ def urgent_first(queues: Iterable[QueueStats], service: Service) -> list[QueueSt
 
 
 def queues_of(state: AppState, service: Service, *, most: int | None = None) -> list[QueueStats]:
-    """The same as :func:`queue_stats`, for workers and queues that are read already."""
+    """Like :func:`queue_stats`, for a ``service`` that has already been read."""
     names = service.queues
     live: dict[tuple[str, str], tuple[int, dt.datetime | None]] = {}
     with state.store.read() as connection:
-        for begin in range(0, max(1, len(names)), _AT_ONCE):
-            some = names[begin : begin + _AT_ONCE]
-            counts = [_count(name, status, most) for name in some for status in _WAITING]
+        for begin in range(0, max(1, len(names)), _QUEUES_PER_STATEMENT):
+            batch = names[begin : begin + _QUEUES_PER_STATEMENT]
+            counts = [_count(name, status, most) for name in batch for status in _WAITING]
             if begin == 0:
                 counts += [_running_by_queue(), _oldest_by_queue(state)]
             for name, status, number, oldest in connection.execute(sa.union_all(*counts)):
@@ -82,11 +82,11 @@ def queues_of(state: AppState, service: Service, *, most: int | None = None) -> 
 
 
 def _count(name: str, status: JobStatus, most: int | None) -> sa.Select[*tuple[Any, ...]]:
-    """How many jobs of a queue have a status, and when the first of them was due."""
-    some = (
+    """The number of jobs with a status in a queue, and the earliest due time of those counted."""
+    counted = (
         sa.select(_job.c.run_at)
         .where(has_status(status), _job.c.queue == name)
-        # The order of the index: what is claimed next is counted first.
+        # The order of the index, so that the limit cuts off the jobs that are claimed last.
         .order_by(_job.c.claim_rank, _job.c.run_at)
         .limit(None if most is None else most + 1)
         .subquery()
@@ -95,56 +95,63 @@ def _count(name: str, status: JobStatus, most: int | None) -> sa.Select[*tuple[A
         sa.literal(name, sa.String),
         sa.literal(status.value, sa.String),
         sa.func.count(),
-        sa.func.min(some.c.run_at),
-    ).select_from(some)
+        sa.func.min(counted.c.run_at),
+    ).select_from(counted)
 
 
 def _running_by_queue() -> sa.Select[Any]:
-    word = sa.literal(JobStatus.RUNNING.value, sa.String)
+    status = sa.literal(JobStatus.RUNNING.value, sa.String)
     never = sa.cast(sa.null(), _job.c.run_at.type)
-    running = sa.select(_job.c.queue, word, sa.func.count(), never)
+    running = sa.select(_job.c.queue, status, sa.func.count(), never)
     return running.where(has_status(JobStatus.RUNNING)).group_by(_job.c.queue)
 
 
 def _oldest_by_queue(state: AppState) -> sa.Select[Any]:
-    """When the first pending job of each queue was due: jobs that others overtake are the oldest.
+    """The due time of the oldest pending job of each queue.
 
-    Within one priority the index has the oldest first, so that one of each priority is read.
+    The oldest job is often one of low priority, which :func:`_count` may not reach. Within one
+    priority the index has the oldest job first, so only one job per priority is read.
     """
-    firsts = _walked_firsts() if state.store.seeks_ranges else _grouped_firsts()
+    firsts = _firsts_by_seeks() if state.store.seeks_ranges else _firsts_by_group()
     oldest = sa.func.min(firsts.c.run_at)
     row = sa.select(firsts.c.queue, sa.literal(_OLDEST, sa.String), sa.literal(0), oldest)
     return row.group_by(firsts.c.queue)
 
 
-def _walked_firsts() -> sa.Subquery:
-    """By one index seek for each, where grouping would read all pending jobs."""
-    here = _job.alias()
+def _firsts_by_seeks() -> sa.Subquery:
+    """The oldest pending job of each queue and priority, by one index seek each.
+
+    For databases where ``GROUP BY`` would read all pending jobs.
+    """
+    current = _job.alias()
     first = _first_pending().label("id")
     walk = sa.select(first, sa.literal(1).label("step")).cte("walk", recursive=True)
     following = sa.func.coalesce(
-        _first_pending(_job.c.queue == here.c.queue, _job.c.claim_rank > here.c.claim_rank),
-        _first_pending(_job.c.queue > here.c.queue),
+        _first_pending(_job.c.queue == current.c.queue, _job.c.claim_rank > current.c.claim_rank),
+        _first_pending(_job.c.queue > current.c.queue),
     )
-    step = sa.select(following, walk.c.step + 1).join_from(walk, here, here.c.id == walk.c.id)
-    walk = walk.union_all(step.where(walk.c.step < _MOST_PRIORITIES))
+    step = sa.select(following, walk.c.step + 1).join_from(walk, current, current.c.id == walk.c.id)
+    walk = walk.union_all(step.where(walk.c.step < _MAX_PRIORITIES))
     found = sa.select(_job.c.queue, _job.c.run_at).join_from(walk, _job, _job.c.id == walk.c.id)
     return found.subquery()
 
 
 def _first_pending(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
-    """The id of the first pending job by queue and claim, of those for which this is true."""
+    """The id of the first pending job, in the order of queue and claim, that matches."""
     found = sa.select(_job.c.id).where(has_status(JobStatus.PENDING), *conditions)
     order = _job.c.queue, _job.c.claim_rank, _job.c.run_at, _job.c.id
     return found.order_by(*order).limit(1).correlate_except(_job).scalar_subquery()
 
 
-def _grouped_firsts() -> sa.Subquery:
-    """The same where it is this that the database does by seeks, if the status is in the groups."""
+def _firsts_by_group() -> sa.Subquery:
+    """The oldest pending job of each queue and priority, by ``GROUP BY``.
+
+    For databases that group by index seeks. They do so only if the status is among the groups.
+    """
     first = sa.func.min(_job.c.run_at).label("run_at")
     found = sa.select(_job.c.queue, first).where(has_status(JobStatus.PENDING))
     groups = _job.c.status, _job.c.queue, _job.c.claim_rank
-    return found.group_by(*groups).limit(_MOST_PRIORITIES).subquery()
+    return found.group_by(*groups).limit(_MAX_PRIORITIES).subquery()
 
 
 def _one_queue(

@@ -1,4 +1,4 @@
-"""One job as lists and pages show it."""
+"""A job as lists and pages show it, with masked values."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .shown import Shown
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobRow:
-    """One job of a list; its texts are masked."""
+    """A job in a list, with masked texts."""
 
     id: int
     target: str
     method: str | None
     parameters: str | None
-    """JSON on one line; ``None`` when it is too large for a list or cannot be read."""
+    """JSON on one line; ``None`` when it is too large for a list or cannot be decoded."""
     queue: str
     status: str
     is_cancelling: bool
-    """It runs, and was asked to stop."""
+    """Whether the job is running and was asked to stop."""
     priority: int
     attempt: int
     retry_count: int
@@ -39,7 +39,7 @@ class JobRow:
     owner: str | None
     unique_key: str | None
     job: Job = dataclasses.field(repr=False, compare=False)
-    """For the authorizer: not masked, and without result and meta in a list."""
+    """The job for the authorizer. It is not masked; in a list it has no result and no meta."""
 
     @property
     def name(self) -> str:
@@ -48,11 +48,11 @@ class JobRow:
 
     @property
     def run_seconds(self) -> float | None:
-        """How long the code of the last attempt took; ``None`` as long as it has not ended."""
+        """How long the code of the last attempt ran; ``None`` before it ends."""
         if self.started_at is None or self.finished_at is None:
             return None
         if self.status == JobStatus.CANCELLED and self.run_at > self.started_at:
-            # It was cancelled while it waited for another attempt: this one had ended before.
+            # Cancelled while it waited for a retry: `finished_at` is not the end of the attempt.
             return None
         return max(0.0, (self.finished_at - self.started_at).total_seconds())
 
@@ -63,9 +63,9 @@ class JobRow:
 
 
 def job_row(job: Job, shown: Shown) -> JobRow:
-    """``job`` as it may be shown.
+    """The row of ``job``.
 
-    :param shown: masks the values of this job.
+    :param shown: the masking for this job.
     """
     return JobRow(
         id=job.id,

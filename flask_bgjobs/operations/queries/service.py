@@ -1,4 +1,4 @@
-"""Workers and queues: who serves what at the moment."""
+"""The present state of workers and queues, and which workers serve which queues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...models import Job, Queue, Worker
 from ...state import AppState
 
 HEALTH_SECONDS = 5.0
-"""Within which the database must answer a health check."""
+"""Time in which the database must respond to a health check."""
 
 _job = Job.__table__
 _worker = Worker.__table__
@@ -28,57 +28,57 @@ class WorkerRow:
     id: int
     name: str
     queues: tuple[str, ...] | None
-    """``None`` serves all."""
+    """``None`` for a worker that serves all queues."""
     heartbeat_at: dt.datetime
     is_silent: bool
-    """Not heard of for the lease: it is probably dead."""
+    """Whether its last heartbeat is older than the lease, so that it is probably dead."""
     is_draining: bool
-    """It takes no more jobs."""
+    """Whether it was asked to stop, and takes no more jobs."""
     concurrency: int
-    """Jobs at once."""
+    """How many jobs it runs at the same time."""
 
     def serves(self, queue: str) -> bool:
-        """Whether it is alive and takes jobs of ``queue``."""
+        """Whether the worker is alive and takes jobs of ``queue``."""
         takes_jobs = not (self.is_silent or self.is_draining)
         return takes_jobs and (self.queues is None or queue in self.queues)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Service:
-    """Who serves what at the moment."""
+    """The workers that hold a lease, and the known queues."""
 
     now: dt.datetime
     """The database's clock."""
     workers: list[WorkerRow]
     queues: list[str]
-    """Every queue known: of the configuration, of claimed jobs and of those that wait."""
+    """All known queues: from the configuration, the queue table and waiting jobs."""
     paused: Mapping[str, dt.datetime]
-    """Since when, by queue."""
+    """The paused queues, and when each was paused."""
     unserved: list[str]
-    """Queues that hold pending jobs, are not paused, and have no live worker."""
+    """Queues with pending jobs that are not paused and that no live worker serves."""
 
     @property
     def alive(self) -> int:
-        """How many workers are heard of."""
+        """Number of workers whose last heartbeat is not older than the lease."""
         return sum(not worker.is_silent for worker in self.workers)
 
     @property
     def silent(self) -> int:
-        """How many workers are not heard of any more."""
+        """Number of workers whose last heartbeat is older than the lease."""
         return len(self.workers) - self.alive
 
 
 def service_now(state: AppState, *, within: float | None = None) -> Service:
-    """Who serves what at the moment, by the database's clock.
+    """The present state of workers and queues, by the database's clock.
 
-    :param within: seconds that the database has to answer.
+    :param within: seconds in which the database must respond (default: no limit).
     """
-    living = _worker.c.status == "alive"
-    nothing = sa.select(sa.literal(1)).subquery()
-    # Joined, so that the clock is told also where no worker is alive.
+    is_alive = _worker.c.status == "alive"
+    one_row = sa.select(sa.literal(1)).subquery()
+    # The outer join returns the clock even if no worker is alive.
     workers_and_clock = (
         sa.select(state.store.now.label("now"), _worker)
-        .join_from(nothing, _worker, living, isouter=True)
+        .join_from(one_row, _worker, is_alive, isouter=True)
         .order_by(_worker.c.id)
     )
     with state.store.read(within=within) as connection:
@@ -116,12 +116,12 @@ def _worker_row(row: sa.Row[Any], now: dt.datetime, lease: float) -> WorkerRow:
 
 
 def _queues(state: AppState) -> sa.CompoundSelect[*tuple[Any, ...]]:
-    """The queues that have a row, and those that hold jobs of a status in which they wait."""
+    """The queues with a row in the queue table, and the queues that hold waiting jobs."""
     known = sa.select(sa.literal("known", sa.String).label("source"), Queue.name, Queue.paused_at)
     never = sa.cast(sa.null(), Queue.__table__.c.paused_at.type)
     holding = []
     for status in sorted(WAITING):
         names = state.store.queues_holding(status)
-        word = sa.literal(status.value, sa.String)
-        holding.append(sa.select(word, names.c.name, never).where(names.c.name.is_not(None)))
+        source = sa.literal(status.value, sa.String)
+        holding.append(sa.select(source, names.c.name, never).where(names.c.name.is_not(None)))
     return sa.union_all(known, *holding).order_by("name")

@@ -1,4 +1,4 @@
-"""Masking: what may be shown of a job's values."""
+"""Masking of a job's values for display."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ from ...models import Job
 from ...state import AppState
 
 _MAX_SHOWN = 64 * 1024
+"""Highest number of characters of a JSON text."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shown:
-    """What may be shown of one job's values."""
+    """Masks the values of one job for display."""
 
     state: AppState
     target: str
     method: str | None
     values: Any
+    """The parameters; ``None`` when they are not known."""
     is_known: bool
-    """Without the parameters nobody knows which words of its other texts are secret."""
+    """Whether the parameters are known. They tell which words in the job's other texts are secret,
+    so without them such texts are not shown."""
 
     @classmethod
     def of(cls, state: AppState, target: str, method: str | None, parameters: str | None) -> Shown:
-        """For a job with these ``parameters``, as stored; ``None`` when they are not loaded."""
+        """The masking for one job.
+
+        :param parameters: the stored JSON; ``None`` when it is not loaded.
+        """
         values = _read_parameters(parameters)
         return cls(state, target, method, values, values is not None)
 
     def parameters(self, *, indented: bool = False) -> str | None:
-        """The masked parameters as JSON; ``None`` when they are not known."""
+        """The masked parameters as JSON; ``None`` when they are not known.
+
+        :param indented: whether to use several lines (default: one line).
+        """
         if not self.is_known:
             return None
         masked = self.state.masked_parameters(self.target, self.method, self.values)
         return _json(masked, indented=indented)
 
     def value(self, text: str | None) -> str | None:
-        """A stored result or meta as indented JSON, with secret keys and values masked."""
+        """A stored result or meta as indented JSON; secret keys and secret values are masked."""
         if text is None:
             return None
         try:
@@ -50,7 +59,10 @@ class Shown:
             return "not readable"
 
     def text(self, text: str | None, *, instead: str | None = None) -> str | None:
-        """``text`` without the values that are masked in the parameters."""
+        """``text``, in which the values that are secret in the parameters are masked.
+
+        :param instead: returned when the parameters are not known.
+        """
         if not text:
             return text
         if not self.is_known:
@@ -66,7 +78,7 @@ class Shown:
             return self.text(value, instead=MASK)
         if value is None or isinstance(value, bool):
             return value
-        # A number or a date may be the secret itself.
+        # Numbers and dates are compared as text, because they may equal a secret parameter.
         return value if self.text(str(value)) == str(value) else MASK
 
 
@@ -74,12 +86,12 @@ def _json(value: Any, *, indented: bool = True) -> str:
     text = serialize.dumps_plain(value)
     if indented:
         text = json.dumps(json.loads(text), ensure_ascii=False, indent=2)
-    # JSON holds lone surrogates as escapes, which cannot be encoded into a page.
+    # JSON may contain lone surrogates as escapes, which cannot be encoded in UTF-8 for the page.
     return storable(text, _MAX_SHOWN)
 
 
 def is_readable(job: Job) -> bool:
-    """Whether the parameters of ``job`` can be read back."""
+    """Whether the stored parameters of ``job`` can be decoded."""
     return _read_parameters(job.parameters_json) is not None
 
 

@@ -1,4 +1,4 @@
-"""Numbers: how many jobs there are of each kind."""
+"""Numbers of jobs by status, and of workers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .queues import QueueStats, queues_of
 from .service import service_now
 
 _LIVE_CAP, _FINISHED_CAP = 100_000, 10_000
+"""How far the dashboard counts the jobs of a status."""
 _HOUR_SECONDS = 3_600.0
 
 _job = Job.__table__
@@ -21,9 +22,10 @@ _job = Job.__table__
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Count:
-    """A number of jobs that is counted up to a limit only."""
+    """A number of jobs that is counted up to a limit."""
 
     number: int
+    """At most ``limit + 1``, which means that there are more than ``limit``."""
     limit: int
 
     def __str__(self) -> str:
@@ -37,7 +39,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
-    """The numbers of everything, exact."""
+    """Exact numbers of jobs and workers."""
 
     now: dt.datetime
     """The database's clock."""
@@ -47,13 +49,13 @@ class Stats:
     completed_last_hour: int
     failed_last_hour: int
     alive: int
-    """Workers that are heard of."""
+    """Number of workers whose last heartbeat is not older than the lease."""
     silent: int
-    """Workers that are not heard of any more."""
+    """Number of workers whose last heartbeat is older than the lease."""
 
 
 def count_by_status(state: AppState) -> dict[str, Count]:
-    """How many jobs have each status: finished ones counted to 10,000, others to 100,000."""
+    """Number of jobs by status, counted up to 10,000 for final statuses, else up to 100,000."""
     limits = {status.value: _FINISHED_CAP if status in FINAL else _LIVE_CAP for status in JobStatus}
     counts = [_capped_count(status, limit).label(status) for status, limit in limits.items()]
     with state.store.read() as connection:
@@ -67,7 +69,7 @@ def _capped_count(status: str, limit: int) -> sa.ScalarSelect[int]:
 
 
 def stats_now(state: AppState) -> Stats:
-    """The numbers of everything. Finished jobs are all counted: it is for the command line."""
+    """Exact numbers, for the command line: counting all finished jobs may take long."""
     counts = [_exact_count(status.value).label(status.value) for status in JobStatus]
     completed = _finished_last_hour(state, JobStatus.COMPLETED.value).label("completed_last_hour")
     failed = _finished_last_hour(state, JobStatus.FAILED.value).label("failed_last_hour")

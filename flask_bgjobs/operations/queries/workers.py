@@ -1,4 +1,4 @@
-"""Workers, also those that have ended."""
+"""Live workers, and workers that stopped or died."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .service import HEALTH_SECONDS
 _job = Job.__table__
 _worker = Worker.__table__
 _ORDER = "silent", "alive", "stopped", "dead"
-"""Of a list: first what somebody should look at."""
+"""The order of the list: silent workers first, because they need attention."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerDetail:
-    """A worker, and how it is."""
+    """A worker, with its status and running jobs."""
 
     id: int
     name: str
@@ -30,24 +30,24 @@ class WorkerDetail:
     pool: str
     concurrency: int
     queues: tuple[str, ...] | None
-    """``None`` serves all."""
+    """``None`` for a worker that serves all queues."""
     status: str
-    """``alive``, ``silent`` when not heard of for the lease, ``stopped`` or ``dead``."""
+    """``alive``, ``silent`` (last heartbeat older than the lease), ``stopped`` or ``dead``."""
     heartbeat_at: dt.datetime
     heartbeat_age_seconds: float
     running: int
-    """Jobs that it holds, started or not."""
+    """Number of jobs that it has claimed, started or not."""
     version: str
     is_draining: bool
-    """Somebody asked it to finish what it runs, and to end."""
+    """Whether it was asked to finish its running jobs and stop."""
     started_at: dt.datetime
     stopped_at: dt.datetime | None
 
 
 def list_workers(state: AppState, *, ended: bool = False) -> list[WorkerDetail]:
-    """The workers that hold a lease, silent ones first, then the oldest.
+    """The workers that hold a lease: silent ones first, then alive ones, each oldest first.
 
-    :param ended: adds those that stopped or died, as long as their rows are kept.
+    :param ended: whether to add stopped and dead workers whose rows are still kept.
     """
     statement = sa.select(_worker, state.store.now.label("now")).order_by(_worker.c.id)
     if not ended:
@@ -65,7 +65,7 @@ def list_workers(state: AppState, *, ended: bool = False) -> list[WorkerDetail]:
 
 
 def last_worker(state: AppState) -> WorkerDetail | None:
-    """The worker that was heard of last, whatever became of it."""
+    """The worker with the latest heartbeat, of any status; ``None`` if there was no worker."""
     statement = (
         sa.select(_worker, state.store.now.label("now"))
         .order_by(_worker.c.heartbeat_at.desc(), _worker.c.id.desc())
@@ -77,10 +77,13 @@ def last_worker(state: AppState) -> WorkerDetail | None:
 
 
 def count_live_workers(state: AppState) -> int:
-    """How many workers are heard of, by one statement, within 5 s."""
-    heard_of_since = state.store.after(sa.literal(-state.config.lease))
+    """Number of live workers whose heartbeat is not older than the lease.
+
+    One statement, which ends after 5 s, so that health checks are quick.
+    """
+    oldest_heartbeat = state.store.after(sa.literal(-state.config.lease))
     statement = sa.select(sa.func.count()).where(
-        _worker.c.status == "alive", _worker.c.heartbeat_at >= heard_of_since
+        _worker.c.status == "alive", _worker.c.heartbeat_at >= oldest_heartbeat
     )
     with state.store.read(within=HEALTH_SECONDS) as connection:
         return connection.scalar(statement) or 0
