@@ -67,7 +67,7 @@ def test_an_expired_token_changes_nothing(host: Host, open_page: Browsing) -> No
     page.goto(f"{open_page.address}/list")
     host.app.config["WTF_CSRF_TIME_LIMIT"] = -1
     page.click('#job-1 button:has-text("Cancel")')
-    page.wait_for_selector("text=The CSRF token has expired. Open the page again")
+    page.wait_for_selector("text=The CSRF token has expired. Nothing was changed.")
     open_page.forget_answers(400)
     assert host.job(1).status == "pending"
     host.app.config["WTF_CSRF_TIME_LIMIT"] = 3600
