@@ -73,7 +73,7 @@ def _checked(view: Callable[..., ResponseReturnValue]) -> Callable[..., Response
     @functools.wraps(view)
     def wrapped(**values: Any) -> ResponseReturnValue:
         try:
-            params.only(*_QUERY.get(view.__name__, ()))
+            params.check_query(*_QUERY.get(view.__name__, ()))
         except ValueError as error:
             raise BadRequest(str(error)) from None
         return view(**values)

@@ -123,7 +123,7 @@ def list_jobs() -> ResponseReturnValue:
         search_error=search_error,
         timeout_error=timeout_error,
         q=params.text("q"),
-        per=params.unusual_per_page(),
+        per=params.per_page_unless_default(),
         is_first=is_first,
         count_new_url=None if page is None or is_first else _count_new_url(state, filters),
         # No refresh of a search: it may read many rows.
@@ -148,7 +148,7 @@ def count_new() -> ResponseReturnValue:
     number = queries.count_new(
         current_state(), filters, params.number("above"), visible=access.visible_filter()
     )
-    return _fragment("new", number=number, filters=filters, per=params.unusual_per_page())
+    return _fragment("new", number=number, filters=filters, per=params.per_page_unless_default())
 
 
 def show_job(job_id: int) -> ResponseReturnValue:
@@ -276,7 +276,7 @@ def _count_new_url(state: AppState, filters: queries.JobFilters) -> str | None:
         return None
     above = queries.highest_id(state)
     query = params.query_of(filters)
-    return url_for(".count_new", above=above, per=params.unusual_per_page(), **query)
+    return url_for(".count_new", above=above, per=params.per_page_unless_default(), **query)
 
 
 def _can_count_new(filters: queries.JobFilters) -> bool:

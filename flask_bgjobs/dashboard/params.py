@@ -67,7 +67,7 @@ def query_string(filters: queries.JobFilters) -> str:
     return urlencode(given, doseq=True)
 
 
-def only(*names: str) -> None:
+def check_query(*names: str) -> None:
     """Check that the query string has no parameter but ``names``, and that its page size and
     period are valid.
 
@@ -120,7 +120,7 @@ def per_page() -> int:
     return min(max(number("per") or PER_PAGE, 1), queries.MAX_PER_PAGE)
 
 
-def unusual_per_page() -> int | None:
+def per_page_unless_default() -> int | None:
     """:func:`per_page`, for the URLs of other pages; ``None`` when it is the default."""
     return None if per_page() == PER_PAGE else per_page()
 
