@@ -17,6 +17,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from flask_bgjobs.job.statuses import JobStatus
 from flask_bgjobs.models import Attempt
 from tests.integration.test_dashboard_support import (
     PREFIX,
@@ -124,6 +125,22 @@ def test_the_description_is_served(host: Host) -> None:
         if path != "/openapi.json"
     }
     assert plain == {(method, path.removesuffix("/{verb}")) for method, path in described}
+
+
+def test_each_refusal_is_described() -> None:
+    """Every operation describes what it answers to bad input, to strangers and without a database,
+    and the statuses are those of jobs."""
+    for path, method in OPERATIONS:
+        responses = DESCRIPTION["paths"][path][method]["responses"]
+        assert {"400", "401", "403", "503"} <= set(responses), (path, method)
+    statuses = DESCRIPTION["components"]["schemas"]["JobStatus"]["enum"]
+    assert statuses == [status.value for status in JobStatus]
+
+
+@pytest.mark.parametrize("path", ["/stats?period=2h", "/queues?x=1", "/workers?ended=2"])
+def test_unknown_values_are_400(host: Host, path: str) -> None:
+    """Reading anything with a parameter or a value that it does not have is refused."""
+    assert get(host, path, 400)["error"]["status"] == 400
 
 
 def test_jobs_are_listed_as_filtered(host: Host) -> None:
