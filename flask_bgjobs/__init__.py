@@ -1,4 +1,4 @@
-"""Background jobs for Flask on the database that the app already has."""
+"""Background jobs for Flask, stored in the app's own SQL database."""
 
 from __future__ import annotations
 

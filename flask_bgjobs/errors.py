@@ -1,26 +1,26 @@
-"""Everything that flask-bgjobs raises.
+"""The exceptions of flask-bgjobs.
 
 ::
 
     BgJobsError
-    ├── ConfigError            a BGJOBS_… value, or the way the parts are wired, is wrong
-    ├── JobNotAllowed          the allow-list does not hold the name
-    ├── InvalidJob             a parameter, option or target is not acceptable
-    ├── UniqueKeyTaken         another job holds the unique_key
-    ├── JobNotFound            no job has that id
-    ├── QueueNotFound          no queue has that name
-    ├── JobNotCommitted        the job's transaction has not committed
-    ├── WaitTimeout            job.wait() gave up
-    ├── DatabaseUnusable       the database lacks our tables, or is locked, full or read-only
-    ├── WorkerFailed           a worker cannot go on, and has given its jobs back
-    ├── AttemptFailed          an attempt failed whose own exception is not known
-    └── DatabaseNotSupported   no store is written for that database, or it is too old
+    ├── ConfigError            a BGJOBS_… value is invalid, or the app is set up incorrectly
+    ├── JobNotAllowed          the name is not on the allow-list
+    ├── InvalidJob             a parameter, option or target is invalid
+    ├── UniqueKeyTaken         another unfinished job has the unique_key
+    ├── JobNotFound            no job has this id
+    ├── QueueNotFound          no queue has this name
+    ├── JobNotCommitted        the transaction that the job joined has not committed
+    ├── WaitTimeout            job.wait() reached its timeout
+    ├── DatabaseUnusable       the tables are missing, or the database is locked, full or read-only
+    ├── WorkerFailed           a worker cannot continue, and has released its jobs
+    ├── AttemptFailed          an attempt failed, and its own exception is unknown
+    └── DatabaseNotSupported   the database, its version or its driver is not supported
 
     Exception
-    ├── Retry, Snooze, Fail    raised by a job's own code, to say how it ends
+    └── Retry, Snooze, Fail    raised by a job's own code, to set how the attempt ends
 
     BaseException
-    └── JobCancelled, JobTimeout   raised in a job's code from outside, to stop it
+    └── JobCancelled, JobTimeout   raised in a job's code by the worker, to stop it
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import datetime as dt
 
 
 class BgJobsError(Exception):
-    """Something that flask-bgjobs was asked to do cannot be done."""
+    """Base class of the errors that flask-bgjobs raises."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or type(self).__doc__)
 
 
 class ConfigError(BgJobsError):
-    """flask-bgjobs is configured or wired in a way that cannot work."""
+    """The configuration, or the way the app is set up, is invalid."""
 
 
 class JobNotAllowed(BgJobsError):
@@ -44,23 +44,23 @@ class JobNotAllowed(BgJobsError):
 
 
 class InvalidJob(BgJobsError, ValueError):
-    """The job cannot be enqueued as it stands."""
+    """The job cannot be enqueued: a parameter, an option or the target is invalid."""
 
 
 class UniqueKeyTaken(BgJobsError):
-    """Another job that is not finished holds the same ``unique_key``."""
+    """Another job with the same ``unique_key`` is not finished."""
 
 
 class JobNotFound(BgJobsError, LookupError):
-    """No job has that id."""
+    """No job has this id."""
 
 
 class QueueNotFound(BgJobsError, LookupError):
-    """No queue has that name."""
+    """No queue has this name."""
 
 
 class JobNotCommitted(BgJobsError):
-    """The transaction that the job joined has not committed, so no worker can see it."""
+    """The transaction that the job joined has not committed, so no worker can see the job."""
 
 
 class WaitTimeout(BgJobsError, TimeoutError):
@@ -68,29 +68,29 @@ class WaitTimeout(BgJobsError, TimeoutError):
 
 
 class DatabaseUnusable(BgJobsError):
-    """The database lacks our tables, or is locked for too long, full or read-only; nothing was
-    changed."""
+    """The tables of flask-bgjobs are missing, or the database is locked for too long, full or
+    read-only. Nothing was changed."""
 
 
 class WorkerFailed(BgJobsError):
-    """A worker cannot go on: one of its threads has ended, or no thread of its pool is free."""
+    """A worker cannot continue, and has released its jobs."""
 
 
 class AttemptFailed(BgJobsError):
-    """An attempt failed, and its exception is not known: its process died, or its row could not be
-    run. Given to the functions of :meth:`~flask_bgjobs.BgJobs.on_failure`."""
+    """An attempt failed, and its own exception is unknown: its process died, or the job's row was
+    invalid. Passed to the functions registered with :meth:`~flask_bgjobs.BgJobs.on_failure`."""
 
 
 class DatabaseNotSupported(BgJobsError):
-    """flask-bgjobs does not run on this database, its version or its driver."""
+    """The database, its version or its driver is not supported."""
 
 
 class Retry(Exception):
-    """Raised by a job to be run again: uses a retry, and fails when none is left.
+    """Raise it in a job to run the job again. This uses a retry; if none is left, the job fails.
 
-    :param message: why, shown as the attempt's error.
-    :param delay: seconds or ``timedelta`` until the next attempt; by default the job's own
-        retry delay.
+    :param message: the reason, shown as the attempt's error.
+    :param delay: time until the next attempt, in seconds or as a ``timedelta``; default: the
+        retry delay of the job.
     """
 
     def __init__(self, message: str = "", *, delay: float | dt.timedelta | None = None) -> None:
@@ -99,9 +99,9 @@ class Retry(Exception):
 
 
 class Snooze(Exception):
-    """Raised by a job to be run again later without using a retry.
+    """Raise it in a job to run the job again later, without using a retry.
 
-    :param delay: seconds or ``timedelta`` until the next attempt.
+    :param delay: time until the next attempt, in seconds or as a ``timedelta``.
     """
 
     def __init__(self, delay: float | dt.timedelta) -> None:
@@ -110,18 +110,18 @@ class Snooze(Exception):
 
 
 class Fail(Exception):
-    """Raised by a job to fail for good, whatever retries are left."""
+    """Raise it in a job to fail without further retries, even if some are left."""
 
 
 class JobCancelled(BaseException):
-    """Raised in a job's code when it is cancelled.
+    """Raised in the code of a running job when the job is cancelled.
 
-    It is no ``Exception``, so that a broad ``except Exception`` cannot swallow it.
+    Derived from ``BaseException``, so that an ``except Exception`` in the job does not catch it.
     """
 
 
 class JobTimeout(BaseException):
-    """Raised in a job's code when it has run longer than its ``timeout``.
+    """Raised in the code of a running job when the attempt exceeds the job's ``timeout``.
 
-    It is no ``Exception``, so that a broad ``except Exception`` cannot swallow it.
+    Derived from ``BaseException``, so that an ``except Exception`` in the job does not catch it.
     """

@@ -1,4 +1,4 @@
-"""``BgJobs``, the extension: ``init_app`` wires the parts together."""
+"""The Flask extension ``BgJobs``, whose ``init_app`` sets up an app."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ R = TypeVar("R")
 
 
 class BgJobs:
-    """Background jobs for Flask apps, on the database that they already have.
+    """The extension: background jobs for Flask apps, stored in each app's own SQL database.
 
-    :param app: the app to set up at once; else call :meth:`init_app`.
-    :param db: its Flask-SQLAlchemy extension; by default the one that the app has.
+    :param app: the app to set up. Without it, call :meth:`init_app` later.
+    :param db: the Flask-SQLAlchemy extension of the app; default: the one that was initialized
+        for the app.
     """
 
     def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
@@ -56,13 +57,15 @@ class BgJobs:
             self.init_app(app)
 
     def init_app(self, app: Flask, db: SQLAlchemy | None = None) -> None:
-        """Set up ``app``: configuration, tables, commands and dashboard. Touches no database.
+        """Set up ``app``: check its configuration, and add the tables to its metadata, the
+        ``flask bgjobs`` commands and the dashboard. The database is not accessed.
 
-        :param db: the app's Flask-SQLAlchemy extension; by default the one given to
-            :class:`BgJobs`, then the one that the app has.
-        :raises ConfigError: when a ``BGJOBS_…`` value is not allowed, the app has no
-            Flask-SQLAlchemy, or it was set up before.
-        :raises DatabaseNotSupported: when the tables' database is of another kind.
+        :param db: the Flask-SQLAlchemy extension of the app; default: the one given to
+            :class:`BgJobs`, then the one that was initialized for the app.
+        :raises ConfigError: when the value of a ``BGJOBS_…`` key is invalid, when
+            ``db.init_app(app)`` has not been called, or when ``app`` has already been set up.
+        :raises DatabaseNotSupported: when the database is not SQLite, PostgreSQL, MariaDB or
+            MySQL, or its driver is not supported.
         """
         if "bgjobs" in app.extensions:
             raise ConfigError(
@@ -75,7 +78,7 @@ class BgJobs:
         logs.connect()
         _add_commands(app)
         if config.dashboard:
-            # Here, as a worker does without the dashboard's libraries.
+            # Imported here because a worker without a dashboard does not need its libraries.
             from .dashboard import add_dashboard
 
             add_dashboard(app, config)
@@ -96,17 +99,21 @@ class BgJobs:
         name: str | None = None,
         **options: Unpack[OptionValues],
     ) -> JobFunction[P, R] | Callable[[Callable[P, R]], JobFunction[P, R]]:
-        """The decorated function, with ``enqueue`` and ``using`` beside it.
+        """Decorator that allows a function to run as a job. The decorated function can still be
+        called as before, and has the methods ``enqueue`` and ``using``.
 
-        Decorating a function is what allows it to run as a job.
+        Use it as ``@bgjobs.job`` or with arguments, as in ``@bgjobs.job(queue="mail")``.
 
-        :param name: the name under which its jobs are stored; by default its dotted name.
-            Functions in ``__main__`` or inside other functions need one. The same lines may
-            run again, as in a factory that is called twice; the newest function is then run.
-        :param options: fields of :class:`~flask_bgjobs.options.JobOptions`, defaults for its jobs.
-        :raises ConfigError: when the function has no name that a worker could find, or another
-            function has it.
-        :raises TypeError: for an option that does not exist.
+        :param name: the name under which its jobs are stored; default: the dotted name of the
+            function. Required for functions in ``__main__`` and inside other functions. If the
+            same definition runs again, as in an app factory that is called twice, the newer
+            function replaces the older one.
+        :param options: defaults for the jobs of this function: any field of
+            :class:`~flask_bgjobs.options.JobOptions`, such as ``queue``, ``retries`` or
+            ``timeout``.
+        :raises ConfigError: when a worker could not find the function by its name, when another
+            function already has the name, or when the decorated object is not a plain function.
+        :raises TypeError: when an option does not exist.
         """
         chosen = options_from(options)
 
@@ -132,14 +139,16 @@ class BgJobs:
         *,
         session: SessionChoice = AUTO,
     ) -> list[Job]:
-        """One job for each set of parameters, in order, all in one transaction.
+        """Enqueue one job for each set of parameters, all in one transaction.
 
-        :param job: a decorated function, or one with ``using(...)``.
-        :param parameter_sets: tuples or lists of positional, or dicts of keyword parameters.
-        :param session: as in :func:`~flask_bgjobs.run_background_job`; by default that of
-            ``using(...)``.
-        :raises InvalidJob: when one of them cannot be stored, or ``job`` is no decorated function;
-            none is enqueued then.
+        :param job: a decorated function, or the result of its ``using(...)``.
+        :param parameter_sets: one item for each job: a tuple or list of positional parameters, or
+            a dict of keyword parameters.
+        :param session: as in :func:`~flask_bgjobs.run_background_job`; default: the session given
+            to ``using(...)``, if any.
+        :returns: the jobs, in the order of ``parameter_sets``.
+        :raises InvalidJob: when a set of parameters cannot be stored or does not fit the function,
+            or when ``job`` is not a decorated function. No job is enqueued then.
         """
         bound = job.using() if isinstance(job, JobFunction) else job
         if not isinstance(bound, BoundJob):
@@ -151,18 +160,19 @@ class BgJobs:
         return bound.enqueue_many(parameter_sets)
 
     def start_worker(self, app: Flask, **options: Unpack[EmbeddedOptions]) -> EmbeddedWorker:
-        """A worker inside the process that serves ``app``, for small deployments.
+        """Run a worker inside the web process that serves ``app``, for small deployments.
 
-        It starts with the first request that the process answers or the first job that it
-        enqueues; under ``flask run`` at once. It never starts in the parent of a reloader, in
-        the master of a pre-fork server, in other ``flask`` commands, or in a child of the process
-        pool. Call it once, after :meth:`init_app`.
+        Call it once, after :meth:`init_app`. The worker starts with the first request that the
+        process answers or the first job that it enqueues; under ``flask run`` it starts
+        immediately. It never starts in the parent process of a reloader, in the master of a
+        pre-fork server, in other ``flask`` commands, or in a child process of the process pool.
 
         :param options: ``queues``, ``pool``, ``concurrency``, ``name`` and ``shutdown_timeout``,
-            as of ``flask bgjobs worker``.
-        :returns: the worker, also kept as ``app.extensions["bgjobs_worker"]``.
-        :raises ConfigError: when the app was not set up or has a worker already, its database is
-            in memory, or the process pool is used and ``BGJOBS_APP`` is not set.
+            with the same meaning as the options of ``flask bgjobs worker``.
+        :returns: the worker, also available as ``app.extensions["bgjobs_worker"]``.
+        :raises ConfigError: when the app has not been set up or already has a worker, when its
+            database is in-memory SQLite, or when the process pool is used and ``BGJOBS_APP`` is
+            not set.
         """
         if "bgjobs_worker" in app.extensions:
             raise ConfigError(f"the app {app.name!r} has a worker already: call start_worker once")
@@ -172,48 +182,53 @@ class BgJobs:
         return worker
 
     def authorize_dashboard(self, authorizer: Authorizer) -> Authorizer:
-        """Decorator for the function that says who may do what on the dashboard.
+        """Decorator for the function that decides what the current user may do on the dashboard.
 
-        It is called with the action (``"view"``, ``"dispatch"``, ``"cancel"``, ``"retry"``,
-        ``"delete"``, ``"pause"``, ``"resume"``, ``"drain"``, ``"audit"``) and the job, or ``None``
-        where there is none. It returns ``True`` when the current user may. Any other answer means
-        no; it may also call :func:`flask.abort`, with a redirect to a login page for instance.
+        The function is called with two arguments: the action (``"view"``, ``"dispatch"``,
+        ``"cancel"``, ``"retry"``, ``"delete"``, ``"pause"``, ``"resume"``, ``"drain"`` or
+        ``"audit"``), and the job, or ``None`` if the action does not concern a single job. It
+        returns ``True`` to allow the action. Any other return value denies it. The function may
+        also call :func:`flask.abort`, for example with a redirect to a login page.
 
-        :raises ConfigError: when it is not a plain function of two arguments, such as an
-            ``async def``.
+        :raises ConfigError: when the function is ``async``, a generator or a class, or does not
+            take two arguments.
         """
         require_plain_function(authorizer, "authorize_dashboard", "view", None)
         self._authorizer = authorizer
         return authorizer
 
     def identify_visitor(self, identifier: Identifier) -> Identifier:
-        """Decorator for the function that names the dashboard's visitor in the audit trail.
+        """Decorator for the function that returns the name of the dashboard's current visitor, for
+        the audit trail.
 
-        It is called without arguments and returns the name. Without one, it is what Flask-Login's
-        ``current_user.get_id()`` gives, or the visitor's address where nobody is logged in.
+        The function is called without arguments. If none is registered, the name is the result of
+        Flask-Login's ``current_user.get_id()``, or the visitor's IP address if no user is logged
+        in.
 
-        :raises ConfigError: when it is not a plain function without arguments, such as an
-            ``async def``.
+        :raises ConfigError: when the function is ``async``, a generator or a class, or takes
+            arguments.
         """
         require_plain_function(identifier, "identify_visitor")
         self._identifier = identifier
         return identifier
 
     def on_failure(self, function: FailureHook) -> FailureHook:
-        """Decorator for a function that is called with each attempt that failed.
+        """Decorator for a function that is called after each failed attempt.
 
-        It is called as ``function(job, exception, final=…)`` in the process where the attempt ran,
-        in a thread and an application context of its own, after the outcome has been handed to the
-        worker. ``job`` is a :class:`~flask_bgjobs.job.records.JobSpec`; ``final`` is ``False``
-        when a retry follows. What it raises is logged, and changes nothing. Several functions may
-        be registered. If a factory registers the same function again, the newest one replaces it.
+        The function is called as ``function(job, exception, final=…)``. ``job`` is a
+        :class:`~flask_bgjobs.job.records.JobSpec`; ``final`` is ``False`` when a retry follows.
+        The call is made in the process where the attempt ran, in a separate thread with its own
+        application context, after the outcome has been passed to the worker. If the function
+        raises an exception, the exception is logged and has no other effect. Several functions may
+        be registered. If an app factory registers the same function again, the newer one replaces
+        the older one.
 
-        For a job whose process died the worker that records it calls the function, with
-        :exc:`~flask_bgjobs.JobTimeout` or :exc:`~flask_bgjobs.AttemptFailed`. A job that is rescued
-        to run again, snoozed or given back has not failed.
+        If the process that ran the attempt died, the worker that records the failure makes the
+        call, with :exc:`~flask_bgjobs.JobTimeout` or :exc:`~flask_bgjobs.AttemptFailed`. A job
+        that is snoozed, released, or rescued to run again has not failed.
 
-        :raises ConfigError: when it is not a plain function that takes these arguments, such as
-            an ``async def``.
+        :raises ConfigError: when the function is ``async``, a generator or a class, or does not
+            take these arguments.
         """
         require_plain_function(function, "on_failure", None, None, final=True)
         same = [hook for hook in self._failure_hooks if is_same(hook, function)]
@@ -233,7 +248,8 @@ class BgJobs:
             warnings.warn(advice, stacklevel=3)
         transactions.watch(engine)
         transactions.tell_binds_apart(app, db)
-        # Before Flask-SQLAlchemy's own, which was registered earlier, closes the session.
+        # Teardown functions run in reverse order: this one runs before Flask-SQLAlchemy, which
+        # registered its own earlier, closes the session.
         app.teardown_appcontext(functools.partial(transactions.discard_on_error, db))
         app.after_request(functools.partial(transactions.discard_on_refusal, db))
         _warn_of_dropped_tables(app, db, config)
@@ -283,7 +299,7 @@ def _find_engine(app: Flask, db: SQLAlchemy, config: Config) -> Any:
 
 
 def _warn_of_dropped_tables(app: Flask, db: SQLAlchemy, config: Config) -> None:
-    """Warn where a migration of the default metadata would drop our tables."""
+    """Warn when a migration of the default metadata would drop the tables of flask-bgjobs."""
     if config.bind_key is None or Job.__tablename__ in db.metadata.tables:
         return
     with app.app_context():

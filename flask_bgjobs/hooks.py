@@ -1,7 +1,7 @@
-"""Hooks: functions of the host's that decide or name something, checked when they are given.
+"""Hooks: functions of the app that flask-bgjobs calls, checked when they are registered.
 
-A hook that is a coroutine or generator function returns an object instead of an answer, and that
-object is true.
+Coroutine functions and generator functions are refused: calling one returns an object without
+running its code, and that object is true.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from .errors import ConfigError
 
 _NOT_ASSIGNED_YET = object()
 _SCALARS = (str, bytes, int, float, complex, type(None))
-"""Of these, two that are equal are the same."""
+"""Types whose values are interchangeable if they are equal."""
 
 
 def require_plain_function(
     function: Callable[..., Any], name: str, *arguments: object, **named: object
 ) -> None:
-    """Refuse a hook that cannot answer.
+    """Check that a hook is a plain function with the right parameters.
 
-    :param name: of the decorator, for the error.
-    :param arguments: examples of those that it will be called with.
-    :param named: those that it will be called with by name.
-    :raises ConfigError: when it cannot be called, is a class, a coroutine or a generator function,
-        or does not take the arguments.
+    :param name: name of the decorator, for the error message.
+    :param arguments: examples of the positional arguments that it will be called with.
+    :param named: examples of its keyword arguments.
+    :raises ConfigError: when it is not callable, is a class, a coroutine function or a generator
+        function, or does not accept the arguments.
     """
     if not callable(function) or isinstance(function, type):
         raise ConfigError(f"{name} needs a function, not {_shown(function)}")
@@ -41,7 +41,7 @@ def require_plain_function(
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):
-        # Such as a function in C, which tells nothing.
+        # A function written in C, for example, may have no signature.
         return
     try:
         signature.bind(*arguments, **named)
@@ -54,15 +54,17 @@ def require_plain_function(
 
 
 def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two hooks are one and the same function of a factory that ran twice.
+    """Whether two hooks are the same function, defined twice by an app factory that ran twice.
 
-    They have the same source, and use the same objects; only their apps may be different.
+    They have the same code, and their defaults and enclosing variables refer to the same objects.
+    Only the Flask app may be a different one.
     """
     return _is_same_function(one, other, set())
 
 
 def discard(answer: object) -> None:
-    """Close a coroutine or generator that nobody will run; Python would warn of it later."""
+    """Close a coroutine or generator that was returned by mistake, so that Python does not warn
+    that it was never awaited."""
     if inspect.iscoroutine(answer) or inspect.isgenerator(answer):
         answer.close()
 
@@ -80,7 +82,7 @@ def _bare(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_same_function(one: Any, other: Any, compared: set[tuple[int, int]]) -> bool:
     if (id(one), id(other)) in compared:
-        # Functions may refer to themselves, and to each other.
+        # The functions refer to themselves or to each other.
         return True
     compared.add((id(one), id(other)))
     code = getattr(one, "__code__", None)
@@ -93,7 +95,7 @@ def _is_same_function(one: Any, other: Any, compared: set[tuple[int, int]]) -> b
 
 
 def _values_of(function: Any) -> Iterator[object]:
-    """What a function uses beside its arguments: defaults, and variables around it."""
+    """The values that a function uses besides its arguments: defaults and enclosing variables."""
     yield function.__defaults__
     yield tuple(sorted((function.__kwdefaults__ or {}).items()))
     for cell in function.__closure__ or ():

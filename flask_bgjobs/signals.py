@@ -1,11 +1,11 @@
 """Blinker signals, sent with the Flask app as sender.
 
-``job_enqueued`` carries ``job``, a :class:`~flask_bgjobs.Job`. Those of a worker carry
-``job``, a :class:`~flask_bgjobs.job.records.JobSpec` with the same field names; all but
-``job_started`` also carry ``settled``, a :class:`~flask_bgjobs.job.records.Settled`, and follow
-the commit of what they tell. A cancel of a waiting job carries ``job`` alone. ``job_refused``
-carries ``target``, ``method`` and ``error``. The signals of
-workers carry ``worker``, the worker's name.
+``job_enqueued`` passes ``job``, a :class:`~flask_bgjobs.Job`. The signals about an attempt pass
+``job``, a :class:`~flask_bgjobs.job.records.JobSpec` with the same field names. All of these except
+``job_started`` are sent after the outcome is committed, and also pass ``settled``, a
+:class:`~flask_bgjobs.job.records.Settled`. ``job_cancelled`` passes only ``job`` if the job had not
+started. ``job_refused`` passes ``target``, ``method`` and ``error``. ``worker_started`` and
+``worker_stopped`` pass ``worker``, the name of the worker.
 """
 
 from __future__ import annotations
@@ -26,24 +26,34 @@ from .system.safe_logging import logger as _logger
 _namespace = Namespace()
 
 job_enqueued = _namespace.signal("bgjobs-job-enqueued")
+"""Sent with ``job`` after the commit of an enqueue, in the process that enqueued."""
 job_refused = _namespace.signal("bgjobs-job-refused")
+"""Sent with ``target``, ``method`` and ``error`` before an enqueue raises its error."""
 job_started = _namespace.signal("bgjobs-job-started")
+"""Sent with ``job`` in the job's thread, before its code runs."""
 job_completed = _namespace.signal("bgjobs-job-completed")
+"""Sent with ``job`` and ``settled`` when a job is completed."""
 job_retrying = _namespace.signal("bgjobs-job-retrying")
+"""Sent with ``job`` and ``settled`` when an attempt failed and a retry follows."""
 job_failed = _namespace.signal("bgjobs-job-failed")
+"""Sent with ``job`` and ``settled`` when a job has failed and is not retried."""
 job_cancelled = _namespace.signal("bgjobs-job-cancelled")
+"""Sent with ``job`` when a job is cancelled, and with ``settled`` if it was running."""
 job_rescued = _namespace.signal("bgjobs-job-rescued")
+"""Sent with ``job`` and ``settled`` when a job was taken from a dead worker."""
 worker_started = _namespace.signal("bgjobs-worker-started")
+"""Sent with ``worker``, its name, when a worker starts."""
 worker_stopped = _namespace.signal("bgjobs-worker-stopped")
+"""Sent with ``worker``, its name, when a worker stops; not when it is killed."""
 
-_OF_STATUS = {
+_SIGNAL_BY_STATUS = {
     JobStatus.COMPLETED: job_completed,
     JobStatus.RETRYING: job_retrying,
     JobStatus.FAILED: job_failed,
     JobStatus.CANCELLED: job_cancelled,
 }
 
-_RESCUED = frozenset({OutcomeKind.LOST, OutcomeKind.LOST_AMONG, OutcomeKind.CRASHED})
+_RESCUE_OUTCOMES = frozenset({OutcomeKind.LOST, OutcomeKind.LOST_AMONG, OutcomeKind.CRASHED})
 
 
 class Emission(NamedTuple):
@@ -51,22 +61,24 @@ class Emission(NamedTuple):
 
     signal_name: str
     began: float
-    """By ``time.monotonic()``."""
+    """Start of the emission, as ``time.monotonic()``."""
 
 
 _emissions: dict[int, Emission] = {}
-"""By the id of the thread that sends."""
+"""The emission in progress in each thread, by thread id."""
 
 
 def emit(signal: NamedSignal, app: Flask, **values: object) -> None:
-    """Send a signal; a receiver that raises is logged and keeps nobody else from hearing."""
+    """Send a signal. If a receiver raises an exception, it is logged, and the other receivers are
+    still called."""
     emit_each(signal, app, [values])
 
 
 def emit_in_worker(signal: NamedSignal, app: Flask, **values: object) -> None:
-    """The same in a worker, which must not end because a receiver calls ``sys.exit()``.
+    """Send a signal in a worker, which must not end because a receiver calls ``sys.exit()``.
 
-    In a web server the exit goes on: the server's own signal handler may have raised it.
+    :func:`emit` lets ``SystemExit`` pass, because in a web server the server's own signal handler
+    may have raised it.
     """
     emit_each(signal, app, [values], caught=(Exception, SystemExit))
 
@@ -78,17 +90,18 @@ def emit_each(
     *,
     caught: tuple[type[BaseException], ...] = (Exception,),
 ) -> None:
-    """Send a signal once for each of several ``values``.
+    """Send a signal several times.
 
-    Its receivers are looked up once: for a bulk of jobs that takes longer than to call them.
+    The receivers are looked up only once: for many jobs, the lookup takes longer than the calls.
 
-    :param caught: what a receiver may raise without effect on anything else.
+    :param each: the keyword arguments of each emission.
+    :param caught: exceptions of receivers that are logged instead of raised.
     """
     if not signal.receivers:
         return
     receivers = list(signal.receivers_for(app))
     thread_id = threading.get_ident()
-    # A receiver may send a signal itself, as it does with an enqueue.
+    # A receiver may send a signal itself, for example by enqueueing a job.
     outer = _emissions.get(thread_id)
     try:
         for values in each:
@@ -116,12 +129,12 @@ def _call(
 
 
 def emission_in(thread_id: int) -> Emission | None:
-    """The signal that a thread is sending at the moment."""
+    """The signal that a thread is sending, or ``None``."""
     return _emissions.get(thread_id)
 
 
 def receiver_in(thread_id: int) -> str:
-    """The receiver that a thread is calling at the moment, as ``module.function:line``."""
+    """The receiver that a thread is calling, as ``module.function:line``, or ``unknown``."""
     frame = sys._current_frames().get(thread_id)
     while frame is not None and frame.f_back is not None:
         if frame.f_back.f_code is _call.__code__:
@@ -132,9 +145,10 @@ def receiver_in(thread_id: int) -> str:
 
 
 def emit_settled(app: Flask, settled: Settled) -> None:
-    """Send the signals of what was recorded of an attempt; a job given back has none."""
-    if settled.status is not None and settled.outcome.kind in _RESCUED:
+    """Send the signals for the recorded outcome of an attempt; there are none for a job that was
+    released."""
+    if settled.status is not None and settled.outcome.kind in _RESCUE_OUTCOMES:
         emit_in_worker(job_rescued, app, job=settled.spec, settled=settled)
-    signal = None if settled.status is None else _OF_STATUS.get(settled.status)
+    signal = None if settled.status is None else _SIGNAL_BY_STATUS.get(settled.status)
     if signal is not None:
         emit_in_worker(signal, app, job=settled.spec, settled=settled)
