@@ -1,7 +1,7 @@
-"""``BGJOBS_…`` keys of ``app.config`` become one frozen :class:`Config`.
+"""The configuration: the ``BGJOBS_…`` keys of ``app.config`` as one frozen :class:`Config`.
 
-They are read and checked once, in ``init_app``. A value that cannot work stops it; a key
-that nobody knows is a warning.
+They are read and checked once, in ``init_app``. An invalid value raises
+:exc:`~flask_bgjobs.ConfigError`; an unknown key causes a warning.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from .job.statuses import JobStatus
 from .job.text import shown
 
 AllowedJobs = Mapping[str, frozenset[str] | None]
-"""Dotted name to the methods allowed, or ``None`` for all public methods (or a function)."""
+"""Allowed methods by dotted name of the class; ``None`` allows all public methods, and is the value
+for a function."""
 
 
 OUR_LAYOUT = "bgjobs/layout.html"
 POOLS = ("thread", "process")
-"""The names of the pools; :mod:`flask_bgjobs.execution.pools.kinds` says what they are."""
+"""The names of the pools, which :mod:`flask_bgjobs.execution.pools.kinds` implements."""
 
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _DAY = 86_400.0
-_THREADS = 10
+_DEFAULT_THREADS = 10
 _MOST_PAYLOAD_BYTES = 128 * 1024 * 1024
-"""An outcome with a result and meta of this size still fits into a message of a child process."""
+"""Limit of ``BGJOBS_MAX_PAYLOAD``: with a result and meta of this size, an outcome still fits into
+one message from a child process."""
 _DEFAULT_PRIORITIES = MappingProxyType({"high": 3, "medium": 2, "low": 0})
 _DEFAULT_RETENTION = MappingProxyType(
     {
@@ -66,70 +68,76 @@ DEFAULT_REDACT = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
-    """The checked configuration of one app. Durations are float seconds."""
+    """The checked configuration of one app. Durations are seconds, as ``float``."""
 
     allowed_jobs: AllowedJobs = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """``BGJOBS_ALLOWED_JOBS``: what may be run by name."""
+    """``BGJOBS_ALLOWED_JOBS``: classes and functions that may run as jobs."""
     pool: str = "thread"
-    """``BGJOBS_POOL``: how a worker runs jobs, ``thread`` or ``process``."""
+    """``BGJOBS_POOL``: where a worker runs jobs, ``thread`` or ``process``."""
     queue_pools: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """``BGJOBS_QUEUE_POOLS``: the pool of queues that do not use the common one."""
+    """``BGJOBS_QUEUE_POOLS``: pools of queues that do not use ``BGJOBS_POOL``."""
     app: str | None = None
-    """``BGJOBS_APP``: from where child processes import the app, as ``flask --app`` takes it."""
+    """``BGJOBS_APP``: import name of the app for child processes, as for ``flask --app``."""
     concurrency: int | None = None
-    """``BGJOBS_CONCURRENCY``: jobs at once per worker; ``None``: what suits the pool."""
+    """``BGJOBS_CONCURRENCY``: jobs that a worker runs at once; ``None`` for the default of the
+    pool: 10 threads, or one process per CPU."""
     queues: tuple[str, ...] | None = None
-    """``BGJOBS_QUEUES``: served in this strict order; ``None`` serves all by priority."""
+    """``BGJOBS_QUEUES``: queues to serve, in strict order; ``None`` serves all, by priority."""
     priorities: Mapping[str, int] = dataclasses.field(default_factory=lambda: _DEFAULT_PRIORITIES)
-    """``BGJOBS_PRIORITIES``: names for numbers; higher runs first."""
+    """``BGJOBS_PRIORITIES``: names of priorities, with their numbers; higher runs first."""
     imports: tuple[str, ...] = ()
-    """``BGJOBS_IMPORTS``: modules that a worker imports at start."""
+    """``BGJOBS_IMPORTS``: modules that a worker imports when it starts."""
     retries: int = 3
-    """``BGJOBS_RETRIES``: retries after the first attempt."""
+    """``BGJOBS_RETRIES``: number of retries after the first attempt."""
     retry_delay: tuple[float, ...] = (5.0,)
-    """``BGJOBS_RETRY_DELAY``: before each retry."""
+    """``BGJOBS_RETRY_DELAY``: time to wait before each retry."""
     timeout: float | None = None
-    """``BGJOBS_TIMEOUT``: for one attempt; ``None`` sets no limit."""
+    """``BGJOBS_TIMEOUT``: time limit of one attempt; ``None`` for no limit."""
     poll_interval: float = 1.0
-    """``BGJOBS_POLL_INTERVAL``: upper bound for noticing work without a wake-up."""
+    """``BGJOBS_POLL_INTERVAL``: the longest time until a worker finds a job without a wake-up."""
     heartbeat_interval: float = 10.0
-    """``BGJOBS_HEARTBEAT_INTERVAL``: between two signs of life of a worker."""
+    """``BGJOBS_HEARTBEAT_INTERVAL``: time between two heartbeats of a worker."""
     lease: float = 60.0
-    """``BGJOBS_LEASE``: a worker that is silent for so long is dead."""
+    """``BGJOBS_LEASE``: time for which a heartbeat may stay unchanged before the worker counts as
+    dead."""
     shutdown_timeout: float = 25.0
-    """``BGJOBS_SHUTDOWN_TIMEOUT``: grace for running jobs after SIGTERM."""
+    """``BGJOBS_SHUTDOWN_TIMEOUT``: time that running jobs have to finish after SIGTERM."""
     max_crashes: int = 3
-    """``BGJOBS_MAX_CRASHES``: proved crashes at which a job is failed as crashed."""
+    """``BGJOBS_MAX_CRASHES``: number of proved crashes after which a job fails as crashed."""
     max_payload: int = 1024 * 1024
-    """``BGJOBS_MAX_PAYLOAD``: bytes of JSON in parameters, meta or result."""
+    """``BGJOBS_MAX_PAYLOAD``: size limit, in bytes of JSON, of each of parameters, meta and
+    result."""
     retention: Mapping[JobStatus, float | None] = dataclasses.field(
         default_factory=lambda: _DEFAULT_RETENTION
     )
-    """``BGJOBS_RETENTION``: how long finished jobs are kept; ``None`` for ever."""
+    """``BGJOBS_RETENTION``: time for which finished jobs are kept, by status; ``None`` for no
+    limit."""
     redact: tuple[str, ...] = DEFAULT_REDACT
-    """``BGJOBS_REDACT``: parts of keys whose values are masked in dashboard and logs."""
+    """``BGJOBS_REDACT``: words; values whose keys contain one of them are masked in the dashboard
+    and in logs."""
     schedule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     """``BGJOBS_SCHEDULE``: recurring jobs; empty in this version."""
     dashboard: bool = True
-    """``BGJOBS_DASHBOARD``: register the blueprint."""
+    """``BGJOBS_DASHBOARD``: whether the dashboard is registered."""
     dashboard_url_prefix: str = "/jobs"
-    """``BGJOBS_DASHBOARD_URL_PREFIX``: where the blueprint is mounted."""
+    """``BGJOBS_DASHBOARD_URL_PREFIX``: URL prefix of the dashboard."""
     dashboard_public: bool = False
-    """``BGJOBS_DASHBOARD_PUBLIC``: let anybody view, and only view."""
+    """``BGJOBS_DASHBOARD_PUBLIC``: whether everyone may view the dashboard, without making
+    changes."""
     read_only: bool = False
-    """``BGJOBS_READ_ONLY``: no change through the dashboard, whoever asks."""
+    """``BGJOBS_READ_ONLY``: whether the dashboard refuses all changes, regardless of the user."""
     base_template: str = OUR_LAYOUT
     """``BGJOBS_BASE_TEMPLATE``: the template that the dashboard's pages extend."""
     sqlite_wal: bool = True
-    """``BGJOBS_SQLITE_WAL``: worker and ``init-db`` turn SQLite's WAL mode on."""
+    """``BGJOBS_SQLITE_WAL``: whether the worker and ``init-db`` turn on SQLite's WAL mode."""
     bind_key: str | None = None
     """``BGJOBS_BIND_KEY``: the Flask-SQLAlchemy bind that holds the tables."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Config:
-        """The configuration in ``app.config``; keys that are missing take their default.
+        """The configuration from ``app.config``; missing keys have their default values.
 
-        :raises ConfigError: names the key, the value and what is allowed.
+        :raises ConfigError: names the key, its value and the allowed values.
         """
         given = {key: value for key, value in values.items() if key.startswith(_PREFIX)}
         _warn_of_table(values)
@@ -143,28 +151,31 @@ class Config:
         if config.lease < 2 * config.heartbeat_interval:
             raise ConfigError(
                 f"BGJOBS_LEASE is {config.lease:g} s; it must be at least twice "
-                f"BGJOBS_HEARTBEAT_INTERVAL ({config.heartbeat_interval:g} s), or one late "
-                "heartbeat would take a worker's jobs away"
+                f"BGJOBS_HEARTBEAT_INTERVAL ({config.heartbeat_interval:g} s), otherwise a worker "
+                "would lose its jobs after a single late heartbeat"
             )
         return config
 
     def concurrency_of(self, pool: str) -> int:
-        """Jobs at once in a pool: 10 threads, or one process per CPU, unless set."""
+        """The number of jobs that a pool runs at once: ``BGJOBS_CONCURRENCY`` for the pool named
+        by ``BGJOBS_POOL``, otherwise 10 threads or one process per CPU."""
         if self.concurrency is not None and pool == self.pool:
             return self.concurrency
-        return _THREADS if pool == "thread" else _processors()
+        return _DEFAULT_THREADS if pool == "thread" else _usable_cpus()
 
 
-def _processors() -> int:
-    """How many processors this process may use."""
+def _usable_cpus() -> int:
+    """The number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def check_queue(value: object, name: str = "queue") -> str:
-    """``value`` when it is a queue name: lower-case letters, digits, ``_ - .``, 64 at most.
+    """Return ``value`` if it is a valid queue name: up to 64 characters of a-z, 0-9, ``_``, ``-``
+    and ``.``, starting with a letter or digit.
 
+    :param name: how the error message refers to the value.
     :raises ValueError: when it is not.
     """
     if not isinstance(value, str) or not _QUEUE.fullmatch(value):
@@ -176,7 +187,8 @@ def check_queue(value: object, name: str = "queue") -> str:
 
 
 def is_dotted_name(value: object, *, parts: int = 2) -> bool:
-    """Whether ``value`` is a str of at least ``parts`` identifiers joined by dots."""
+    """Whether ``value`` is a string of at least ``parts`` identifiers joined by dots, and at most
+    255 characters long."""
     if not isinstance(value, str) or len(value) > 255:
         return False
     names = value.split(".")
@@ -197,23 +209,23 @@ class _Key:
             raise ConfigError(f"{key} = {value!r}: {error}{self._hint(value)}") from None
 
     def _hint(self, value: object) -> str:
-        """What to write instead of a string that came from an environment variable."""
+        """A suggestion for a string that was probably set in an environment variable."""
         if not isinstance(value, str):
             return ""
-        for meant in _meant_by(value):
+        for candidate in _likely_values(value):
             try:
-                self.check(meant)
+                self.check(candidate)
             except ValueError:
                 continue
             return (
-                f". It is a string, perhaps from an environment variable: write {meant!r} in "
-                f"Python, or {json.dumps(meant)} where app.config.from_prefixed_env() reads it"
+                f". It is a string, perhaps from an environment variable: write {candidate!r} in "
+                f"Python, or {json.dumps(candidate)} where app.config.from_prefixed_env() reads it"
             )
         return ""
 
 
-def _meant_by(text: str) -> Iterator[Any]:
-    """The values that somebody may have meant by a text."""
+def _likely_values(text: str) -> Iterator[Any]:
+    """The values that a string may have been meant to express."""
     for json_text in (text, text.lower()):
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(json_text)
@@ -233,20 +245,21 @@ def _warn_of_table(values: Mapping[str, Any]) -> None:
 
 def _warn_unknown(given: Mapping[str, Any]) -> None:
     for key in given:
-        if key in _KEYS or key.startswith(_OF_COMMANDS):
+        if key in _KEYS or key.startswith(_COMMAND_PREFIXES):
             continue
         words = {known.removeprefix(_PREFIX): known for known in _KEYS}
         close = difflib.get_close_matches(key.removeprefix(_PREFIX), words, n=1)
         hint = f"; did you mean {words[close[0]]}?" if close else ""
-        warnings.warn(f"flask-bgjobs does not know the key {key}{hint}", stacklevel=4)
+        warnings.warn(f"flask-bgjobs has no setting {key}{hint}", stacklevel=4)
 
 
 _PREFIX = "BGJOBS_"
-_OF_COMMANDS = tuple(
+_COMMAND_PREFIXES = tuple(
     f"BGJOBS_{command}_"
     for command in ("WORKER", "ENQUEUE", "LIST", "SHOW", "CANCEL", "DELETE", "HEALTH", "STATS")
 )
-"""Options of commands, which click reads from the environment, as ``from_prefixed_env`` does."""
+"""Prefixes of environment variables from which click reads options of commands, such as
+``BGJOBS_WORKER_QUEUES``. ``from_prefixed_env`` may copy them to ``app.config``."""
 _ALIAS = "BGJOBS_ALLOWED_CLASSES"
 
 
@@ -332,7 +345,7 @@ def _queues(value: object) -> tuple[str, ...] | None:
         raise ValueError("must be a list of queue names, in the order to serve them, or None")
     checked = tuple(check_queue(n.strip() if isinstance(n, str) else n, "a queue") for n in names)
     if len(set(checked)) < len(checked):
-        raise ValueError("names a queue twice")
+        raise ValueError("must not contain a queue twice")
     return checked
 
 
@@ -342,7 +355,7 @@ def _priorities(value: object) -> Mapping[str, int]:
     check = _integer(-MAX_INTEGER)
     for name in value:
         if not isinstance(name, str) or not name.strip() or _is_integer(name):
-            raise ValueError(f"{name!r} is no name for a priority")
+            raise ValueError(f"{name!r} is not a valid name for a priority")
     return MappingProxyType({name: check(number) for name, number in value.items()})
 
 
@@ -357,10 +370,10 @@ def _imports(value: object) -> tuple[str, ...]:
 
 
 def retry_delays(value: object) -> tuple[float, ...]:
-    """The seconds before each retry, from a number, a ``timedelta`` or a list of them.
+    """The time before each retry in seconds, from a number, a ``timedelta`` or a list of them.
 
-    :raises ValueError: when one of them is not a duration, or the list is empty or longer
-        than a hundred.
+    :raises ValueError: when one of them is not a duration, or the list does not have 1 to 100
+        items.
     """
     if not isinstance(value, list | tuple):
         return (durations.seconds(value, "retry_delay"),)
@@ -383,7 +396,7 @@ def _redact(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple | set | frozenset) or not all(
         isinstance(item, str) and re.search(r"[^\W_]", item) for item in value
     ):
-        raise ValueError("must be a list of words that keys of secrets contain")
+        raise ValueError("must be a list of words that the keys of secrets contain")
     return tuple(value)
 
 
@@ -401,7 +414,7 @@ def _text(value: object) -> str:
 
 def _schedule(value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or value:
-        raise ValueError("recurring jobs are not in this version: leave it out, or empty ({})")
+        raise ValueError("recurring jobs are not in this version: omit the key, or set it to {}")
     return MappingProxyType({})
 
 

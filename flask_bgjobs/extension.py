@@ -25,8 +25,8 @@ from .registry import (
     Registry,
     decorated,
     require_job_function,
+    source_location,
     stored_name,
-    where,
 )
 from .state import AppState, Authorizer, FailureHook, Identifier, state_of
 from .store import make_store
@@ -124,8 +124,9 @@ class BgJobs:
             known = self._decorated.get(stored)
             if known is not None and not found.is_same_definition(known):
                 raise ConfigError(
-                    f"another job function is already named {stored!r}: {where(known.function)}; "
-                    "give one of them another name with @bgjobs.job(name='…')"
+                    f"another job function is already named {stored!r}: "
+                    f"{source_location(known.function)}; give one of them another name with "
+                    "@bgjobs.job(name='…')"
                 )
             self._decorated[stored] = found
             return JobFunction(function, stored)

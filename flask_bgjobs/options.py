@@ -1,4 +1,4 @@
-"""How a job is to be run: what a caller may choose, checked and completed from the config."""
+"""The options of a job: checked, and completed from the configuration."""
 
 from __future__ import annotations
 
@@ -22,37 +22,41 @@ _MAX_RETRIES = 10_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What may be chosen for a job; ``None`` leaves it to the decorator, then to the config."""
+    """The options of a job. ``None`` stands for the value given to the decorator or, without one,
+    for the default. Durations are seconds or ``timedelta``."""
 
     retries: int | None = None
-    """Retries after the first attempt, 0 to 10,000."""
+    """Number of retries after the first attempt, 0 to 10,000; default ``BGJOBS_RETRIES``."""
     priority: int | str | None = None
-    """A number, higher runs first, or a name from ``BGJOBS_PRIORITIES``."""
+    """A number or a name from ``BGJOBS_PRIORITIES``; higher runs first; default 0."""
     delay: durations.Duration | None = None
-    """How long to wait before the first attempt."""
+    """Time to wait before the first attempt; default none."""
     retry_delay: durations.Duration | Sequence[durations.Duration] | None = None
-    """Before each retry; of a list, one for each and the last for all later ones."""
+    """Time to wait before each retry: one value for all retries, or a list with one value per
+    retry, whose last value applies to all later ones; default ``BGJOBS_RETRY_DELAY``."""
     run_at: dt.datetime | None = None
-    """When to run, with its time zone; instead of ``delay``."""
+    """Time of the first attempt, a datetime with a time zone; an alternative to ``delay``."""
     backoff: str | None = None
-    """``fixed`` (default), ``linear`` or ``exponential``: how a single retry delay grows."""
+    """Growth of a single retry delay: ``fixed`` (default), ``linear`` or ``exponential``."""
     max_retry_delay: durations.Duration | None = None
-    """What no wait before a retry exceeds."""
+    """Upper limit of the time before a retry; default none."""
     jitter: float | None = None
-    """Share of a retry delay, 0 to 1, by which it is spread at random; 0 by default."""
+    """Share of a retry delay, 0 to 1, by which it is randomly lengthened or shortened; default
+    0."""
     queue: str | None = None
-    """Name of the queue, lower case; ``default`` by default."""
+    """Name of the queue, in lower case; default ``default``."""
     timeout: durations.Duration | None = None
-    """How long one attempt may take."""
+    """Time limit of one attempt; default ``BGJOBS_TIMEOUT``."""
     unique_key: str | None = None
-    """While a job with this key is not finished, another enqueue gives that job back."""
+    """A key for at most one unfinished job: while a job with this key is not finished, an enqueue
+    inserts nothing and returns that job."""
     tags: Sequence[str] | None = None
-    """Up to 20 words to find the job by."""
+    """Up to 20 words by which the job can be found."""
     owner: str | None = None
-    """Whose job it is, for finding it: an id of yours."""
+    """Identifier of the owner, such as a user id of the app, by which the job can be found."""
 
     def over(self, base: JobOptions) -> JobOptions:
-        """These options, with those that were not chosen taken from ``base``."""
+        """These options, with those that are ``None`` taken from ``base``."""
         chosen = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -85,26 +89,26 @@ _OTHER_NAMES = {
     "unique": "unique_key",
     "wait": "delay",
 }
-"""What other job queues call our options."""
+"""Names that other job queues use for the same options."""
 
 
 def options_from(given: Mapping[str, Any]) -> JobOptions:
-    """The options that keyword arguments name.
+    """The options given as keyword arguments.
 
-    :raises TypeError: for one that does not exist, with the name that was probably meant.
+    :raises TypeError: when an option does not exist; suggests the name that was probably meant.
     """
     names = [field.name for field in dataclasses.fields(JobOptions)]
     for name in given:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             meant = _OTHER_NAMES.get(name) or next(iter(close), None)
-            hint = f"did you mean {meant}=?" if meant else f"there are {', '.join(names)}"
+            hint = f"did you mean {meant}=?" if meant else f"the options are {', '.join(names)}"
             raise TypeError(f"a job has no option {name}=; {hint}")
     return JobOptions(**given)
 
 
 class OptionValues(TypedDict, total=False):
-    """The same options as keyword arguments, for type checkers."""
+    """The fields of :class:`JobOptions` as keyword arguments, for type checkers."""
 
     retries: int | None
     priority: int | str | None
@@ -122,17 +126,18 @@ class OptionValues(TypedDict, total=False):
 
 
 def column_values(options: JobOptions, config: Config) -> dict[str, Any]:
-    """The column values that ``options`` stand for, by attribute name of ``Job``.
+    """The column values for ``options``, by attribute name of ``Job``.
 
-    :raises InvalidJob: names the option, its value and what is allowed.
+    :raises InvalidJob: names the option, its value and the allowed values.
     """
     return {name: _checked(read, options, config) for name, read in _COLUMNS.items()}
 
 
 def first_run(options: JobOptions) -> tuple[float | None, dt.datetime | None]:
-    """Delay in seconds and absolute UTC time of the first attempt; both ``None``: at once.
+    """The delay of the first attempt in seconds, and its absolute UTC time. At most one of them is
+    set; if both are ``None``, the job is due at once.
 
-    :raises InvalidJob: when both are given, or one is no time that databases can hold.
+    :raises InvalidJob: when both are given, or one of them is not a valid time.
     """
     if options.delay is not None and options.run_at is not None:
         raise InvalidJob("give either delay or run_at, not both")
@@ -147,15 +152,16 @@ def first_run(options: JobOptions) -> tuple[float | None, dt.datetime | None]:
 
 
 def priority_number(value: int | str, priorities: Mapping[str, int]) -> int:
-    """The number of a priority given by number or name.
+    """The number of a priority that is given as a number or a name.
 
-    :raises ValueError: for another type, an unknown name, or beyond 32 bits.
+    :raises ValueError: when the value has another type, is an unknown name, or does not fit into
+        32 bits.
     """
     if isinstance(value, str):
         if value not in priorities:
             raise ValueError(
-                f"priority {shown(value)} is not known; BGJOBS_PRIORITIES names "
-                f"{', '.join(priorities)}, and any whole number will do"
+                f"unknown priority {shown(value)}; use one of the names in BGJOBS_PRIORITIES "
+                f"({', '.join(priorities)}) or a whole number"
             )
         return priorities[value]
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INTEGER:
@@ -258,10 +264,10 @@ def _unique_key(options: JobOptions, config: Config) -> str | None:
     return None if options.unique_key is None else _text(options.unique_key, "unique_key", 255)
 
 
-def _text(value: object, name: str, longest: int) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= longest or value != storable(value):
+def _text(value: object, name: str, max_length: int) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= max_length or value != storable(value):
         raise ValueError(
-            f"{name} must be a str of 1 to {longest} characters without NUL or lone surrogates, "
+            f"{name} must be a str of 1 to {max_length} characters without NUL or lone surrogates, "
             f"not {shown(value)}"
         )
     return value

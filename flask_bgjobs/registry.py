@@ -1,8 +1,8 @@
-"""The allow-list: the only way from a stored name to something that can be called.
+"""The allow-list, which alone turns the stored name of a job into a callable.
 
-A name is compared as it stands with the names allowed; nothing is imported, walked or
-called before it was found there. What is refused here is refused everywhere: enqueue, the
-worker, the CLI and the form all ask this class.
+A name must equal an allowed name exactly. Before that is checked, nothing is imported or called,
+and no attribute is looked up. Enqueue, the worker, the CLI and the dashboard's form all use
+:class:`Registry`, so a name refused by one of them is refused by all.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from .errors import ConfigError, InvalidJob, JobNotAllowed
 from .job.text import shown
 from .options import NO_OPTIONS, JobOptions
 
-_OWNERS = ("self", "cls")
-"""Names of the first parameter of methods that are called on an instance or a class."""
+_FIRST_PARAMETERS = ("self", "cls")
+"""Names of the first parameter that identify a method."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a name stands for, ready to be called."""
+    """The callable that a job's target and method refer to."""
 
     function: Callable[..., Any]
     """The function, or the unbound method of ``cls``."""
     cls: type | None = None
-    """The class that is instantiated, without arguments, for each attempt."""
+    """The class to instantiate, without arguments, for each attempt; ``None`` for a function."""
 
     def call(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run it: of a class, on a new instance."""
+        """Call the function, or the method on a new instance of ``cls``."""
         if self.cls is None:
             return self.function(*args, **kwargs)
         return self.function(self.cls(), *args, **kwargs)
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
-        """The parameters that a job gives, so without ``self``."""
+        """The signature that a job's parameters must fit, without ``self``."""
         signature = inspect.signature(self.function)
         if self.cls is None:
             return signature
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def check(self, parameters: Sequence[Any] | Mapping[str, Any]) -> None:
-        """Make sure that it can be called with these.
+        """Check that it can be called with these parameters.
 
-        :raises TypeError: says what does not fit.
+        :raises TypeError: says which parameter does not fit.
         """
         if isinstance(parameters, Mapping):
             self.signature.bind(**parameters)
@@ -60,7 +60,8 @@ class Target:
 
     @functools.cached_property
     def _positional_counts(self) -> range:
-        """How many positional parameters are certain to fit: binding thousands takes its time."""
+        """The numbers of positional parameters that fit. Comparing a number is much faster than
+        binding the signature, which matters when thousands of jobs are enqueued."""
         each = self.signature.parameters.values()
         if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in each):
             return range(0)
@@ -71,18 +72,19 @@ class Target:
 
     @functools.cached_property
     def positional_names(self) -> tuple[str, ...] | None:
-        """The names of positional parameters, ``*rest`` last; ``None`` when they are not known."""
+        """The names of the positional parameters, ``*rest`` last; ``None`` when the signature is
+        not available."""
         try:
             each = self.signature.parameters.values()
         except Exception:
-            # Such as a function written in C, or one that says anything about itself.
+            # A function written in C may have no signature, and a `__signature__` may be invalid.
             return None
         names = [p.name for p in each if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return (*names, *(f"*{p.name}" for p in each if p.kind is p.VAR_POSITIONAL))
 
     @property
-    def named(self) -> Callable[..., Any]:
-        """Something with the signature of the job's parameters, for looking up their names."""
+    def placeholder(self) -> Callable[..., Any]:
+        """A placeholder with :attr:`signature`, for looking up the names of parameters."""
 
         def job(*args: Any, **kwargs: Any) -> None: ...
 
@@ -91,8 +93,8 @@ class Target:
 
 
 @functools.lru_cache(maxsize=1_000)
-def named_after(names: tuple[str, ...]) -> Callable[..., Any]:
-    """Something with such a signature, as :attr:`Target.named`, from ``positional_names``."""
+def placeholder_for(names: tuple[str, ...]) -> Callable[..., Any]:
+    """A placeholder like :attr:`Target.placeholder`, made from :attr:`Target.positional_names`."""
 
     def job(*args: Any, **kwargs: Any) -> None: ...
 
@@ -110,34 +112,33 @@ def named_after(names: tuple[str, ...]) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Decorated:
-    """A function that ``@bgjobs.job`` allowed, with the options given there."""
+    """A function decorated with ``@bgjobs.job``, and the options given to the decorator."""
 
     function: Callable[..., Any]
     options: JobOptions
-    import_of_module: object = None
-    """What tells one import of its module from the next, as after a reload."""
+    module_spec: object = None
+    """The ``__spec__`` of its module: a new object after each import or reload."""
 
     @functools.cached_property
     def target(self) -> Target:
-        """The function, ready to be called."""
+        """The function as a :class:`Target`."""
         return Target(self.function)
 
     def is_same_definition(self, other: Decorated) -> bool:
-        """Whether ``other`` comes from the same lines of source, run once more.
-
-        So it is in a factory that is called again, and in a module that is imported again.
-        """
+        """Whether ``other`` is the result of running the same definition again, in an app factory
+        that is called twice or in a module that is imported again."""
         if is_same_source(self.function, other.function):
             return True
         mine, theirs = ((f.__module__, f.__qualname__) for f in (self.function, other.function))
-        return mine == theirs and self.import_of_module is not other.import_of_module
+        return mine == theirs and self.module_spec is not other.module_spec
 
 
 class Registry:
-    """The names that one app allows, and what they stand for.
+    """The allow-list of one app, and the callables that its names refer to.
 
-    :param allowed: from ``BGJOBS_ALLOWED_JOBS``.
-    :param decorated: functions decorated with ``@bgjobs.job``, by stored name; may grow later.
+    :param allowed: the value of ``BGJOBS_ALLOWED_JOBS``.
+    :param decorated: functions decorated with ``@bgjobs.job``, by stored name. Functions may be
+        added to it later.
     """
 
     def __init__(self, allowed: AllowedJobs, decorated: Mapping[str, Decorated]) -> None:
@@ -149,14 +150,14 @@ class Registry:
         return len(set(self._allowed) | set(self._decorated))
 
     def names(self) -> list[str]:
-        """All names allowed, sorted."""
+        """All allowed names, sorted."""
         return sorted(set(self._allowed) | set(self._decorated))
 
     def methods(self, name: str) -> list[str]:
-        """The methods that may be called of the class ``name``; empty for a function.
+        """The allowed methods of the class ``name``, sorted; empty for a function.
 
         :raises JobNotAllowed: when the name is not allowed.
-        :raises InvalidJob: when it cannot be imported.
+        :raises InvalidJob: when the class cannot be imported.
         """
         self._check_name(name)
         if name in self._decorated:
@@ -174,18 +175,19 @@ class Registry:
         )
 
     def options(self, name: str) -> JobOptions:
-        """The options that the decorator gave; none for a job allowed by the configuration."""
+        """The options given to the decorator; no options for a name allowed by the
+        configuration."""
         decorated = self._decorated.get(name)
         return NO_OPTIONS if decorated is None else decorated.options
 
     def queues(self) -> set[str]:
-        """The queues that decorators name."""
+        """The queues given as ``queue=`` to decorators."""
         return {each.options.queue for each in self._decorated.values() if each.options.queue}
 
     def check(self, name: object, method: object = None) -> None:
-        """Refuse what the allow-list does not hold, without importing anything.
+        """Check a name and a method against the allow-list, without importing anything.
 
-        :raises JobNotAllowed: when name or method are not allowed, or are no names at all.
+        :raises JobNotAllowed: when one of them is not allowed, or is not a string.
         """
         self._check_name(name)
         if method is None:
@@ -194,7 +196,7 @@ class Registry:
             hint = (
                 f"; did you mean parameters={shown(method)}?"
                 if isinstance(method, list | tuple | dict)
-                else "; jobs are run by methods whose name does not start with an underscore"
+                else "; a job needs a method whose name does not start with an underscore"
             )
             raise JobNotAllowed(f"{shown(method)} is not the name of a public method{hint}")
         methods = self._allowed.get(str(name))
@@ -205,32 +207,34 @@ class Registry:
             )
 
     def resolve(self, name: str, method: str | None = None) -> Target:
-        """What ``name`` and ``method`` stand for. Checked, then imported once and kept.
+        """The callable for ``name`` and ``method``. They are checked first; then the module is
+        imported, and the result is cached.
 
-        :raises JobNotAllowed: when they are not allowed; nothing was imported.
-        :raises InvalidJob: when they are allowed but do not exist or cannot be imported.
+        :raises JobNotAllowed: when they are not allowed. Nothing has been imported.
+        :raises InvalidJob: when they are allowed but do not exist, or cannot be imported.
         """
         self.check(name, method)
         if method is None and name in self._decorated:
             return self._decorated[name].target
-        known = self._resolved.get((name, method))
-        if known is not None:
-            return known
+        cached = self._resolved.get((name, method))
+        if cached is not None:
+            return cached
         target = self._find(name, method)
         self._resolved[name, method] = target
         return target
 
-    def known(self, name: str, method: str | None = None) -> Target | None:
-        """What ``name`` and ``method`` stand for, as far as that is known; nothing is imported.
+    def resolve_imported(self, name: str, method: str | None = None) -> Target | None:
+        """The callable for ``name`` and ``method`` if its module is already imported, else
+        ``None``. Nothing is imported.
 
         :raises JobNotAllowed: when they are not allowed.
-        :raises InvalidJob: when they do not exist.
+        :raises InvalidJob: when the name is imported but not callable, or has no such method.
         """
         self.check(name, method)
         if (name, method) in self._resolved or name in self._decorated:
             return self.resolve(name, method)
         module, _, attribute = name.rpartition(".")
-        # One that is just being imported may not have it yet.
+        # A module that is still being imported may not define it yet.
         thing = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
         return None if thing is None else _target_of(thing, name, method)
 
@@ -238,7 +242,7 @@ class Registry:
         if not isinstance(name, str):
             hint = ": call its own enqueue(…)" if hasattr(name, "job_name") else ""
             raise JobNotAllowed(
-                "a job is named by its dotted name, such as 'shop.jobs.SampleJob', not "
+                "a job is identified by its dotted name, such as 'shop.jobs.SampleJob', not "
                 f"{shown(name)}{hint}"
             )
         if name in self._allowed or name in self._decorated:
@@ -246,8 +250,9 @@ class Registry:
         close = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise JobNotAllowed(
-            f"{shown(name)} is not allowed to run as a job: BGJOBS_ALLOWED_JOBS does not hold it "
-            f"and no function decorated with @bgjobs.job has that name.{hint or _cause(name)}"
+            f"{shown(name)} is not allowed to run as a job: it is not in BGJOBS_ALLOWED_JOBS, "
+            "and no function decorated with @bgjobs.job has this name."
+            f"{hint or _import_hint(name)}"
         )
 
     def _find(self, name: str, method: str | None) -> Target:
@@ -259,27 +264,28 @@ class Registry:
 
 
 def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two functions come from the same lines of source, run twice."""
-    # All that one decorator wraps have the code of its wrapper.
+    """Whether two functions were made by running the same definition twice."""
+    # Unwrapped first, because all functions wrapped by one decorator share the wrapper's code.
     try:
         codes = [getattr(inspect.unwrap(each), "__code__", None) for each in (one, other)]
     except ValueError:
-        # One that is said to wrap itself.
+        # `__wrapped__` refers to the function itself.
         return False
     return codes[0] is not None and codes[0] is codes[1]
 
 
 def decorated(function: Callable[..., Any], options: JobOptions) -> Decorated:
-    """``function`` as ``@bgjobs.job`` keeps it."""
+    """The record of a function that ``@bgjobs.job`` decorates."""
     module = sys.modules.get(function.__module__)
-    # A reload gives the same module another one.
+    # A reload keeps the module object and replaces its `__spec__`.
     return Decorated(function, options, getattr(module, "__spec__", None))
 
 
 def stored_name(function: Callable[..., Any], name: str | None) -> str:
-    """The name under which a decorated function is stored.
+    """The name under which the jobs of a decorated function are stored.
 
-    :raises ConfigError: when the function needs a ``name=`` and has none, or it is malformed.
+    :param name: the ``name=`` of the decorator.
+    :raises ConfigError: when the function needs a ``name=`` and has none, or the name is malformed.
     """
     if name is not None:
         if not is_dotted_name(name, parts=1):
@@ -290,22 +296,23 @@ def stored_name(function: Callable[..., Any], name: str | None) -> str:
     qualified = function.__qualname__
     if function.__module__ == "__main__":
         raise ConfigError(
-            f"{qualified} has no name by which a worker could find it, because this program was "
-            "started as a script: give it one with @bgjobs.job(name='…'), or start the app with "
+            f"a worker cannot find {qualified} by its name, because this program was started as a "
+            "script: set a name with @bgjobs.job(name='…'), or start the app with "
             "`flask --app … run`"
         )
     if "." in qualified or not qualified.isidentifier():
         raise ConfigError(
-            f"{function.__module__}.{qualified} cannot be found again by that name in a worker: "
-            "give it one with @bgjobs.job(name='…')"
+            f"a worker cannot find {function.__module__}.{qualified} by this name: set a name "
+            "with @bgjobs.job(name='…')"
         )
     return f"{function.__module__}.{qualified}"
 
 
 def require_job_function(thing: object, name: str | None) -> None:
-    """Refuse what ``@bgjobs.job`` cannot make a job.
+    """Check that ``@bgjobs.job`` can make a job of the decorated object.
 
-    :param name: the name given to the decorator; a worker can find even a method by it.
+    :param name: the ``name=`` of the decorator. With a name, static methods and bound methods
+        are allowed.
     :raises ConfigError: says what to write instead.
     """
     if isinstance(thing, str):
@@ -321,45 +328,46 @@ def require_job_function(thing: object, name: str | None) -> None:
             f"{getattr(thing, '__qualname__', thing)} is a method: decorate a function, or allow "
             "its class in BGJOBS_ALLOWED_JOBS and name the method when you enqueue"
         )
-    # A decorator such as functools.cache makes an object of a function, and names the function.
+    # Decorators such as functools.cache return an object that is not a function, and keep the
+    # function in `__wrapped__`.
     bare = inspect.unwrap(thing) if callable(thing) else None
     if not inspect.isroutine(bare) or hasattr(thing, "job_name"):
         raise ConfigError(
             f"@bgjobs.job needs a function, not {shown(thing)}: write one with `def` that calls it"
         )
-    # Another decorator may run the generator that it wraps.
+    # Checked without unwrapping: another decorator may iterate over the generator that it wraps.
     if inspect.isgeneratorfunction(thing) or inspect.isasyncgenfunction(thing):
         raise ConfigError(
-            f"{bare.__qualname__} is a generator, and nobody would run it to its end: return a "
+            f"{bare.__qualname__} is a generator, and a job does not iterate over it: return a "
             "list instead"
         )
 
 
 def _needs_class(thing: object) -> bool:
-    """Whether it is a function of a class that cannot be called without an instance or class."""
+    """Whether it is a method that needs an instance or a class as its first argument."""
     if isinstance(thing, classmethod):
         return True
     if not (inspect.isfunction(thing) and _is_in_class(thing)):
         return False
-    return next(iter(inspect.signature(thing).parameters), "") in _OWNERS
+    return next(iter(inspect.signature(thing).parameters), "") in _FIRST_PARAMETERS
 
 
 def _is_in_class(thing: object) -> bool:
     if inspect.ismethod(thing) or isinstance(thing, staticmethod):
         return True
-    # Of a function in a class, the class stands before its name; of a nested one, `<locals>`.
+    # The qualified name is `Class.name` for a method, `outer.<locals>.name` for a nested function.
     outer, _, _ = getattr(thing, "__qualname__", "").rpartition(".")
     return inspect.isfunction(thing) and bool(outer) and not outer.endswith("<locals>")
 
 
-def where(function: Callable[..., Any]) -> str:
-    """Where the source of a function stands, as ``file:line``."""
+def source_location(function: Callable[..., Any]) -> str:
+    """The place where a function is defined, as ``file:line``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else shown(function)
 
 
-def _cause(name: str) -> str:
-    """Why a name that is allowed elsewhere may not be allowed in this process."""
+def _import_hint(name: str) -> str:
+    """A hint for a name that may be allowed in other processes of the app but not in this one."""
     module = name.rpartition(".")[0]
     if not module or not is_dotted_name(name):
         return ""
@@ -372,7 +380,7 @@ def _cause(name: str) -> str:
 
 
 def _is_public(method: str) -> bool:
-    # `mro` is the one public name that a class answers to without defining it.
+    # `type` itself has one public method, `mro`, which every class answers to.
     return method.isidentifier() and not method.startswith("_") and not hasattr(type, method)
 
 
@@ -383,7 +391,7 @@ def _import(name: str) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        # A module may raise anything, `sys.exit()` included: that is no end of the process.
+        # A module may call `sys.exit()` when it is imported; that must not end the process.
         raise InvalidJob(
             f"{name} is allowed, but its module cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -417,7 +425,8 @@ def _method_of(cls: type, name: str, method: str | None) -> Target:
 
 
 def _find_method(cls: type, method: str) -> Any:
-    """The function called ``method``, unless a built-in class or a mere attribute provides it."""
+    """The method of a class; ``None`` if there is none, if it is not a function, or if it is
+    inherited from a built-in class."""
     for base in cls.__mro__:
         if method in vars(base):
             found = vars(base)[method]

@@ -1,4 +1,4 @@
-"""What flask-bgjobs holds for one Flask app, kept as ``app.extensions["bgjobs"]``."""
+"""The state of flask-bgjobs for one Flask app, stored as ``app.extensions["bgjobs"]``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .job.records import JobSpec, Settled
 from .job.redact import Redactor
 from .models import Job, provide_actions
-from .registry import Registry, named_after
+from .registry import Registry, placeholder_for
 from .signals import emit, emit_in_worker, emit_settled, job_cancelled
 from .store import ActionResult, Actor, Store
 from .system.safe_logging import SafeLogger
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 Authorizer = Callable[[str, Job | None], bool]
 Identifier = Callable[[], str]
 FailureHook = Callable[..., object]
-"""Called with the job and the exception, and with ``final`` by name."""
+"""Called as ``hook(job, exception, final=…)``."""
 
 
 def call_now(call: Callable[[], None]) -> None:
-    """Make a call at once, in this thread."""
+    """Call a function immediately, in the current thread."""
     call()
 
 
@@ -48,44 +48,48 @@ class AppState:
     store: Store
     redactor: Redactor
     table: sa.Table
-    """The host's copy of the job table, by which its session finds the bind."""
+    """The job table in the app's metadata, from which the app's session finds the bind."""
     find_authorizer: Callable[[], Authorizer | None]
-    """Who may do what on the dashboard; ``None`` until the host registered it."""
+    """Returns the dashboard's authorizer; ``None`` until the app has registered one."""
     find_identifier: Callable[[], Identifier | None]
-    """Who the visitor is, for the audit trail; ``None``: Flask-Login knows, or nobody."""
+    """Returns the function that names visitors in the audit trail; ``None`` if the app has
+    registered none: then Flask-Login or the IP address provides the name."""
     failure_hooks: Sequence[FailureHook] = ()
-    """Called with each failed attempt; the host may register more of them at any time."""
+    """Called after each failed attempt. The app may register more of them at any time."""
     call_soon: Callable[[Callable[[], None]], object] = call_now
-    """Makes a call of the host's functions; a worker and its children do it in a thread."""
+    """Calls functions of the app. In a worker and its child processes it calls them in a separate
+    thread."""
     enqueued: list[Callable[[Job], object]] = dataclasses.field(default_factory=list)
-    """Called with each job whose enqueue has committed: wake-ups, and tests that run it."""
+    """Callbacks that receive each job whose enqueue has committed: to wake up a worker, or to run
+    the job in a test."""
 
     def emit(self, signal: Any, **values: object) -> None:
         """Send a signal with this app as sender."""
         emit(signal, self.app, **values)
 
     def emit_in_worker(self, signal: Any, **values: object) -> None:
-        """The same where the session is nobody's: what its receivers leave in it is rolled back."""
+        """Send a signal in a worker, then remove the session, so that changes that receivers have
+        not committed are rolled back."""
         emit_in_worker(signal, self.app, **values)
-        self._leave_no_session()
+        self._remove_open_session()
 
     def emit_settled(self, settled: Settled) -> None:
-        """Send the signals of what was recorded of an attempt, as :meth:`emit_in_worker` does."""
+        """Send the signals for the recorded outcome of an attempt, then remove the session."""
         emit_settled(self.app, settled)
-        self._leave_no_session()
+        self._remove_open_session()
 
     def check_can_work(self, *, forks: bool, app: str | None) -> None:
-        """Refuse a worker that could not work in any process.
+        """Check that a worker can run with this app, pool and database.
 
-        :param forks: whether one of its pools makes child processes.
-        :param app: from where child processes would import the app.
-        :raises ConfigError: says what to set.
+        :param forks: whether one of the worker's pools uses child processes.
+        :param app: the import name of the app for child processes, as for ``flask --app``.
+        :raises ConfigError: says which setting to change.
         """
         if forks and not hasattr(os, "fork"):
             raise ConfigError("the process pool needs fork(): use the thread pool on this system")
         if forks and app is None:
             raise ConfigError(
-                "the process pool builds the app anew in each child process: set "
+                "the process pool builds the app again in each child process: set "
                 "BGJOBS_APP = 'shop:create_app' (what `flask --app` takes)"
             )
         if (library := patched_by()) is not None:
@@ -98,18 +102,19 @@ class AppState:
 
         if self.store.outer_connection is not None:
             raise ConfigError(
-                "db.session is bound to one connection, as in a test that rolls back, and a worker "
-                "uses several: use flask_bgjobs.testing"
+                "db.session is bound to one connection, as in a test that rolls back, but a worker "
+                "needs several: use flask_bgjobs.testing"
             )
 
     def find_job(self, job_id: int) -> Job | None:
-        """The job, loaded and detached; ``None`` where there is none."""
+        """The job, loaded and detached; ``None`` if no job has this id."""
         return self.store.get(job_id)
 
     def cancel(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
-        """Cancel jobs, and tell of those that waited; running ones are asked to stop.
+        """Cancel jobs. Jobs that have not started are cancelled at once, and ``job_cancelled`` is
+        sent for each of them; running jobs are asked to stop.
 
-        :param by: who does it, for the audit trail; ``None``: the app's own code.
+        :param by: who cancels them, for the audit trail; ``None`` for the app's own code.
         """
         result = self.store.cancel(ids, by)
         for job in self.store.get_many(result.done) if result.done else ():
@@ -119,70 +124,72 @@ class AppState:
     def logged_parameters(
         self, job: Job | JobSpec, parameters: Any, names: tuple[str, ...] | None
     ) -> Any:
-        """The parameters of a job as they may stand in a log line; nothing is imported for it.
+        """The parameters of a job with secrets masked, for a log line. Nothing is imported.
 
-        :param names: as ``Outcome.parameter_names``. Where they are neither given nor known in
-            this process, all positional values are masked.
+        :param names: as in ``Outcome.parameter_names``. If they are not given and the job's module
+            is not imported in this process, all positional values are masked.
         """
-        return self.redactor.parameters(parameters, self._known(job, names))
+        return self.redactor.parameters(parameters, self._placeholder_if_imported(job, names))
 
     def logged_text(
         self, text: str, job: Job | JobSpec, parameters: Any, names: tuple[str, ...] | None
     ) -> str:
-        """An error of a job as it may stand in a log line; as :meth:`logged_parameters`."""
-        return self.redactor.text(text, parameters, self._known(job, names))
+        """An error of a job with secrets masked, for a log line; see :meth:`logged_parameters`."""
+        return self.redactor.text(text, parameters, self._placeholder_if_imported(job, names))
 
     def masked_parameters(self, target: str, method: str | None, parameters: Any) -> Any:
-        """The parameters of a job as they may be shown."""
-        return self.redactor.parameters(parameters, self._named(target, method))
+        """The parameters of a job with secrets masked, for display. May import its module."""
+        return self.redactor.parameters(parameters, self._placeholder(target, method))
 
     def masked_text(self, text: str, target: str, method: str | None, parameters: Any) -> str:
-        """An error or traceback of a job as it may be shown."""
-        return self.redactor.text(text, parameters, self._named(target, method))
+        """An error or traceback of a job with secrets masked, for display. May import its
+        module."""
+        return self.redactor.text(text, parameters, self._placeholder(target, method))
 
     def roll_back_session(self) -> None:
-        """Roll back what the host's session of this context has not committed."""
+        """Roll back uncommitted changes of the app's session in this context."""
         if self.db.session.registry.has():
-            # Where it cannot, it is removed next, and that is logged.
+            # If the rollback fails, removing the session fails next, and that is logged.
             with contextlib.suppress(Exception):
                 self.db.session.rollback()
 
     def remove_session(self) -> None:
-        """Roll back and close the host's session of this context, whatever state it is in."""
+        """Roll back and close the app's session in this context, whatever state it is in."""
         try:
             self.db.session.remove()
         except Exception:
             SafeLogger(self.app.logger).exception("The session could not be removed cleanly")
 
-    def _leave_no_session(self) -> None:
-        # Most receivers use none, and to make one in order to remove it would cost more.
+    def _remove_open_session(self) -> None:
+        # Most receivers use no session, and `remove()` would first create one.
         if self.db.session.registry.has():
             self.remove_session()
 
-    def _known(
+    def _placeholder_if_imported(
         self, job: Job | JobSpec, names: tuple[str, ...] | None
     ) -> Callable[..., Any] | None:
-        # In a worker with a process pool a module that crashes or hangs would do so in the worker.
+        # Nothing is imported: a module that crashes or hangs would do so in the worker, even if its
+        # jobs run in child processes.
         try:
             if names is not None:
-                return named_after(names)
-            found = self.registry.known(job.target, job.method)
-            return None if found is None else found.named
+                return placeholder_for(names)
+            found = self.registry.resolve_imported(job.target, job.method)
+            return None if found is None else found.placeholder
         except Exception:
             return None
 
-    def _named(self, target: str, method: str | None) -> Callable[..., Any] | None:
+    def _placeholder(self, target: str, method: str | None) -> Callable[..., Any] | None:
         try:
-            return self.registry.resolve(target, method).named
+            return self.registry.resolve(target, method).placeholder
         except Exception:
-            # Refused, gone or not importable here: then the names are simply not known.
+            # Not allowed, deleted or not importable in this process: the names are unknown.
             return None
 
 
 def state_of(app: Flask) -> AppState:
     """The state of ``app``.
 
-    :raises ConfigError: when ``BgJobs.init_app`` has not been called for it.
+    :raises ConfigError: when ``BgJobs.init_app`` has not been called for the app.
     """
     try:
         state: AppState = app.extensions["bgjobs"]
@@ -195,7 +202,7 @@ def state_of(app: Flask) -> AppState:
 
 
 def current_state() -> AppState:
-    """The state of the current app; an application context is needed."""
+    """The state of the current app. Requires an application context."""
     return state_of(current_app._get_current_object())  # type: ignore[attr-defined]  # LocalProxy
 
 
@@ -203,11 +210,12 @@ provide_actions(current_state)
 
 
 def import_jobs(state: AppState) -> None:
-    """Import the modules in ``BGJOBS_IMPORTS``, so that their decorated jobs are known.
+    """Import the modules in ``BGJOBS_IMPORTS``, so that their decorated functions are registered.
 
-    They are imported in an application context of their own, which ends what they leave open.
+    Each module is imported in its own application context, so that a session which the module
+    leaves open is closed.
 
-    :raises ConfigError: names the module that cannot be imported, and why.
+    :raises ConfigError: names the module that cannot be imported, and the reason.
     """
     for module in state.config.imports:
         failure: Exception | None = None
@@ -221,7 +229,7 @@ def import_jobs(state: AppState) -> None:
                 is_imported = True
         except Exception:
             if not is_imported:
-                # Such as a receiver of the context's signals.
+                # Pushing the context failed, for example in a receiver of its signals.
                 raise
             logger = SafeLogger(state.app.logger)
             logger.exception("Teardown after the import of %s raised", module)

@@ -105,7 +105,7 @@ def _execute(
 
 def _named_function(target: Target) -> Callable[..., Any] | None:
     try:
-        return target.named
+        return target.placeholder
     except Exception:
         # The function has no readable signature, so any parameter may be a secret.
         return None

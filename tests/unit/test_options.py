@@ -166,9 +166,9 @@ def test_priority_names() -> None:
     """The names are those of the configuration, and the message lists them."""
     config = Config.from_mapping({"BGJOBS_PRIORITIES": {"urgent": 9, "idle": -9}})
     assert values(config, priority="idle")["priority"] == -9
-    with pytest.raises(InvalidJob, match=r"'high' is not known; .* names urgent, idle"):
+    with pytest.raises(InvalidJob, match=r"unknown priority 'high'; .*\(urgent, idle\)"):
         values(config, priority="high")
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown priority"):
         priority_number("5", config.priorities)
 
 
