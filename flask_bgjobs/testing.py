@@ -1,4 +1,4 @@
-"""For the tests of host apps: run jobs without a worker, also on in-memory SQLite."""
+"""Helpers for the tests of an app: run jobs without a worker, also on in-memory SQLite."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from .worker.worker import register
 
 @contextlib.contextmanager
 def inline(app: Flask) -> Iterator[None]:
-    """Within it, each job runs in this thread as soon as its enqueue has committed.
+    """Context manager in which each job runs in the current thread as soon as its enqueue has
+    committed.
 
-    A job that is saved at once has run when the enqueue returns. One that joined uncommitted
-    changes, or the session given as ``session=``, runs when that commits. On in-memory SQLite, and
-    where ``db.session`` is bound to a connection, every job joins; there a session without changes
-    is committed for it. Delays are not waited for; a failed job is left ``retrying``.
+    A job that does not join a transaction has run when the enqueue returns. A job that joined
+    uncommitted changes, or the session given as ``session=``, runs when they are committed. On
+    in-memory SQLite, and if ``db.session`` is bound to a connection, every job joins the session;
+    if the session holds no changes, ``inline`` commits it. Delays are ignored. A failed job stays
+    ``retrying`` and is not run again.
 
-    :raises BgJobsError: when ``db.session`` holds uncommitted changes that keep the database, or
-        the connection, from being used.
+    :raises BgJobsError: when ``db.session`` holds uncommitted changes, on SQLite or while it is
+        bound to a connection: they would block the database or the connection.
     """
     state = state_of(app)
     _refuse_uncommitted(state, "inline")
@@ -49,21 +51,23 @@ def inline(app: Flask) -> Iterator[None]:
             yield
     finally:
         state.enqueued.remove(run)
-        # It would wait for those changes, or commit them.
+        # With uncommitted changes, the statement would wait for them, or commit them.
         if not _holds_changes(state):
             with app.app_context():
                 state.store.stop_worker(worker_id)
 
 
 def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
-    """The outcomes of all jobs that were due, run in this thread, best first.
+    """Run all jobs that are due in the current thread, in the order in which a worker would claim
+    them, and return their outcomes.
 
-    Jobs that those jobs enqueue run as well; delayed ones and retries that are not due stay.
-    Timeouts are not enforced.
+    Jobs that these jobs enqueue are run too. Delayed jobs and retries that are not due yet are not
+    run. Timeouts are not enforced.
 
-    :param queues: only these, in strict order; all by default.
-    :raises BgJobsError: when ``db.session`` holds uncommitted changes on SQLite, or on a connection
-        that the test has bound it to.
+    :param queues: the only queues to serve, in strict order; default: all queues.
+    :returns: one item for each attempt, with ``status``, ``error`` and ``result`` among others.
+    :raises BgJobsError: when ``db.session`` holds uncommitted changes, on SQLite or while it is
+        bound to a connection.
     """
     state = state_of(app)
     _refuse_uncommitted(state, "drain")
@@ -90,7 +94,7 @@ def _refuse_uncommitted(state: AppState, helper: str) -> None:
 
 
 def _holds_changes(state: AppState) -> bool:
-    """Whether the test's session has written what nobody else can write beside."""
+    """Whether the test's session holds changes that block other writers."""
     store = state.store
     if not (store.has_one_writer or store.outer_connection is not None):
         return False

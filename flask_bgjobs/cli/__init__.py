@@ -1,4 +1,4 @@
-"""``flask bgjobs …``: each command parses, calls one function and prints."""
+"""The commands ``flask bgjobs …``: each parses its options, calls one function and prints."""
 
 from . import database, jobs, operate, worker
 from .group import bgjobs_commands

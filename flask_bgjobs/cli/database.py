@@ -1,4 +1,4 @@
-"""Commands about the tables: init-db and check."""
+"""Commands about the tables: ``init-db`` and ``check``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def init_db_command() -> None:
     state = current_state()
     created = schema.create_tables(state)
     notice = state.store.prepare(wal=state.config.sqlite_wal)
-    click.echo(f"Created {', '.join(created)}" if created else "All tables are already there")
+    click.echo(f"Created {', '.join(created)}" if created else "All tables already exist")
     if created and (note := _migrations_note(state)):
         click.echo(f"Note: {note}", err=True)
     if notice:
@@ -25,15 +25,15 @@ def init_db_command() -> None:
 
 
 def _migrations_note(state: AppState) -> str | None:
-    """What else is to be done where another tool makes and drops tables."""
+    """What the user has to do if another tool creates and drops tables in this database."""
     from ..operations import schema
 
     if "migrate" in state.app.extensions:
         return (
-            "this app has Flask-Migrate, whose migrations do not know of these tables. Where a "
-            "migration makes them, `flask db upgrade` will fail in this database now: tell it with "
-            "`flask db stamp`. Elsewhere run `flask db migrate` and `flask db upgrade`, and not "
-            "this command"
+            "this app has Flask-Migrate, whose migrations do not know that these tables exist. If "
+            "one of them creates the tables, `flask db upgrade` will fail in this database: mark "
+            "it as applied with `flask db stamp`. In other databases, run `flask db migrate` and "
+            "`flask db upgrade` instead of this command"
         )
     if schema.is_migrated_by_alembic(state):
         return (
@@ -47,9 +47,10 @@ def _migrations_note(state: AppState) -> str | None:
 @bgjobs_commands.command("check")
 @one_sentence
 def check_command() -> None:
-    """Compare the database with the models, and what db.session sees with what we see.
+    """Compare the database with the models, and check that db.session and workers use the same
+    tables.
 
-    The exit code is 1 when they differ.
+    The exit code is 1 if there are differences.
     """
     from ..operations import schema
 
@@ -60,13 +61,13 @@ def check_command() -> None:
         click.echo(sentence)
     if elsewhere:
         raise click.ClickException(
-            "db.session writes jobs where workers do not look: set the schema, role or database "
-            "in a `connect` listener on the engine, which runs for flask-bgjobs as well"
+            "db.session writes jobs to tables that workers do not read: set the schema, role or "
+            "database in a `connect` listener on the engine, which also runs for flask-bgjobs"
         )
     if found:
         raise click.ClickException(
             f"{len(found)} difference(s); run `flask db migrate` and `flask db upgrade` (without "
-            "Flask-Migrate, `flask bgjobs init-db` makes missing tables)"
+            "Flask-Migrate, `flask bgjobs init-db` creates missing tables)"
         )
     click.echo("The database matches the models")
     if note := state.store.link_advice():

@@ -1,4 +1,4 @@
-"""The group of commands, and what all of them share."""
+"""The command group, shared options and parameter types."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ else:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-bgjobs_commands = AppGroup("bgjobs", help="Background jobs: run a worker, see and change jobs.")
+bgjobs_commands = AppGroup("bgjobs", help="Run a worker, and manage background jobs.")
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 def one_sentence(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what goes wrong into one sentence and exit code 1."""
+    """Decorator that prints expected errors as one sentence and exits with code 1."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -62,7 +62,7 @@ class QueueNames(_ParamType):
 
 
 class NumberRange(click.FloatRange):
-    """A number within bounds, which NaN is not."""
+    """A number within bounds. NaN is refused, which :class:`click.FloatRange` accepts."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         number = super().convert(value, param, ctx)
@@ -84,7 +84,7 @@ class Duration(_ParamType):
 
 
 class Moment(_ParamType):
-    """A time: a duration before now, or ISO 8601, in UTC unless it says otherwise."""
+    """A time: a duration before now, or ISO 8601, which is UTC unless it has a time zone."""
 
     name = "time"
 

@@ -1,4 +1,4 @@
-"""Commands about jobs: enqueue, list, show, retry, cancel, delete."""
+"""Commands about jobs: ``enqueue``, ``list``, ``show``, ``retry``, ``cancel``, ``delete``."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 _RETRY = Verb("retry", actions.retry, "Retry {}?")
 _CANCEL = Verb("cancel", actions.cancel, "Cancel {}?")
-_DELETE = Verb("delete", actions.delete, "Delete {} for ever?", asks_for_ids=True)
+_DELETE = Verb("delete", actions.delete, "Permanently delete {}?", asks_for_ids=True)
 
 
 @bgjobs_commands.command("enqueue")
 @click.argument("target")
 @click.argument("method", required=False)
-@click.option("-p", "--parameters", default="[]", help="JSON: a list or an object of parameters.")
+@click.option("-p", "--parameters", default="[]", help="Parameters, as a JSON list or object.")
 @click.option("--queue", help="Name of the queue.")
-@click.option("--priority", help="A number, higher runs first, or a name.")
+@click.option("--priority", help="A number or a name; higher runs first.")
 @click.option("--delay", type=float, help="Seconds to wait before the first attempt.")
 @click.option("--retries", type=int, help="Retries after the first attempt.")
 @click.option("--retry-delay", type=float, help="Seconds before each retry.")
-@click.option("--timeout", type=float, help="Seconds that one attempt may take.")
+@click.option("--timeout", type=float, help="Time limit of one attempt in seconds.")
 @click.option("--unique-key", help="Enqueue only if no unfinished job has this key.")
 @json_option
 @one_sentence
@@ -49,7 +49,7 @@ def enqueue_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Enqueue TARGET (a class or function on the allow-list), of a class with its METHOD."""
+    """Enqueue TARGET, a function or a class on the allow-list. For a class, name the METHOD."""
     import_jobs(current_state())
     job = actions.dispatch(
         current_state(),
@@ -63,8 +63,8 @@ def enqueue_command(
     if as_json:
         print_json({"id": job.id, "status": job.status, "deduplicated": job.deduplicated})
     else:
-        known = "is already enqueued" if job.deduplicated else f"enqueued, {job.status}"
-        click.echo(f"Job {job.id} {known}: {job.name}")
+        outcome = "is already enqueued" if job.deduplicated else f"enqueued, {job.status}"
+        click.echo(f"Job {job.id} {outcome}: {job.name}")
 
 
 def _parsed(parameters: str) -> Any:
@@ -84,8 +84,10 @@ def _priority(text: str | None) -> int | str | None:
 @bgjobs_commands.command("list")
 @click.option("--status", type=click.Choice([s.value for s in JobStatus]), multiple=True)
 @click.option("--queue", multiple=True, help="Only this queue; may be repeated.")
-@click.option("--error", default="", help="Only with this exception class, as ValueError.")
-@click.option("--search", default="", help="Text in name, error, tags or key; or an id.")
+@click.option("--error", default="", help="Only jobs that raised this exception class.")
+@click.option(
+    "--search", default="", help="Text in name, parameters, error, tags, owner or key; or an id."
+)
 @click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True)
 @json_option
 @one_sentence
@@ -117,7 +119,7 @@ def list_command(
 @json_option
 @one_sentence
 def show_command(job_id: int, as_json: bool) -> None:
-    """Show one job: its fields, its log, and the attempts that did not complete."""
+    """Show a job: its fields, its log, and the attempts that did not complete."""
     from ..operations.queries import detail_data, job_detail
 
     state = current_state()
@@ -137,7 +139,7 @@ def show_command(job_id: int, as_json: bool) -> None:
 @chosen_jobs(_RETRY)
 @one_sentence
 def retry_command(**chosen: Any) -> None:
-    """Run failed, cancelled or retrying jobs again, with all their retries."""
+    """Run failed, cancelled or retrying jobs again now, with all their retries."""
     act_on_chosen(_RETRY, **chosen)
 
 
@@ -153,7 +155,7 @@ def cancel_command(**chosen: Any) -> None:
 @chosen_jobs(_DELETE)
 @one_sentence
 def delete_command(**chosen: Any) -> None:
-    """Delete jobs that do not run, for ever."""
+    """Permanently delete jobs that are not running."""
     act_on_chosen(_DELETE, **chosen)
 
 

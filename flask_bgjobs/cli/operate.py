@@ -1,4 +1,4 @@
-"""Commands for who operates the app: numbers, queues, workers, prune and health."""
+"""Commands for operators: ``stats``, ``queues``, ``workers``, ``prune``, ``health`` and others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FINISHED = [status for status in JobStatus if status in FINAL]
 @json_option
 @one_sentence
 def stats_command(as_json: bool) -> None:
-    """Show how many jobs and workers there are."""
+    """Count the jobs by status and by queue, and the workers."""
     from ..operations.queries import stats_now, time_text
 
     stats = stats_now(current_state())
@@ -83,7 +83,7 @@ def _oldest(queue: QueueStats) -> str:
 @json_option
 @one_sentence
 def queues_command(as_json: bool) -> None:
-    """Show what each queue holds, and who serves it."""
+    """Show how many jobs each queue holds, and how many workers serve it."""
     from ..operations.queries import plain, queue_stats, time_text
 
     queues = queue_stats(current_state())
@@ -107,7 +107,7 @@ def queues_command(as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True)
 @one_sentence
 def pause_command(names: Sequence[str]) -> None:
-    """Let no worker take jobs of these queues; running jobs go on."""
+    """Stop workers from claiming jobs of these queues; running jobs continue."""
     for name in names:
         changed = actions.pause(current_state(), name, this_user())
         click.echo(f"Queue {name} {'paused' if changed else 'is already paused'}")
@@ -117,18 +117,18 @@ def pause_command(names: Sequence[str]) -> None:
 @click.argument("names", nargs=-1, required=True)
 @one_sentence
 def resume_command(names: Sequence[str]) -> None:
-    """Let workers take jobs of these queues again."""
+    """Allow workers to claim jobs of these queues again."""
     for name in names:
         changed = actions.resume(current_state(), name, this_user())
         click.echo(f"Queue {name} {'resumed' if changed else 'is not paused'}")
 
 
 @bgjobs_commands.command("workers")
-@click.option("--all", "ended", is_flag=True, help="Also those that stopped or died.")
+@click.option("--all", "ended", is_flag=True, help="Also workers that stopped or died.")
 @json_option
 @one_sentence
 def workers_command(ended: bool, as_json: bool) -> None:
-    """Show the workers, and how they are."""
+    """Show the workers and their status."""
     from ..operations.queries import list_workers, plain
 
     workers = list_workers(current_state(), ended=ended)
@@ -166,9 +166,13 @@ def _worker_cells(worker: WorkerDetail) -> tuple[object, ...]:
     "statuses",
     type=click.Choice([status.value for status in _FINISHED]),
     multiple=True,
-    help="Only jobs that ended so; may be repeated.",
+    help="Only jobs with this status; may be repeated.",
 )
-@click.option("--older-than", type=Duration(), help="Instead of BGJOBS_RETENTION: 12h, 30d.")
+@click.option(
+    "--older-than",
+    type=Duration(),
+    help="Use this age instead of BGJOBS_RETENTION, such as 12h or 30d.",
+)
 @yes_option
 @one_sentence
 def prune_command(statuses: Sequence[str], older_than: float | None, yes: bool) -> None:
@@ -176,11 +180,11 @@ def prune_command(statuses: Sequence[str], older_than: float | None, yes: bool) 
     state = current_state()
     retention = _retention(state.config, statuses, older_than)
     if all(kept is None for kept in retention.values()):
-        click.echo("BGJOBS_RETENTION keeps these jobs for ever; name an age with --older-than")
+        click.echo("BGJOBS_RETENTION sets no age for these jobs; specify one with --older-than")
         return
     count = state.store.count_prunable(retention)
     if count and not yes:
-        click.confirm(f"Delete {counted(count, 'job')} for ever?", abort=True)
+        click.confirm(f"Permanently delete {counted(count, 'job')}?", abort=True)
     _prune(state, retention, count)
 
 
@@ -203,7 +207,9 @@ def _prune(state: AppState, retention: Mapping[JobStatus, float | None], count: 
             more = pruner.step()
             advance(pruner.deleted + pruner.held - seen)
             seen = pruner.deleted + pruner.held
-    click.echo(f"{counted(pruner.deleted, 'job')} deleted, {pruner.held:,} held by other tables")
+    click.echo(
+        f"{counted(pruner.deleted, 'job')} deleted, {pruner.held:,} referenced by other tables"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,7 +226,7 @@ class _Health:
 @json_option
 @one_sentence
 def health_command(as_json: bool) -> None:
-    """Say whether the database answers and a worker is alive; exit code 1 when not."""
+    """Check that the database responds and a worker is alive; exit code 1 if not."""
     health = _health(current_state())
     if as_json:
         print_json(dataclasses.asdict(health))
@@ -245,7 +251,7 @@ def _health(state: AppState) -> _Health:
     if service.silent:
         message += f", {service.silent:,} silent"
     if service.unserved:
-        message += f"; no live worker serves work in {', '.join(service.unserved)}"
+        message += f"; no live worker serves {', '.join(service.unserved)}"
     return _Health(
         service.alive > 0, True, service.alive, service.silent, service.unserved, message
     )

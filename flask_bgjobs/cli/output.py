@@ -1,4 +1,4 @@
-"""How commands print: JSON for programs, tables for people."""
+"""Output of the commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMN_WIDTH = 60
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under their heads, each column as wide as it must be."""
+    """Print rows as a table whose columns are as wide as their widest cell."""
     cells = [list(heads), *([one_line(str(cell))[:_COLUMN_WIDTH] for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
     for row in cells:
@@ -33,7 +33,10 @@ def print_json(data: Any) -> None:
 
 @contextlib.contextmanager
 def progress_bar(length: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Call what it gives with the number of steps done; shown on a terminal only."""
+    """Show a progress bar if standard error is a terminal.
+
+    :returns: a context manager. Its value is a function to call with the number of steps done.
+    """
     if not sys.stderr.isatty():
         yield lambda steps: None
         return
@@ -42,5 +45,5 @@ def progress_bar(length: int, label: str) -> Iterator[Callable[[int], None]]:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 job``, ``1,200 jobs``."""
+    """A number with its noun: ``1 job``, ``1,200 jobs``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,4 +1,4 @@
-"""What ``retry``, ``cancel`` and ``delete`` share: jobs by their ids, or many by a selection."""
+"""Jobs chosen by ids or by a selection, for ``retry``, ``cancel`` and ``delete``."""
 
 from __future__ import annotations
 
@@ -21,43 +21,51 @@ from .output import counted, progress_bar
 from .user import this_user
 
 _NEITHER_OR_BOTH = (
-    "name jobs by their ids, or select them with --status, --queue, --target, --error, --since "
-    "and --until, and not both"
+    "give either the ids of jobs, or a selection with --status, --queue, --target, --error, "
+    "--since and --until"
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verb:
-    """What a command does to jobs, and how it says so."""
+    """The action of a command, and the words that describe it."""
 
     name: str
     act: actions.Act
     question: str
     asks_for_ids: bool = False
-    """Whether it asks first also when the jobs are named one by one."""
+    """Whether it asks for confirmation even if the jobs are given by ids."""
 
     @property
     def statuses(self) -> tuple[JobStatus, ...]:
-        """Those of the jobs that it can change, in the order in which they are read."""
+        """The statuses of the jobs that it can change, in the order in which they are read."""
         return CAN_CHANGE[self.name]
 
     @property
     def done(self) -> str:
-        """What becomes of a job."""
+        """The result for one job, such as ``cancelled``."""
         return DONE[self.name]
 
 
 def chosen_jobs(verb: Verb) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The argument and options of a command that acts on ids or on a selection."""
+    """Decorator that adds the argument for ids and the options for a selection to a command."""
     statuses = click.Choice([status.value for status in verb.statuses])
     parameters = (
         click.argument("ids", nargs=-1, type=click.IntRange(1, MAX_ID)),
         click.option("--status", "statuses", type=statuses, multiple=True, help="Repeatable."),
         click.option("--queue", "queues", multiple=True, help="Name of a queue; repeatable."),
-        click.option("--target", help="A class or function, or a class with its method."),
-        click.option("--error", help="An exception class, as ValueError: of the last attempt."),
-        click.option("--since", type=Moment(), help="From then on: 2h ago, or an ISO 8601 time."),
-        click.option("--until", type=Moment(), help="Up to then: 2h ago, or an ISO 8601 time."),
+        click.option("--target", help="Name of a function, a class, or a method with its class."),
+        click.option("--error", help="Exception class of the last attempt, such as ValueError."),
+        click.option(
+            "--since",
+            type=Moment(),
+            help="Start: a duration before now, such as 2h, or an ISO 8601 time.",
+        ),
+        click.option(
+            "--until",
+            type=Moment(),
+            help="End: a duration before now, such as 2h, or an ISO 8601 time.",
+        ),
         yes_option,
     )
 
@@ -70,7 +78,7 @@ def chosen_jobs(verb: Verb) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def act_on_chosen(verb: Verb, ids: Sequence[int], yes: bool, **selectors: Any) -> None:
-    """Do what the command is for, and say what was done."""
+    """Apply the action to the chosen jobs, and print the results."""
     is_selecting = any(value not in (None, ()) for value in selectors.values())
     if is_selecting == bool(ids):
         raise click.UsageError(_NEITHER_OR_BOTH)

@@ -1,4 +1,4 @@
-"""Who uses the command line, for the audit trail."""
+"""The user of the command line, for the audit trail."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..store import Actor
 def this_user(reason: str | None = None) -> Actor:
     """The user of the operating system.
 
-    :param reason: by what many jobs were chosen.
+    :param reason: the selection by which jobs were chosen, in words.
     """
     try:
         name = getpass.getuser()
     except (KeyError, OSError):
-        # In a container a user need not have a name.
+        # In a container, the user may have no name.
         name = f"user {os.getuid()}"
     return Actor(name, "command line", reason)

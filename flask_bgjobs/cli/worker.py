@@ -1,4 +1,4 @@
-"""``flask bgjobs worker``."""
+"""The command ``flask bgjobs worker``."""
 
 from __future__ import annotations
 
@@ -38,51 +38,56 @@ from .group import NumberRange, QueueNames, bgjobs_commands, one_sentence
 if TYPE_CHECKING:
     from ..worker.worker import Worker
 
-_FLASKS_OWN_CHOICE = ("wsgi.py", "app.py")
-"""What ``flask`` looks for when nobody names an app."""
-_YEARS = 1e9
-"""Seconds or MiB: more than anybody means, and not infinite."""
-_MOST_PROCESSES = 1_000
-_FORCED_END_SECONDS = 11.0
-"""Beyond the grace of its jobs, for a worker to end; a supervisor waits for longer. A worker whose
-database and child processes all hang would need more."""
-_positive = NumberRange(min=0, min_open=True, max=_YEARS)
-_DID = {status: status.value for status in JobStatus} | {JobStatus.PENDING: "put back"}
+_DEFAULT_APP_FILES = ("wsgi.py", "app.py")
+"""Files that ``flask`` looks for when no app is given."""
+_MAX_NUMBER = 1e9
+"""Upper limit of options in seconds or MiB: more than any sensible value, but not infinite."""
+_MAX_PROCESSES = 1_000
+_FORCED_EXIT_SECONDS = 11.0
+"""Time that a worker has to end after the grace period of its jobs; a supervisor waits longer.
+If the database and the child processes all hang, this time is not enough, and the process is ended
+by force."""
+_positive = NumberRange(min=0, min_open=True, max=_MAX_NUMBER)
+_SUMMARY_WORDS = {status: status.value for status in JobStatus} | {JobStatus.PENDING: "released"}
 
 
 @bgjobs_commands.command("worker")
 @click.option(
-    "-q", "--queues", type=QueueNames(), help="Serve only these, in strict order: high,mail."
+    "-q", "--queues", type=QueueNames(), help="Serve only these queues, in strict order: high,mail."
 )
 @click.option("-P", "--pool", type=click.Choice(POOLS), help="Where jobs run.")
-@click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Jobs at once.")
+@click.option(
+    "-c", "--concurrency", type=click.IntRange(1, 10_000), help="Number of jobs to run at once."
+)
 @click.option(
     "--processes",
-    type=click.IntRange(1, _MOST_PROCESSES),
-    help="So many workers, each a process of its own, under one supervisor.",
+    type=click.IntRange(1, _MAX_PROCESSES),
+    help="Run this number of workers, each in its own process, under one supervisor.",
 )
 @click.option(OPTION, "supervised", type=int, hidden=True)
-@click.option("--burst", is_flag=True, help="Stop when nothing is pending or running.")
+@click.option("--burst", is_flag=True, help="Stop when no job is pending or running.")
 @click.option(
     "--max-jobs",
     type=click.IntRange(min=1),
-    help="After so many jobs, replace a child process; with threads, stop.",
+    help="Replace a child process after this number of jobs; with threads, stop the worker.",
 )
 @click.option(
     "--max-time",
     type=_positive,
-    help="The same after so many seconds.",
+    help="The same after this number of seconds.",
 )
 @click.option(
     "--max-memory",
     type=_positive,
-    help="The same at so many MiB of memory.",
+    help="The same at this memory use in MiB.",
 )
-@click.option("--no-scheduler", is_flag=True, help="No pruning; the rest goes on as without it.")
-@click.option("--reload", "reloads", is_flag=True, help="Start anew when code changes.")
+@click.option("--no-scheduler", is_flag=True, help="Do not prune old jobs.")
+@click.option("--reload", "reloads", is_flag=True, help="Restart when code changes.")
 @click.option("-n", "--name", help="Name shown on the dashboard; default: host and pid.")
 @click.option(
-    "--shutdown-timeout", type=NumberRange(min=0, max=_YEARS), help="Grace of a stop, seconds."
+    "--shutdown-timeout",
+    type=NumberRange(min=0, max=_MAX_NUMBER),
+    help="Seconds that running jobs have to finish after a stop signal.",
 )
 @one_sentence
 def worker_command(
@@ -94,14 +99,15 @@ def worker_command(
         command = [sys.executable, *without_option(sys.orig_argv[1:], "--reload")]
         sys.exit(run_with_reload(command, watched_folders(state.app.root_path)))
     show_logs()
-    # A child is told by its environment as well, where the option stands in it.
+    # `supervised` is checked too: if FLASK_BGJOBS_WORKER_PROCESSES is set, the workers that the
+    # supervisor starts read it as well.
     if processes is not None and supervised is None:
         sys.exit(_supervise(state, processes, options))
     _work(state, supervised, **options)
 
 
 def without_option(words: Sequence[str], option: str, *, has_value: bool = False) -> list[str]:
-    """The words of a command line without one option, and without its value if it has one."""
+    """The words of a command line without an option, and without its value if it has one."""
     kept = []
     rest = iter(words)
     for word in rest:
@@ -113,12 +119,15 @@ def without_option(words: Sequence[str], option: str, *, has_value: bool = False
 
 
 def _supervise(state: AppState, processes: int, options: dict[str, Any]) -> int:
-    """Run so many workers, each by this command without ``--processes``; the exit code."""
+    """Run several workers, each with this command line without ``--processes``.
+
+    :returns: the exit code.
+    """
     words = without_option(sys.orig_argv[1:], "--processes", has_value=True)
     name, grace = options["name"], options["shutdown_timeout"]
     supervisor = Supervisor(
         [
-            # Of an option that is given twice, the last one counts.
+            # Appended, because the last value counts if an option is given twice.
             [sys.executable, *words, *(["--name", f"{name}-{number}"] if name else [])]
             for number in range(1, processes + 1)
         ],
@@ -140,7 +149,7 @@ def _supervise(state: AppState, processes: int, options: dict[str, Any]) -> int:
 
 
 def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **options: Any) -> None:
-    """Run one worker in this process, until it is told to stop or is done."""
+    """Run one worker in this process until it stops, then exit."""
     from ..worker.worker import Worker, WorkerOptions
 
     worker = Worker(
@@ -152,7 +161,7 @@ def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **opti
     began = time.monotonic()
     code = 1
     try:
-        with owning_process(), _told_to_stop(worker, supervised):
+        with owning_process(), _stopping_on_signals(worker, supervised):
             worker.run()
         code = 0
     except BgJobsError as error:
@@ -160,7 +169,7 @@ def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **opti
     except DBAPIError as error:
         click.echo(f"Error: {database_sentence(error)}", err=True)
     except (Exception, SystemExit):
-        # Such as sys.exit() in a listener of the host's: this is not the end that was asked for.
+        # For example sys.exit() in a listener of the app, which must not look like a clean stop.
         _logger.exception("Worker failed | Worker: %s", worker.name)
     _say(_summary(worker, time.monotonic() - began))
     _exit(code, at_once=worker.has_code_running or _other_threads_hold_the_process())
@@ -169,38 +178,40 @@ def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **opti
 def _exit(code: int, *, at_once: bool) -> None:
     """End the process with an exit code.
 
-    :param at_once: without waiting for threads, as Python would; jobs of theirs already run
-        elsewhere.
+    :param at_once: do not wait for other threads, as Python would. Their jobs have been released,
+        and may already run in another worker.
     """
     if at_once:
         logging.shutdown()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
-        _end_helpers()
+        _terminate_helpers()
         os._exit(code)
     if code:
         sys.exit(code)
 
 
 def _say(line: str) -> None:
-    """Print a line. Where nobody reads stdout any more, print nothing from now on."""
+    """Print a line. If standard output is a closed pipe, discard this line and all later ones."""
     try:
         click.echo(one_line(line))
     except OSError:
-        # Python would try to write the rest when it ends, and exit with code 120.
+        # Otherwise Python would try to flush stdout at exit, and exit with code 120.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process's life
 
 
 def _app_path() -> str | None:
-    """From where a child process may import the app, as this command did."""
+    """The import name by which a child process can import the app, as this command did; ``None`` if
+    the app was given as an object."""
     info = click.get_current_context().find_object(ScriptInfo)
     if info is None or info.create_app is not None:
         return None
-    return info.app_import_path or next(filter(os.path.exists, _FLASKS_OWN_CHOICE), None)
+    return info.app_import_path or next(filter(os.path.exists, _DEFAULT_APP_FILES), None)
 
 
-def _end_helpers() -> None:
-    """End what jobs have started with ``multiprocessing``; Python does it at an ordinary end."""
+def _terminate_helpers() -> None:
+    """Terminate the processes that jobs have started with ``multiprocessing``, as Python does at a
+    normal exit."""
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None:
         for each in multiprocessing.active_children():
@@ -230,28 +241,30 @@ def _banner(state: AppState, worker: Worker) -> list[str]:
 
 
 def _summary(worker: Worker, seconds: float) -> str:
-    counts = ", ".join(f"{count:,} {_DID[status]}" for status, count in worker.counts.items())
-    return f"Worker {worker.name} stopped after {seconds:.1f} s: {counts or 'it ran no job'}"
+    counts = ", ".join(
+        f"{count:,} {_SUMMARY_WORDS[status]}" for status, count in worker.counts.items()
+    )
+    return f"Worker {worker.name} stopped after {seconds:.1f} s: {counts or 'no jobs'}"
 
 
 @contextlib.contextmanager
-def _told_to_stop(worker: Worker, supervised: int | None) -> Iterator[None]:
-    """Let signals stop the worker, and let its supervisor or systemd know when it takes jobs."""
-    forced_end = _ForcedEnd(worker.grace_seconds)
+def _stopping_on_signals(worker: Worker, supervised: int | None) -> Iterator[None]:
+    """Stop the worker on signals, and tell its supervisor or systemd when it is ready."""
+    forced_exit = _ForcedExit(worker.grace_seconds)
     on_started = _tell_systemd_of_start
 
     def stop() -> None:
-        forced_end.schedule()
+        forced_exit.schedule()
         worker.stop()
 
     on_stop: Callable[[], None] = stop
     if supervised is not None:
-        tie = Supervised(supervised, stop)
-        on_stop, on_started = tie.stop_once, tie.on_worker_started
+        link = Supervised(supervised, stop)
+        on_stop, on_started = link.stop_once, link.on_worker_started
 
     def on_signal(*_: object) -> None:
         on_stop()
-        sd_notify.notify("STOPPING=1", "STATUS=Running jobs have their grace")
+        sd_notify.notify("STOPPING=1", "STATUS=Waiting for running jobs")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     with (
@@ -261,24 +274,26 @@ def _told_to_stop(worker: Worker, supervised: int | None) -> Iterator[None]:
         yield
 
 
-class _ForcedEnd:
-    """Ends the process when its worker was asked to stop and cannot.
+class _ForcedExit:
+    """Ends the process if its worker cannot stop.
 
-    Its loop may stand still, in a signal receiver or a log handler that never returns. Then nothing
-    can be given back or logged: other workers take over when the heartbeat has stopped.
+    The worker's loop may be blocked in a signal receiver or a log handler that never returns. Then
+    jobs cannot be released, and the end is not logged. Other workers take over when the heartbeat
+    has stopped.
 
-    :param grace_seconds: of running jobs, after the first request.
+    :param grace_seconds: grace period of running jobs after the first stop signal.
     """
 
     def __init__(self, grace_seconds: float) -> None:
         self._grace_seconds = grace_seconds
-        # A signal handler may put into it at any moment, which it could not do with a lock.
+        # `SimpleQueue.put` is reentrant: a signal handler may call it at any moment. With a lock,
+        # it could deadlock.
         self._requests: queue.SimpleQueue[float] = queue.SimpleQueue()
         threading.Thread(target=self._wait, name="bgjobs-forced-end", daemon=True).start()
 
     def schedule(self) -> None:
-        """End the process after the grace; called again, without the grace."""
-        self._requests.put(time.monotonic() + self._grace_seconds + _FORCED_END_SECONDS)
+        """End the process after the grace period; a second call drops the grace period."""
+        self._requests.put(time.monotonic() + self._grace_seconds + _FORCED_EXIT_SECONDS)
         self._grace_seconds = 0.0
 
     def _wait(self) -> None:
@@ -290,4 +305,4 @@ class _ForcedEnd:
 
 
 def _tell_systemd_of_start(_app: Flask, worker: str) -> None:
-    sd_notify.notify("READY=1", f"STATUS=The worker {worker} takes jobs")
+    sd_notify.notify("READY=1", f"STATUS=Worker {worker} is ready for jobs")

@@ -108,7 +108,7 @@ def test_a_function_that_hangs_changes_no_outcome(
     assert [line.split()[:4] for line in lines(path)] == [[str(job.id), "1", "ValueError", "True"]]
     said = worker.log.read_text()
     assert said.count("Job failed |") == 1
-    assert "put back" not in said
+    assert "released" not in said
 
 
 def test_a_function_that_hangs_stops_no_worker(

@@ -27,7 +27,7 @@ def test_systemd_is_told(app: Flask, start_worker: Start, monkeypatch: pytest.Mo
         systemd.bind(f"\0{name}")
         systemd.settimeout(DEADLINE_SECONDS)
         worker = start_worker("-n", "me")
-        assert systemd.recv(4096) == b"READY=1\nSTATUS=The worker me takes jobs"
+        assert systemd.recv(4096) == b"READY=1\nSTATUS=Worker me is ready for jobs"
         worker.send_signal(signal.SIGTERM)
         assert systemd.recv(4096).startswith(b"STOPPING=1\n")
         assert worker.wait(DEADLINE_SECONDS) == 0

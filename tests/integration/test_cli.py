@@ -210,7 +210,7 @@ def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
     ):
         assert f"  {line}\n" in output
     assert re.search(r"Worker me stopped after \d+\.\d s: 1 completed\n", output)
-    assert "ran no job" in run("worker", "--burst")
+    assert "s: no jobs" in run("worker", "--burst")
 
 
 @pytest.mark.on("sqlite")

@@ -270,4 +270,4 @@ def test_init_db_without_flask_migrate(tmp_path: Path) -> None:
     first = _flask(tmp_path, "bgjobs init-db")
     assert "Created bgjobs_attempt, bgjobs_audit" in first
     assert "WAL mode is now on" in first
-    assert "already there" in _flask(tmp_path, "bgjobs init-db")
+    assert "already exist" in _flask(tmp_path, "bgjobs init-db")

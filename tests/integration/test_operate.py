@@ -231,10 +231,10 @@ def test_prune_goes_by_the_retention(app: Flask, state: AppState, run: Any) -> N
     """``prune`` says how many jobs it would delete, and deletes them when told yes."""
     add(state, 2, status="completed", age=8 * DAY)
     add(state, 1, status="failed", age=8 * DAY)
-    assert "Delete 2 jobs for ever? [y/N]" in run("prune", answer="n\n", code=1)
+    assert "Permanently delete 2 jobs? [y/N]" in run("prune", answer="n\n", code=1)
     assert count_jobs(app) == 3
-    assert run("prune", answer="y\n").endswith("2 jobs deleted, 0 held by other tables\n")
-    assert run("prune") == "0 jobs deleted, 0 held by other tables\n"
+    assert run("prune", answer="y\n").endswith("2 jobs deleted, 0 referenced by other tables\n")
+    assert run("prune") == "0 jobs deleted, 0 referenced by other tables\n"
     assert with_status(state, "failed") == [3]
 
 
@@ -244,7 +244,7 @@ def test_prune_by_status_and_age(app: Flask, state: AppState, run: Any) -> None:
         add(state, 1, status=status, age=2 * DAY)
         add(state, 1, status=status, age=3_600)
     words = ("--status", "failed", "--status", "cancelled", "--older-than", "1d", "--yes")
-    assert run("prune", *words) == "2 jobs deleted, 0 held by other tables\n"
+    assert run("prune", *words) == "2 jobs deleted, 0 referenced by other tables\n"
     assert len(with_status(state, "completed")) == 2
     assert run("prune", "--older-than", "1h", "--yes").startswith("4 jobs deleted")
     assert count_jobs(app) == 0
@@ -257,7 +257,7 @@ def test_prune_leaves_what_a_host_holds(app: Flask, state: AppState, run: Any) -
     change(state, sa.text(EXPORT))
     for job_id in held:
         change(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
-    assert run("prune", "--yes") == "1,001 jobs deleted, 3 held by other tables\n"
+    assert run("prune", "--yes") == "1,001 jobs deleted, 3 referenced by other tables\n"
     assert with_status(state, "completed") == held
 
 
@@ -267,7 +267,7 @@ def test_prune_keeps_for_ever(make_app: Callable[..., Flask]) -> None:
     with app.app_context():
         add(app.extensions["bgjobs"], 1, status="completed", age=999 * DAY)
     runner = app.test_cli_runner()
-    assert "for ever" in runner.invoke(args=["bgjobs", "prune"]).output
+    assert "sets no age" in runner.invoke(args=["bgjobs", "prune"]).output
     assert count_jobs(app) == 1
     runner.invoke(args=["bgjobs", "prune", "--older-than", "30d", "--yes"])
     assert count_jobs(app) == 0
@@ -291,7 +291,7 @@ def test_health(state: AppState, run: Any) -> None:
     worker = register(state, "one", queues=["default"])
     assert run("health") == "Healthy: 1 worker alive\n"
     add(state, 1, queue="mail")
-    assert run("health") == "Healthy: 1 worker alive; no live worker serves work in mail\n"
+    assert run("health") == "Healthy: 1 worker alive; no live worker serves mail\n"
     data = read(run, "health")
     assert (data["healthy"], data["database"], data["alive"]) == (True, True, 1)
     assert data["unserved"] == ["mail"]
@@ -448,7 +448,7 @@ def test_times_are_of_the_end_or_of_the_enqueue(state: AppState, run: Any) -> No
     until = ("--until", "2020-01-02T13:00Z")
     for since in ("2020-01-02T12:00:00", "2020-01-02 13:15+01:00", "2020-01-02"):
         output = run("delete", "--since", since, *until, answer="n\n", code=1)
-        assert "Delete 2 jobs for ever?" in output
+        assert "Permanently delete 2 jobs?" in output
     assert run("delete", "--until", "2020-01-02T12:00") == "No jobs match\n"
     assert run("delete", "--since", "2020-01-02T13:00", "--until", "1d") == "No jobs match\n"
 
@@ -459,7 +459,7 @@ def test_ids_or_a_selection(state: AppState, run: Any, command: str) -> None:
     add(state)
     for words in ([], ["1", "--queue", "default"], ["--yes"]):
         output = run(command, *words, code=2)
-        assert "name jobs by their ids, or select them with --status" in output
+        assert "give either the ids of jobs, or a selection with --status" in output
     assert with_status(state, "pending") == [1]
 
 
