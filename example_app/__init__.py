@@ -1,4 +1,4 @@
-"""A small shop that does its slow work in the background with flask-bgjobs."""
+"""A small shop that uses flask-bgjobs for its slow work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECURITY_HEADERS = {
 
 
 def create_app(overrides: Mapping[str, Any] | None = None) -> Flask:
-    """The shop, configured by the environment and then by ``overrides``."""
+    """Build the app. ``overrides`` take precedence over values from the environment."""
     app = Flask(__name__, instance_path=config.instance_path())
     app.config.from_mapping(config.from_environment(Path(app.instance_path)))
     app.config.from_mapping(overrides or {})
@@ -52,7 +52,7 @@ def create_app(overrides: Mapping[str, Any] | None = None) -> Flask:
 
 
 def _add_security_headers(response: Response) -> Response:
-    # The dashboard sets a policy of its own, which must stand.
+    # The dashboard sets its own policy, which must not be replaced.
     for name, value in SECURITY_HEADERS.items():
         response.headers.setdefault(name, value)
     return response

@@ -1,6 +1,6 @@
-"""What administrators see: import, photos, reports, outbox and trouble.
+"""Pages for administrators: import, photos, reports, outbox and trouble.
 
-The jobs have a dashboard of their own.
+Jobs are shown on the dashboard of flask-bgjobs.
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ def show_trouble() -> str:
 @blueprint.post(f"/trouble/<any({', '.join(TROUBLE)}):name>")
 @admin_required
 def start_trouble(name: str) -> ResponseReturnValue:
-    # Their queue is part of them: this page has no way to send them to a thread.
+    # The queue is set by the decorators, so this page cannot send these jobs to a thread.
     job = TROUBLE[name].using(owner=current_user.get_id(), tags=["trouble"]).enqueue()
     return redirect(job_url(job.id))
 
 
 def start_import(filename: str, content: bytes, owner: str | None = None) -> ProductUpload:
-    """The upload, saved together with the job that will import it."""
+    """Save an upload, and enqueue the job that imports it in the same transaction."""
     upload = ProductUpload(filename=secure_filename(filename)[-200:] or "products.csv")
     upload.content = content
     db.session.add(upload)
@@ -125,7 +125,7 @@ def start_import(filename: str, content: bytes, owner: str | None = None) -> Pro
 
 
 def start_report(since: dt.date, until: dt.date, owner: str | None = None) -> Report:
-    """The empty report, saved together with the job that will fill it."""
+    """Save an empty report, and enqueue the job that builds it in the same transaction."""
     report = Report(since=since, until=until)
     db.session.add(report)
     db.session.flush()
@@ -136,9 +136,10 @@ def start_report(since: dt.date, until: dt.date, owner: str | None = None) -> Re
 
 
 def save_photo(product: Product, content: bytes, owner: str | None = None) -> None:
-    """The product's photo from now on, saved together with the job that makes its thumbnails.
+    """Save a product's new photo, and enqueue the job that makes its thumbnails in the same
+    transaction.
 
-    :param content: checked by :func:`example_app.photos.check`.
+    :param content: the uploaded file, already checked by :func:`example_app.photos.check`.
     """
     name = photos.keep(content)
     try:
@@ -151,7 +152,7 @@ def save_photo(product: Product, content: bytes, owner: str | None = None) -> No
 
 
 def _set_photo(product: Product, name: str, owner: str | None) -> str | None:
-    # Locked, so that of two uploads at once the second sees, and removes, the first.
+    # Locked, so that the second of two simultaneous uploads finds and removes the first.
     db.session.refresh(product, with_for_update=True)
     replaced = product.photo
     product.photo, product.thumbnails_at = name, None
@@ -163,5 +164,5 @@ def _set_photo(product: Product, name: str, owner: str | None) -> str | None:
 
 
 def job_of(job_id: int | None) -> Job | None:
-    """The job with this id; ``None`` once it was pruned."""
+    """The job with this id, or ``None`` if it has been pruned."""
     return None if job_id is None else db.session.get(Job, job_id)

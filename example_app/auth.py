@@ -1,4 +1,4 @@
-"""Registration and login, and who may see the dashboard."""
+"""Registration, login, and access to the dashboard."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ blueprint = Blueprint("auth", __name__, url_prefix="/auth")
 
 @bgjobs.authorize_dashboard
 def may_use_dashboard(action: str, job: Job | None) -> bool:
-    """Administrators may do everything there, and nobody else may even look."""
+    """Allow everything to administrators, and nothing to other users."""
     return bool(current_user.is_authenticated and current_user.is_admin)
 
 
 @bgjobs.identify_visitor
 def name_for_the_audit() -> str:
-    """Who people know, where the number of an account says nothing."""
+    """The email address, which says more in the audit trail than the id of an account."""
     return str(current_user.email)
 
 
 def admin_required(view: Callable[P, R]) -> Callable[P, R]:
-    """``view`` for administrators: others get 403, visitors are asked to sign in."""
+    """Restrict a view to administrators. Other users get a 403; visitors have to sign in."""
 
     @login_required
     @functools.wraps(view)
@@ -93,21 +93,21 @@ def _save_new(user: User) -> bool:
     try:
         db.session.commit()
     except sa.exc.IntegrityError:
-        # Asking first whether the address is taken would leave a gap for a second request.
+        # Checking beforehand whether the address is taken would be a race with other requests.
         db.session.rollback()
         return False
     return True
 
 
 @functools.cache
-def _nobodys_hash() -> str:
+def _dummy_hash() -> str:
     return generate_password_hash("")
 
 
 def _user_with(email: str, password: str) -> User | None:
     user = db.session.scalar(sa.select(User).where(User.email == email))
-    # Checked in either case, so that the time taken does not tell who has an account.
-    right = check_password_hash(user.password_hash if user else _nobodys_hash(), password)
+    # Always checked, so that the response time does not reveal whether the account exists.
+    right = check_password_hash(user.password_hash if user else _dummy_hash(), password)
     return user if user is not None and right else None
 
 
@@ -117,7 +117,7 @@ def _safe_next() -> str:
 
 
 def is_local(target: str) -> bool:
-    """Whether a browser that is sent to ``target`` stays on this site."""
+    """Whether a redirect to ``target`` stays on this site."""
     # Browsers read a backslash as a slash and drop control characters and spaces.
     if not target.startswith("/") or target[1:2] in ("/", "\\") or not target.isprintable():
         return False

@@ -21,7 +21,7 @@ def register(app: Flask) -> None:
 
 
 def admin_password() -> str:
-    """The administrator's password: from ``SHOP_ADMIN_PASSWORD``, or made once and kept."""
+    """The administrator's password: from ``SHOP_ADMIN_PASSWORD``, or generated once and stored."""
     configured: str | None = current_app.config["SHOP_ADMIN_PASSWORD"]
     kept = Path(current_app.instance_path) / "admin_password"
     return configured or kept_secret(kept, ADMIN_PASSWORD_BYTES)
@@ -30,12 +30,10 @@ def admin_password() -> str:
 @click.command("seed")
 @with_appcontext
 def seed() -> None:
-    """Create the administrator, products, orders and photos, where missing."""
+    """Create the administrator, products, orders and photos, if they are missing."""
     password = admin_password()
-    made = samples.seed(password)
-    click.echo(
-        f"{made.products} products, {made.orders} orders and {made.photos} photos were added."
-    )
+    added = samples.seed(password)
+    click.echo(f"Added {added.products} products, {added.orders} orders and {added.photos} photos.")
     click.echo(f"Administrator: {samples.ADMIN_EMAIL}, password: {password}")
 
 

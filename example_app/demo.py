@@ -1,7 +1,7 @@
-"""``python -m example_app.demo``: the whole shop in one command, for trying it out.
+"""``python -m example_app.demo``: starts the whole shop with one command.
 
 Prepares the database, then runs the web server and a worker as child processes until it is
-interrupted. When either of them ends by itself, the other is ended too.
+interrupted. If one of them stops unexpectedly, the other is stopped too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ HOST = "127.0.0.1"
 DEFAULT_PORT = 5000
 START_SECONDS = 30
 WORKER_GRACE_SECONDS = 5
-END_SECONDS = 15
-"""How long a child may take to end before it is killed."""
-LOOK_SECONDS = 0.1
+STOP_SECONDS = 15
+"""Time that a child process has to stop before it is killed."""
+POLL_SECONDS = 0.1
 
 
 def main() -> int:
-    """Run the demo until it is interrupted; returns the exit code."""
+    """Run the demo until it is interrupted.
+
+    :returns: the exit code.
+    """
     port = _choose_port()
     if port is None:
         return 2
@@ -41,19 +44,20 @@ def main() -> int:
         children.append(_web_server(port))
         if not _wait_until_served(port, children, stop):
             return 0 if stop else 1
-        # Said before the worker starts, whose log lines would push it out of sight.
+        # Printed before the worker starts, because its log lines would scroll this out of view.
         _say_welcome(port, password)
         children.append(_worker())
         ended = _first_to_end(children, stop)
         if ended is None:
-            print("\nEnding the web server and the worker …", flush=True)
-            return _end(children, stop)
-        print(f"The {ended.name} ended by itself, so the demo ends.", file=sys.stderr, flush=True)
+            print("\nStopping the web server and the worker …", flush=True)
+            return _stop(children, stop)
+        print(f"The {ended.name} stopped unexpectedly: stopping.", file=sys.stderr, flush=True)
         return 1
 
 
 class StopRequest:
-    """True once somebody asked the demo to end; counts, as a second Ctrl-C means at once."""
+    """Counts the stop signals that the demo has received; true after the first one. A second Ctrl-C
+    stops the child processes immediately."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -69,23 +73,23 @@ class StopRequest:
 
 
 class Child:
-    """A process of the demo.
+    """A child process of the demo.
 
-    :param end_signal: what asks it to end.
-    :param environment: variables beside those of this process.
+    :param stop_signal: the signal that stops it.
+    :param environment: environment variables in addition to those of this process.
     """
 
     def __init__(
         self,
         name: str,
         arguments: list[str],
-        end_signal: signal.Signals,
+        stop_signal: signal.Signals,
         **environment: str,
     ) -> None:
         self.name = name
-        self._end_signal = end_signal
-        # In a session of its own, a Ctrl-C in the terminal reaches the demo alone, which
-        # then ends its children in order.
+        self._stop_signal = stop_signal
+        # In a separate session, so that a Ctrl-C in the terminal reaches only the demo, which then
+        # stops its child processes.
         self._process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdin=subprocess.DEVNULL,
@@ -97,9 +101,9 @@ class Child:
     def exit_code(self) -> int | None:
         return self._process.poll()
 
-    def ask_to_end(self) -> None:
+    def request_stop(self) -> None:
         if self.exit_code is None:
-            self._process.send_signal(self._end_signal)
+            self._process.send_signal(self._stop_signal)
 
     def kill(self) -> None:
         if self.exit_code is None:
@@ -121,7 +125,7 @@ def _choose_port() -> int | None:
 
 def _bindable(port: int) -> int | None:
     with socket.socket() as probe:
-        # As the web server does, so that a port that was just given up counts as free.
+        # The web server sets this option too; with it, a port that was just closed counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -131,7 +135,10 @@ def _bindable(port: int) -> int | None:
 
 
 def _prepare() -> str:
-    """Bring database, products and jobs into place; returns the administrator's password."""
+    """Prepare the database, with sample products and jobs.
+
+    :returns: the administrator's password.
+    """
     print("Preparing the database …", flush=True)
     app = create_app()
     with app.app_context():
@@ -144,20 +151,20 @@ def _prepare() -> str:
 
 @contextlib.contextmanager
 def _children() -> Iterator[list[Child]]:
-    """A list for children, of which none is left running afterwards, whatever happens."""
+    """A list for child processes. All of them are stopped at the end."""
     children: list[Child] = []
     try:
         yield children
     finally:
         for child in children:
-            child.ask_to_end()
-        _wait(lambda: all(child.exit_code is not None for child in children), END_SECONDS)
+            child.request_stop()
+        _wait(lambda: all(child.exit_code is not None for child in children), STOP_SECONDS)
         for child in children:
             child.kill()
 
 
 def _web_server(port: int) -> Child:
-    # Waitress closes its connections on SIGINT, and knows no SIGTERM.
+    # Waitress closes its connections on SIGINT, and does not handle SIGTERM.
     serve = ["waitress", f"--listen={HOST}:{port}", "--call", "example_app:create_app"]
     return Child("web server", serve, signal.SIGINT)
 
@@ -165,7 +172,7 @@ def _web_server(port: int) -> Child:
 def _worker() -> Child:
     grace = ["--shutdown-timeout", str(WORKER_GRACE_SECONDS)]
     work = ["flask", "--app", "example_app", "bgjobs", "worker", *grace]
-    # Its sample jobs fail on purpose.
+    # Without tracebacks, because some sample jobs fail on purpose.
     return Child("worker", work, signal.SIGTERM, SHOP_SHORT_LOG="1")
 
 
@@ -181,7 +188,7 @@ def _wait_until_served(port: int, children: list[Child], stop: StopRequest) -> b
     _wait(lambda: ended() or accepts(), START_SECONDS)
     if ended() or not accepts():
         if not stop:
-            print("The demo could not start; its messages above say why.", file=sys.stderr)
+            print("The demo could not start; see the messages above.", file=sys.stderr)
         return False
     return True
 
@@ -194,44 +201,47 @@ def _say_welcome(port: int, password: str) -> None:
   Sign in as      {samples.ADMIN_EMAIL}
   with password   {password}
 
-  A worker runs the sample jobs now: look at /jobs/ to see them run, fail, retry and succeed.
-  Its child processes make thumbnails of the products' photos. /admin/trouble has jobs for them
-  that hang and crash.
-  /test-background-job enqueues one more. Ctrl-C ends both the web server and the worker.
+  A worker now runs the sample jobs: open /jobs/ to see them run, fail, retry and succeed.
+  Its child processes make thumbnails of the product photos. /admin/trouble has jobs that hang
+  and crash. /test-background-job enqueues another job.
+  Ctrl-C stops both the web server and the worker.
 """,
         flush=True,
     )
 
 
 def _first_to_end(children: list[Child], stop: StopRequest) -> Child | None:
-    """The child that ended by itself, or ``None`` when somebody asked the demo to end."""
+    """The child process that stopped unexpectedly, or ``None`` when the demo is told to stop."""
     while not stop:
         for child in children:
             if child.exit_code is not None:
                 return child
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return None
 
 
-def _end(children: list[Child], stop: StopRequest) -> int:
-    """End the children tidily, at once after another Ctrl-C; returns the exit code."""
-    asked = 0
-    deadline = time.monotonic() + END_SECONDS
+def _stop(children: list[Child], stop: StopRequest) -> int:
+    """Stop the child processes: cleanly at first, immediately after another Ctrl-C.
+
+    :returns: the exit code.
+    """
+    forwarded = 0
+    deadline = time.monotonic() + STOP_SECONDS
     while any(child.exit_code is None for child in children) and time.monotonic() < deadline:
-        if asked < stop.count:
-            asked = stop.count
+        if forwarded < stop.count:
+            forwarded = stop.count
             for child in children:
-                child.ask_to_end()
-        time.sleep(LOOK_SECONDS)
+                child.request_stop()
+        time.sleep(POLL_SECONDS)
     clean = all(child.exit_code == 0 for child in children)
-    print("Both have ended." if clean else "Not all ended cleanly.", flush=True)
+    print("Both have stopped." if clean else "They did not stop cleanly.", flush=True)
     return 0 if clean else 1
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Made-up product photos, so that the shop has some and the repository needs none."""
+"""Drawings used as product photos, so that the repository need not contain images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEPS = 40
 
 
 def draw_photo(subject: str) -> bytes:
-    """A JPEG of something turned on a lathe, the same each time for the same ``subject``."""
+    """A JPEG that shows a vase-like object. The same ``subject`` always gives the same picture."""
     dice = random.Random(subject)
     hue = dice.randrange(360)
     picture = _backdrop((hue + 150) % 360)
@@ -38,7 +38,7 @@ def _draw_shadow(picture: Image.Image) -> None:
 
 
 def _outline(dice: random.Random) -> list[tuple[float, float]]:
-    """Half the body's width at each height, from the foot up, in pixels."""
+    """Points of half the object's width and its vertical position, from the foot up, in pixels."""
     foot, belly, neck = dice.uniform(130, 240), dice.uniform(220, 380), dice.uniform(70, 240)
     tall = dice.uniform(0.6, 1.0) * _TALL
     points = []
@@ -53,7 +53,7 @@ def _outline(dice: random.Random) -> list[tuple[float, float]]:
 def _draw_body(picture: Image.Image, outline: list[tuple[float, float]], hue: int) -> None:
     brush = ImageDraw.Draw(picture)
     middle = WIDTH / 2
-    # From the dark left edge to the light: each layer is narrower and further to the right.
+    # Shaded from dark to light: each layer is narrower than the last, and further to the right.
     for layer in range(12):
         share, shift = 1 - layer / 13, layer * 7
         left = [(middle + shift - half * share, y) for half, y in outline]

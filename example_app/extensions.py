@@ -1,4 +1,4 @@
-"""The extensions, made once and bound to an app in ``create_app``."""
+"""The extensions, created once and initialized for the app in ``create_app``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flask_bgjobs import BgJobs
 
 
 class Base(DeclarativeBase):
-    # Constraints need names that are the same everywhere before a migration can drop them.
+    # A migration can drop a constraint only if it has the same name in every database.
     metadata = sa.MetaData(
         naming_convention={
             "ix": "ix_%(column_0_label)s",

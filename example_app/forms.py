@@ -1,4 +1,4 @@
-"""The shop's forms. Flask-WTF adds and checks the token of each."""
+"""The shop's forms. Flask-WTF adds a CSRF token to each, and checks it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RegistrationForm(FlaskForm):
     )
 
     def validate_name(self, field: Any) -> None:
-        # It is written into the receipt's greeting, where a line break would not belong.
+        # The name appears in the greeting of receipts, where a line break would be wrong.
         if not field.data.isprintable():
             raise ValidationError("Control characters are not allowed.")
 
@@ -92,7 +92,7 @@ class UploadForm(FlaskForm):
 class PhotoForm(FlaskForm):
     file = FileField(
         "Photo",
-        description="JPEG, PNG or WebP, at most 5 MB. It replaces the one that is there.",
+        description="JPEG, PNG or WebP, at most 5 MB. It replaces the current photo.",
         validators=[
             FileRequired(),
             FileAllowed(["jpg", "jpeg", "png", "webp"], "Choose a .jpg, .png or .webp file."),
@@ -101,7 +101,7 @@ class PhotoForm(FlaskForm):
     )
 
     def validate_file(self, field: Any) -> None:
-        # FileAllowed went by the name, which says nothing about what is inside.
+        # FileAllowed checks only the file name, not the content.
         content = field.data.read()
         field.data.seek(0)
         try:

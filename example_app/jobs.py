@@ -1,7 +1,7 @@
 """The shop's background jobs.
 
-Each may run more than once: it looks first at what is already done, or does it over
-without harm.
+A job may run more than once. Each of these either checks what has already been done, or can safely
+do it again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .models import Order, OutboxMail, Product, ProductUpload, Report, now
 from .products_csv import BadRow, ProductRow
 
 IMPORT_CHUNK = 100
-"""Rows per transaction: small enough that a shop on SQLite goes on selling meanwhile."""
+"""Rows per transaction: few enough that orders on SQLite need not wait long for the write lock."""
 MAX_BAD_LINES_LOGGED = 20
 
 
@@ -40,24 +40,24 @@ class SampleJob:
 
 
 class FlakyJob:
-    """Fails at first and succeeds later, to show what retries look like."""
+    """Fails at first and succeeds later, to demonstrate retries."""
 
     def execute(self, succeed_on: int = 3) -> str:
-        """:param succeed_on: the attempt that goes well."""
+        """:param succeed_on: number of the attempt that succeeds."""
         if current_job.attempt < succeed_on:
             raise ConnectionError(f"the warehouse did not answer (attempt {current_job.attempt})")
         return f"the warehouse answered on attempt {current_job.attempt}"
 
 
 class DeclinedPayment:
-    """Fails for good at once: no retry would change a bank's mind."""
+    """Fails without retries, because a declined card would be declined again."""
 
     def execute(self, order_number: int) -> None:
         raise Fail(f"the card for order {order_number} was declined")
 
 
 class StockCount:
-    """Takes its time, reports progress, and can be cancelled on the way."""
+    """A slow job that reports progress and can be cancelled."""
 
     def execute(self, shelves: int = 60, seconds_per_shelf: float = 0.5) -> int:
         for shelf in range(1, shelves + 1):
@@ -72,12 +72,12 @@ class StockCount:
 def send_receipt(order_id: int) -> str:
     """Send the receipt of an order, once.
 
-    A crash between the mail server's answer and the commit sends it again, under the same
-    Message-ID; no mail system can do better.
+    After a crash between the mail server's reply and the commit, the mail is sent again with the
+    same Message-ID. SMTP offers no way to avoid this.
     """
     receipt = _receipt(db.session.get_one(Order, order_id))
     if receipt.sent_at is not None:
-        return "was sent before"
+        return "already sent"
     try:
         receipt.transport = mail.deliver(receipt)
     except mail.MailDelayed as error:
@@ -100,7 +100,7 @@ def _receipt(order: Order) -> OutboxMail:
                 f"Total: {money(order.total_cents)}\n\nYour shop\n"
             ),
         )
-        # Committed before the mail server is asked: no lock is held while it thinks.
+        # Committed first, so that no lock is held while waiting for the mail server.
         db.session.commit()
     return order.mail
 
@@ -109,15 +109,15 @@ def _receipt(order: Order) -> OutboxMail:
 def import_products(upload_id: int) -> dict[str, int]:
     """Create or update products from an uploaded CSV file, by SKU.
 
-    Each chunk is committed together with the number of rows done, so that another attempt
-    goes on where the last one ended and every row is counted once.
+    Each chunk is committed together with the number of processed rows, so that another attempt
+    continues where the last one ended, and every row is counted once.
     """
     upload = db.session.get_one(ProductUpload, upload_id)
     try:
         total = products_csv.count(upload.content)
     except products_csv.NotAProductFile as error:
         raise Fail(str(error)) from error
-    current_job.log(f"{upload.filename}: {total} rows, {upload.rows_done} done before")
+    current_job.log(f"{upload.filename}: {total} rows, {upload.rows_done} already processed")
     rows = itertools.islice(products_csv.parse(upload.content), upload.rows_done, None)
     for chunk in _batched(rows, IMPORT_CHUNK):
         _import_chunk(upload, chunk)
@@ -154,7 +154,7 @@ def _count_bad(upload: ProductUpload, row: BadRow) -> None:
     if upload.bad <= MAX_BAD_LINES_LOGGED:
         current_job.log(f"line {row.line}: {row.reason}")
     elif upload.bad == MAX_BAD_LINES_LOGGED + 1:
-        current_job.log("more bad lines are counted, but not listed")
+        current_job.log("further bad lines are counted but not listed")
 
 
 def _create(upload: ProductUpload, row: ProductRow) -> Product:
@@ -180,9 +180,11 @@ def _update(upload: ProductUpload, product: Product, row: ProductRow) -> None:
 
 @bgjobs.job(queue="reports", retries=2, timeout=300)
 def build_sales_report(report_id: int) -> int:
-    """Write the sales of a report's days into it as CSV; returns the number of products.
+    """Build a sales report as CSV.
 
-    Run again, it writes the same columns anew, so there is nothing to look at first.
+    Running it again overwrites the same columns, so it need not check whether it has run before.
+
+    :returns: the number of products sold.
     """
     report = db.session.get_one(Report, report_id)
     sales = db.session.execute(_sales(report.since, report.until)).all()
@@ -214,19 +216,19 @@ def _sales(since: dt.date, until: dt.date) -> sa.Select[Any]:
 
 
 def _cell(text: str) -> str:
-    # A spreadsheet would run a cell that starts like a formula.
+    # Quoted, because a spreadsheet would evaluate a cell that starts like a formula.
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 @bgjobs.job(queue=IMAGE_QUEUE, retries=1, timeout=30)
 def make_thumbnails(product_id: int, photo: str) -> str:
-    """Make the thumbnails of a product's photo, unless it has another photo by now.
+    """Make the thumbnails of a product's photo, unless the photo has been replaced.
 
-    Runs in a child process, as its queue is in ``BGJOBS_QUEUE_POOLS``: code of C libraries is
-    stopped there as well when the time is up, and a crash costs this job only.
+    Runs in a child process, because its queue is in ``BGJOBS_QUEUE_POOLS``. There a timeout also
+    stops the code of C libraries, and a crash affects only this job.
     """
     if not _has_photo(product_id, photo):
-        return _forget_photo(photo)
+        return _remove_replaced_photo(photo)
     try:
         for done, made in enumerate(photos.make_thumbnails(photo), 1):
             current_job.log(f"{made.width} x {made.height} pixels, {made.bytes:,} bytes")
@@ -241,17 +243,17 @@ def make_thumbnails(product_id: int, photo: str) -> str:
     )
     is_shown = db.session.execute(made_now).rowcount == 1
     db.session.commit()
-    return "made" if is_shown else _forget_photo(photo)
+    return "made" if is_shown else _remove_replaced_photo(photo)
 
 
 def _has_photo(product_id: int, photo: str) -> bool:
     product = db.session.get(Product, product_id)
     has_it = product is not None and product.photo == photo
-    # No transaction is left open while the pictures are made.
+    # Ends the transaction, so that none is open while the thumbnails are made.
     db.session.commit()
     return has_it
 
 
-def _forget_photo(photo: str) -> str:
+def _remove_replaced_photo(photo: str) -> str:
     photos.remove(photo)
-    return "was replaced meanwhile"
+    return "photo was replaced"

@@ -1,4 +1,4 @@
-"""Sending mail: by SMTP where a server is configured, else only into the outbox page."""
+"""Mail delivery: by SMTP if a server is configured, otherwise only to the outbox page."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ TIMEOUT_SECONDS = 10
 
 
 class MailDelayed(Exception):
-    """The server cannot take the mail now, and may later."""
+    """The server does not accept the mail at the moment, but may accept it later."""
 
 
 class MailRefused(Exception):
-    """The server will never take this mail."""
+    """The server will never accept this mail."""
 
 
 def deliver(mail: OutboxMail) -> str:
-    """Send ``mail``, and return by what: ``smtp`` or ``outbox``.
+    """Send a mail.
 
-    :raises MailDelayed: when trying again later makes sense.
-    :raises MailRefused: when it does not.
+    :returns: the transport: ``smtp`` or ``outbox``.
+    :raises MailDelayed: when a later attempt may succeed.
+    :raises MailRefused: when no later attempt can succeed.
     """
     if not current_app.config["SHOP_SMTP_HOST"]:
         return "outbox"
     try:
         _send(_message(mail))
     except (smtplib.SMTPRecipientsRefused, smtplib.SMTPResponseException) as error:
-        raise _judged(error) from error
-    except OSError as error:  # of which SMTPException is one
+        raise _classified(error) from error
+    except OSError as error:  # includes SMTPException
         raise MailDelayed(f"{type(error).__name__}: {error}") from error
     return "smtp"
 
@@ -55,13 +56,13 @@ def _message(mail: OutboxMail) -> EmailMessage:
     message["From"] = sender
     message["To"] = mail.recipient
     message["Subject"] = mail.subject
-    # The same each time it is sent, so that mail programs show a repeated mail once.
+    # The same for each attempt, so that mail programs show a repeated mail only once.
     message["Message-ID"] = f"<receipt-{mail.order_id}@{sender.rpartition('@')[2]}>"
     message.set_content(mail.body)
     return message
 
 
-def _judged(
+def _classified(
     error: smtplib.SMTPRecipientsRefused | smtplib.SMTPResponseException,
 ) -> MailDelayed | MailRefused:
     if isinstance(error, smtplib.SMTPRecipientsRefused):

@@ -17,18 +17,18 @@ Blob = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 
 def now() -> dt.datetime:
-    """The time in UTC, as the tables keep it."""
+    """The current time as stored in the tables: UTC, in whole seconds, without a ``tzinfo``."""
     return dt.datetime.now(dt.UTC).replace(tzinfo=None, microsecond=0)
 
 
 class User(UserMixin, db.Model):
-    """Somebody who can sign in."""
+    """A user account."""
 
     __tablename__ = "shop_user"  # USER and ORDER are reserved words of SQL
 
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(sa.String(254), unique=True)
-    """Lower case, so that one address is one account."""
+    """In lower case, so that each address has only one account."""
     name: Mapped[str] = mapped_column(sa.String(100))
     password_hash: Mapped[str] = mapped_column(sa.String(255))
     is_admin: Mapped[bool] = mapped_column(default=False)
@@ -42,7 +42,7 @@ class User(UserMixin, db.Model):
 
 
 class Product(db.Model):
-    """Something for sale."""
+    """A product for sale."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     sku: Mapped[str] = mapped_column(sa.String(40), unique=True)
@@ -51,7 +51,7 @@ class Product(db.Model):
     price_cents: Mapped[int]
     stock: Mapped[int] = mapped_column(default=0)
     photo: Mapped[str | None] = mapped_column(sa.String(32))
-    """The name of its photo's files; another photo has another name."""
+    """The name of the photo's files; each photo has its own name."""
     photo_job_id: Mapped[int | None] = mapped_column(sa.BigInteger)
     thumbnails_at: Mapped[dt.datetime | None]
     """When the thumbnails of ``photo`` were made."""
@@ -67,7 +67,7 @@ class Order(db.Model):
     product_id: Mapped[int] = mapped_column(sa.ForeignKey("product.id"), index=True)
     quantity: Mapped[int]
     unit_price_cents: Mapped[int]
-    """The price when it was ordered."""
+    """The price at the time of the order."""
     created_at: Mapped[dt.datetime] = mapped_column(default=now, index=True)
 
     user: Mapped[User] = relationship(lazy="joined")
@@ -80,7 +80,7 @@ class Order(db.Model):
 
 
 class OutboxMail(db.Model):
-    """A mail of the shop: written once per order, and sent when ``sent_at`` is set."""
+    """A receipt: created once per order, and sent if ``sent_at`` is set."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     order_id: Mapped[int] = mapped_column(sa.ForeignKey("shop_order.id"), unique=True)
@@ -91,13 +91,13 @@ class OutboxMail(db.Model):
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     sent_at: Mapped[dt.datetime | None]
     transport: Mapped[str | None] = mapped_column(sa.String(20))
-    """``smtp``, or ``outbox`` where no mail server is configured."""
+    """``smtp``, or ``outbox`` if no mail server is configured."""
 
     order: Mapped[Order] = relationship(back_populates="mail")
 
 
 class ProductUpload(db.Model):
-    """A CSV file of products, and how far its import has come."""
+    """An uploaded CSV file of products, and the state of its import."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     filename: Mapped[str] = mapped_column(sa.String(200))
@@ -105,10 +105,10 @@ class ProductUpload(db.Model):
     created_at: Mapped[dt.datetime] = mapped_column(default=now)
     finished_at: Mapped[dt.datetime | None]
     job_id: Mapped[int | None] = mapped_column(sa.BigInteger)
-    """No foreign key: finished jobs are pruned, uploads stay."""
+    """Not a foreign key, because finished jobs are pruned and uploads are kept."""
 
     rows_done: Mapped[int] = mapped_column(default=0)
-    """Rows that are committed; a second attempt goes on after them."""
+    """Number of committed rows, after which another attempt continues."""
     created: Mapped[int] = mapped_column(default=0)
     updated: Mapped[int] = mapped_column(default=0)
     unchanged: Mapped[int] = mapped_column(default=0)
@@ -116,7 +116,7 @@ class ProductUpload(db.Model):
 
 
 class Report(db.Model):
-    """Sales between two days, both included, as CSV once its job has built it."""
+    """The sales between two days, inclusive. Its job stores the report as CSV in ``content``."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     since: Mapped[dt.date]

@@ -1,7 +1,7 @@
-"""Photos of products: uploads are checked and kept, thumbnails are made from them.
+"""Product photos: checks and stores uploads, and makes thumbnails of them.
 
-All of them are files in the instance folder, which web server and worker share. Nothing here
-knows the database.
+All photos are files in the instance folder, which web server and worker share. This module does not
+use the database.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SIZES = (480, 160)
-"""Pixels of a thumbnail's longer side, the largest first."""
+"""Length of a thumbnail's longer side in pixels, the largest first."""
 MAX_PIXELS = 40_000_000
-"""A few kilobytes can unpack to gigabytes; cameras and phones stay below this."""
+"""Limit for uploads: a few kilobytes can decode to gigabytes. Photos of most cameras and phones are
+smaller."""
 
 _NAME_BYTES = 16
 _QUALITY = 82
 
 
 class NotAPhoto(ValueError):
-    """The file is no picture that can be used."""
+    """The file is not a usable picture."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """One that was made."""
+    """A thumbnail that was made."""
 
     width: int
     height: int
@@ -42,30 +43,33 @@ class Thumbnail:
 
 
 def check(content: bytes) -> None:
-    """Refuse what is no photo, by what its first bytes say.
+    """Check that a file is a photo, by its header.
 
-    Nothing is unpacked here: that may take long, and is left to the job.
+    The picture is not decoded here, because that may take long; the job does it.
 
-    :raises NotAPhoto: when it is none, or has too many pixels.
+    :raises NotAPhoto: when it is not a JPEG, PNG or WebP file, or has too many pixels.
     """
     with _opened(io.BytesIO(content)):
         pass
 
 
 def keep(content: bytes) -> str:
-    """The name under which the upload is kept from now on; nobody can guess it."""
+    """Store an upload under a random name that cannot be guessed.
+
+    :returns: the name.
+    """
     name = secrets.token_hex(_NAME_BYTES)
     _write(_upload(name), content)
     return name
 
 
 def make_thumbnails(name: str) -> Iterator[Thumbnail]:
-    """Each thumbnail of an upload in turn, as a file. Made again, they are written over.
+    """Make the thumbnails of an upload, one after the other. Existing files are overwritten.
 
-    Turned as the camera was held; place, time, camera and colour profile are left out.
+    The picture is rotated according to its EXIF orientation. All metadata is removed.
 
-    :raises NotAPhoto: when the upload is damaged, or none.
-    :raises FileNotFoundError: when it was removed.
+    :raises NotAPhoto: when the upload is damaged or not a photo.
+    :raises FileNotFoundError: when the upload was removed.
     """
     picture = _read(_upload(name))
     for size in SIZES:
@@ -77,14 +81,14 @@ def make_thumbnails(name: str) -> Iterator[Thumbnail]:
 
 
 def remove(name: str) -> None:
-    """Remove the upload and its thumbnails, as far as they are there."""
+    """Remove an upload and its thumbnails, if they exist."""
     _upload(name).unlink(missing_ok=True)
     for size in SIZES:
         (thumbnail_folder() / thumbnail_name(name, size)).unlink(missing_ok=True)
 
 
 def thumbnail_folder() -> Path:
-    """Where thumbnails are. Uploads are elsewhere: they are never shown to anybody."""
+    """The folder of the thumbnails. Uploads are stored elsewhere, because they are never served."""
     return Path(current_app.instance_path) / "photos" / "thumbnails"
 
 
@@ -98,7 +102,7 @@ def _upload(name: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # A page that is shown meanwhile, or a job that is killed, never leaves half a picture.
+    # Written to a temporary file first, so that an incomplete picture is never visible.
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -109,13 +113,13 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> Image.Image:
-    """The picture, not much larger than needed, without its metadata."""
+    """The picture without its metadata, scaled down to about the largest thumbnail."""
     with path.open("rb") as file, _opened(file) as picture:
         try:
             if picture.mode not in ("L", "RGB", "RGBA"):
-                # Palettes would be shrunk without smoothing, and CMYK is no colour of the web.
+                # Palette images would be scaled without smoothing, and WebP does not support CMYK.
                 picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-            # Before it is turned: a JPEG is then read at a fraction of its size.
+            # Scaled before it is rotated: a JPEG is then decoded at a fraction of its size.
             picture.thumbnail((SIZES[0], SIZES[0]))
             picture = ImageOps.exif_transpose(picture)
         except (OSError, ValueError, SyntaxError, struct.error) as error:
@@ -131,7 +135,7 @@ def _opened(file: io.BufferedIOBase) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large() from error
     except (OSError, ValueError) as error:
-        raise NotAPhoto("the file is no JPEG, PNG or WebP picture") from error
+        raise NotAPhoto("the file is not a JPEG, PNG or WebP picture") from error
     with picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise _too_large()

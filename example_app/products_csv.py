@@ -1,6 +1,6 @@
 """Product files: a CSV with the columns ``sku,name,category,price,stock``.
 
-Only sku, name and price are required. Nothing here knows the database.
+Only sku, name and price are required. This module does not use the database.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MAX_STOCK = 1_000_000
 
 
 class NotAProductFile(ValueError):
-    """The file cannot be read at all, so that no line of it can be used."""
+    """The file as a whole cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProductRow:
-    """One good line."""
+    """A valid line."""
 
     sku: str
     name: str
@@ -34,30 +34,30 @@ class ProductRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BadRow:
-    """One line that cannot be used, and why."""
+    """A line that cannot be imported, and the reason."""
 
     line: int
     reason: str
 
 
 def parse(content: bytes) -> Iterator[ProductRow | BadRow]:
-    """Each line of the file in turn, good or bad.
+    """Iterate over the lines of the file, valid or not.
 
-    :raises NotAProductFile: when it is no UTF-8 text or a required column is missing.
+    :raises NotAProductFile: when the file is not UTF-8 text, or a required column is missing.
     """
     reader = csv.DictReader(io.StringIO(_decode(content), newline=""))
     try:
         reader.fieldnames = [(name or "").strip().lower() for name in reader.fieldnames or ()]
     except csv.Error as error:
-        raise NotAProductFile(f"the file is no CSV: {error}") from error
+        raise NotAProductFile(f"the file is not CSV: {error}") from error
     missing = [name for name in REQUIRED_COLUMNS if name not in reader.fieldnames]
     if missing:
-        raise NotAProductFile(f"the first line names no column {', '.join(missing)}")
+        raise NotAProductFile(f"the first line lacks the columns {', '.join(missing)}")
     return _rows(reader)
 
 
 def count(content: bytes) -> int:
-    """How many rows :func:`parse` will give."""
+    """The number of items that :func:`parse` yields."""
     return sum(1 for _ in parse(content))
 
 
@@ -100,7 +100,7 @@ def _text(fields: dict[str, str], column: str, longest: int, *, required: bool =
     if len(value) > longest:
         raise ValueError(f"{column} has more than {longest} characters")
     if not value.isprintable():
-        raise ValueError(f"{column} holds control characters")
+        raise ValueError(f"{column} contains control characters")
     return value
 
 

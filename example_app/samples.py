@@ -1,4 +1,4 @@
-"""Made-up products, orders and jobs for trying the shop out."""
+"""Sample products, orders and jobs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CUSTOMER_EMAIL = "customer@example.com"
 IMPORT_ROWS = 3_000
 SAMPLE_ORDERS = 40
 SAMPLE_PHOTOS = 24
-"""As many as the first page of products shows."""
+"""The number of products on the first page."""
 
 _ADJECTIVES = ("Small", "Large", "Blue", "Green", "Folding", "Sturdy", "Light", "Round", "Quiet")
 _MATERIALS = ("oak", "steel", "linen", "glass", "cork", "wool", "clay", "bamboo", "paper")
@@ -39,7 +39,7 @@ _THINGS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seeded:
-    """What :func:`seed` found missing and made."""
+    """The numbers of rows that :func:`seed` added."""
 
     products: int
     orders: int
@@ -47,9 +47,9 @@ class Seeded:
 
 
 def seed(admin_password: str) -> Seeded:
-    """Fill an empty shop; what is there already stays, so it may be called again.
+    """Fill an empty shop. Existing rows are kept, so it can be called again.
 
-    :param admin_password: with which the administrator can sign in afterwards.
+    :param admin_password: the new password of the administrator.
     """
     _administrator(admin_password)
     products = _products()
@@ -59,7 +59,7 @@ def seed(admin_password: str) -> Seeded:
 
 
 def product_csv(rows: int = IMPORT_ROWS, bad_rows: int = 5) -> bytes:
-    """A product file with the same content each time, some lines of it bad on purpose."""
+    """A product file with some deliberately invalid lines. Its content is always the same."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["sku", "name", "category", "price", "stock"])
@@ -70,7 +70,7 @@ def product_csv(rows: int = IMPORT_ROWS, bad_rows: int = 5) -> bytes:
 
 
 def enqueue_sample_jobs() -> list[Job]:
-    """A lively mix: jobs that succeed, report progress, wait, retry, and fail."""
+    """Enqueue a mix of jobs that succeed, report progress, wait, retry and fail."""
     run = run_background_job
     sample, flaky = "example_app.jobs.SampleJob", "example_app.jobs.FlakyJob"
     jobs = [
@@ -106,7 +106,7 @@ def _administrator(password: str) -> None:
 def _user(email: str, name: str) -> User:
     user = db.session.scalar(sa.select(User).where(User.email == email))
     if user is None:
-        # The empty hash fits no password: nobody signs in until one is set.
+        # No password matches an empty hash, so the account cannot be used until one is set.
         user = User(email=email, name=name, password_hash="")
         db.session.add(user)
     return user
@@ -149,7 +149,7 @@ def _orders() -> int:
 
 
 def _photos() -> int:
-    """Each saved by itself, with the job that makes its thumbnails."""
+    """Save the photos one by one, each with the job that makes its thumbnails."""
     if db.session.scalar(sa.select(sa.func.count(Product.photo))):
         return 0
     first = sa.select(Product).order_by(Product.name, Product.id).limit(SAMPLE_PHOTOS)
@@ -160,7 +160,7 @@ def _photos() -> int:
 
 
 def _catalogue() -> Iterator[tuple[str, str, int]]:
-    """Name, category and price in cents of endless products, always the same ones."""
+    """An endless sequence of products as name, category and price in cents; always the same."""
     dice = random.Random(2)
     while True:
         category = dice.choice(list(_THINGS))

@@ -1,4 +1,4 @@
-"""What every visitor sees: products and orders."""
+"""Pages for visitors and customers: products and orders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .models import Order, Product
 PER_PAGE = 24
 MAX_PAGE = 10_000
 ROW_ID = "int(max=2147483647)"
-"""Ids in addresses: larger ones are no rows, and databases would refuse to compare them."""
+"""URL converter for ids. Larger numbers are never ids, and a database could refuse them."""
 
 PHOTO_SECONDS = 365 * 24 * 3600
 
@@ -40,7 +40,7 @@ blueprint = Blueprint("shop", __name__)
 @blueprint.get("/")
 def products() -> str:
     query = request.args.get("q", "").strip()[:100]
-    # What there is something to see of comes first.
+    # Products with a photo come first.
     found = sa.select(Product).order_by(Product.photo.is_(None), Product.name, Product.id)
     if query:
         matches = (Product.name, Product.sku, Product.category)
@@ -51,7 +51,7 @@ def products() -> str:
 
 
 def page_number() -> int:
-    """The page asked for, from 1; nonsense is page 1, and more than exists is clamped."""
+    """The requested page number, from 1 to ``MAX_PAGE``; invalid values mean page 1."""
     number = request.args.get("page", 1, type=int)
     return min(max(number, 1), MAX_PAGE)
 
@@ -69,13 +69,13 @@ def _product_page(product: Product, form: OrderForm) -> str:
 
 @blueprint.get("/photos/<name>-<int:size>.webp")
 def thumbnail(name: str, size: int) -> Response:
-    # Another photo has another name, so browsers may keep this one.
+    # Each photo has its own name, so browsers may cache this one.
     file = photos.thumbnail_name(name, size)
     return send_from_directory(photos.thumbnail_folder(), file, max_age=PHOTO_SECONDS)
 
 
 def photos_being_made(products: Sequence[Product]) -> set[int]:
-    """Of which products' photos the job has not ended yet, by product id."""
+    """The ids of the products whose photos are still being processed."""
     missing = {p.photo_job_id: p.id for p in products if p.photo and p.thumbnails_at is None}
     if not missing:
         return set()
@@ -92,15 +92,15 @@ def order(product_id: int) -> ResponseReturnValue:
         return _product_page(found, form), 400
     if not _take_from_stock(found, form.quantity.data):
         db.session.rollback()
-        flash("There are not so many left.", "warning")
+        flash("There are not that many left.", "warning")
         return redirect(url_for("shop.product", product_id=product_id))
     placed = _place_order(found, form.quantity.data)
-    flash(f"Thank you. Order {placed.id} is placed and its receipt is on the way.", "success")
+    flash(f"Thank you. Order {placed.id} is placed, and its receipt is on the way.", "success")
     return redirect(url_for("shop.orders"))
 
 
 def _take_from_stock(product: Product, quantity: int) -> bool:
-    # One statement, so that two buyers cannot both get the last piece.
+    # A single statement, so that two customers cannot both buy the last item.
     taken = db.session.execute(
         sa.update(Product)
         .where(Product.id == product.id, Product.stock >= quantity)
@@ -118,8 +118,8 @@ def _place_order(product: Product, quantity: int) -> Order:
     )
     db.session.add(order)
     db.session.flush()
-    # The session holds uncommitted writes, so the job is part of the same transaction: no
-    # order without its receipt, and no receipt for an order that was rolled back.
+    # The session holds uncommitted writes, so the job joins their transaction: every order gets its
+    # receipt, and an order that is rolled back gets none.
     send_receipt.using(owner=current_user.get_id(), tags=["receipt"]).enqueue(order.id)
     db.session.commit()
     return order
@@ -138,8 +138,8 @@ def orders() -> str:
 def test_background_job() -> str:
     """Enqueue a job by its name.
 
-    A GET that changes something, on purpose: it is for typing into the address bar once, to
-    see whether a worker runs.
+    This is deliberately a GET that changes data, so that it can be opened in the address bar to
+    check whether a worker runs.
     """
     if request.headers.get("Sec-Fetch-Site") == "cross-site":
         abort(403)

@@ -1,6 +1,6 @@
-"""The log of the demo: one line for each stage of a job, on a terminal where jobs fail on purpose.
+"""The log format of the demo: one line for each stage of a job, without tracebacks.
 
-Their tracebacks are on the dashboard.
+The demo's jobs fail on purpose; their tracebacks are shown on the dashboard.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import logging
 
 
 class OneLine(logging.Formatter):
-    """Level and message, without a traceback."""
+    """Formats a record as level and message, without a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The line for a record."""
         return f"{record.levelname} {record.getMessage()}"
 
 
 def turn_on() -> None:
-    """Print the lines about jobs in this way."""
+    """Print the lines of flask-bgjobs in this format."""
     logger = logging.getLogger("flask_bgjobs")
     if not logger.handlers:
         handler = logging.StreamHandler()

@@ -1,8 +1,7 @@
-"""Jobs that misbehave on purpose, to try a cancel on and to see what a crash costs.
+"""Jobs that misbehave on purpose, to demonstrate cancels and crashes.
 
-They are for child processes: in a thread of the worker a crash would end the worker itself.
-So their queue is one that ``BGJOBS_QUEUE_POOLS`` gives to the process pool, and they refuse to
-run anywhere else, whoever enqueued them and how.
+They must run in child processes: in a thread, a crash would end the worker itself. Therefore
+``BGJOBS_QUEUE_POOLS`` assigns their queue to the process pool, and they refuse to run elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .extensions import bgjobs
 
 @bgjobs.job(queue=DANGER_QUEUE, retries=0)
 def hang() -> None:
-    """Never ends: computes for ever, looks at nothing, and swallows what is raised."""
+    """Computes without end, never checks for a cancel, and catches every ``Exception``."""
     _refuse_outside_child()
     while True:
         with contextlib.suppress(Exception):
@@ -30,7 +29,7 @@ def hang() -> None:
 
 @bgjobs.job(queue=DANGER_QUEUE, retries=0)
 def stubborn() -> None:
-    """Never ends, and does not listen when it is asked to."""
+    """Sleeps without end, and ignores SIGTERM."""
     _refuse_outside_child()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
@@ -39,7 +38,7 @@ def stubborn() -> None:
 
 @bgjobs.job(queue=DANGER_QUEUE, retries=0)
 def crash() -> None:
-    """Ends its process at once, as a fault in C code or a lack of memory would."""
+    """Kills its own process, as a fault in C code or a lack of memory would."""
     _refuse_outside_child()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -47,6 +46,6 @@ def crash() -> None:
 def _refuse_outside_child() -> None:
     if not is_child():
         raise Fail(
-            "this job runs in a child process only, where it can hurt nobody: enqueue it into "
-            f"{DANGER_QUEUE!r}, which BGJOBS_QUEUE_POOLS gives to the process pool"
+            "this job runs only in a child process, where it cannot affect other jobs: enqueue it "
+            f"in the queue {DANGER_QUEUE!r}, which BGJOBS_QUEUE_POOLS assigns to the process pool"
         )

@@ -69,7 +69,7 @@ class Demo:
     def wait_until_started(self) -> None:
         def started() -> bool:
             assert self._process.poll() is None, self.output
-            return "Ctrl-C ends both" in self.output and "Worker started" in self.output
+            return "Ctrl-C stops both" in self.output and "Worker started" in self.output
 
         wait_until(started, "the demo's start")
 
@@ -150,8 +150,8 @@ def test_signal_ends_both_and_the_demo(start_demo: StartDemo, number: int) -> No
     demo.send(number)
     assert demo.wait_until_ended() == 0, demo.output
     assert demo.processes() == []
-    assert "Both have ended." in demo.output
-    assert "Traceback" not in demo.output.partition("Ending the web server")[2]
+    assert "Both have stopped." in demo.output
+    assert "Traceback" not in demo.output.partition("Stopping the web server")[2]
     again = start_demo()
     assert again.login == demo.login
 
@@ -162,7 +162,7 @@ def test_death_of_one_ends_the_other(start_demo: StartDemo, command: str, name: 
     demo = start_demo()
     os.kill(demo.child(command), signal.SIGKILL)
     assert demo.wait_until_ended() == 1
-    assert f"The {name} ended by itself" in demo.output
+    assert f"The {name} stopped unexpectedly" in demo.output
     # Those of a killed worker are ended by one another.
     wait_until(lambda: not demo.processes(), "the end of the child processes")
 

@@ -278,8 +278,8 @@ class TestOrders:
         assert statuses(shop) == [JobStatus.COMPLETED] * 2
         assert len(rows(shop, OutboxMail)) == 1
         assert sorted(job.result for job in rows(shop, Job)) == [
+            "already sent",
             "outbox: sam@example.com",
-            "was sent before",
         ]
 
     def test_order_and_job_stand_or_fall_together(
@@ -481,9 +481,9 @@ class TestImport:
     @pytest.mark.parametrize(
         ("text", "why"),
         [
-            ("name,price\nx,1\n", "no column sku"),
-            ("", "no column sku, name, price"),
-            ("\x00\x00", "no column"),
+            ("name,price\nx,1\n", "lacks the columns sku"),
+            ("", "lacks the columns sku, name, price"),
+            ("\x00\x00", "lacks the columns"),
         ],
     )
     def test_file_that_is_no_product_file_fails(self, shop: Flask, text: str, why: str) -> None:
@@ -660,13 +660,13 @@ class TestPhotos:
     @pytest.mark.parametrize(
         ("content", "filename", "why"),
         [
-            (b"", "a.png", "no JPEG, PNG or WebP picture"),
-            (b"not a picture", "a.png", "no JPEG, PNG or WebP picture"),
-            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png", "no JPEG, PNG or WebP picture"),
-            (picture("GIF"), "a.png", "no JPEG, PNG or WebP picture"),
+            (b"", "a.png", "not a JPEG, PNG or WebP picture"),
+            (b"not a picture", "a.png", "not a JPEG, PNG or WebP picture"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png", "not a JPEG, PNG or WebP picture"),
+            (picture("GIF"), "a.png", "not a JPEG, PNG or WebP picture"),
             (picture(), "a.gif", "Choose a .jpg, .png or .webp file."),
             (picture(), "a", "Choose a .jpg, .png or .webp file."),
-            (damaged(picture("WEBP")), "a.webp", "no JPEG, PNG or WebP picture"),
+            (damaged(picture("WEBP")), "a.webp", "not a JPEG, PNG or WebP picture"),
             (black((8_000, 5_001)), "a.png", "more than 40 million pixels"),
             (black((10_000, 10_000)), "a.png", "more than 40 million pixels"),
             (black((20_000, 10_000)), "a.png", "more than 40 million pixels"),
@@ -742,7 +742,7 @@ class TestPhotos:
         for _ in range(2):
             send_photo(admin, product_id, picture())
         assert statuses(shop) == [JobStatus.COMPLETED] * 2
-        assert [job.result for job in rows(shop, Job)] == ["was replaced meanwhile", "made"]
+        assert [job.result for job in rows(shop, Job)] == ["photo was replaced", "made"]
         assert files(shop) == files_of(rows(shop, Product)[0].photo)
 
     def test_photo_that_is_replaced_while_its_job_runs_leaves_nothing(
@@ -763,7 +763,7 @@ class TestPhotos:
 
         monkeypatch.setattr(photos, "make_thumbnails", replaced_at_first)
         assert statuses(shop) == [JobStatus.COMPLETED] * 2
-        assert [job.result for job in rows(shop, Job)] == ["was replaced meanwhile", "made"]
+        assert [job.result for job in rows(shop, Job)] == ["photo was replaced", "made"]
         assert files(shop) == files_of(rows(shop, Product)[0].photo)
 
     def test_job_may_run_twice(self, shop: Flask) -> None:
@@ -842,7 +842,7 @@ class TestTrouble:
         with shop.app_context():
             job.using(queue="default").enqueue()
         assert statuses(shop) == [JobStatus.FAILED]
-        assert "runs in a child process only" in rows(shop, Job)[0].error
+        assert "runs only in a child process" in rows(shop, Job)[0].error
 
     @pytest.mark.parametrize("address", ["/admin/trouble/hang", "/admin/trouble/mischief"])
     def test_others_cannot_start_any(self, shop: Flask, address: str) -> None:
