@@ -12,15 +12,15 @@ help: ## list the targets
 demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
 	@exec $(BIN)/python -m example_app.demo
 
-# Many tests wait for other processes, so there is room for twice as many as there are processors.
+# Twice as many as processors, because many tests wait for other processes.
 WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) '*' 2)
 TESTS = tests
-test: $(STAMP) ## all tests, on every processor; TESTS='tests/unit -k words' for some
+test: $(STAMP) ## all tests, in parallel; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
-# Of the files that differ from the last commit; the deselected tests need a browser or a server.
+# The lint covers files changed since the last commit. Tests that need a browser or a server are left out.
 CHANGED = $$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files --others --exclude-standard '*.py')
-quick: $(STAMP) ## lint of what changed, unit tests, and integration tests on SQLite
+quick: $(STAMP) ## lint of changed files, unit tests, and integration tests on SQLite
 	@files="$(CHANGED)"; [ -z "$$files" ] || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }
 	BGJOBS_STATE_EXAMPLES=25 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not browser and not acceptance' \
 		-k 'not postgresql and not mysql' tests/unit tests/integration
@@ -28,31 +28,31 @@ quick: $(STAMP) ## lint of what changed, unit tests, and integration tests on SQ
 SECONDS = 300
 SEED =
 DATABASE = sqlite
-chaos: $(STAMP) ## kills, stalls and outages; SECONDS=300 SEED=7 DATABASE=sqlite|postgresql|mysql|<url>
+chaos: $(STAMP) ## workers killed and stalled, database outages; SECONDS=300 SEED=7 DATABASE=sqlite|postgresql|mysql|<url>
 	@$(BIN)/python -m tests.chaos --seconds '$(SECONDS)' $(if $(SEED),--seed '$(SEED)') \
 		--database '$(DATABASE)'
 
-# The peers have an environment of their own, so that the tests need none of them.
+# The other queues are installed in a separate environment, because the tests do not need them.
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/installed
 OPTIONS = --write
-bench: $(BENCH_STAMP) ## beside other queues, into docs/; OPTIONS='--quick' or '--help' instead
+bench: $(BENCH_STAMP) ## compare with other queues, write to docs/; OPTIONS='--quick' or '--help' instead
 	@$(BENCH_VENV)/bin/python -m benchmarks $(OPTIONS)
 
-lint: $(STAMP) ## style, types and who may import whom
+lint: $(STAMP) ## style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict flask_bgjobs
 	$(BIN)/lint-imports
 
-docs: $(STAMP) ## the documentation, as docs/_build/html
+docs: $(STAMP) ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
 
 build: $(STAMP) ## sdist and wheel, in dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-clean: ## remove what these targets made, the demo's data included
+clean: ## remove the output of these targets, including the demo's data
 	rm -rf $(VENV) $(BENCH_VENV) build dist docs/_build instance *.egg-info .hypothesis .mypy_cache .pytest_cache \
 		.ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -61,7 +61,7 @@ $(STAMP): EXTRAS := dev,example
 $(BENCH_STAMP): EXTRAS := bench
 $(STAMP) $(BENCH_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+		{ echo "Python 3.11 or newer is required: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

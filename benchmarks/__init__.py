@@ -1,5 +1,5 @@
-"""What flask-bgjobs costs, beside other job queues, measured in one run on one machine.
+"""Measures flask-bgjobs and other job queues in one run on one machine.
 
-``python -m benchmarks --help`` says how. Everything is measured from outside: through the public
-API of each queue and the command of its worker.
+``python -m benchmarks --help`` lists the options. Everything is measured from outside: through
+the public API of each queue and the command of its worker.
 """

@@ -20,15 +20,18 @@ _DOCS = ROOT / "docs" / "_performance"
 
 
 def main() -> int:
-    """The exit code."""
+    """Measure or read results, and print them.
+
+    :returns: the exit code.
+    """
     options = _parser().parse_args()
-    # Also where it was started with SIGINT ignored, as in a shell's background.
+    # Set explicitly, because a shell starts background programs with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         results = _read(options.read) if options.read else _measure(options)
     except KeyboardInterrupt:
-        _say("Stopped; everything is cleaned up")
+        _say("Stopped; servers and temporary files have been removed")
         return 130
     print_tables(results, print)
     if options.write:
@@ -51,48 +54,48 @@ def _measure(options: argparse.Namespace) -> Results:
     )
 
 
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure flask-bgjobs beside other job queues, all on servers of its own that "
-        "are gone afterwards. It needs Linux, and the programs of PostgreSQL, MariaDB and Redis "
-        "for what runs on them.",
+        description="Measure flask-bgjobs and other job queues. Database servers are started for "
+        "the run, and removed afterwards. Requires Linux, and the programs of PostgreSQL, MariaDB "
+        "and Redis for the queues that use them.",
         epilog=f"Contenders: {', '.join(contenders.ALL)}. Measurements: {', '.join(measures.ALL)}.",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=contenders.ALL, metavar="NAME", help="these contenders (all)"
+        "--only", nargs="+", choices=contenders.ALL, metavar="NAME", help="contenders (all)"
     )
     parser.add_argument(
-        "--measure", nargs="+", choices=measures.ALL, metavar="NAME", help="this (everything)"
+        "--measure", nargs="+", choices=measures.ALL, metavar="NAME", help="measurements (all)"
     )
     parser.add_argument(
-        "--runs", type=_positive, default=3, metavar="N", help="for the medians (%(default)s)"
+        "--runs", type=_positive, default=3, metavar="N", help="number of runs (%(default)s)"
     )
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="per run of a throughput (by contender)"
+        "--jobs", type=_positive, metavar="N", help="jobs per throughput run (by contender)"
     )
     parser.add_argument(
-        "--idle-seconds", type=_positive, metavar="N", help="to look at an idle worker (60)"
+        "--idle-seconds", type=_positive, metavar="N", help="time to watch an idle worker (60)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one run, a tenth of everything: minutes, and rough"
+        "--quick", action="store_true", help="one run with a tenth of the jobs: rough figures"
     )
     parser.add_argument(
         "--json",
         type=Path,
         default=Path("benchmark.json"),
         metavar="FILE",
-        help="where all figures are kept (%(default)s)",
+        help="file for all figures (%(default)s)",
     )
     parser.add_argument(
-        "--read", type=Path, metavar="FILE", help="measure nothing, take the figures from there"
+        "--read", type=Path, metavar="FILE", help="do not measure; read the figures from a file"
     )
     parser.add_argument(
-        "--write", action="store_true", help="write tables and plots into docs/_performance"
+        "--write", action="store_true", help="write tables and plots to docs/_performance"
     )
     return parser
 
@@ -100,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
     return value
 
 

@@ -1,6 +1,7 @@
-"""The process that enqueues: it stands for the web process, and never measures a worker.
+"""The process that enqueues jobs, in the role of a web process.
 
-``python -m benchmarks.client CONTENDER ACT [FIRST END]``; an enqueue prints the seconds it took.
+Usage: ``python -m benchmarks.client CONTENDER ACT [FIRST END]``. The acts ``one-by-one`` and
+``in-bulk`` print the seconds that they took.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from .contenders import ALL
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Perform the act given on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.client")
     parser.add_argument("contender", choices=ALL)
     parser.add_argument("act", choices=["prepare", "one-by-one", "in-bulk", "paced"])
     parser.add_argument("first", type=int, nargs="?", default=0)
     parser.add_argument("end", type=int, nargs="?", default=0)
-    parser.add_argument("--every", type=float, default=0.0, help="seconds between two if paced")
+    parser.add_argument("--every", type=float, default=0.0, help="seconds between two paced jobs")
     options = parser.parse_args()
     contender = ALL[options.contender](os.environ[URL_VARIABLE])
     numbers = range(options.first, options.end)
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def _seconds(enqueue: Callable[[range], None], numbers: range) -> float:
-    """What all but the first job took: with that one the queue is imported and connected."""
+    """The time for all jobs but the first, which also imports the queue and connects."""
     enqueue(numbers[:1])
     began = time.perf_counter()
     enqueue(numbers[1:])
@@ -47,9 +48,10 @@ def _seconds(enqueue: Callable[[range], None], numbers: range) -> float:
 
 
 def _paced(numbers: range, every: float) -> Iterator[int]:
-    """Each number when it is to be enqueued, noted in this process's own journal just before.
+    """Yield each number when it is to be enqueued, after recording it in the journal of this
+    process.
 
-    The pauses are spread by half, so that they keep no step with anybody's polling.
+    The pauses vary by half, so that they are not synchronized with a worker's polling.
     """
     for number in numbers:
         time.sleep(every * random.uniform(0.5, 1.5))

@@ -1,4 +1,4 @@
-"""What every queue that is measured can do."""
+"""The interface of the measured queues."""
 
 from __future__ import annotations
 
@@ -15,70 +15,70 @@ URL_VARIABLE = "BENCHMARK_URL"
 
 
 class Contender(abc.ABC):
-    """A queue with settings as its documentation recommends them for many small jobs.
+    """A queue, with the settings that its documentation recommends for many small jobs.
 
-    The same class serves on both sides. ``prepare`` and the enqueues run in a process of their
-    own that stands for the web process, and import the queue; all else runs in the harness, which
-    imports none.
+    The same class is used in two processes. ``prepare`` and the enqueue methods run in a separate
+    process, in the role of the web process, and import the queue. All other methods run in the
+    harness, which does not import it.
 
     :param url: of an empty store of the right kind, as SQLAlchemy writes it.
     """
 
     name: ClassVar[str]
-    """For ``--only``."""
+    """Its name for ``--only``."""
     title: ClassVar[str]
-    """For the tables."""
+    """Its name in the tables."""
     store: ClassVar[StoreKind]
-    """Where its jobs live."""
+    """The kind of store for its jobs."""
     needs: ClassVar[Sequence[str]] = ()
     """Modules that must be installed."""
     has_bulk: ClassVar[bool] = False
-    """Whether :meth:`enqueue_in_bulk` is there."""
+    """Whether :meth:`enqueue_in_bulk` is implemented."""
     jobs: ClassVar[int] = 20_000
-    """How many jobs of no work keep it busy for a few seconds."""
+    """Number of empty jobs that keep it busy for a few seconds."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Why it cannot be measured here; ``None``: it can."""
+        """The reason why it cannot be measured here, or ``None``."""
         missing = [module for module in cls.needs if importlib.util.find_spec(module) is None]
         return f"{', '.join(missing)} is not installed" if missing else None
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Make what the queue needs in its empty store."""
+        """Create the tables or other objects that the queue needs."""
 
     @abc.abstractmethod
     def enqueue_one_by_one(self, numbers: Iterable[int]) -> None:
-        """A job for each number, each on its own and safe when its call returns."""
+        """Enqueue a job for each number, one by one. Each job is stored when its call returns."""
 
     def enqueue_in_bulk(self, numbers: Sequence[int]) -> None:
-        """The same in the fewest calls, where the queue has a way for it."""
+        """Enqueue a job for each number in as few calls as possible."""
         raise NotImplementedError(f"{self.title} has no bulk enqueue")
 
     @abc.abstractmethod
     def worker_command(self) -> list[str]:
-        """What starts one worker."""
+        """The command that starts one worker."""
 
     def environment(self) -> dict[str, str]:
-        """Variables for the worker and the enqueuing process."""
+        """Environment variables for the worker and the enqueuing process."""
         return {URL_VARIABLE: self.url}
 
     @abc.abstractmethod
     def unsettled(self) -> int:
-        """Jobs in the store that are not recorded as done."""
+        """The number of jobs in the store that are not recorded as done."""
 
-    def close(self) -> None:  # noqa: B027  # not all hold on to one
-        """Let go of the store."""
+    def close(self) -> None:  # noqa: B027  # not all contenders keep a connection
+        """Close the connection to the store."""
 
 
 class SqlContender(Contender):
     """A queue that keeps its jobs in a database."""
 
     unsettled_query: ClassVar[str]
-    """Counts the jobs that are not recorded as done."""
+    """The query for :meth:`unsettled`."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -88,7 +88,7 @@ class SqlContender(Contender):
         return self.count(self.unsettled_query)
 
     def count(self, query: str) -> int:
-        """What a query counts."""
+        """The result of a query that counts rows."""
         with self.engine.connect() as connection:
             return int(connection.exec_driver_sql(query).scalar_one())
 
@@ -106,7 +106,7 @@ class RedisContender(Contender):
         self._redis: Any = None
 
     def prepare(self) -> None:
-        """Nothing has to be made."""
+        """Redis needs no preparation."""
 
     def unsettled(self) -> int:
         if self._redis is None:
@@ -128,10 +128,10 @@ class RedisContender(Contender):
 
 
 def libpq_url(url: str) -> str:
-    """A URL of PostgreSQL without SQLAlchemy's name of the driver."""
+    """A PostgreSQL URL without the driver name of SQLAlchemy."""
     return sa.make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 def chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """``numbers`` in parts of ``size``; the last may be smaller."""
+    """Split ``numbers`` into parts of ``size``; the last part may be smaller."""
     return (numbers[start : start + size] for start in range(0, len(numbers), size))

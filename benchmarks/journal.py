@@ -1,4 +1,4 @@
-"""The journal: a file outside the database to which each job appends its number and the time."""
+"""The journal: a file outside the database, to which each job appends its number and the time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _ENTRY = struct.Struct("=qq")
 
 
 def record(number: int) -> None:
-    """Append ``number`` and the monotonic time to the journal of this process's environment.
+    """Append ``number`` and the monotonic time to the journal that the environment names.
 
-    It is the whole work of every job that is measured.
+    A measured job does nothing else.
     """
     os.write(_descriptor(), _ENTRY.pack(number, time.monotonic_ns()))
 
@@ -30,43 +30,45 @@ def _descriptor() -> int:
 
 
 def count(path: Path) -> int:
-    """How many entries there are, without reading them."""
+    """The number of entries, by the size of the file."""
     return path.stat().st_size // _ENTRY.size if path.exists() else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Journal:
-    """What jobs have recorded."""
+    """The entries recorded by jobs."""
 
     entries: tuple[tuple[int, int], ...]
-    """Number and nanoseconds of the monotonic clock, which all processes share, as written."""
+    """Number of the job and time in nanoseconds, in the order of writing. The time is from the
+    monotonic clock, which all processes share."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The journal in a file, empty where there is none."""
+        """The journal in a file; empty if the file does not exist."""
         return cls.parse(path.read_bytes() if path.exists() else b"")
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """The journal in the content of a file; half an entry at its end is left out."""
+        """The journal in the content of a file. An incomplete entry at the end is ignored."""
         whole = len(data) // _ENTRY.size * _ENTRY.size
         return cls(tuple(_ENTRY.iter_unpack(data[:whole])))
 
     def without(self, number: int) -> Self:
-        """The same without the entries of ``number``."""
+        """A copy without the entries of ``number``."""
         return type(self)(tuple(entry for entry in self.entries if entry[0] != number))
 
     def times(self) -> dict[int, int]:
-        """When each number was recorded, in nanoseconds."""
+        """The time of each number, in nanoseconds."""
         return dict(self.entries)
 
     def per_second(self) -> float:
-        """Jobs per second from the first to the last, so that the start of a worker is left out."""
+        """Jobs per second from the first to the last entry, without the start of the worker."""
         moments = [nanoseconds for _, nanoseconds in self.entries]
         return (len(moments) - 1) / ((max(moments) - min(moments)) / 1e9)
 
     def problem(self, numbers: range) -> str | None:
-        """Why this is not exactly one run of each of ``numbers``; ``None``: it is."""
+        """A description of missing, repeated or unknown jobs; ``None`` if each of ``numbers`` ran
+        exactly once."""
         runs = collections.Counter(number for number, _ in self.entries)
         missing = [number for number in numbers if number not in runs]
         if missing:
@@ -74,6 +76,6 @@ class Journal:
         doubled = [number for number in numbers if runs[number] > 1]
         if doubled:
             return f"{len(doubled):,} jobs ran more than once, the first is {doubled[0]}"
-        if strangers := runs.keys() - set(numbers):
-            return f"{len(strangers):,} jobs ran that nobody enqueued, one is {min(strangers)}"
+        if unknown := runs.keys() - set(numbers):
+            return f"{len(unknown):,} jobs ran that were not enqueued, the first is {min(unknown)}"
         return None

@@ -1,4 +1,4 @@
-"""On what it was measured."""
+"""The machine and the package versions of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, str]:
-    """The day, processors, memory, system and Python."""
+    """Date, processors, memory, operating system and Python version."""
     return {
         "date": dt.date.today().isoformat(),
         "processors": f"{os.cpu_count()} x {_processor()}",
@@ -37,7 +37,7 @@ def describe() -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """The version of each package that takes part and is installed."""
+    """The versions of the measured packages that are installed."""
     found = {}
     for package in _PACKAGES:
         try:

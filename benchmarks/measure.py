@@ -1,4 +1,4 @@
-"""What every measurement has."""
+"""The interface of the measurements."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from .contender import Contender
 from .stores import Stores
 
 Curve = list[tuple[float, float]]
-"""Points."""
+"""The points of a curve."""
 Figures = Mapping[str, float | Curve]
-"""What one run of a measurement tells of one contender, by name of the figure."""
+"""The results of one run of a measurement for one contender, by name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is done for a figure."""
+    """The size of the measurements."""
 
     jobs: int | None = None
-    """Jobs of a run, where the contender's own number is not wanted."""
+    """Number of jobs in a run, instead of the contender's own number."""
     idle_seconds: float | None = None
-    """How long an idle worker is looked at, where a minute is not wanted."""
+    """Seconds to watch an idle worker, instead of a minute."""
     share: float = 1.0
-    """Of all numbers and times; less for a quick look."""
+    """Factor for all numbers and times; below 1 for a quick run."""
 
     def jobs_for(self, contender: type[Contender]) -> int:
-        """How many jobs a run of this contender takes."""
+        """The number of jobs in a run of this contender."""
         return self.jobs or self.number(contender.jobs)
 
     def number(self, whole: int) -> int:
-        """The share of a number of jobs or rows."""
+        """A number of jobs or rows, scaled by ``share``."""
         return max(1, round(whole * self.share))
 
     def seconds(self, whole: float) -> float:
-        """The share of a time."""
+        """A time, scaled by ``share``."""
         return whole * self.share
 
 
@@ -43,13 +43,13 @@ class Measure:
     """One measurement."""
 
     name: str
-    """For ``--measure``."""
+    """Its name for ``--measure``."""
     run: Callable[[type[Contender], Stores, Scale], Figures]
-    """The figures of one run.
+    """Performs one run, and returns its figures.
 
-    :raises TrialFailed: when the contender did not do what it was given.
+    :raises TrialFailed: when the contender did not complete its jobs.
     """
     suits: Callable[[type[Contender]], bool] = lambda _: True
-    """Whether it is made of this contender."""
+    """Whether the measurement applies to a contender."""
     most_runs: int = 100
-    """Some take too long to be repeated, and are steady."""
+    """Limit of ``--runs`` for measurements that take long and vary little."""

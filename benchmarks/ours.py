@@ -1,8 +1,8 @@
-"""What only flask-bgjobs is measured by, in a process of its own.
+"""Measurements of flask-bgjobs alone, run in a separate process.
 
-``python -m benchmarks.ours template KIND`` enqueues the job that a backlog is copied from;
-``python -m benchmarks.ours claims`` prints milliseconds per claim, and ``… pages`` those that
-each page of the dashboard takes.
+``python -m benchmarks.ours template KIND`` enqueues the job that is copied to make a backlog;
+``python -m benchmarks.ours claims`` prints milliseconds per claim, and ``… pages`` the
+milliseconds for each page of the dashboard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKLOGS: dict[str, dict[str, Any]] = {
     "completed": {},
     "paused": {"queue": "parked"},
 }
-"""The options of a job in each kind of backlog; all others are of priority 0 and due at once."""
+"""Options of the jobs in each kind of backlog. Measured jobs have priority 0 and no delay."""
 TEMPLATE_NUMBER = -1
 _CLAIMS, _AT_ONCE = 20, 100
 PAGES = {
@@ -44,14 +44,14 @@ PAGES = {
     "queues": "/queues",
     "workers": "/workers?ended=1",
 }
-"""What the dashboard is asked for."""
+"""The measured pages of the dashboard."""
 _REQUESTS = 7
 CLAIMED_JOBS = _CLAIMS * _AT_ONCE
-"""How many must be there to be claimed."""
+"""Number of pending jobs that the measurement needs."""
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Perform the act given on the command line."""
     match sys.argv[1:]:
         case ["template", kind]:
             with create_app().app_context():
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _claim_ms() -> float:
-    """Milliseconds to claim a hundred jobs and commit, the median of twenty, by a new worker."""
+    """Milliseconds to claim a hundred jobs and commit, in a new worker; the median of twenty."""
     app = create_app()
     state = state_of(app)
     worker_id = register(state, "benchmark")
@@ -77,7 +77,7 @@ def _claim_ms() -> float:
 
 
 def _page_ms(path: str) -> float:
-    """Milliseconds to answer a request for a page, the median of several."""
+    """Milliseconds to serve a page; the median of several requests."""
     client = create_app().test_client()
     took = []
     for _ in range(_REQUESTS):

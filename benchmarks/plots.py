@@ -1,4 +1,4 @@
-"""The plots of the documentation, as SVG that can be read on a light and on a dark page."""
+"""The plots for the documentation, as SVG that is readable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .results import Entry, Results
 from .stores import title_of
 
 _INK = "#808080"
-"""For words and axes: as far from white as from black."""
+"""Colour of text and axes, readable on white and on black."""
 _COLOURS = {
     "sqlite": "#3b82c4",
     "postgresql": "#7a5cc2",
@@ -21,7 +21,7 @@ _COLOURS = {
 }
 _STYLE = {
     "svg.fonttype": "none",
-    # The same figures give the same file.
+    # Fixed, so that the same figures always produce the same file.
     "svg.hashsalt": "benchmarks",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -35,13 +35,13 @@ _STYLE = {
     "legend.frameon": False,
 }
 _WIDTH, _ROW, _FRAME = 7.5, 0.28, 1.1
-"""Inches."""
+"""In inches."""
 _SLOWEST = 10
-"""Jobs per second where bars begin, as a logarithmic scale has no zero."""
+"""Start of the bars in jobs per second, because a logarithmic scale has no zero."""
 
 
 def write_plots(results: Results, folder: Path) -> None:
-    """A file for each measurement that has a plot and was made."""
+    """Write a file for each measurement that has a plot and results."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -58,7 +58,7 @@ def write_plots(results: Results, folder: Path) -> None:
 
 
 def _throughput(entries: dict[str, Entry], path: Path) -> None:
-    """Bars, the fastest on top."""
+    """Bars, with the fastest at the top."""
     speeds = {name: entry.medians()["jobs_per_second"] for name, entry in entries.items()}
     order = sorted(speeds, key=lambda name: speeds[name])
     figure, axes = _axes(len(order))
@@ -75,7 +75,7 @@ def _throughput(entries: dict[str, Entry], path: Path) -> None:
 
 
 def _latency(entries: dict[str, Entry], path: Path) -> None:
-    """A line from p50 to p99 for each, with a mark at each percentile."""
+    """A line from p50 to p99 for each contender, with a mark at each percentile."""
     found = {name: entry.medians() for name, entry in entries.items()}
     order = sorted(found, key=lambda name: -found[name]["p50_ms"])
     figure, axes = _axes(len(order))
@@ -92,7 +92,7 @@ def _latency(entries: dict[str, Entry], path: Path) -> None:
 
 
 def _backlog(entries: dict[str, Entry], path: Path) -> None:
-    """For each database a line for each kind of backlog, from none to the most."""
+    """A panel for each database, with a line for each kind of backlog."""
     figure, panels = _axes(10, columns=len(entries))
     for axes, (name, entry) in zip(panels, entries.items(), strict=True):
         figures = entry.medians()
@@ -114,7 +114,7 @@ def _backlog(entries: dict[str, Entry], path: Path) -> None:
 
 
 def _memory(entries: dict[str, Entry], path: Path) -> None:
-    """MiB above idle by number of jobs."""
+    """MiB above the idle worker, by number of jobs."""
     figure, axes = _axes(10)
     for name, entry in entries.items():
         curve: Any = entry.runs[0]["curve"]
@@ -137,7 +137,7 @@ _PLOTS: dict[str, Callable[[dict[str, Entry], Path], None]] = {
 
 
 def _axes(rows: int, columns: int | None = None) -> tuple[Any, Any]:
-    """A figure with room for so many rows, and its axes: one, or a list of ``columns``."""
+    """A figure with room for a number of rows, and its axes: one, or a list of ``columns``."""
     import matplotlib.pyplot as plt
 
     size = (_WIDTH, rows * _ROW + _FRAME)

@@ -1,4 +1,4 @@
-"""Processes from outside: their CPU, their memory and their end. Linux only, as /proc is."""
+"""CPU and memory use of other processes, and background processes. Requires Linux and /proc."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOP_SECONDS = 15.0
 
 
 def family(pid: int) -> list[int]:
-    """``pid`` and the living processes below it."""
+    """A process and its living descendants."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -30,15 +30,15 @@ def family(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU that ``pid`` and all below it have used so far, in user and in system mode.
+    """CPU time that a process and its descendants have used, in user and in system mode.
 
-    Children that have ended count as soon as their parent has waited for them.
+    A child process that has ended is included once its parent has waited for it.
     """
     return sum(_cpu_ticks(member) for member in family(pid)) / _TICKS
 
 
 def memory_mib(pid: int) -> float:
-    """MiB resident of ``pid`` and all below it; pages that a fork shares count in each."""
+    """Resident memory of a process and its descendants. Shared pages count in each process."""
     return sum(_resident_pages(member) for member in family(pid)) * _PAGE_MIB
 
 
@@ -47,7 +47,7 @@ def _cpu_ticks(pid: int) -> int:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    # The name in parentheses may hold blanks; utime, stime, cutime and cstime are 11 fields on.
+    # The name in parentheses may contain spaces. The fields utime, stime, cutime and cstime follow.
     return sum(map(int, stat.rpartition(")")[2].split()[11:15]))
 
 
@@ -59,31 +59,32 @@ def _resident_pages(pid: int) -> int:
 
 
 def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with ``variables``, from which ``benchmarks`` can be imported."""
+    """The environment of this process, plus ``variables`` and a path to import ``benchmarks``."""
     return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
 
 
 @contextlib.contextmanager
 def interrupts_postponed() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM come after the block: what it starts is known then, and is ended."""
-    came: list[int] = []
+    """Delay Ctrl-C and SIGTERM until the end of the block, so that a process started in the block
+    is registered and can be stopped."""
+    received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in numbers}
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in came:
+    for number in received:
         signal.raise_signal(number)
 
 
 class Background:
-    """A program that runs while the ``with`` block does, and is gone after it.
+    """A program that runs during a ``with`` block.
 
     :param log: the file to which its output is appended.
-    :param folder: where it runs; by default where ``benchmarks`` lies.
-    :param user: as whom it runs; by default as whoever runs this.
+    :param folder: its working directory; default: the root of the repository.
+    :param user: the user that runs it; default: the current user.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Background:
             env=environment_with(variables),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
-            # Ctrl-C is answered here, and the program is then ended with all below it.
+            # So that Ctrl-C reaches only this process, which then stops the program.
             start_new_session=True,
             user=user,
             group=user,
@@ -127,17 +128,17 @@ class Background:
 
     @property
     def pid(self) -> int:
-        """Of the process that was started."""
-        assert self._process is not None, "it was not started"
+        """The process id."""
+        assert self._process is not None, "not started"
         return self._process.pid
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has ended."""
         return self._process is None or self._process.poll() is not None
 
     def end(self) -> None:
-        """Ask it to stop, then kill what is left of it."""
+        """Terminate the process, then kill its process group."""
         if self._process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
@@ -147,16 +148,16 @@ class Background:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """The last lines of its output."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-12:])
 
 
 def python(*words: str) -> list[str]:
-    """A command of this interpreter."""
+    """A command line for this Python interpreter."""
     return [sys.executable, *words]
 
 
 def script(name: str, *words: str) -> list[str]:
-    """A command that a package has installed beside this interpreter."""
+    """A command line for a script that is installed beside this interpreter."""
     return [str(Path(sys.executable).with_name(name)), *words]

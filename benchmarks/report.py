@@ -1,4 +1,4 @@
-"""The report: the tables of a run, on the terminal and as parts of the documentation."""
+"""The tables of a benchmark, printed or written to the documentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .stores import title_of
 from .tables import Table, figure
 
 Columns = dict[str, str]
-"""Heading by name of the figure."""
+"""Column headings by name of the figure."""
 _COLUMNS: dict[str, Columns] = {
     "throughput": {
         "jobs_per_second": "jobs/s",
@@ -39,7 +39,7 @@ _COLUMNS: dict[str, Columns] = {
 
 
 def tables(results: Results) -> Iterator[tuple[str, Table]]:
-    """The name and the table of each measurement that was made."""
+    """The name and the table of each measurement."""
     for measure, entries in results.entries.items():
         if measure == "backlog":
             yield measure, _backlog_table(entries)
@@ -51,13 +51,13 @@ def tables(results: Results) -> Iterator[tuple[str, Table]]:
 
 
 def print_tables(results: Results, say: Callable[[str], object]) -> None:
-    """Say all of them."""
+    """Print all tables."""
     for name, table in tables(results):
         say(f"\n{name}\n{table.as_text()}")
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """A file for each, to be included by the documentation."""
+    """Write each table to a file, which the documentation includes."""
     folder.mkdir(exist_ok=True)
     for name, table in tables(results):
         (folder / f"{name}.rst").write_text(table.as_rst())
@@ -72,16 +72,17 @@ def _table(entries: dict[str, Entry], columns: Columns) -> Table:
         if entry.failure is not None:
             cells = ["failed", *[""] * (len(columns) - 1)]
         rows.append([contender.title, title_of(contender.store), *cells])
-    return Table(["queue", "jobs live in", *columns.values()], rows)
+    return Table(["queue", "store", *columns.values()], rows)
 
 
 def _backlog_table(entries: dict[str, Entry]) -> Table:
-    """A row for each kind and size, for each database jobs/s and the milliseconds of a claim."""
+    """A row for each kind and size of backlog, with jobs/s and milliseconds per claim for each
+    database."""
     found = {name: entry.medians() for name, entry in entries.items()}
     backlogs = dict.fromkeys(
         name for figures in found.values() for name in figures if not name.endswith("_claim_ms")
     )
-    header = ["other rows", "how many"]
+    header = ["other rows", "number"]
     for name in found:
         header += [f"{title_of(ALL[name].store)}, jobs/s", "claim of 100, ms"]
     rows = []
@@ -118,4 +119,4 @@ def _machine_table(results: Results) -> Table:
     facts = {**results.machine, "runs": str(runs), **results.versions}
     for name, reason in results.skipped.items():
         facts[f"{name}, not measured"] = reason
-    return Table(["what", "which"], [[name, value] for name, value in facts.items()])
+    return Table(["item", "value"], [[name, value] for name, value in facts.items()])

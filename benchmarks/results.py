@@ -1,4 +1,4 @@
-"""The results of a run, which can be written and read again."""
+"""The results of a benchmark, which can be saved as JSON and loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .measure import Figures
 
 @dataclasses.dataclass(slots=True)
 class Entry:
-    """What was measured of one contender by one measurement."""
+    """The results of one measurement for one contender."""
 
     runs: list[Figures] = dataclasses.field(default_factory=list)
     failure: str | None = None
-    """What it did not do; then its runs do not count."""
+    """The error of a run that failed; the other runs then do not count."""
 
     def medians(self) -> dict[str, float]:
         """The median of each figure."""
@@ -25,26 +25,26 @@ class Entry:
 
 @dataclasses.dataclass(slots=True)
 class Results:
-    """All of a run."""
+    """All results of a benchmark."""
 
     machine: dict[str, str]
     versions: dict[str, str]
     entries: dict[str, dict[str, Entry]] = dataclasses.field(default_factory=dict)
-    """By measurement and contender."""
+    """The results by measurement and contender."""
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Contenders that could not be measured, and why."""
+    """Contenders that could not be measured, with the reason."""
 
     def entry(self, measure: str, contender: str) -> Entry:
-        """The entry, new if need be."""
+        """The entry for a measurement and a contender, created if missing."""
         return self.entries.setdefault(measure, {}).setdefault(contender, Entry())
 
     def as_json(self) -> str:
-        """All of them, for :meth:`from_json`."""
+        """The results as JSON, for :meth:`from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What :meth:`as_json` gave."""
+        """Load results saved with :meth:`as_json`."""
         values = json.loads(text)
         values["entries"] = {
             measure: {contender: Entry(**entry) for contender, entry in entries.items()}

@@ -1,7 +1,7 @@
-"""The databases that the contenders use: servers of the run's own, with data of their own.
+"""The stores of the contenders: SQLite files, and servers that are started for the run.
 
-Each has the settings of a new installation, but Redis is not to write to the disk. Each contender
-gets a new, empty database for each run.
+Each server has the settings of a new installation, except that Redis does not write to the disk.
+Each contender gets a new, empty database for each run.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _LOGGED_STATEMENT = re.compile(r"LOG:  (?:statement|execute [^:]+): ")
 
 
 class Unavailable(Exception):
-    """A store cannot be started here; says why in one sentence."""
+    """A store cannot be started here. The message gives the reason in one sentence."""
 
 
 class Store(abc.ABC):
-    """Where jobs live; used as a context, it is gone after it."""
+    """A context manager for a store of jobs, which is removed at the end."""
 
     title: ClassVar[str]
 
@@ -58,30 +58,34 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def new_database(self) -> str:
-        """The URL of an empty database."""
+        """Create an empty database.
+
+        :returns: its URL.
+        """
 
     @abc.abstractmethod
     def drop(self, url: str) -> None:
-        """Remove a database, whoever is connected."""
+        """Remove a database, even if there are connections to it."""
 
     def cpu_seconds(self) -> float:
-        """CPU that the server has used so far; none where there is no server."""
+        """CPU time that the server has used so far; 0 if there is no server."""
         return 0.0
 
     @abc.abstractmethod
     def counting(self, trace: Path) -> AbstractContextManager[Callable[[], int]]:
-        """While used, what is given says how many statements there were so far.
+        """Count statements during a ``with`` block.
 
-        :param trace: the file of a traced worker, for want of a server that counts.
+        :param trace: the file in which a worker on SQLite counts its statements.
+        :returns: a context manager; its value is a function that returns the number so far.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End the server and delete its data."""
+        """Stop the server and delete its data."""
 
 
 class Sqlite(Store):
-    """Files in a temporary folder."""
+    """SQLite files in a temporary folder."""
 
     title = "SQLite"
 
@@ -107,7 +111,7 @@ class Sqlite(Store):
 
 
 class Postgres(Store):
-    """A server as ``initdb`` sets it up: each commit is on the disk when it returns."""
+    """A PostgreSQL server with the settings of ``initdb``: each commit is flushed to the disk."""
 
     title = "PostgreSQL"
 
@@ -154,7 +158,7 @@ class Postgres(Store):
 
 
 class _Program(Store):
-    """A server program, with a folder of its own."""
+    """A server program with its own data folder."""
 
     def __init__(self) -> None:
         self._user = ServerUser.choose()
@@ -174,7 +178,7 @@ class _Program(Store):
 
     @abc.abstractmethod
     def _ping(self) -> None:
-        """Raise any error while it does not answer."""
+        """Check that the server responds; raises an exception if it does not."""
 
     def cpu_seconds(self) -> float:
         return cpu_seconds(self._server.pid)
@@ -196,12 +200,12 @@ class _Program(Store):
                 return self._ping()
             except Exception as error:
                 if self._server.has_ended or time.monotonic() > deadline:
-                    raise Unavailable(f"{self.title}: {self._server.last_words()}") from error
+                    raise Unavailable(f"{self.title}: {self._server.last_output()}") from error
             time.sleep(0.05)
 
 
 class Mariadb(_Program):
-    """A server as ``mariadb-install-db`` sets it up."""
+    """A MariaDB server with the settings of ``mariadb-install-db``."""
 
     title = "MariaDB"
 
@@ -222,7 +226,7 @@ class Mariadb(_Program):
         question = "SHOW GLOBAL STATUS LIKE 'Questions'"
         with engine.connect() as connection:
             calls = itertools.count(1)
-            # The question counts as well.
+            # The query itself is counted too.
             yield lambda: int(connection.exec_driver_sql(question).one()[1]) - next(calls)
         engine.dispose()
 
@@ -249,7 +253,7 @@ class Mariadb(_Program):
 
 
 class Redis(_Program):
-    """A server that keeps everything in memory only, so its enqueues are not durable."""
+    """A Redis server without persistence, so its enqueues are not durable."""
 
     title = "Redis"
 
@@ -284,7 +288,7 @@ class Redis(_Program):
 
 
 def _program(name: str) -> str:
-    # Debian keeps servers where not every user looks.
+    # Debian installs servers in folders that are not in every user's PATH.
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
     if found is None:
         raise Unavailable(f"{name} is not installed")
@@ -300,12 +304,12 @@ _STORES: dict[StoreKind, type[Store]] = {
 
 
 def title_of(kind: StoreKind) -> str:
-    """Its name in the tables."""
+    """The name of a store in the tables."""
     return _STORES[kind].title
 
 
 class Stores:
-    """Each store, started when it is first asked for; used as a context, all are gone after it."""
+    """A context manager for the stores. Each is started on first use, and removed at the end."""
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -320,7 +324,7 @@ class Stores:
         self._stack.close()
 
     def get(self, kind: StoreKind) -> Store:
-        """The store of this kind.
+        """The store of a kind, started if necessary.
 
         :raises Unavailable: when it cannot be started here.
         """

@@ -18,7 +18,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def as_text(self) -> str:
-        """With columns of equal width, the figures to the right."""
+        """The table as text with aligned columns; figures are right-aligned."""
         lines = [self.header, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
         return "\n".join(
@@ -30,7 +30,7 @@ class Table:
         )
 
     def as_rst(self) -> str:
-        """As a ``list-table``."""
+        """The table as a ``list-table`` of reStructuredText."""
         parts = [".. list-table::", "   :header-rows: 1", ""]
         for row in (self.header, *self.rows):
             first, *others = (cell or "–" for cell in row)  # noqa: RUF001  # an en dash is meant
@@ -39,7 +39,7 @@ class Table:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, and commas; an empty text for none."""
+    """A number with commas, rounded to significant digits; an empty string for ``None``."""
     if value is None:
         return ""
     if value == 0:

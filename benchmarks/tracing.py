@@ -1,6 +1,7 @@
-"""Counts the statements of a process on SQLite, which has no server that could count them.
+"""Counts the SQL statements of a process on SQLite, which has no server that could count them.
 
-The apps call it before anything connects; it does nothing unless the environment asks for it.
+The apps call :func:`install` before the first connection. It has no effect unless the environment
+names a file.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ VARIABLE = "BENCHMARK_TRACE"
 
 
 def count(path: Path) -> int:
-    """How many statements there were so far."""
+    """The number of statements so far."""
     return path.stat().st_size if path.exists() else 0
 
 
 def install() -> None:
-    """Count from now on, where the environment names a file."""
+    """Start to count, if the environment names a file."""
     path = os.environ.get(VARIABLE)
     if path is None:
         return
@@ -32,5 +33,5 @@ def install() -> None:
         connection.set_trace_callback(lambda _: os.write(descriptor, b"."))
         return connection
 
-    # The module is there twice, and each library has its favourite.
+    # Both names are patched, because libraries import `connect` from either module.
     sqlite3.connect = sqlite3.dbapi2.connect = traced  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A trial: one contender on an empty database of its own, with a journal of its own."""
+"""A trial: one contender on a new, empty database, with its own journal."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from .contender import Contender, SqlContender
 from .processes import Background, environment_with, python
 from .stores import Store, Stores
 
-_LOOK_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 _SETTLE_SECONDS = 0.05
 _STALLED_SECONDS = 60.0
-"""So long may pass without any job being done."""
+"""Time without a finished job after which a trial fails."""
 
 
 class TrialFailed(Exception):
-    """The contender did not do what it was given; says what in one sentence."""
+    """The contender did not complete its jobs. The message is one sentence."""
 
 
 class Trial:
-    """Used as a context, everything of it is gone after it.
+    """A context manager for a trial. At the end, its database and files are removed.
 
-    :param contender: the class, not yet on any database.
+    :param contender: the class of the contender.
     """
 
     def __init__(self, contender: type[Contender], stores: Stores) -> None:
         self.store: Store = stores.get(contender.store)
         url = self.store.new_database()
         self.contender = contender(url)
-        # Not a bare folder: this one goes away however the trial ends.
+        # A TemporaryDirectory, because it is removed even if the trial is not entered.
         folder = tempfile.TemporaryDirectory(prefix="bgjobs-benchmark-")
         self._folder = Path(folder.name)
         self.journal = self._folder / "journal"
         self.trace = self._folder / "trace"
-        """For the statements of a traced worker."""
+        """The file in which a worker on SQLite counts its statements."""
         self._stack = contextlib.ExitStack()
         self._stack.callback(folder.cleanup)
         self._stack.callback(self.store.drop, url)
@@ -62,44 +62,58 @@ class Trial:
 
     @property
     def database(self) -> SqlContender:
-        """The contender, which keeps its jobs in a database."""
+        """The contender, if it stores its jobs in an SQL database."""
         assert isinstance(self.contender, SqlContender)
         return self.contender
 
     def enqueue_one_by_one(self, numbers: range) -> float:
-        """Seconds that it took for all but the first."""
+        """Enqueue jobs one by one.
+
+        :returns: the seconds for all jobs but the first.
+        """
         return float(self._client("one-by-one", numbers))
 
     def enqueue_in_bulk(self, numbers: range) -> float:
-        """Seconds that it took for all but the first."""
+        """Enqueue jobs in bulk.
+
+        :returns: the seconds for all jobs but the first.
+        """
         return float(self._client("in-bulk", numbers))
 
     def fill(self, numbers: range) -> None:
-        """Enqueue a job for each number in the quickest way."""
+        """Enqueue a job for each number, in bulk if possible."""
         if self.contender.has_bulk:
             self.enqueue_in_bulk(numbers)
         else:
             self.enqueue_one_by_one(numbers)
 
     def enqueue_paced(self, numbers: range, every: float) -> journal.Journal:
-        """When each job was about to be enqueued, about ``every`` so many seconds."""
+        """Enqueue a job about every ``every`` seconds.
+
+        :returns: the time before each enqueue.
+        """
         stamps = self._folder / "stamps"
         self._client("paced", numbers, "--every", str(every), journal_path=stamps)
         return journal.Journal.read(stamps)
 
     @contextlib.contextmanager
     def worker(self, **variables: str) -> Iterator[Background]:
-        """A worker while the block runs; with more variables in its environment."""
+        """Run a worker during the block.
+
+        :param variables: additional environment variables.
+        """
         environment = {**self._environment(self.journal), **variables}
         command = self.contender.worker_command()
         with Background(command, environment, self._folder / "worker.log") as worker:
             yield worker
 
     def execute(self, command: Sequence[str], *, journal_path: Path | None = None) -> str:
-        """The last line that a command prints.
+        """Run a command.
 
-        :param journal_path: where it records what runs in it; by default that is thrown away.
-        :raises TrialFailed: when it fails.
+        :param journal_path: the journal of jobs that run in the command; default: a file that is
+            ignored.
+        :returns: the last line of its output.
+        :raises TrialFailed: when the command fails.
         """
         done = subprocess.run(
             command,
@@ -115,15 +129,16 @@ class Trial:
         return done.stdout.strip().rpartition("\n")[2]
 
     def recorded(self) -> int:
-        """How many jobs have run so far."""
+        """The number of jobs that have run so far."""
         return journal.count(self.journal)
 
     def wait_until(
-        self, is_done: Callable[[], bool], worker: Background, every: float = _LOOK_SECONDS
+        self, is_done: Callable[[], bool], worker: Background, every: float = _POLL_SECONDS
     ) -> None:
-        """Return when ``is_done``, while the worker goes on.
+        """Wait until ``is_done`` returns true.
 
-        :raises TrialFailed: when the worker has ended, or has done nothing for a minute.
+        :param every: seconds between two checks.
+        :raises TrialFailed: when the worker has ended, or no job has run for a minute.
         """
         last_count, last_change = self.recorded(), time.monotonic()
         while not is_done():
@@ -131,23 +146,24 @@ class Trial:
             if count != last_count:
                 last_count, last_change = count, now
             if worker.has_ended:
-                raise TrialFailed(f"the worker has ended: {worker.last_words()}")
+                raise TrialFailed(f"the worker has ended: {worker.last_output()}")
             if now - last_change > _STALLED_SECONDS:
-                raise TrialFailed(f"nothing moves after {count:,} jobs: {worker.last_words()}")
+                raise TrialFailed(f"no progress after {count:,} jobs: {worker.last_output()}")
             time.sleep(every)
 
     def wait_until_settled(self, worker: Background) -> None:
-        """Return when all jobs are recorded as done.
+        """Wait until all jobs are recorded as done.
 
-        :raises TrialFailed: as :meth:`wait_until`.
+        :raises TrialFailed: see :meth:`wait_until`.
         """
-        # Not too often: each look is work for the database, too.
+        # Less often, because each check is a query that burdens the database.
         self.wait_until(lambda: self.contender.unsettled() == 0, worker, every=_SETTLE_SECONDS)
 
     def check(self, numbers: range) -> journal.Journal:
-        """The journal, when each of ``numbers`` ran once and all are recorded as done.
+        """Check that each of ``numbers`` ran exactly once, and that all are recorded as done.
 
-        :raises TrialFailed: when that is not so.
+        :returns: the journal.
+        :raises TrialFailed: when this is not the case.
         """
         read = journal.Journal.read(self.journal)
         if problem := read.problem(numbers):

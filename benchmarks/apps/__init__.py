@@ -1,11 +1,11 @@
-"""For each queue what a project that uses it would write: its set-up and one job.
+"""An app for each queue, as a project would write it: the setup and one job.
 
-The workers import these modules, as does the process that enqueues. They read where the store is
-from the environment.
+The workers and the process that enqueues import these modules. They read the URL of the store from
+the environment.
 """
 
 LOG_LEVEL_VARIABLE = "BENCHMARK_LOG_LEVEL"
-"""The environment variable for what workers log; warnings unless it is set, so that no contender
-pays for lines that another does not write."""
+"""The environment variable for the log level of workers. The default is WARNING, so that log lines
+which other queues do not write do not affect the comparison."""
 PGQUEUER_BATCH = 200
 """Jobs that a worker of PgQueuer takes at once."""

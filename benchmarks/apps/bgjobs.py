@@ -21,12 +21,12 @@ bgjobs = BgJobs()
 
 @bgjobs.job
 def record(number: int) -> None:
-    """Note that the job runs."""
+    """The measured job."""
     journal.record(number)
 
 
 def create_app() -> Flask:
-    """The app on the database that the environment names."""
+    """Build the app for the database named in the environment."""
     logging.getLogger("flask_bgjobs").setLevel(os.environ.get(LOG_LEVEL_VARIABLE, "WARNING"))
     app = Flask("benchmark")
     app.config.update(

@@ -15,5 +15,5 @@ app.conf.update(task_ignore_result=True, worker_prefetch_multiplier=128)
 
 @app.task
 def record(number: int) -> None:
-    """Note that the job runs."""
+    """The measured job."""
     journal.record(number)

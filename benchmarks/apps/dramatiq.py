@@ -15,5 +15,5 @@ dramatiq.set_broker(RedisBroker(url=os.environ[URL_VARIABLE]))
 
 @dramatiq.actor
 def record(number: int) -> None:
-    """Note that the job runs."""
+    """The measured job."""
     journal.record(number)

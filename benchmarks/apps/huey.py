@@ -16,5 +16,5 @@ huey = SqliteHuey(filename=sa.make_url(os.environ[URL_VARIABLE]).database)
 
 @huey.task()
 def record(number: int) -> None:
-    """Note that the job runs."""
+    """The measured job."""
     journal.record(number)

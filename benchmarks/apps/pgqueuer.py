@@ -1,4 +1,4 @@
-"""PgQueuer on PostgreSQL; run as a module it is the worker."""
+"""PgQueuer on PostgreSQL. Run as a module, it is the worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENTRYPOINT = "record"
 
 @contextlib.asynccontextmanager
 async def create_pgqueuer() -> AsyncIterator[PgQueuer]:
-    """The worker on a connection of its own, as its documentation advises."""
+    """The worker with its own connection, as the documentation recommends."""
     connection = await asyncpg.connect(libpq_url(os.environ[URL_VARIABLE]))
     pgqueuer = PgQueuer.from_asyncpg_connection(connection)
 

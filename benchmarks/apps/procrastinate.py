@@ -14,5 +14,5 @@ app = App(connector=PsycopgConnector(conninfo=libpq_url(os.environ[URL_VARIABLE]
 
 @app.task
 async def record(number: int) -> None:
-    """Note that the job runs; on the event loop, because a plain function costs a thread."""
+    """The measured job. It is async, because a plain function would need a thread."""
     journal.record(number)

@@ -6,5 +6,5 @@ from .. import journal
 
 
 def record(number: int) -> None:
-    """Note that the job runs."""
+    """The measured job."""
     journal.record(number)

@@ -1,4 +1,4 @@
-"""flask-bgjobs with its defaults: ten threads, or as many processes as said here."""
+"""flask-bgjobs with its defaults: ten threads, or the number of processes given here."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _ANY_URL: dict[StoreKind, str] = {
     "postgresql": "postgresql+psycopg://nobody@127.0.0.1:1/none",
     "mariadb": "mariadb+pymysql://nobody@127.0.0.1:1/none",
 }
-"""To ask whether a database is known; nothing connects to these."""
+"""URLs to check whether a database is supported. They are never connected to."""
 COMMANDS = ("-m", "flask", "--app", "benchmarks.apps.bgjobs", "bgjobs")
-"""What the commands of flask-bgjobs begin with."""
+"""Start of the command line of flask-bgjobs commands."""
 
 
 class BgJobs(SqlContender):
-    """The thread pool, with every option as it comes."""
+    """The thread pool, with default options."""
 
     has_bulk = True
     unsettled_query = "SELECT count(*) FROM bgjobs_job WHERE status <> 'completed'"
     options: ClassVar[Sequence[str]] = ()
-    """Of ``flask bgjobs worker``."""
+    """Options of ``flask bgjobs worker``."""
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -44,11 +44,11 @@ class BgJobs(SqlContender):
             text=True,
             check=False,
         )
-        # Without an app the command is unknown, and what is wrong with the app is said before.
+        # If the app cannot be loaded, the command is unknown, and the reason is printed first.
         return None if answer.returncode == 0 else _error_in(answer.stderr)
 
     def prepare(self) -> None:
-        # On SQLite it turns WAL on as well.
+        # On SQLite this also turns on WAL mode.
         subprocess.run(python(*COMMANDS, "init-db"), stdout=subprocess.DEVNULL, check=True)
 
     def enqueue_one_by_one(self, numbers: Iterable[int]) -> None:
@@ -82,7 +82,7 @@ class OnSqlite(BgJobs):
 
 
 class OnSqliteLogging(OnSqlite):
-    """The same with the two log lines per job that it writes unless told otherwise."""
+    """The thread pool with the two log lines per job that are written by default."""
 
     name = "bgjobs-sqlite-logs"
     title = "flask-bgjobs, 10 threads, with its log lines"
@@ -142,11 +142,11 @@ CONTENDERS = (
 
 
 BY_STORE = (OnSqlite, OnPostgres, OnMariadb)
-"""One on each database, for what is measured of flask-bgjobs alone."""
+"""One contender on each database, for measurements of flask-bgjobs alone."""
 
 
 def _error_in(output: str) -> str:
-    """The line of an error message that says what is wrong."""
+    """The line of a command's output that contains the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or "NotSupported" in line]
-    return (telling or lines or ["its command does not work"])[-1]
+    errors = [line for line in lines if "Error" in line or "NotSupported" in line]
+    return (errors or lines or ["its command does not work"])[-1]

@@ -1,9 +1,9 @@
 """Celery on Redis.
 
 Its guide to optimizing (https://docs.celeryq.dev/en/stable/userguide/optimizing.html, "Prefetch
-Limits") advises a prefetch multiplier such as 128 for many short tasks, and its tips
-(.../userguide/tasks.html, "Ignore results you don't want") to keep no results. There are as many
-workers in its pool as processors, which is its default.
+Limits") recommends a prefetch multiplier such as 128 for many short tasks, and its tips
+(.../userguide/tasks.html, "Ignore results you don't want") to keep no results. Its pool has two
+workers: by default it has one for each processor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _COMMAND = ("-m", "celery", "-A", "benchmarks.apps.celery", "worker")
 
 
 class Celery(RedisContender):
-    """Two at once in the pool that is named."""
+    """Two jobs at once, in the pool named by ``pool``."""
 
     needs = ("celery", "redis")
     jobs = 3_000

@@ -1,7 +1,7 @@
 """Dramatiq on Redis with its defaults: a process for each processor, eight threads in each.
 
-Its guide (https://dramatiq.io/guide.html, "Workers") advises nothing else for small jobs. Here it
-is two processes wherever it runs, as for the others. It logs no line per job.
+Its guide (https://dramatiq.io/guide.html, "Workers") recommends no other settings for small jobs.
+Here two processes are used on every machine, as for the other queues. It logs no line per job.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..processes import python
 
 
 class Dramatiq(RedisContender):
-    """All as it comes."""
+    """Default settings, with two processes."""
 
     name = "dramatiq"
     title = "Dramatiq, 2 processes of 8 threads"

@@ -1,6 +1,6 @@
 """Huey on an SQLite file.
 
-Its documentation advises processes where the work computes and threads when in doubt
+Its documentation recommends processes for CPU-bound work, and threads when in doubt
 (https://huey.readthedocs.io/en/latest/consumer.html, "Worker types") and names no number; here it
 is two, one for each processor.
 """
@@ -18,7 +18,7 @@ _COMMAND = ("-m", "huey.bin.huey_consumer", _APP, "--quiet", "--workers", "2", "
 
 
 class Huey(SqlContender):
-    """Two workers; it takes jobs one by one and deletes them before they run."""
+    """Two workers. Huey takes jobs one by one and deletes them before they run."""
 
     store = "sqlite"
     needs = ("huey",)
@@ -27,7 +27,7 @@ class Huey(SqlContender):
     worker_type: ClassVar[str]
 
     def prepare(self) -> None:
-        # Importing it makes the tables.
+        # Importing the module creates the tables.
         pass
 
     def enqueue_one_by_one(self, numbers: Iterable[int]) -> None:

@@ -1,11 +1,11 @@
 """PgQueuer on PostgreSQL.
 
-Its guide to performance (https://pgqueuer.readthedocs.io, "Performance Tuning") advises larger
-batches than ten for short jobs and names no number, one asyncpg connection for the worker, and
-``pgq autovac`` after the installation. Its durability stays as it comes, so that a job is as safe
-as with the others. A web process without an event loop enqueues with its synchronous driver. It
-logs no line per job. Its ``pgq run`` does not start with the typer of today, so its documented
-``pgqueuer.run`` is called.
+Its guide to performance (https://pgqueuer.readthedocs.io, "Performance Tuning") recommends
+batches larger than ten for short jobs (without a number), one asyncpg connection for the worker,
+and ``pgq autovac`` after the installation. Its durability setting is the default, so that jobs are
+as durable as those of the other queues. A web process without an event loop enqueues with its
+synchronous driver. It logs no line per job. Its ``pgq run`` does not start with current versions of
+typer, so the documented function ``pgqueuer.run`` is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AT_ONCE = 1_000
 
 
 class PgQueuer(SqlContender):
-    """Batches of 200 on one event loop; it deletes jobs that are done."""
+    """Batches of 200 on one event loop. PgQueuer deletes finished jobs."""
 
     name = "pgqueuer"
     title = f"PgQueuer, batches of {PGQUEUER_BATCH}"

@@ -1,8 +1,8 @@
 """Procrastinate on PostgreSQL.
 
-Its documentation advises jobs that are async and several of them at once for more throughput
-(https://procrastinate.readthedocs.io, "Execute multiple jobs at the same time") and names no number
-for small ones; ten are what a worker of flask-bgjobs has.
+For more throughput, its documentation recommends async jobs and a higher concurrency
+(https://procrastinate.readthedocs.io, "Execute multiple jobs at the same time") without a number
+for small jobs; ten is the default of flask-bgjobs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RQ on Redis.
 
-A process for each job is what it comes with; its notes on performance
-(https://python-rq.org/docs/benchmark/) allow ``SimpleWorker`` for jobs of a few milliseconds,
-which runs them in its own process.
+By default it starts a process for each job. For jobs of a few milliseconds, its notes on
+performance (https://python-rq.org/docs/benchmark/) allow ``SimpleWorker``, which runs jobs in its
+own process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _AT_ONCE = 1_000
 
 
 class Rq(RedisContender):
-    """One worker of the class that is named."""
+    """One worker of the class named by ``worker_class``."""
 
     needs = ("rq", "redis")
     has_bulk = True

@@ -1,4 +1,4 @@
-"""What is measured, a file each."""
+"""The measurements, one module each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backlog: throughput beside very many rows that have nothing to do with it."""
+"""Backlog: throughput while the table holds very many unrelated rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUMBERS = {
     "postgresql": "WITH copies(n) AS (SELECT generate_series(1, {0})) ",
     "mariadb": "WITH copies(n) AS (SELECT seq FROM seq_1_to_{0}) ",
 }
-"""So many rows, in the words of each database."""
+"""A query that generates rows, in the SQL dialect of each database."""
 _UNSETTLED = (
     "SELECT count(*) FROM bgjobs_job WHERE status <> 'completed' AND parameters <> "
     f"'[{TEMPLATE_NUMBER}]'"
@@ -32,7 +32,7 @@ _UNSETTLED = (
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
     """Jobs per second, and milliseconds per claim, by kind and number of other rows.
 
-    Each pair of them is measured on a database of its own.
+    Each combination is measured on its own database.
     """
     jobs = scale.number(_JOBS)
     figures = _measure(contender, stores, jobs, "none", 0)
@@ -58,7 +58,7 @@ def _measure(
 
 
 def _pile_up(trial: Trial, kind: str, size: int) -> None:
-    """Make the backlog: one job through the public API, then copies of its row by SQL."""
+    """Create the backlog: one job through the public API, then copies of its row by SQL."""
     trial.execute(python("-m", "benchmarks.ours", "template", kind))
     if kind == "completed":
         trial.execute([*trial.contender.worker_command(), "--burst"])
@@ -78,11 +78,11 @@ def _pile_up(trial: Trial, kind: str, size: int) -> None:
 
 
 def _jobs_per_second(trial: Trial, numbers: range) -> float:
-    """Of ``numbers`` alone, whatever runs after them."""
+    """Jobs per second for ``numbers`` only, not for jobs of the backlog that run afterwards."""
     trial.fill(numbers)
     with trial.worker() as worker:
         trial.wait_until(lambda: trial.recorded() >= len(numbers), worker)
-        # It reads the whole table, so not too often.
+        # Less often, because the query reads the whole table.
         trial.wait_until(lambda: trial.database.count(_UNSETTLED) == 0, worker, every=_LOOK_SECONDS)
         journal = Journal.read(trial.journal).without(TEMPLATE_NUMBER)
     if problem := journal.problem(numbers):

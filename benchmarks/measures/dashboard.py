@@ -19,18 +19,18 @@ _STATUS = """
 CASE n & 15 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' WHEN 2 THEN 'scheduled'
 WHEN 3 THEN 'retrying' WHEN 4 THEN 'pending' ELSE 'completed' END
 """
-"""Of every sixteen jobs eleven are completed."""
+"""Eleven of sixteen jobs are completed."""
 _CHANGES = {
     "status": _STATUS,
     "queue": "CASE (n >> 4) & 7 WHEN 0 THEN 'mail' WHEN 1 THEN 'reports' ELSE 'default' END",
     "finished_at": f"CASE WHEN {_STATUS} IN ('failed', 'cancelled', 'completed') "
     "THEN t.created_at END",
 }
-"""What is not as in the job that is copied, by column."""
+"""Columns whose values differ from the copied job."""
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
-    """Milliseconds by page: the median of several requests, each of a client of its own."""
+    """Milliseconds by page: the median of several requests."""
     with Trial(contender, stores) as trial:
         trial.execute(python("-m", "benchmarks.ours", "template", "scheduled"))
         _pile_up(trial, scale.number(_JOBS))
@@ -41,7 +41,7 @@ MEASURE = Measure("dashboard", run, suits=lambda contender: contender in BY_STOR
 
 
 def _pile_up(trial: Trial, size: int) -> None:
-    """Copies of the one job, of every status and of three queues."""
+    """Copy the job many times, with all statuses and three queues."""
     with trial.database.engine.begin() as connection:
         columns = [column["name"] for column in sa.inspect(connection).get_columns("bgjobs_job")]
         columns.remove("id")
@@ -52,7 +52,7 @@ def _pile_up(trial: Trial, size: int) -> None:
             f"{numbers} SELECT {values} FROM bgjobs_job t CROSS JOIN copies"
         )
     if trial.contender.store == "postgresql":
-        # What autovacuum does by itself within minutes: nobody has a million jobs all at once.
+        # Autovacuum does this within minutes. In practice a million jobs do not arrive at once.
         with trial.database.engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             connection.exec_driver_sql("VACUUM ANALYZE bgjobs_job")

@@ -1,4 +1,4 @@
-"""Enqueue: one by one, in bulk, and beside a bare insert into the same database."""
+"""Enqueue: one by one, in bulk, and compared with plain inserts into the same database."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..trial import Trial
 
 _ROUNDS = 5
 _ONE_BY_ONE, _IN_BULK = 400, 20_000
-"""Jobs: in a round, and in all."""
+"""Number of jobs in a round, and in total."""
 _PARAMETERS = '[{"number": 123456}]'
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
-    """Jobs per second, and how many bare rows the database takes while it takes one job.
+    """Jobs per second, and how many plain rows can be inserted in the time of one enqueue.
 
-    Each of the bare rows has a commit of its own, as each job has.
+    Each plain row is committed separately, as each job is.
     """
     with Trial(contender, stores) as trial:
         figures = _one_by_one(trial, scale.number(_ONE_BY_ONE))
@@ -39,7 +39,7 @@ MEASURE = Measure("enqueue", run)
 
 
 def _one_by_one(trial: Trial, jobs: int) -> dict[str, float]:
-    """In turn with the bare rows, so that both have the same share of a busy disk."""
+    """Alternates with the plain inserts, so that other load on the disk affects both equally."""
     inserting = _redis_push if trial.contender.store == "redis" else _sql_insert
     rounds = []
     with inserting(trial.contender.url) as insert:
@@ -57,7 +57,7 @@ def _one_by_one(trial: Trial, jobs: int) -> dict[str, float]:
 
 
 def _time(insert: Callable[[], object], rows: int) -> float:
-    """Seconds for so many rows, through the database's driver alone."""
+    """The seconds for a number of plain inserts."""
     began = time.perf_counter()
     for _ in itertools.repeat(None, rows):
         insert()
@@ -66,7 +66,7 @@ def _time(insert: Callable[[], object], rows: int) -> float:
 
 @contextlib.contextmanager
 def _sql_insert(url: str) -> Iterator[Callable[[], object]]:
-    """What inserts a row into a table like that of a small queue, and commits."""
+    """A function that inserts a row into a table like that of a small queue, and commits."""
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     table = sa.Table(
         "bare",
@@ -87,7 +87,7 @@ def _sql_insert(url: str) -> Iterator[Callable[[], object]]:
         connection: Any = pooled.driver_connection
         cursor = connection.cursor()
         if engine.dialect.name == "sqlite":
-            # As both queues have it. It is a property of the file.
+            # As flask-bgjobs and Huey do. WAL mode is stored in the file.
             cursor.execute("PRAGMA journal_mode = WAL")
 
         def insert() -> None:
@@ -99,7 +99,7 @@ def _sql_insert(url: str) -> Iterator[Callable[[], object]]:
 
 @contextlib.contextmanager
 def _redis_push(url: str) -> Iterator[Callable[[], object]]:
-    """What appends to a list."""
+    """A function that appends to a list."""
     import redis
 
     with redis.Redis.from_url(url) as client:

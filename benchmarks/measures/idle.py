@@ -1,4 +1,4 @@
-"""Idle cost: what a worker with nothing to do asks of the database and of the processor."""
+"""Idle cost: statements and CPU of a worker that has no jobs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..trial import Trial
 
 _SECONDS = 60.0
 _SETTLE_SECONDS = 32.0
-"""After its first job, until it is idle: a worker that polls may look more often for a while."""
+"""Wait after the first job until the worker is idle: it may poll more often for a while."""
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
-    """Statements and milliseconds of CPU per minute, of the worker with all its processes.
+    """Statements and milliseconds of CPU per minute, for the worker and its child processes.
 
-    It has run one job before, so that its start is left out.
+    The worker has run one job before, so that its start is not measured.
     """
     with (
         Trial(contender, stores) as trial,

@@ -1,4 +1,4 @@
-"""Start latency: one job now and then for a worker that has nothing else to do."""
+"""Start latency: one job at a time for an otherwise idle worker."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..trial import Trial
 
 _SECONDS = 10.0
 _EVERY_SECONDS, _EVERY_SECONDS_MARIADB = 0.05, 0.5
-"""MariaDB tells nobody of a new row, so that what is measured there is mostly the polling."""
+"""Longer, because MariaDB has no notifications: the latency is mostly the polling interval."""
 _SHARES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
-    """Milliseconds from before the enqueue to the first line of the job's code.
+    """Milliseconds from just before the enqueue to the first line of the job's code.
 
-    So the time of the enqueue is part of it. The jobs come from another process; both read the
-    one monotonic clock of the machine.
+    The time of the enqueue is included. The jobs are enqueued by another process; both processes
+    read the monotonic clock of the machine.
     """
     every = _EVERY_SECONDS_MARIADB if contender.store == "mariadb" else _EVERY_SECONDS
     warm_up = range(1)

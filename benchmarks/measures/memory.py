@@ -1,4 +1,4 @@
-"""Memory: what a worker holds while it runs very many jobs."""
+"""Memory: the memory use of a worker while it runs very many jobs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..trial import Trial
 _JOBS, _AT_ONCE, _WARM_UP = 500_000, 20_000, 50_000
 _EVERY_SECONDS = 1.0
 _SAMPLES = 5
-"""For a figure: one alone may fall on a peak."""
+"""Number of samples for a figure, because a single one may be a peak."""
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
-    """MiB idle, MiB at the end, and how much of that came after the first 50,000 jobs.
+    """MiB when idle, MiB at the end, and the growth after the first 50,000 jobs.
 
-    The curve is MiB above idle by number of jobs.
+    The curve is the MiB above the idle worker, by number of jobs.
     """
     jobs, warm_up = scale.number(_JOBS), scale.number(_WARM_UP)
     with Trial(contender, stores) as trial, trial.worker() as worker:
@@ -33,7 +33,7 @@ def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
         with _Sampler(trial, worker) as sampler:
             for start in range(1, jobs, _AT_ONCE):
                 trial.fill(range(start, min(start + _AT_ONCE, jobs)))
-                # Always something to do, never more than two parts.
+                # The worker always has jobs, but never more than two parts are queued.
                 _wait_for(trial, start, worker)
             trial.wait_until_settled(worker)
         trial.check(range(jobs))
@@ -54,7 +54,7 @@ def _wait_for(trial: Trial, jobs: int, worker: Background) -> None:
 
 
 class _Sampler:
-    """Notes each second how many jobs have run and what the worker holds, while used."""
+    """A context manager that samples the number of jobs and the worker's memory every second."""
 
     def __init__(self, trial: Trial, worker: Background) -> None:
         self.samples: Curve = []

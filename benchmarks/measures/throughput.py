@@ -1,4 +1,4 @@
-"""Throughput: jobs of no work, queued first, then one worker."""
+"""Throughput: empty jobs, all enqueued before one worker starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MEMORY_EVERY_SECONDS = 0.2
 
 
 def run(contender: type[Contender], stores: Stores, scale: Scale) -> Figures:
-    """Jobs per second, and what each costs.
+    """Jobs per second, and CPU and memory use.
 
-    The time goes from the first job to the last, so that the start of the worker is left out; CPU
-    is counted from the first job to the last outcome, so that the first jobs are left out.
+    The time is measured from the first job to the last, which excludes the start of the worker. CPU
+    is counted from the first sample after a job has run to the last outcome.
     """
     numbers = range(scale.jobs_for(contender))
     with Trial(contender, stores) as trial:
@@ -34,7 +34,7 @@ MEASURE = Measure("throughput", run)
 
 
 class _Meter:
-    """Reads CPU and memory while a worker runs."""
+    """Samples CPU and memory while a worker runs."""
 
     def __init__(self, trial: Trial, worker: Background) -> None:
         self._trial = trial
@@ -44,7 +44,7 @@ class _Meter:
         self._next_memory = 0.0
 
     def look(self) -> int:
-        """How many jobs have run; the first ones begin the account."""
+        """The number of jobs that have run. The first call to find any starts the measurement."""
         count = self._trial.recorded()
         if count and self._first is None:
             self._first = (count, *self._cpu())
@@ -54,8 +54,8 @@ class _Meter:
         return count
 
     def figures(self, journal: Journal) -> Figures:
-        """The account, now that all is done."""
-        assert self._first is not None, "no job was seen to run"
+        """The figures, after all jobs have run."""
+        assert self._first is not None, "no job has run"
         count, worker_before, store_before = self._first
         worker_after, store_after = self._cpu()
         jobs = max(1, len(journal.entries) - count)

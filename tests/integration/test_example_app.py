@@ -662,7 +662,7 @@ class TestPhotos:
         [
             (b"", "a.png", "not a JPEG, PNG or WebP picture"),
             (b"not a picture", "a.png", "not a JPEG, PNG or WebP picture"),
-            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png", "not a JPEG, PNG or WebP picture"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.png", "not a JPEG, PNG or WebP"),
             (picture("GIF"), "a.png", "not a JPEG, PNG or WebP picture"),
             (picture(), "a.gif", "Choose a .jpg, .png or .webp file."),
             (picture(), "a", "Choose a .jpg, .png or .webp file."),

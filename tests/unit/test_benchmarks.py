@@ -48,7 +48,7 @@ def test_medians() -> None:
         ((2, 0, 1), None),
         ((0, 2), "1 jobs did not run, the first is 1"),
         ((0, 1, 2, 1), "1 jobs ran more than once, the first is 1"),
-        ((0, 1, 2, 9), "1 jobs ran that nobody enqueued, one is 9"),
+        ((0, 1, 2, 9), "1 jobs ran that were not enqueued, the first is 9"),
         ((), "3 jobs did not run, the first is 0"),
     ],
 )
