@@ -264,7 +264,7 @@ def _stopping_on_signals(worker: Worker, supervised: int | None) -> Iterator[Non
 
     def on_signal(*_: object) -> None:
         on_stop()
-        sd_notify.notify("STOPPING=1", "STATUS=Waiting for running jobs")
+        sd_notify.notify("STOPPING=1", "STATUS=Waiting for running jobs to finish")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     with (
