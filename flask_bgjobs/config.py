@@ -258,8 +258,8 @@ _COMMAND_PREFIXES = tuple(
     f"BGJOBS_{command}_"
     for command in ("WORKER", "ENQUEUE", "LIST", "SHOW", "CANCEL", "DELETE", "HEALTH", "STATS")
 )
-"""Prefixes of environment variables from which click reads options of commands, such as
-``BGJOBS_WORKER_QUEUES``. ``from_prefixed_env`` may copy them to ``app.config``."""
+"""Prefixes of keys for options of commands, such as ``BGJOBS_WORKER_QUEUES``. click reads them from
+environment variables, which ``from_prefixed_env`` copies to ``app.config`` as well."""
 _ALIAS = "BGJOBS_ALLOWED_CLASSES"
 
 

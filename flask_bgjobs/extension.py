@@ -290,7 +290,7 @@ def _find_engine(app: Flask, db: SQLAlchemy, config: Config) -> Any:
         engines = db.engines
     if config.bind_key not in engines:
         raise ConfigError(
-            f"BGJOBS_BIND_KEY = {config.bind_key!r}: SQLALCHEMY_BINDS has "
+            f"BGJOBS_BIND_KEY = {config.bind_key!r} is not in SQLALCHEMY_BINDS, which has "
             f"{', '.join(repr(key) for key in engines if key) or 'no binds'}"
             if config.bind_key
             else "SQLALCHEMY_DATABASE_URI is not set: flask-bgjobs needs a database, or a bind "

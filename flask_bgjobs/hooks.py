@@ -48,7 +48,7 @@ def require_plain_function(
     except TypeError:
         by_name = "".join(f" and {each}=" for each in named)
         raise ConfigError(
-            f"{name} calls its function with {len(arguments)} arguments{by_name}, and "
+            f"{name} calls its function with {len(arguments)} arguments{by_name}, but "
             f"{_shown(function)} takes {signature}"
         ) from None
 

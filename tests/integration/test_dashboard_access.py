@@ -321,7 +321,7 @@ def _wraps_async(*args: Any) -> Any:
         (_AsyncCallable, "needs a function, not _AsyncCallable"),
         (True, "needs a function, not bool"),
         (None, "needs a function, not NoneType"),
-        (lambda: True, r"calls its function with 2 arguments, and .*<lambda> takes \(\)"),
+        (lambda: True, r"calls its function with 2 arguments, but .*<lambda> takes \(\)"),
     ],
 )
 def test_an_authorizer_that_cannot_answer_is_refused(authorizer: Any, sentence: str) -> None:
