@@ -188,7 +188,7 @@ def test_a_time_that_there_is_not(host: Host, zone: str, message: str) -> None:
         ("parameters", '{"mess": 1}', "do not fit"),
         ("queue", "Mail Box", "Queue must be"),
         ("queue", "é", "Queue must be"),
-        ("priority", "urgent", "Priority 'urgent' is not known"),
+        ("priority", "urgent", "Unknown priority 'urgent'"),
         ("priority", "99999999999", "must be a whole number"),
         ("delay", "soon", "not a number of seconds"),
         ("delay", "nan", "at most a hundred years"),
