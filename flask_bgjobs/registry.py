@@ -25,6 +25,12 @@ _FIRST_PARAMETERS = ("self", "cls")
 """Names of the first parameter that identify a method."""
 
 
+def _any_parameters(*args: Any, **kwargs: Any) -> None: ...
+
+
+_ANY_PARAMETERS = inspect.signature(_any_parameters)
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The callable that a job's target and method refer to."""
@@ -42,8 +48,16 @@ class Target:
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
-        """The signature that a job's parameters must fit, without ``self``."""
-        signature = inspect.signature(self.function)
+        """The signature that a job's parameters must fit, without ``self``. It accepts any
+        parameters if Python knows none, as of some functions written in C."""
+        return _ANY_PARAMETERS if self._known_signature is None else self._known_signature
+
+    @functools.cached_property
+    def _known_signature(self) -> inspect.Signature | None:
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):
+            return None
         if self.cls is None:
             return signature
         return signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -72,23 +86,23 @@ class Target:
 
     @functools.cached_property
     def positional_names(self) -> tuple[str, ...] | None:
-        """The names of the positional parameters, ``*rest`` last; ``None`` when the signature is
-        not available."""
-        try:
-            each = self.signature.parameters.values()
-        except Exception:
-            # A function written in C may have no signature, and a `__signature__` may be invalid.
+        """The names of the positional parameters, ``*rest`` last; ``None`` when they are not
+        known."""
+        if self._known_signature is None:
             return None
+        each = self._known_signature.parameters.values()
         names = [p.name for p in each if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return (*names, *(f"*{p.name}" for p in each if p.kind is p.VAR_POSITIONAL))
 
     @property
     def placeholder(self) -> Callable[..., Any]:
-        """A placeholder with :attr:`signature`, for looking up the names of parameters."""
+        """A placeholder with the names of the parameters, for masking secret values. It has none if
+        they are not known, so that all values are masked."""
 
         def job(*args: Any, **kwargs: Any) -> None: ...
 
-        job.__signature__ = self.signature  # type: ignore[attr-defined]  # read by inspect
+        named = self._known_signature or inspect.Signature()
+        job.__signature__ = named  # type: ignore[attr-defined]  # read by inspect
         return job
 
 
