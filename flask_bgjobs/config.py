@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 from .job import durations
@@ -30,8 +30,9 @@ for a function."""
 
 
 OUR_LAYOUT = "bgjobs/layout.html"
-POOLS = ("thread", "process")
+PoolName = Literal["thread", "process"]
 """The names of the pools, which :mod:`flask_bgjobs.execution.pools.kinds` implements."""
+POOLS: tuple[PoolName, ...] = get_args(PoolName)
 
 _QUEUE = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,63}")
 _DAY = 86_400.0

@@ -12,12 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 from flask.cli import FlaskGroup, run_command
 from sqlalchemy.exc import DBAPIError
 
+from ..config import PoolName
 from ..errors import BgJobsError
 from ..execution.pools import is_child
 from ..state import AppState
@@ -41,7 +42,7 @@ class EmbeddedOptions(TypedDict, total=False):
     """Options of the worker. Values of missing options come from the configuration."""
 
     queues: Sequence[str] | None
-    pool: Literal["thread", "process"] | None
+    pool: PoolName | None
     concurrency: int | None
     name: str | None
     shutdown_timeout: float | None
@@ -132,7 +133,8 @@ class EmbeddedWorker:
             self.start()
 
     def _run(self) -> None:
-        from .worker import Worker, WorkerOptions
+        from .options import WorkerOptions
+        from .worker import Worker
 
         restarts = Restarts()
         while not self._stopping.is_set():

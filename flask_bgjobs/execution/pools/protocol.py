@@ -29,6 +29,9 @@ class Pool(Protocol):
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
         """Run jobs in this order, each as soon as a slot is free.
 
+        Returns at once: a worker whose loop waits loses its lease. The pool stops each job at its
+        timeout, and reports a job that failed.
+
         :param claimed: time of their claim, by ``time.monotonic()``.
         """
 
