@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from flask_bgjobs.state import state_of
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 
 from .apps.bgjobs import create_app, record
 

@@ -19,7 +19,7 @@ from .job.row_check import bad_row, checked
 from .models import Job
 from .observability.failures import report_lost
 from .state import AppState, import_jobs, state_of
-from .worker.worker import register
+from .worker.registration import register
 
 
 @contextlib.contextmanager

@@ -150,7 +150,8 @@ def _supervise(state: AppState, processes: int, options: dict[str, Any]) -> int:
 
 def _work(state: AppState, supervised: int | None, *, no_scheduler: bool, **options: Any) -> None:
     """Run one worker in this process until it stops, then exit."""
-    from ..worker.worker import Worker, WorkerOptions
+    from ..worker.options import WorkerOptions
+    from ..worker.worker import Worker
 
     worker = Worker(
         state,

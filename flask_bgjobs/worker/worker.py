@@ -6,48 +6,44 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from ..errors import BgJobsError, WorkerFailed
+from ..errors import BgJobsError
 from ..execution.pools.kinds import PoolSettings
 from ..execution.pools.process.child import Limits
 from ..execution.pools.protocol import Finished, Pool
-from ..execution.pools.trouble import Overdue
 from ..job.records import JobSpec, Key, Outcome, Settled
 from ..job.rollup import RollupCounts
 from ..job.row_check import bad_row, checked
 from ..job.statuses import JobStatus, OutcomeKind
-from ..job.text import shown
 from ..models import Job
 from ..observability.failures import CallThread, report_lost
 from ..operations import schema
 from ..signals import worker_started, worker_stopped
 from ..state import AppState, call_now, import_jobs
-from ..store import MAKE_TABLES, LeaseView, Store
-from ..system.identity import this_process
+from ..store import MAKE_TABLES, LeaseView
 from ..system.memory import memory_in_use
 from ..system.safe_logging import logger as _logger
 from ..system.threads import require_alive
-from ..version import __version__
 from . import shutdown
 from .clock import STEP_SECONDS, Clock
 from .heartbeat import Heartbeat, LoopProgress
 from .listener import Wake, WakeUps
+from .options import WorkerOptions
 from .outage import Outage
 from .outbox import Outbox
+from .pool_health import PoolHealth
 from .prune import Pruner
+from .registration import checked_name, register
 from .rescue import Sweeper
 from .routing import Route, RoutedPool, WorkerPools, routes
 from .suspects import Suspects
 
-_MAX_NAME = 255
 _OBSERVE_SECONDS = 0.25
 """Interval for reading cancel requests and leases of running jobs, and writing their progress."""
 _GATHER_SECONDS = 0.005
@@ -58,10 +54,6 @@ _PRUNE_INTERVAL_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Pause between two steps of pruning, in which other connections can write."""
 _ROLL_UP_SECONDS = 5.0
-_OVERDUE_CHECK_SECONDS = 1.0
-"""Interval for finding jobs that cannot be stopped."""
-_FIRST_OVERDUE_SECONDS = 10.0
-"""Time after which such a job is logged. It is logged again each time that this has doubled."""
 _LAST_SETTLE_TRIES = 3
 _LAST_LOCKS_SECONDS = 3.0
 """How long a stopping worker waits for rows that other transactions have locked."""
@@ -72,37 +64,6 @@ _END_SECONDS = 8.0
 _TRANSACTIONS_PER_LEASE = 4
 _MIN_TRANSACTION_SECONDS, _MAX_TRANSACTION_SECONDS = 2.0, 600.0
 """PostgreSQL accepts up to 24 days, but no transaction of a worker takes ten minutes."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    """Options of one worker. An option that is ``None`` takes its value from the configuration."""
-
-    name: str | None = None
-    """The name that the dashboard shows; default: host and pid."""
-    queues: Sequence[str] | None = None
-    """The queues to serve, in this strict order; default: all."""
-    pool: Literal["thread", "process"] | None = None
-    """The pool for queues that ``BGJOBS_QUEUE_POOLS`` does not name."""
-    concurrency: int | None = None
-    """Number of jobs that run at once in that pool."""
-    burst: bool = False
-    """Stop when no job is pending or running in the queues."""
-    max_jobs: int | None = None
-    """Number of jobs after which a child process is replaced or, with the thread pool, the worker
-    stops."""
-    max_time: float | None = None
-    """The same limit in seconds."""
-    max_memory: float | None = None
-    """The same limit in MiB of memory."""
-    shutdown_timeout: float | None = None
-    """Grace period of running jobs after a stop request, in seconds."""
-    scheduler: bool = True
-    """Whether to prune. Polling, promotion and rescue work without it."""
-    app: str | None = None
-    """Import path from which child processes build the app; ``BGJOBS_APP`` overrides it."""
-    show_logs: bool = False
-    """Whether child processes print their log lines, as the ``flask`` command does."""
 
 
 class Worker:
@@ -117,7 +78,7 @@ class Worker:
         options = options or WorkerOptions()
         config = state.config
         self.state = state
-        self.name = _checked_name(options.name) or f"{socket.gethostname()}-{os.getpid()}"
+        self.name = checked_name(options.name) or f"{socket.gethostname()}-{os.getpid()}"
         self.queues = options.queues if options.queues is not None else config.queues
         self.routes = _routes(state, options, self.queues)
         """The route of each pool, starting with the default pool."""
@@ -151,9 +112,7 @@ class Worker:
         """Whether the last claim may have been committed without a reply."""
         self._shown_as_started: set[Key] = set()
         """Running attempts whose start was written to the database."""
-        self._observed_at = self._overdue_checked_at = 0.0
-        self._overdue_log_at: dict[Key, float] = {}
-        """Seconds after which a job that cannot be stopped is logged again."""
+        self._observed_at = 0.0
         self._poll_due = False
         self._polled_at = self._swept_at = -float("inf")
         self._outage = Outage(self.name)
@@ -168,6 +127,7 @@ class Worker:
         self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
         self._pools = WorkerPools([])
+        self._pool_health = PoolHealth(config.lease)
         state.check_can_work(forks=any(r.kind.forks for r in self.routes), app=self._app)
         _check_tables(state)
         import_jobs(state)
@@ -346,8 +306,9 @@ class Worker:
         self._settle()
         self._give_back_unknown_claims()
         self._observe_running()
-        self._check_overdue()
-        self._check_failing_pools()
+        self._pool_health.check_overdue(self._pools)
+        for spec in self._pool_health.take_from_failing(self._pools):
+            self._outbox.put(spec, shutdown.given_back(spec))
         self._poll()
         self._sweep()
         self._start_suspects()
@@ -369,7 +330,7 @@ class Worker:
         spec = settled.spec
         key = spec.key
         self._held.discard(key)
-        self._overdue_log_at.pop(key, None)
+        self._pool_health.forget(key)
         self._shown_as_started.discard(key)
         if spec.suspect:
             self._poll_due |= self._suspects.note_end(key)
@@ -442,61 +403,6 @@ class Worker:
         if new:
             locked = self._store.mark_started(self._id, new).locked
             self._shown_as_started |= {spec.key for spec in new if spec.id not in locked}
-
-    def _check_overdue(self) -> None:
-        """Log jobs that cannot be stopped.
-
-        :raises WorkerFailed: when they have filled a whole pool for the time of a lease.
-        """
-        now = time.monotonic()
-        if now - self._overdue_checked_at < _OVERDUE_CHECK_SECONDS:
-            return
-        self._overdue_checked_at = now
-        for routed in self._pools:
-            overdue = routed.pool.overdue()
-            for each in overdue:
-                self._log_overdue(each, routed.route)
-            held = [each for each in overdue if each.seconds >= self.state.config.lease]
-            if len(held) >= routed.route.size:
-                place = routed.route.kind.place
-                raise WorkerFailed(
-                    f"no {place} is free: {len(held)} jobs have not stopped for at least "
-                    f"{min(each.seconds for each in held):.0f} s (the log names them). "
-                    "Give blocking calls a time limit, or run such jobs in the process pool"
-                )
-
-    def _log_overdue(self, job: Overdue, route: Route) -> None:
-        log_at = self._overdue_log_at.get(job.spec.key, _FIRST_OVERDUE_SECONDS)
-        if job.seconds < log_at:
-            return
-        self._overdue_log_at[job.spec.key] = 2 * log_at
-        reason = "teardown" if job.interruption is None else job.interruption.__name__
-        _logger.warning(
-            "Job cannot be stopped | Job: %s | Class: %s | Reason: %s | For: %.0f s | In: %s | "
-            "It holds a %s until that ends",
-            job.spec.id,
-            job.spec.target,
-            reason,
-            job.seconds,
-            job.position,
-            route.kind.place,
-        )
-
-    def _check_failing_pools(self) -> None:
-        """Give back the jobs of process pools whose child processes cannot start.
-
-        :raises WorkerFailed: when several starts have failed over the time of a lease.
-        """
-        for routed in self._pools:
-            failing = routed.pool.failing()
-            if failing is None:
-                continue
-            for spec in routed.take_unstarted():
-                self._outbox.put(spec, shutdown.given_back(spec))
-            if failing.is_hopeless and failing.seconds >= self.state.config.lease:
-                raise WorkerFailed(
-                    f"no child process could start for {failing.seconds:.0f} s: {failing.reason}"
-                )
 
     def _poll(self) -> None:
         """Promote due jobs, set the clock for jobs due soon, and read drain requests."""
@@ -772,44 +678,6 @@ class Worker:
 
     def _on_enqueued(self, _job: Job) -> None:
         self._poll_soon()
-
-
-def register(
-    state: AppState,
-    name: str,
-    *,
-    store: Store | None = None,
-    pool: str = "thread",
-    concurrency: int = 1,
-    queues: Sequence[str] | None = None,
-) -> int:
-    """Insert a worker row for this process, and return its id.
-
-    :param store: the store that inserts the row; default: the app's.
-    """
-    me = this_process()
-    return (store or state.store).register_worker(
-        {
-            "name": name,
-            "host": me.host,
-            "pid": me.pid,
-            "process": me.process,
-            "version": __version__,
-            "pool": pool,
-            "concurrency": concurrency,
-            "queues": None if queues is None else json.dumps(queues),
-            "beats": 0,
-        }
-    )
-
-
-def _checked_name(name: str | None) -> str | None:
-    if name is not None and not (name.isprintable() and len(name) <= _MAX_NAME):
-        raise BgJobsError(
-            f"a worker's name has at most {_MAX_NAME} characters, and no control characters: "
-            f"{shown(name)}"
-        )
-    return name
 
 
 def _transaction_seconds(lease: float) -> float:
