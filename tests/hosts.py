@@ -99,7 +99,7 @@ def pool_fails(app: Flask) -> None:
         raise ZeroDivisionError("a fault of ours")
 
     def break_pool(_app: Flask, **_values: Any) -> None:
-        ProcessPool._hand_out = fail  # type: ignore[method-assign]
+        ProcessPool._assign_tasks = fail  # type: ignore[method-assign]
 
     job_failed.connect(break_pool, app, weak=False)
 
@@ -115,8 +115,8 @@ def pool_fails_in_a_stop(_app: Flask) -> None:
 
     def take_and_break(pool: ProcessPool) -> Any:
         taken = take_unstarted(pool)
-        ProcessPool._hand_out = fail  # type: ignore[method-assign]
-        pool._ring()
+        ProcessPool._assign_tasks = fail  # type: ignore[method-assign]
+        pool._wake_loop()
         return taken
 
     ProcessPool.take_unstarted = take_and_break  # type: ignore[method-assign]

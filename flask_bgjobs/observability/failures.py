@@ -75,7 +75,7 @@ def report_lost(state: AppState, settled: Settled) -> None:
         _call_hooks(state, settled, _substitute(settled), contextvars.copy_context())
 
 
-def report_cut_off(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
+def report_late(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
     """Report an attempt whose process ended before it had reported the failure.
 
     This is done in the thread of ``call_soon``, because a logging handler may have hung in that
@@ -83,10 +83,10 @@ def report_cut_off(state: AppState, spec: JobSpec, outcome: Outcome) -> None:
     """
     settled = expected(state, spec, outcome)
     if settled is not None:
-        state.call_soon(functools.partial(_report_cut_off, state, settled))
+        state.call_soon(functools.partial(_report_late, state, settled))
 
 
-def _report_cut_off(state: AppState, settled: Settled) -> None:
+def _report_late(state: AppState, settled: Settled) -> None:
     _logger.warning(
         "Failure reported late | Job: %s | Its child process ended before it had logged the "
         "failure; does a logging handler hang?",

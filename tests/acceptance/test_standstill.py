@@ -178,7 +178,7 @@ def test_a_fork_server_that_cannot_start_holds_no_jobs(
     refuse.touch()
     fork_server = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(fork_server, signal.SIGKILL)
-    failed = "could not start: the process that starts the children has ended"
+    failed = "could not start: the fork server has ended"
     wait_until(lambda: worker.log.read_text().count(failed) >= 3, "the failed starts")
     waiting = enqueue("echo", 1)
     wait_until(lambda: worker.log.read_text().count(failed) >= 4, "another one")

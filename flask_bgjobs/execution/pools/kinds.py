@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
-from ...observability.failures import report_cut_off
+from ...observability.failures import report_late
 from ...state import AppState
 from .process.child import Limits
 from .process.pool import ProcessPool
@@ -50,7 +50,7 @@ def _open_processes(settings: PoolSettings, size: int, on_finished: Finished) ->
         settings.app,
         size,
         on_finished,
-        on_cut_off=functools.partial(report_cut_off, settings.state),
+        on_unreported_failure=functools.partial(report_late, settings.state),
         limits=settings.limits,
         show_logs=settings.show_logs,
     )

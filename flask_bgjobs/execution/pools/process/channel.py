@@ -1,4 +1,7 @@
-"""Messages between the worker and one child: JSON, each after its length, over a socket pair."""
+"""The channel between the worker and one child: JSON messages over a socket pair.
+
+Each message has its length as prefix.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from ....system.safe_logging import logger as _logger
 _LENGTH = struct.Struct("!I")
 _CHUNK_BYTES = 256 * 1024
 _MAX_BYTES = 0x20202020 - 1
-"""Longer than any message, as ``BGJOBS_MAX_PAYLOAD`` is limited. Printable text that was written in
-place of a length reads as more."""
+"""Largest accepted length. ``BGJOBS_MAX_PAYLOAD`` has a limit, so every message is shorter. If job
+code writes printable text into the socket, its first bytes read as a larger length."""
 
 
 class ParentEnd(forks.Forkable):
-    """The worker's end: it never waits, or a child that does not read would stop all others."""
+    """The worker's end. It never blocks, so a child that does not read cannot delay the others."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
@@ -29,36 +32,36 @@ class ParentEnd(forks.Forkable):
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self.is_closed = False
-        """Whether the other end was closed, or sent data that is not a message."""
+        """Whether the child has closed its end, or has sent invalid data."""
 
     def fileno(self) -> int:
-        """For a selector."""
+        """The file descriptor of the socket, for a selector."""
         return self._socket.fileno()
 
     @property
     def has_outgoing(self) -> bool:
-        """Whether something waits for the child to read what came before it."""
+        """Whether there is data that the socket's buffer could not take yet."""
         return bool(self._outgoing)
 
     def send(self, message: Any) -> None:
-        """Send ``message`` as soon as the other end takes it."""
-        self._outgoing += _framed(message)
+        """Add a message to the outgoing data, which :meth:`flush` sends."""
+        self._outgoing += _frame(message)
 
     def flush(self) -> None:
-        """Send as much as the other end takes at the moment."""
+        """Send as much outgoing data as possible without blocking."""
         while self._outgoing:
             try:
                 sent = self._socket.send(self._outgoing[:_CHUNK_BYTES])
             except BlockingIOError:
                 return
             except OSError:
-                # The child is gone; its exit tells the rest.
+                # The child has ended. The fork server reports its exit.
                 self._outgoing.clear()
                 return
             del self._outgoing[:sent]
 
     def receive(self) -> Iterator[Any]:
-        """The messages that have come whole."""
+        """Return the complete messages that have arrived."""
         while not self.is_closed:
             try:
                 data = self._socket.recv(_CHUNK_BYTES)
@@ -68,22 +71,22 @@ class ParentEnd(forks.Forkable):
                 data = b""
             self.is_closed = not data
             self._incoming += data
-        yield from self._whole_messages()
+        yield from self._complete_messages()
 
     def close(self) -> None:
         """Close this end."""
         self._socket.close()
 
     def after_fork_in_child(self) -> None:
-        """Close a copy's end."""
+        """Close the copied end."""
         forks.close_in_copy(self._socket)
 
-    def _whole_messages(self) -> Iterator[Any]:
+    def _complete_messages(self) -> Iterator[Any]:
         start = 0
         while len(self._incoming) >= start + _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
             if length > _MAX_BYTES:
-                self._distrust()
+                self._close_as_invalid()
                 return
             end = start + _LENGTH.size + length
             if len(self._incoming) < end:
@@ -93,19 +96,19 @@ class ParentEnd(forks.Forkable):
             try:
                 yield json.loads(message)
             except ValueError:
-                self._distrust()
+                self._close_as_invalid()
                 return
         del self._incoming[:start]
 
-    def _distrust(self) -> None:
-        """Read no further: where the next message would begin is not known."""
-        _logger.error("A child process sent data that is not a message; it is replaced")
+    def _close_as_invalid(self) -> None:
+        """Stop reading: the start of the next message is unknown."""
+        _logger.error("A child process sent invalid data and is being replaced")
         self._incoming.clear()
         self.is_closed = True
 
 
 class ChildEnd(forks.Forkable):
-    """The child's end: it waits."""
+    """The child's end. It blocks until data is sent or received."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(True)
@@ -113,32 +116,33 @@ class ChildEnd(forks.Forkable):
         forks.watch(self)
         self._incoming = end.makefile("rb")
         self.lock = threading.Lock()
-        """Held while something is told, so that what was told first also arrives first."""
+        """Held from taking a report until it is sent, so that messages arrive in order."""
 
     def send(self, message: Any) -> None:
-        """Send ``message``; the caller holds :attr:`lock`."""
-        self._socket.sendall(_framed(message))
+        """Send a message. The caller must hold :attr:`lock`."""
+        self._socket.sendall(_frame(message))
 
     def receive(self) -> Any:
-        """The next message.
+        """Wait for the next message, and return it.
 
-        :raises EOFError: when the worker is gone.
+        :raises EOFError: when the worker has ended.
         """
-        head = self._incoming.read(_LENGTH.size)
-        if len(head) < _LENGTH.size:
+        prefix = self._incoming.read(_LENGTH.size)
+        if len(prefix) < _LENGTH.size:
             raise EOFError
-        (length,) = _LENGTH.unpack(head)
+        (length,) = _LENGTH.unpack(prefix)
         return json.loads(self._incoming.read(length))
 
     def close(self) -> None:
-        """Tell the worker that nothing more comes."""
+        """Close the connection, so that the worker reads end of file."""
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def after_fork_in_child(self) -> None:
-        """Close a copy's end: what the copy of a job says is not for the worker."""
+        """Close the copied end: a process that a job forks must not send messages to the worker."""
         forks.close_in_copy(self._socket)
 
 
-def _framed(message: Any) -> bytes:
+def _frame(message: Any) -> bytes:
+    """A message as bytes: its length, then its JSON."""
     text = json.dumps(message, separators=(",", ":")).encode()
     return _LENGTH.pack(len(text)) + text

@@ -1,4 +1,4 @@
-"""A child of the process pool: builds the app, then runs one job after the other."""
+"""A child of the process pool: builds the app, then runs jobs one after the other."""
 
 from __future__ import annotations
 
@@ -32,30 +32,34 @@ from .messages import pack_outcome, pack_report, unpack_spec
 from .tickets import Marks, Tickets
 
 _REPORT_SECONDS = 0.25
-"""How often the worker is told what running code reports."""
+"""Interval for sending progress and log lines to the worker."""
 LAST_CALLS_SECONDS = 10.0
-"""For the functions of ``on_failure``, when a child ends by itself. Another takes its place."""
-_DISMISSED_CALLS_SECONDS = 1.5
-"""The same when the worker ends it, which kills it after two seconds."""
+"""How long a child that ends by itself waits for the host's ``on_failure`` functions. A new child
+runs jobs in the meantime."""
+_ENDED_CALLS_SECONDS = 1.5
+"""The same time when the worker ends the child, which is killed after two seconds."""
 READY, BROKEN, OUTCOME, REPORT, REPORTED = "ready", "broken", "outcome", "report", "reported"
+"""Messages to the worker: the app is built; the app cannot be built; the outcome of a job; progress
+and log lines of a job; the failure of a job was reported."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """When a child ends by itself, between two jobs, to be replaced by a fresh one."""
+    """Limits at which a child ends by itself, between two jobs, and is replaced by a new one."""
 
     max_jobs: int | None = None
+    """Number of jobs."""
     max_time: float | None = None
-    """Seconds."""
+    """Time since the app was built, in seconds."""
     max_memory: float | None = None
-    """MiB of memory in use by the child."""
+    """Memory in use by the child, in MiB."""
 
 
 def run(descriptors: list[int], settings: dict[str, Any]) -> None:
-    """Run jobs until the worker is gone, a limit is reached or a job had to be stopped.
+    """Run jobs until the worker ends, a limit is reached, or a job was stopped.
 
-    :param descriptors: of the channel, the tickets and the marks.
-    :param settings: ``app``, ``limits`` and ``show_logs``.
+    :param descriptors: file descriptors of the channel, the tickets and the marks.
+    :param settings: ``app``, ``limits`` and ``show_logs``, as for :class:`.pool.ProcessPool`.
     """
     become_child()
     channel_end, tickets_end, marks_end = descriptors
@@ -94,28 +98,29 @@ class _Child:
         reset_in_copies({signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_term)})
         self._process = ProcessState()
         calls = self._state.call_soon = CallThread()
-        threading.Thread(target=self._report, name="bgjobs-reports", daemon=True).start()
+        threading.Thread(target=self._send_reports, name="bgjobs-reports", daemon=True).start()
         with self._channel.lock:
             self._channel.send([READY])
         started, jobs = time.monotonic(), 0
         while (number := self._tickets.take()) is not None:
             jobs += 1
-            if self._run_one(number) or _is_used_up(limits, jobs, time.monotonic() - started):
+            if self._run_one(number) or _reached_limit(limits, jobs, time.monotonic() - started):
                 break
         self._channel.close()
-        calls.finish(_DISMISSED_CALLS_SECONDS if number is None else LAST_CALLS_SECONDS)
+        calls.finish(_ENDED_CALLS_SECONDS if number is None else LAST_CALLS_SECONDS)
 
     def _run_one(self, number: int) -> bool:
-        """Run the job of a ticket; whether its code was interrupted.
+        """Run the job of a ticket.
 
-        What was interrupted may have left anything behind: locks, threads, half-made state.
+        :returns: whether its code was interrupted. Interrupted code may leave locks, threads and
+            inconsistent state behind, so this process must not run another job.
         """
-        claimed, spec = self._data_of(number)
+        claimed, spec = self._receive_job(number)
         self._state.store.reconnect_if_replaced()
         job = CurrentJob(spec, max_payload=self._state.config.max_payload)
         scope = InterruptScope()
         self._marks.start(number, time.monotonic())
-        # The number last: from then on a signal is answered.
+        # The number is set last: the signal handler uses job and scope once it is set.
         self._job, self._scope, self._number = job, scope, number
         if self._marks.stop == number:
             self._interrupt()
@@ -131,15 +136,19 @@ class _Child:
                 self._channel.send([REPORTED, number])
         return scope.interruption is not None
 
-    def _data_of(self, number: int) -> tuple[float, JobSpec]:
-        """When the job of a ticket was claimed, and the job; those of tickets taken back go."""
+    def _receive_job(self, number: int) -> tuple[float, JobSpec]:
+        """Return the claim time and the job of a ticket.
+
+        The data of jobs whose tickets were taken back is skipped.
+        """
         while True:
             sent, claimed, values = self._channel.receive()
             if sent == number:
                 return claimed, unpack_spec(values)
 
     def _on_term(self, _number: int, _frame: FrameType | None) -> None:
-        # From elsewhere, as by a service manager that signals a whole group: the worker decides.
+        # Other SIGTERMs are ignored. A service manager may signal all processes of the service, but
+        # the worker decides when its children end.
         if self._number and self._marks.stop == self._number:
             self._interrupt()
 
@@ -152,7 +161,7 @@ class _Child:
             self._job.request_cancel()
             self._scope.interrupt(JobCancelled)
 
-    def _report(self) -> None:
+    def _send_reports(self) -> None:
         while True:
             time.sleep(_REPORT_SECONDS)
             number, job = self._number, self._job
@@ -167,7 +176,7 @@ class _Child:
                 return
 
 
-def _is_used_up(limits: Limits, jobs: int, seconds: float) -> bool:
+def _reached_limit(limits: Limits, jobs: int, seconds: float) -> bool:
     if limits.max_jobs is not None and jobs >= limits.max_jobs:
         return True
     if limits.max_time is not None and seconds >= limits.max_time:

@@ -1,13 +1,13 @@
 """The fork server: a process with one thread, whose forks become the children of a process pool.
 
-A worker has threads and open connections, and must not be forked. Starting Python anew for
-each child would take a second of processor time. So one small process imports the libraries,
-no code of the host's, and forks: a new child is there in milliseconds, and builds the app by
-itself. It is the children's parent, so only it can tell when one has ended, and can signal one
-without the risk of meeting another process that got its number since.
+A worker has threads and open connections, and must not be forked. A new Python interpreter for
+each child would take a second of CPU time. So one small process imports the libraries, but no code
+of the host, and forks. A new child then exists within milliseconds, and builds the app by itself.
+The fork server is the parent of the children, so only this process can wait for their end. It can
+also signal them safely: until it has reaped a child, no other process can get the same pid.
 
-When the worker dies, the connection closes and Linux sends a signal; then it kills all
-children.
+When the worker dies, its connection closes and Linux sends the fork server a signal. The fork
+server then kills all children.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _MESSAGE = struct.Struct("=cqq")
 _FORK, _SIGNAL, _SIGNAL_GROUP = b"f", b"s", b"g"
 _STARTED, _NOT_STARTED, _ENDED = b"b", b"n", b"e"
 _DESCRIPTORS = 3
+"""File descriptors sent with each request for a child: channel, tickets and marks."""
 _LIBRARIES = (
     "flask_bgjobs.cli",
     "flask_bgjobs.dashboard",
@@ -42,8 +43,9 @@ _LIBRARIES = (
     "flask_sqlalchemy",
     "sqlalchemy.dialects.sqlite",
 )
-"""Imported before the first fork. None of them starts a thread."""
+"""Modules that are imported before the first fork. None of them starts a thread."""
 _CLOSE_SECONDS = 3.0
+"""How long to wait for the end of the fork server before it is killed."""
 _PR_SET_PDEATHSIG = 1
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
 _START += f"from {__name__} import main; main()"
@@ -59,64 +61,66 @@ class ChildStarted:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChildNotStarted:
-    """The system refused to fork."""
+    """The system could not fork a child."""
 
     slot: int
     reason: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
+class ChildEnded:
     """A child has ended."""
 
     pid: int
     status: int
-    """As ``os.waitpid`` gives it."""
+    """The wait status that ``os.waitpid`` returns."""
 
 
 class ForkServer(forks.Forkable):
-    """The worker's side: starts the process, and tells it what to do.
+    """The worker's side: starts the fork server, and sends requests to it.
 
-    :param settings: what :func:`.child.run` needs, as JSON can hold it.
+    :param settings: the ``settings`` of :func:`.child.run`; must be serializable as JSON.
     """
 
     def __init__(self, settings: dict[str, object]) -> None:
-        self._control, theirs = socket.socketpair()
-        with theirs:
+        self._control, server_end = socket.socketpair()
+        with server_end:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-c",
                     _START,
                     json.dumps(sys.path),
-                    str(theirs.fileno()),
+                    str(server_end.fileno()),
                     json.dumps(settings),
                     str(os.getpid()),
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C in a terminal is meant for the worker, which decides what it means here.
+                # Ctrl-C in a terminal must reach only the worker, which stops its children itself.
                 start_new_session=True,
             )
         forks.watch(self)
 
     def fileno(self) -> int:
-        """For a selector."""
+        """The file descriptor of the connection, for a selector."""
         return self._control.fileno()
 
     def fork(self, slot: int, descriptors: list[int]) -> None:
-        """Ask for a child; :class:`ChildStarted` or :class:`ChildNotStarted` will answer.
+        """Request a child. The reply is a :class:`ChildStarted` or :class:`ChildNotStarted` event.
 
-        :raises OSError: when the fork server has ended, as the others do.
+        :param slot: a number for the child, which the reply repeats.
+        :param descriptors: file descriptors of the channel, the tickets and the marks.
+        :raises OSError: when the fork server has ended; so do the other requests.
         """
         socket.send_fds(self._control, [_MESSAGE.pack(_FORK, slot, 0)], descriptors)
 
     def signal(self, pid: int, number: int) -> None:
-        """Signal a child, unless it has ended."""
+        """Send a signal to a child, unless it has ended."""
         self._control.sendall(_MESSAGE.pack(_SIGNAL, pid, number))
 
     def signal_group(self, pid: int, number: int) -> None:
-        """Signal a child and all processes that it has started."""
+        """Send a signal to a child and the processes that it has started."""
         self._control.sendall(_MESSAGE.pack(_SIGNAL_GROUP, pid, number))
 
     @property
@@ -124,8 +128,8 @@ class ForkServer(forks.Forkable):
         """Whether :meth:`close` was called."""
         return self._control.fileno() < 0
 
-    def next_event(self) -> ChildStarted | ChildNotStarted | Ended:
-        """What has happened; waits for it.
+    def next_event(self) -> ChildStarted | ChildNotStarted | ChildEnded:
+        """Wait for the next event, and return it.
 
         :raises EOFError: when the fork server has ended.
         """
@@ -138,27 +142,27 @@ class ForkServer(forks.Forkable):
         kind, first, second = _MESSAGE.unpack(data)
         if kind == _STARTED:
             return ChildStarted(first, second)
-        return (
-            Ended(first, second) if kind == _ENDED else ChildNotStarted(first, os.strerror(second))
-        )
+        if kind == _ENDED:
+            return ChildEnded(first, second)
+        return ChildNotStarted(first, os.strerror(second))
 
     def close(self) -> None:
-        """End the fork server and every child that is left."""
+        """End the fork server and all remaining children."""
         self._control.close()
         try:
             self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            # It waits for a child that waits within the kernel.
+            # It is waiting for a killed child that does not end, because it waits in the kernel.
             self._process.kill()
             self._process.wait()
 
     def after_fork_in_child(self) -> None:
-        """Close a copy's connection, which would else keep children after the worker's death."""
+        """Close the copied connection, or the children could outlive the worker."""
         forks.close_in_copy(self._control)
 
 
 def kill_groups(pids: Iterable[int]) -> None:
-    """End children, and the processes that they started, after the fork server was killed."""
+    """Kill children, and the processes that they started, after the fork server has ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
@@ -168,15 +172,16 @@ def kill_groups(pids: Iterable[int]) -> None:
 
 
 def main() -> None:
-    """Serve one worker; in the children, run jobs."""
+    """Run the fork server of one worker; in each forked child, run jobs."""
     control = socket.socket(fileno=int(sys.argv[2]))
     settings = json.loads(sys.argv[3])
-    # Service managers signal the whole group: what that means is the worker's decision.
+    # Service managers signal all processes of a service. Only the worker reacts, and decides when
+    # its children end.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     former = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     for name in _LIBRARIES:
         importlib.import_module(name)
-    # Keeps the garbage collector from writing to pages that parent and children share.
+    # Keep the garbage collector from writing to memory pages that parent and children share.
     gc.freeze()
     descriptors = _serve(control, worker=int(sys.argv[4]))
     if descriptors is not None:
@@ -187,18 +192,22 @@ def main() -> None:
 
 
 def _serve(control: socket.socket, worker: int) -> list[int] | None:
-    """Do what the worker asks until it is gone; in a child, the descriptors that it was given."""
+    """Execute the worker's requests until the worker has ended.
+
+    :returns: in a forked child, its file descriptors; in the fork server ``None``.
+    """
     children: set[int] = set()
-    awake, alarm = os.pipe()
-    os.set_blocking(alarm, False)
-    signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+    wakeup_read, wakeup_write = os.pipe()
+    os.set_blocking(wakeup_write, False)
+    signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # The connection does not close while a program that the worker started holds it open.
+    # If a program that the worker started holds the connection open, it does not close when the
+    # worker dies.
     _signal_at_end_of_parent(signal.SIGCHLD)
     while os.getppid() == worker:
-        readable, _, _ = select.select([control.fileno(), awake], [], [])
-        if awake in readable:
-            os.read(awake, 4096)
+        readable, _, _ = select.select([control.fileno(), wakeup_read], [], [])
+        if wakeup_read in readable:
+            os.read(wakeup_read, 4096)
             _reap(children, control)
         if control.fileno() not in readable:
             continue
@@ -207,7 +216,7 @@ def _serve(control: socket.socket, worker: int) -> list[int] | None:
                 control, _MESSAGE.size, _DESCRIPTORS, socket.MSG_WAITALL
             )
         except ConnectionResetError:
-            # Killed before it had read what we told it.
+            # The worker was killed before it had read all events.
             data = b""
         if len(data) < _MESSAGE.size:
             break
@@ -216,17 +225,17 @@ def _serve(control: socket.socket, worker: int) -> list[int] | None:
             try:
                 pid = os.fork()
             except OSError as error:
-                # No process or no memory is left: the children that live must not suffer for it.
-                _tell(control, _NOT_STARTED, first, error.errno or 0)
+                # No process or memory is available. The living children must not be affected.
+                _send_event(control, _NOT_STARTED, first, error.errno or 0)
             else:
                 if pid == 0:
-                    _leave_nursery(control, awake, alarm)
+                    _detach_from_fork_server(control, wakeup_read, wakeup_write)
                     for descriptor in descriptors:
-                        # Programs that jobs start shall not have them.
+                        # Programs that jobs start must not inherit them.
                         os.set_inheritable(descriptor, False)
                     return descriptors
                 children.add(pid)
-                _tell(control, _STARTED, first, pid)
+                _send_event(control, _STARTED, first, pid)
             for descriptor in descriptors:
                 os.close(descriptor)
         elif first in children:
@@ -236,39 +245,45 @@ def _serve(control: socket.socket, worker: int) -> list[int] | None:
     return None
 
 
-def _leave_nursery(control: socket.socket, awake: int, alarm: int) -> None:
+def _detach_from_fork_server(control: socket.socket, wakeup_read: int, wakeup_write: int) -> None:
+    """Give the child its own process group and default signal handlers, and close the rest."""
     parent = os.getppid()
-    # Also while C code keeps Python from noticing that the channel is closed.
+    # While C code runs, Python cannot detect that the channel is closed.
     _signal_at_end_of_parent(signal.SIGKILL)
-    # A group of its own, so that a kill reaches the processes that its jobs start.
+    # Its own process group, so that a kill also ends the processes that its jobs start.
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     control.close()
-    os.close(awake)
-    os.close(alarm)
+    os.close(wakeup_read)
+    os.close(wakeup_write)
+    # The fork server may have ended before the death signal was set.
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _signal_at_end_of_parent(number: signal.Signals) -> None:
-    """Have this process sent a signal when its parent ends; only Linux can do that."""
+    """Let the kernel send this process a signal when its parent ends. Only Linux supports this."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 def _reap(children: set[int], control: socket.socket) -> None:
+    """Collect the exit status of children that have ended, and report them to the worker."""
     for pid in list(children):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             children.remove(pid)
             _kill_group(pid, status)
-            _tell(control, _ENDED, pid, status)
+            _send_event(control, _ENDED, pid, status)
 
 
 def _kill_group(pid: int, status: int) -> None:
-    """End what a dead child's job has started: a cancelled job must not go on in parts."""
+    """Kill the processes that a killed or failed child has started.
+
+    Otherwise parts of a cancelled job could keep running.
+    """
     if os.waitstatus_to_exitcode(status) != 0:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
@@ -277,14 +292,14 @@ def _kill_group(pid: int, status: int) -> None:
 def _kill_all(children: set[int]) -> None:
     for pid in children:
         for kill in (os.killpg, os.kill):
-            # One that was forked a moment ago has no group yet.
+            # A child that was just forked has no process group yet.
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
     for pid in children:
         os.waitpid(pid, 0)
 
 
-def _tell(control: socket.socket, kind: bytes, first: int, second: int) -> None:
-    # A worker that is gone is noticed by the next read.
+def _send_event(control: socket.socket, kind: bytes, first: int, second: int) -> None:
+    # If the worker has ended, the next read detects it.
     with contextlib.suppress(OSError):
         control.sendall(_MESSAGE.pack(kind, first, second))

@@ -1,4 +1,4 @@
-"""Jobs, outcomes and reports as JSON: nothing else crosses the pipe between worker and child."""
+"""Conversion of jobs, outcomes and reports for the JSON messages between worker and child."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KIND, _REPORT, _NAMES = map(Outcome._fields.index, ("kind", "report", "paramete
 
 
 def pack_spec(spec: JobSpec) -> list[Any]:
-    """The values of ``spec`` as JSON can hold them."""
+    """The fields of a job as values for JSON."""
     values: list[Any] = list(spec)
     for index in _TIMES:
         values[index] = values[index] and values[index].isoformat()
@@ -23,7 +23,7 @@ def pack_spec(spec: JobSpec) -> list[Any]:
 
 
 def unpack_spec(values: Sequence[Any]) -> JobSpec:
-    """What :func:`pack_spec` was given."""
+    """The job from the values of :func:`pack_spec`."""
     values = list(values)
     for index in _TIMES:
         values[index] = values[index] and dt.datetime.fromisoformat(values[index])
@@ -31,14 +31,14 @@ def unpack_spec(values: Sequence[Any]) -> JobSpec:
 
 
 def pack_outcome(outcome: Outcome) -> list[Any]:
-    """The values of ``outcome`` as JSON can hold them."""
+    """The fields of an outcome as values for JSON."""
     values: list[Any] = list(outcome)
     values[_REPORT] = None if outcome.report is None else pack_report(outcome.report)
     return values
 
 
 def unpack_outcome(values: Sequence[Any]) -> Outcome:
-    """What :func:`pack_outcome` was given."""
+    """The outcome from the values of :func:`pack_outcome`."""
     values = list(values)
     values[_KIND] = OutcomeKind(values[_KIND])
     values[_REPORT] = None if values[_REPORT] is None else unpack_report(values[_REPORT])
@@ -47,11 +47,11 @@ def unpack_outcome(values: Sequence[Any]) -> Outcome:
 
 
 def pack_report(report: Report) -> list[Any]:
-    """The values of ``report`` as JSON can hold them."""
+    """The fields of a report as values for JSON."""
     return list(dataclasses.astuple(report))
 
 
 def unpack_report(values: Sequence[Any]) -> Report:
-    """What :func:`pack_report` was given."""
+    """The report from the values of :func:`pack_report`."""
     progress, note, meta_json, lines = values
     return Report(progress, note, meta_json, tuple(lines))

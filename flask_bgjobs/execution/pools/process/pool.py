@@ -1,7 +1,8 @@
-"""Child processes: a job that crashes, hangs or burns CPU hurts no other, and can be killed.
+"""The process pool: runs jobs in child processes.
 
-Each child has its own channel, tickets and marks (see :mod:`.tickets`), so nothing that one of
-them does reaches another. One thread of the worker's, the pool's loop, talks to all of them.
+A job that crashes, hangs or uses much CPU time does not affect other jobs, and its process can be
+killed. Each child has its own channel, tickets and marks (see :mod:`.tickets`), so that a faulty
+child cannot disturb another one. One thread of the worker, the pool's loop, serves all children.
 """
 
 from __future__ import annotations
@@ -30,27 +31,29 @@ from ....system.safe_logging import logger as _logger
 from ....system.threads import WorkerThread
 from ..pace import Pace
 from ..trouble import Failing, Overdue
-from . import child
+from . import child as child_module
 from .channel import ParentEnd
 from .child import Limits
-from .forkserver import ChildNotStarted, ChildStarted, Ended, ForkServer, kill_groups
+from .forkserver import ChildEnded, ChildNotStarted, ChildStarted, ForkServer, kill_groups
 from .messages import pack_spec, unpack_outcome, unpack_report
 from .tickets import Marks, Tickets
 
 STOP_SECONDS = 2.0
-"""Between SIGTERM, which lets code clean up, and SIGKILL."""
-_AHEAD_SECONDS = 0.01
-"""Work handed to a child ahead; behind a job that runs longer, it is taken back."""
-_MAX_AHEAD = 32
+"""Time between SIGTERM, after which code can clean up, and SIGKILL."""
+_PREFETCH_SECONDS = 0.01
+"""How much work a child gets in advance, as run time of average jobs. When its current job runs
+longer, the jobs behind it are taken back."""
+_MAX_PREFETCH = 32
+"""Largest number of jobs that a child gets in advance."""
 _REPORT_SECONDS = 10.0
-"""For a child to write the log line of a failure."""
+"""How long a child may take to report a failure before it is killed."""
 _MAX_SELECT_SECONDS = 86_400.0
-"""epoll waits for 24 days at most."""
+"""Longest wait of the loop. epoll accepts at most 24 days."""
 _START_SECONDS = 60.0
-"""For a child to build the app."""
+"""How long a child may take to build the app."""
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
 _HOPELESS_FAILURES = 3
-"""Children that died in a row while they built the app, for reasons they could not tell."""
+"""After this many failed starts in a row, the cause is not one child that was killed by chance."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -58,23 +61,23 @@ class _Task:
     spec: JobSpec
     claimed: float
     report: Report | None = None
-    """What its code told, and nobody has asked for yet."""
+    """Progress and log lines that :meth:`take_report` has not returned yet."""
 
-    def tell(self, report: Report) -> None:
-        """Keep what its code told."""
+    def add_report(self, report: Report) -> None:
+        """Add progress and log lines of the running job."""
         self.report = report if self.report is None else self.report.followed_by(report)
 
     def take_report(self) -> Report | None:
-        """What its code told since the last call."""
+        """The progress and log lines since the last call, or ``None``."""
         report, self.report = self.report, None
         return report
 
 
-class _Reporting(NamedTuple):
+class _UnreportedFailure(NamedTuple):
     spec: JobSpec
     outcome: Outcome
     since: float
-    """By ``time.monotonic()``."""
+    """When the outcome arrived, by ``time.monotonic()``."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -85,61 +88,66 @@ class _Child:
     marks: Marks
     pid: int | None = None
     is_ready: bool = False
-    is_leaving: bool = False
-    handed: dict[int, _Task] = dataclasses.field(default_factory=dict)
-    """What it was given and has not finished, by number, in order."""
+    """Whether it has built the app."""
+    is_ending: bool = False
+    """Whether it gets no more jobs, and another child may take its place."""
+    assigned: dict[int, _Task] = dataclasses.field(default_factory=dict)
+    """The tasks that it has been given and has not finished, by number, in order."""
     stopping: int = 0
-    """The number of the job that it was told to stop; 0: none."""
-    reporting: dict[int, _Reporting] = dataclasses.field(default_factory=dict)
-    """The failures that it has yet to report, by number."""
+    """Number of the job that it was told to stop; 0: none."""
+    unreported: dict[int, _UnreportedFailure] = dataclasses.field(default_factory=dict)
+    """The failures that it has not reported yet, by number."""
     killed_at: float = math.inf
+    """When SIGKILL was sent, or is due as soon as the pid is known; infinity: not killed."""
     kill_at: float = math.inf
+    """When to kill it, unless it becomes ready, stops its job or ends before; infinity: never."""
     failure: str = ""
-    """Why it could not build the app."""
-    is_noted: bool = False
-    """Whether its failed start was counted before it ended."""
+    """The error with which building the app failed."""
+    failed_start_recorded: bool = False
+    """Whether its failed start was recorded before its process ended."""
 
     def running(self) -> tuple[int, _Task] | None:
-        """The job whose code runs, as far as the marks tell."""
+        """Number and task of the running job, according to the marks; ``None`` if no job runs."""
         number = self.marks.started
-        task = self.handed.get(number)
+        task = self.assigned.get(number)
         return None if task is None or self.marks.finished == number else (number, task)
 
     @property
-    def reports_since(self) -> float:
-        """Since when it reports a failure, unless it was killed meanwhile; else infinity."""
-        since = (reporting.since for reporting in self.reporting.values())
+    def reporting_since(self) -> float:
+        """When the oldest unreported failure arrived; infinity: there is none, or it was killed."""
+        since = (failure.since for failure in self.unreported.values())
         return min(since, default=math.inf) if self.killed_at == math.inf else math.inf
 
     @property
     def is_busy(self) -> bool:
-        """Whether it has a job, or reports the failure of one."""
-        return bool(self.handed or self.reporting)
+        """Whether it has a job, or is reporting a failure."""
+        return bool(self.assigned or self.unreported)
 
-    def runs_for(self, now: float) -> float:
-        """Seconds since the code that runs began; 0 when none does."""
+    def run_seconds_at(self, now: float) -> float:
+        """Seconds since the running job started; 0 if no job runs."""
         return 0.0 if self.running() is None else now - self.marks.started_at
 
 
-def _nothing(_spec: JobSpec, _outcome: Outcome) -> None:
-    """Report nothing."""
+def _ignore(_spec: JobSpec, _outcome: Outcome) -> None:
+    """Default for ``on_unreported_failure``: do nothing."""
 
 
 class ProcessPool:
     """A fixed number of child processes.
 
-    :param app: import path from which children build the app, as ``flask --app`` takes it.
-    :param size: how many children.
+    :param app: import path from which children build the app, as for ``flask --app``.
+    :param size: the number of children.
     :param on_finished: called, in the pool's own thread, with each job and its outcome.
-    :param on_cut_off: called in the same way with a failed job whose process ended before it had
-        reported the failure. It must not log in this thread: a logging handler may hang.
-    :param limits: when a child is replaced by a fresh one.
+    :param on_unreported_failure: called in the same thread with each failed job whose process ended
+        before it had reported the failure. It must not log in this thread, because a logging
+        handler may hang.
+    :param limits: limits at which a child is replaced; default: none.
     :param show_logs: whether children print their log lines.
-    :raises BgJobsError: when no child can build the app; says why.
+    :raises BgJobsError: when no child can build the app; the message has the reason.
     """
 
     stop_seconds = STOP_SECONDS + 1.0
-    """Within which code that was cancelled has stopped."""
+    """Time within which cancelled code has stopped, in seconds."""
 
     def __init__(
         self,
@@ -147,14 +155,14 @@ class ProcessPool:
         size: int,
         on_finished: Callable[[JobSpec, Outcome], None],
         *,
-        on_cut_off: Callable[[JobSpec, Outcome], None] = _nothing,
+        on_unreported_failure: Callable[[JobSpec, Outcome], None] = _ignore,
         limits: Limits | None = None,
         show_logs: bool = False,
     ) -> None:
         self.size = size
         self._on_finished = on_finished
-        self._on_cut_off = on_cut_off
-        self._cut_off: collections.deque[_Reporting] = collections.deque()
+        self._on_unreported_failure = on_unreported_failure
+        self._unreported_failures: collections.deque[_UnreportedFailure] = collections.deque()
         self._settings: dict[str, object] = {
             "app": app,
             "limits": dataclasses.asdict(limits or Limits()),
@@ -165,113 +173,119 @@ class ProcessPool:
         self._children: dict[int, _Child] = {}
         self._numbers = itertools.count(1)
         self._slots = itertools.count(1)
-        self._done: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
-        """What has ended and was not handed over yet."""
+        self._finished: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
+        """Finished jobs whose outcomes have not been passed to ``on_finished`` yet."""
         self._pace = Pace()
         self._is_closed = False
-        self._leave_at = math.inf
+        self._close_deadline = math.inf
         """When a closed pool stops waiting for its children."""
         self._failures = 0
+        """Number of failed starts since a child last became ready."""
         self._failure = ""
         """Why the last child could not start."""
         self._is_hopeless = False
-        """Whether another try would change nothing."""
+        """Whether to stop waiting for the first child."""
         self._failing_since = self._failed_at = math.inf
-        """When the first child could not start while none was left, and the last one."""
-        self._start_at = 0.0
+        """Times of the first and the last failed start while no child was ready."""
+        self._next_start_at = 0.0
+        """When the next child may be started, because of the backoff."""
         self._selector = selectors.DefaultSelector()
-        self._awake, self._alarm = socket.socketpair()
-        self._alarm.setblocking(False)
-        self._selector.register(self._awake, selectors.EVENT_READ, self._on_alarm)
-        self._open_fork_server()
+        self._wakeup_read, self._wakeup_write = socket.socketpair()
+        self._wakeup_write.setblocking(False)
+        self._selector.register(self._wakeup_read, selectors.EVENT_READ, self._drain_wakeups)
+        self._start_fork_server()
         self._thread = WorkerThread(self._run, "bgjobs-children")
         self._thread.start()
         self._wait_for_first_child()
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The threads that must live until it is closed."""
+        """The threads that must live until the pool is closed."""
         return [self._thread]
 
-    # The same methods as of the thread pool
+    # The same methods as those of the thread pool
 
     def submit(self, specs: Iterable[JobSpec], claimed: float) -> None:
-        """Run jobs, in this order, as children become free.
+        """Run jobs in this order, each as soon as a child is idle.
 
-        :param claimed: when they were claimed, by ``time.monotonic()``.
+        :param claimed: time of their claim, by ``time.monotonic()``.
         """
         with self._changed:
             self._waiting.extend(_Task(spec, claimed) for spec in specs)
-        self._ring()
+        self._wake_loop()
 
     def unstarted(self) -> int:
-        """How many submitted jobs wait for a child."""
+        """Number of submitted jobs that wait for a child."""
         with self._changed:
             return len(self._waiting) + sum(
-                max(0, len(each.handed) - 1) for each in self._children.values()
+                max(0, len(child.assigned) - 1) for child in self._children.values()
             )
 
     def running(self) -> int:
-        """How many jobs hold a child: those that run, and those whose failure is reported."""
+        """Number of jobs that hold a child: they run, or their failure is being reported."""
         with self._changed:
-            return sum(each.is_busy for each in self._children.values()) + len(self._done)
+            return sum(child.is_busy for child in self._children.values()) + len(self._finished)
 
     def idle(self) -> int:
-        """How many jobs would begin at once, were they submitted now."""
+        """Number of jobs that would start at once if they were submitted now."""
         with self._changed:
-            idle = (c.is_ready and not c.stopping and not c.is_busy for c in self._living())
+            idle = (
+                c.is_ready and not c.stopping and not c.is_busy for c in self._active_children()
+            )
             return sum(idle) - len(self._waiting)
 
     def capacity(self) -> int:
-        """How many jobs could run at once: all children, or those that are left while new ones
-        cannot start."""
+        """Number of jobs that can run at the same time.
+
+        :returns: the size of the pool; while children fail to start, the number of ready children.
+        """
         with self._changed:
-            return sum(c.is_ready for c in self._living()) if self._failures else self.size
+            return sum(c.is_ready for c in self._active_children()) if self._failures else self.size
 
     def failing(self) -> Failing | None:
-        """How children fail to start while none is left; ``None`` while one is there."""
+        """Why no child can start; ``None`` while a child is ready, or before the first failure."""
         with self._changed:
             if self._failing_since == math.inf:
                 return None
-            # Up to the last failure: the child that is starting now may be a good one.
+            # Only up to the last failure, because the child that is starting may succeed.
             seconds = self._failed_at - self._failing_since
             return Failing(seconds, self._failures >= _HOPELESS_FAILURES, self._failure)
 
     def take_unstarted(self) -> list[JobSpec]:
-        """The jobs that no child has begun; they will not be run here."""
+        """Remove the jobs that no child has started from the pool, and return them."""
         with self._changed:
-            for each in self._children.values():
-                self._take_back(each)
+            for child in self._children.values():
+                self._take_back(child)
             taken = [task.spec for task in self._waiting]
             self._waiting.clear()
             return taken
 
     def running_specs(self) -> list[JobSpec]:
-        """The jobs that run."""
+        """The running jobs, and finished jobs whose outcomes were not handed over yet."""
         with self._changed:
-            ended = [spec for spec, _ in self._done]
-            return [*ended, *(task.spec for task in self._first_tasks())]
+            finished = [spec for spec, _ in self._finished]
+            return [*finished, *(task.spec for task in self._current_tasks())]
 
     def unstarted_specs(self) -> list[JobSpec]:
         """The jobs that wait for a child."""
         with self._changed:
-            behind = [
+            assigned = [
                 task.spec
-                for each in self._children.values()
-                for task in itertools.islice(each.handed.values(), 1, None)
+                for child in self._children.values()
+                for task in itertools.islice(child.assigned.values(), 1, None)
             ]
-            return behind + [task.spec for task in self._waiting]
+            return assigned + [task.spec for task in self._waiting]
 
     def reports(self) -> dict[tuple[int, int], Report]:
-        """What running jobs told since the last call, by job id and attempt."""
+        """Progress and log lines of running jobs since the last call, by job id and attempt."""
         with self._changed:
-            tasks = [(task.spec, task.take_report()) for task in self._first_tasks()]
+            tasks = [(task.spec, task.take_report()) for task in self._current_tasks()]
         return {(spec.id, spec.attempt): report for spec, report in tasks if report is not None}
 
     def cancel(self, spec: JobSpec) -> None:
-        """Stop a job's code: SIGTERM now, SIGKILL two seconds later.
+        """Stop a job's code, with SIGTERM at once and SIGKILL two seconds later.
 
-        One that no child has begun ends as cancelled without having run.
+        A job that no child has started ends as cancelled without having run.
         """
         with self._changed:
             holder = next((c for c in self._children.values() if _number_of(c, spec)), None)
@@ -288,265 +302,290 @@ class ProcessPool:
         self._on_finished(spec, Outcome(spec.id, spec.attempt, OutcomeKind.CANCELLED))
 
     def overdue(self) -> list[Overdue]:
-        """The jobs whose children were killed and have not ended: one that waits for a disk or a
-        network file system within the kernel may not."""
+        """Stopped jobs whose children still live after SIGKILL.
+
+        A process that waits in the kernel, for a disk or a network file system, does not end.
+        """
         now = time.monotonic()
         with self._changed:
             return [
                 Overdue(
-                    each.handed[each.stopping].spec,
-                    now - each.killed_at,
-                    JobTimeout if each.marks.stop_for_timeout else JobCancelled,
-                    f"process {each.pid}",
+                    child.assigned[child.stopping].spec,
+                    now - child.killed_at,
+                    JobTimeout if child.marks.stop_for_timeout else JobCancelled,
+                    f"process {child.pid}",
                 )
-                for each in self._children.values()
-                if each.stopping in each.handed and each.killed_at <= now
+                for child in self._children.values()
+                if child.stopping in child.assigned and child.killed_at <= now
             ]
 
     def close(self) -> None:
-        """End all children, at once where code still runs; nothing more can be submitted."""
+        """End all children. No job can be submitted afterwards.
+
+        Children that run a job are killed at once. The others have two seconds to end.
+        """
         with self._changed:
             self._is_closed = True
-            self._leave_at = min(self._leave_at, time.monotonic() + 2 * STOP_SECONDS)
-        self._ring()
+            self._close_deadline = min(self._close_deadline, time.monotonic() + 2 * STOP_SECONDS)
+        self._wake_loop()
         self._thread.join()
 
-    # The loop, in a thread of its own
+    # The loop, in its own thread
 
     def _run(self) -> None:
         try:
             self._loop()
         except BaseException:
-            self._give_up()
+            self._on_loop_failure()
             raise
         finally:
             self._fork_server.close()
             self._selector.close()
-            self._awake.close()
-            self._alarm.close()
+            self._wakeup_read.close()
+            self._wakeup_write.close()
 
-    def _give_up(self) -> None:
-        """End all children; :meth:`take_unstarted` returns what they had, to be given back."""
+    def _on_loop_failure(self) -> None:
+        """End all children after an error in the loop.
+
+        :meth:`take_unstarted` then returns their jobs, and the worker can give them back.
+        """
         self._fork_server.close()
         with self._changed:
             self._is_closed = True
-            self._failure = "the thread that starts them has failed; the log says why"
+            self._failure = "the thread that manages the child processes has failed; see the log"
             self._is_hopeless = True
-            handed = [task for each in self._children.values() for task in each.handed.values()]
-            self._waiting.extendleft(reversed(handed))
+            assigned = [
+                task for child in self._children.values() for task in child.assigned.values()
+            ]
+            self._waiting.extendleft(reversed(assigned))
             self._changed.notify_all()
-        self._report_cut_off()
+        self._deliver_remaining()
         with self._changed:
             self._children.clear()
 
     def _loop(self) -> None:
-        while not self._is_over():
-            for key, _ in self._selector.select(self._pause()):
+        while not self._has_ended():
+            for key, _ in self._selector.select(self._seconds_to_next_check()):
                 with self._changed:
                     key.data()
             with self._changed:
                 now = time.monotonic()
-                self._look_after_children(now)
-                self._hand_out(now)
-            self._hand_over()
-        self._report_cut_off()
+                self._check_children(now)
+                self._assign_tasks(now)
+            self._deliver_outcomes()
+        self._deliver_remaining()
 
-    def _hand_over(self) -> None:
-        """Hand over the jobs that have ended. They count as running until then, so that each job is
-        always in at least one place."""
-        while self._done:
-            self._on_finished(*self._done[0])
+    def _deliver_outcomes(self) -> None:
+        """Pass finished jobs and unreported failures to the callbacks.
+
+        A finished job counts as running until its callback has returned, so that it is always
+        listed either here or in the worker's outbox.
+        """
+        while self._finished:
+            self._on_finished(*self._finished[0])
             with self._changed:
-                self._done.popleft()
-        while self._cut_off:
-            spec, outcome, _ = self._cut_off.popleft()
-            self._on_cut_off(spec, outcome)
+                self._finished.popleft()
+        while self._unreported_failures:
+            spec, outcome, _ = self._unreported_failures.popleft()
+            self._on_unreported_failure(spec, outcome)
 
-    def _report_cut_off(self) -> None:
-        """Report the failures that the children that are left have not reported."""
-        for each in self._children.values():
-            self._cut_off += each.reporting.values()
-        self._hand_over()
+    def _deliver_remaining(self) -> None:
+        """Deliver all outcomes, and the unreported failures of children that have not ended."""
+        for child in self._children.values():
+            self._unreported_failures += child.unreported.values()
+        self._deliver_outcomes()
 
-    def _is_over(self) -> bool:
-        return self._is_closed and (not self._children or time.monotonic() >= self._leave_at)
+    def _has_ended(self) -> bool:
+        return self._is_closed and (not self._children or time.monotonic() >= self._close_deadline)
 
-    def _ring(self) -> None:
-        # Full, so it rings already; or the pool has ended.
+    def _wake_loop(self) -> None:
+        # The buffer is full, so the loop is woken anyway; or the pool is closed.
         with contextlib.suppress(OSError):
-            self._alarm.send(b"!")
+            self._wakeup_write.send(b"!")
 
-    def _on_alarm(self) -> None:
-        self._awake.recv(4096)
+    def _drain_wakeups(self) -> None:
+        self._wakeup_read.recv(4096)
 
-    def _pause(self) -> float | None:
-        """Seconds until something must be looked at, if nothing is heard before."""
+    def _seconds_to_next_check(self) -> float | None:
+        """Seconds that the loop can wait for events; ``None``: no limit."""
         with self._changed:
             now = time.monotonic()
             at = min(
-                (self._look_at(each, now) for each in self._children.values()), default=math.inf
+                (self._next_check_at(child, now) for child in self._children.values()),
+                default=math.inf,
             )
-            if len(self._living()) < self.size and not self._is_closed:
-                at = min(at, self._start_at)
-            at = min(at, self._leave_at)
+            if len(self._active_children()) < self.size and not self._is_closed:
+                at = min(at, self._next_start_at)
+            at = min(at, self._close_deadline)
             return None if at == math.inf else min(max(0.0, at - now), _MAX_SELECT_SECONDS)
 
-    def _look_at(self, each: _Child, now: float) -> float:
-        at = min(each.kill_at, each.reports_since + _REPORT_SECONDS)
-        if len(each.handed) > 1 or (each.handed and each.reporting):
-            at = min(at, now + _AHEAD_SECONDS)
-        if each.stopping:
+    def _next_check_at(self, child: _Child, now: float) -> float:
+        at = min(child.kill_at, child.reporting_since + _REPORT_SECONDS)
+        if len(child.assigned) > 1 or (child.assigned and child.unreported):
+            at = min(at, now + _PREFETCH_SECONDS)
+        if child.stopping:
             return at
-        running = each.running()
-        for number, task in each.handed.items():
+        running = child.running()
+        for number, task in child.assigned.items():
             if task.spec.timeout is not None:
-                # One that has not begun cannot be overdue before its whole time has gone by.
+                # The time limit of a job that has not started begins now at the earliest.
                 is_running = running is not None and running[0] == number
-                begun = each.marks.started_at if is_running else now
-                at = min(at, begun + task.spec.timeout)
+                started_at = child.marks.started_at if is_running else now
+                at = min(at, started_at + task.spec.timeout)
         return at
 
-    def _look_after_children(self, now: float) -> None:
-        for each in list(self._children.values()):
-            running = each.running()
-            if running is not None and not each.stopping:
-                self._look_after_job(each, *running, now)
-            if now - each.reports_since > _AHEAD_SECONDS:
-                self._look_after_report(each, now)
-            if now >= each.kill_at:
-                self._kill(each, now)
+    def _check_children(self, now: float) -> None:
+        for child in list(self._children.values()):
+            running = child.running()
+            if running is not None and not child.stopping:
+                self._check_job(child, *running, now)
+            if now - child.reporting_since > _PREFETCH_SECONDS:
+                self._check_failure_report(child, now)
+            if now >= child.kill_at:
+                self._kill(child, now)
         if self._is_closed:
-            for each in self._living():
-                self._dismiss(each, now)
+            for child in self._active_children():
+                self._end_child(child, now)
             return
-        while len(self._living()) < self.size and now >= self._start_at:
+        while len(self._active_children()) < self.size and now >= self._next_start_at:
             self._start_child()
 
-    def _kill(self, each: _Child, now: float) -> None:
-        each.kill_at, each.killed_at = math.inf, now
-        if each.pid is not None:
-            # Otherwise it is killed as soon as its number is known.
-            self._command(self._fork_server.signal_group, each.pid, signal.SIGKILL)
-        if not (each.is_ready or each.is_leaving):
-            # Another one takes its place, also where this one cannot end.
-            each.is_leaving = each.is_noted = True
+    def _kill(self, child: _Child, now: float) -> None:
+        child.kill_at, child.killed_at = math.inf, now
+        if child.pid is not None:
+            # Otherwise it is killed as soon as its pid is known.
+            self._command(self._fork_server.signal_group, child.pid, signal.SIGKILL)
+        if not (child.is_ready or child.is_ending):
+            # Replace it, even if its process does not end.
+            child.is_ending = child.failed_start_recorded = True
             reason = f"it took longer than {_START_SECONDS:g} s to build the app"
-            if not self._is_watched(each):
-                reason = "it closed its connection and did not end"
-            self._note_failed_start(each.failure or reason)
+            if not self._is_registered(child):
+                reason = "it closed its connection but did not exit"
+            self._record_failed_start(child.failure or reason)
 
-    def _look_after_job(self, each: _Child, number: int, task: _Task, now: float) -> None:
-        seconds = now - each.marks.started_at
+    def _check_job(self, child: _Child, number: int, task: _Task, now: float) -> None:
+        seconds = now - child.marks.started_at
         if task.spec.timeout is not None and seconds >= task.spec.timeout:
-            self._stop(each, number, for_timeout=True)
-        elif len(each.handed) > 1 and seconds > _AHEAD_SECONDS:
-            self._take_back(each)
+            self._stop(child, number, for_timeout=True)
+        elif len(child.assigned) > 1 and seconds > _PREFETCH_SECONDS:
+            self._take_back(child)
 
-    def _look_after_report(self, each: _Child, now: float) -> None:
-        self._take_back(each)
-        if now - each.reports_since >= _REPORT_SECONDS:
-            # Without a line in the log, whose handler may hang here as well.
-            self._kill(each, now)
+    def _check_failure_report(self, child: _Child, now: float) -> None:
+        self._take_back(child)
+        if now - child.reporting_since >= _REPORT_SECONDS:
+            # Not logged here, because the logging handler may hang in this process as well.
+            self._kill(child, now)
 
-    def _hand_out(self, now: float) -> None:
-        """Give every idle child a job, then each a little more than it can do at once."""
-        free = [c for c in self._living() if c.is_ready and not c.stopping and not c.reporting]
-        quick = [c for c in free if c.runs_for(now) <= _AHEAD_SECONDS]
-        for children, room in ((free, 1), (quick, 1 + self._ahead())):
-            for each in children:
-                while self._waiting and len(each.handed) < room:
-                    self._hand(each, self._waiting.popleft())
-        for each in free:
-            self._flush(each)
+    def _assign_tasks(self, now: float) -> None:
+        """Give each idle child a job, and children with short jobs some more in advance."""
+        available = [
+            c for c in self._active_children() if c.is_ready and not c.stopping and not c.unreported
+        ]
+        quick = [c for c in available if c.run_seconds_at(now) <= _PREFETCH_SECONDS]
+        for children, room in ((available, 1), (quick, 1 + self._prefetch())):
+            for child in children:
+                while self._waiting and len(child.assigned) < room:
+                    self._assign(child, self._waiting.popleft())
+        for child in available:
+            self._flush(child)
 
-    def _ahead(self) -> int:
+    def _prefetch(self) -> int:
+        """How many jobs a child gets in advance."""
         if self._pace.seconds is None:
             return 0
-        seconds = max(self._pace.seconds, _AHEAD_SECONDS / _MAX_AHEAD)
-        return int(_AHEAD_SECONDS / seconds)
+        seconds = max(self._pace.seconds, _PREFETCH_SECONDS / _MAX_PREFETCH)
+        return int(_PREFETCH_SECONDS / seconds)
 
-    def _hand(self, each: _Child, task: _Task) -> None:
+    def _assign(self, child: _Child, task: _Task) -> None:
         number = next(self._numbers)
-        each.handed[number] = task
-        each.channel.send([number, task.claimed, pack_spec(task.spec)])
-        each.tickets.give(number)
+        child.assigned[number] = task
+        child.channel.send([number, task.claimed, pack_spec(task.spec)])
+        child.tickets.give(number)
 
-    def _flush(self, each: _Child) -> None:
-        if not self._is_watched(each):
+    def _flush(self, child: _Child) -> None:
+        if not self._is_registered(child):
             return
-        each.channel.flush()
+        child.channel.flush()
         events = selectors.EVENT_READ
-        if each.channel.has_outgoing:
+        if child.channel.has_outgoing:
             events |= selectors.EVENT_WRITE
-        key = self._selector.get_key(each.channel)
+        key = self._selector.get_key(child.channel)
         if key.events != events:
-            self._selector.modify(each.channel, events, key.data)
+            self._selector.modify(child.channel, events, key.data)
 
-    def _is_watched(self, each: _Child) -> bool:
-        """Whether its channel is still read."""
-        return each.channel in self._selector.get_map()
+    def _is_registered(self, child: _Child) -> bool:
+        """Whether the loop still reads the child's channel."""
+        return child.channel in self._selector.get_map()
 
-    def _take_back(self, each: _Child) -> None:
-        """Put what the child has not begun before all that waits, in its old order."""
-        numbers = each.tickets.take_back()
-        self._waiting.extendleft(each.handed.pop(number) for number in reversed(numbers))
+    def _take_back(self, child: _Child) -> None:
+        """Put the tasks that the child has not started back at the front of the queue, in order."""
+        numbers = child.tickets.take_back()
+        self._waiting.extendleft(child.assigned.pop(number) for number in reversed(numbers))
 
-    def _stop(self, each: _Child, number: int, *, for_timeout: bool) -> None:
-        if each.stopping or each.pid is None:
+    def _stop(self, child: _Child, number: int, *, for_timeout: bool) -> None:
+        if child.stopping or child.pid is None:
             return
-        each.stopping = number
-        each.kill_at = time.monotonic() + STOP_SECONDS
-        each.marks.ask_stop(number, for_timeout=for_timeout)
-        self._command(self._fork_server.signal, each.pid, signal.SIGTERM)
-        self._take_back(each)
-        self._ring()
+        child.stopping = number
+        child.kill_at = time.monotonic() + STOP_SECONDS
+        child.marks.ask_stop(number, for_timeout=for_timeout)
+        self._command(self._fork_server.signal, child.pid, signal.SIGTERM)
+        self._take_back(child)
+        self._wake_loop()
 
     # Starting and reaping children
 
-    def _living(self) -> list[_Child]:
-        return [each for each in self._children.values() if not each.is_leaving]
+    def _active_children(self) -> list[_Child]:
+        return [child for child in self._children.values() if not child.is_ending]
 
-    def _first_tasks(self) -> list[_Task]:
-        return [next(iter(c.handed.values())) for c in self._children.values() if c.handed]
+    def _current_tasks(self) -> list[_Task]:
+        """The first task of each child: it is running, or starts next."""
+        return [next(iter(c.assigned.values())) for c in self._children.values() if c.assigned]
 
-    def _open_fork_server(self) -> None:
+    def _start_fork_server(self) -> None:
         self._fork_server = ForkServer(self._settings)
-        self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
+        self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server_event)
 
     def _start_child(self) -> None:
-        """Start a child, or try again after a pause: descriptors or processes may have run out."""
+        """Start a child. On an error, the loop tries again after a pause (backoff).
+
+        The system may have run out of file descriptors or processes.
+        """
         try:
             if self._fork_server.is_closed:
-                self._open_fork_server()
+                self._start_fork_server()
             self._request_child()
         except OSError as error:
-            self._note_failed_start(f"{type(error).__name__}: {error}")
+            self._record_failed_start(f"{type(error).__name__}: {error}")
 
     def _request_child(self) -> None:
         with contextlib.ExitStack() as undo:
-            ours, theirs = socket.socketpair()
-            undo.callback(ours.close)
-            with theirs:
+            parent_end, child_end = socket.socketpair()
+            undo.callback(parent_end.close)
+            with child_end:
                 tickets = Tickets.create()
                 undo.callback(tickets.close)
                 marks = Marks.create()
                 undo.callback(marks.close)
                 slot = next(self._slots)
-                self._fork_server.fork(slot, [theirs.fileno(), tickets.read_end, marks.descriptor])
+                self._fork_server.fork(
+                    slot, [child_end.fileno(), tickets.read_end, marks.descriptor]
+                )
             undo.pop_all()
-        each = _Child(slot, ParentEnd(ours), tickets, marks)
-        each.kill_at = time.monotonic() + _START_SECONDS
-        self._children[slot] = each
-        self._selector.register(each.channel, selectors.EVENT_READ, lambda: self._on_message(each))
+        child = _Child(slot, ParentEnd(parent_end), tickets, marks)
+        child.kill_at = time.monotonic() + _START_SECONDS
+        self._children[slot] = child
+        self._selector.register(
+            child.channel, selectors.EVENT_READ, lambda: self._on_readable(child)
+        )
 
     def _command(self, command: Callable[..., None], *arguments: Any) -> None:
         try:
             command(*arguments)
         except OSError:
-            # The fork server has ended: the loop notices, and opens another.
-            self._ring()
+            # The fork server has ended. The loop detects this and starts another one.
+            self._wake_loop()
 
-    def _on_fork_server(self) -> None:
+    def _on_fork_server_event(self) -> None:
         try:
             event = self._fork_server.next_event()
         except EOFError:
@@ -554,83 +593,93 @@ class ProcessPool:
             return
         match event:
             case ChildStarted():
-                each = self._children[event.slot]
-                each.pid = event.pid
-                if each.killed_at < math.inf:
-                    self._command(self._fork_server.signal_group, each.pid, signal.SIGKILL)
+                child = self._children[event.slot]
+                child.pid = event.pid
+                if child.killed_at < math.inf:
+                    self._command(self._fork_server.signal_group, child.pid, signal.SIGKILL)
             case ChildNotStarted():
-                self._forget(self._children[event.slot])
-                self._note_failed_start(event.reason)
-            case Ended():
-                self._on_ended(event)
+                self._remove_child(self._children[event.slot])
+                self._record_failed_start(event.reason)
+            case ChildEnded():
+                self._on_child_ended(event)
 
-    def _on_ended(self, event: Ended) -> None:
-        each = next(c for c in self._children.values() if c.pid == event.pid)
-        how = describe_exit(os.waitstatus_to_exitcode(event.status))
-        self._reap_child(each, lambda task: self._crash_outcome(each, task, how))
-        if not (each.is_ready or each.is_noted or self._is_closed):
-            self._note_failed_start(each.failure or f"its process {how} while it built the app")
+    def _on_child_ended(self, event: ChildEnded) -> None:
+        child = next(c for c in self._children.values() if c.pid == event.pid)
+        exit_text = describe_exit(os.waitstatus_to_exitcode(event.status))
+        self._reap_child(child, lambda task: self._crash_outcome(child, task, exit_text))
+        if not (child.is_ready or child.failed_start_recorded or self._is_closed):
+            self._record_failed_start(
+                child.failure or f"its process {exit_text} while building the app"
+            )
 
-    def _note_failed_start(self, failure: str) -> None:
-        """Wait before the next one: what keeps one child from starting keeps all."""
+    def _record_failed_start(self, failure: str) -> None:
+        """Log a failed start, and set the backoff: the next child would probably fail as well."""
         self._failures += 1
         self._failure = failure
         self._is_hopeless |= self._failures >= _HOPELESS_FAILURES
-        if not any(each.is_ready for each in self._living()):
+        if not any(child.is_ready for child in self._active_children()):
             self._failed_at = time.monotonic()
             self._failing_since = min(self._failing_since, self._failed_at)
         backoff = _FIRST_BACKOFF_SECONDS * 2 ** min(self._failures, 20)
-        self._start_at = time.monotonic() + min(backoff, _LAST_BACKOFF_SECONDS)
+        self._next_start_at = time.monotonic() + min(backoff, _LAST_BACKOFF_SECONDS)
         _logger.error("A child of the process pool could not start: %s", one_line(failure))
         self._changed.notify_all()
 
     def _on_fork_server_lost(self) -> None:
-        """All children went with it, and nobody can tell which of them was to blame, if any."""
-        _logger.error("The process that starts the children has ended; another one is started")
-        kill_groups(each.pid for each in self._children.values() if each.pid is not None)
-        is_start = any(not (each.is_ready or each.is_leaving) for each in self._children.values())
-        running = [found[1] for each in self._children.values() if (found := each.running())]
+        """Reap all children after the fork server has ended, and record the outcomes of their jobs.
+
+        The pool cannot know whether one of the running jobs was the cause.
+        """
+        _logger.error("The fork server of the process pool has ended; starting another one")
+        kill_groups(child.pid for child in self._children.values() if child.pid is not None)
+        is_start = any(not (child.is_ready or child.is_ending) for child in self._children.values())
+        running = [found[1] for child in self._children.values() if (found := child.running())]
         suspects = sum(task.spec.suspect for task in running)
-        for each in list(self._children.values()):
-            self._reap_child(each, functools.partial(_outcome_of_lost, suspects))
+        for child in list(self._children.values()):
+            self._reap_child(child, functools.partial(_lost_outcome, suspects))
         self._selector.unregister(self._fork_server)
         self._fork_server.close()
         if is_start and not self._is_closed:
-            # It may be the start of a child that ends it, each time.
-            self._note_failed_start("the process that starts the children has ended")
+            # Each start of a child may end the fork server, so the backoff is needed.
+            self._record_failed_start("the fork server has ended")
 
-    def _reap_child(self, each: _Child, outcome_of: Callable[[_Task], Outcome]) -> None:
-        """Hear what a dead child said last, and settle the job that died with it."""
-        self._on_message(each)
-        self._take_back(each)
-        self._cut_off += each.reporting.values()
-        for number, task in reversed(each.handed.items()):
-            if number > each.marks.started:
-                # It took the ticket, but had not begun.
+    def _reap_child(self, child: _Child, outcome_of: Callable[[_Task], Outcome]) -> None:
+        """Read the last messages of a dead child, and finish the job that it was running.
+
+        :param outcome_of: returns the outcome of that job.
+        """
+        self._on_readable(child)
+        self._take_back(child)
+        self._unreported_failures += child.unreported.values()
+        for number, task in reversed(child.assigned.items()):
+            if number > child.marks.started:
+                # It took the ticket, but had not started the job.
                 self._waiting.appendleft(task)
             else:
                 self._finish(task, outcome_of(task))
-        self._forget(each)
+        self._remove_child(child)
 
-    def _forget(self, each: _Child) -> None:
-        del self._children[each.slot]
-        if self._is_watched(each):
-            self._selector.unregister(each.channel)
-        each.channel.close()
-        each.tickets.close()
-        each.marks.close()
+    def _remove_child(self, child: _Child) -> None:
+        del self._children[child.slot]
+        if self._is_registered(child):
+            self._selector.unregister(child.channel)
+        child.channel.close()
+        child.tickets.close()
+        child.marks.close()
 
-    def _crash_outcome(self, each: _Child, task: _Task, how: str) -> Outcome:
-        spec, started_at = task.spec, each.marks.started_at
+    def _crash_outcome(self, child: _Child, task: _Task, exit_text: str) -> Outcome:
+        spec, started_at = task.spec, child.marks.started_at
         kind, error_type = OutcomeKind.CRASHED, "Crashed"
-        error = f"Crashed: the process that ran it {how}"
-        if each.stopping:
-            if each.marks.stop_for_timeout:
+        error = f"Crashed: the process that ran it {exit_text}"
+        if child.stopping:
+            if child.marks.stop_for_timeout:
                 kind, error_type = OutcomeKind.TIMEOUT, "JobTimeout"
-                error = f"JobTimeout: it ran longer than {spec.timeout} s and its process {how}"
+                error = (
+                    f"JobTimeout: it ran longer than {spec.timeout} s and its process {exit_text}"
+                )
             else:
                 kind, error_type = OutcomeKind.CANCELLED, "JobCancelled"
-                error = f"JobCancelled: its process {how}"
+                error = f"JobCancelled: its process {exit_text}"
         return Outcome(
             spec.id,
             spec.attempt,
@@ -641,84 +690,88 @@ class ProcessPool:
             run_seconds=time.monotonic() - started_at,
         )
 
-    def _dismiss(self, each: _Child, now: float) -> None:
-        """Let a child go: at once when its code must not go on, else when it is idle."""
-        each.is_leaving = True
-        self._take_back(each)
-        each.kill_at = now if each.handed else now + STOP_SECONDS
-        each.tickets.end()
+    def _end_child(self, child: _Child, now: float) -> None:
+        """End a child: at once if it has a job, otherwise within two seconds."""
+        child.is_ending = True
+        self._take_back(child)
+        child.kill_at = now if child.assigned else now + STOP_SECONDS
+        child.tickets.end()
 
     # Messages of children
 
-    def _on_message(self, each: _Child) -> None:
-        if each.slot not in self._children or not self._is_watched(each):
-            # That happened while this event waited for its turn.
+    def _on_readable(self, child: _Child) -> None:
+        if child.slot not in self._children or not self._is_registered(child):
+            # The child was removed after the selector had returned this event.
             return
-        for message in each.channel.receive():
+        for message in child.channel.receive():
             try:
-                self._on_one_message(each, message)
+                self._handle_message(child, message)
             except (TypeError, ValueError, IndexError) as error:
-                _logger.warning("A message of a child process cannot be read: %s", error)
-        if not each.channel.is_closed:
-            self._flush(each)
+                _logger.warning("Cannot read a message from a child process: %s", error)
+        if not child.channel.is_closed:
+            self._flush(child)
             return
-        # It would be readable for as long as the child takes to end.
-        self._selector.unregister(each.channel)
-        if not each.is_leaving:
-            # One that has failed to start keeps its place: the next one waits for a while.
-            each.is_leaving = each.is_ready
-            self._take_back(each)
-            # One with nothing left to run may have functions of the host's to call.
-            is_orderly = each.is_ready and not each.is_busy
-            seconds = STOP_SECONDS + (child.LAST_CALLS_SECONDS if is_orderly else 0.0)
-            each.kill_at = min(each.kill_at, time.monotonic() + seconds)
+        # A closed channel counts as readable, so the loop would spin until the child has ended.
+        self._selector.unregister(child.channel)
+        if not child.is_ending:
+            # A child that failed to start keeps its place, so that the next start is delayed.
+            child.is_ending = child.is_ready
+            self._take_back(child)
+            # A child that ends by itself may still be calling the host's ``on_failure`` functions.
+            ends_by_itself = child.is_ready and not child.is_busy
+            seconds = STOP_SECONDS + (child_module.LAST_CALLS_SECONDS if ends_by_itself else 0.0)
+            child.kill_at = min(child.kill_at, time.monotonic() + seconds)
 
-    def _on_one_message(self, each: _Child, message: Any) -> None:
+    def _handle_message(self, child: _Child, message: Any) -> None:
         match message:
-            case [child.OUTCOME, number, values] if number in each.handed:
-                self._on_outcome(each, number, unpack_outcome(values))
-            case [child.REPORTED, number] if number in each.reporting:
-                del each.reporting[number]
-            case [child.REPORT, number, values] if number in each.handed:
-                each.handed[number].tell(unpack_report(values))
-            case [child.READY] if each.killed_at == math.inf:
-                each.is_ready = True
-                each.kill_at = math.inf
+            case [child_module.OUTCOME, number, values] if number in child.assigned:
+                self._on_outcome(child, number, unpack_outcome(values))
+            case [child_module.REPORTED, number] if number in child.unreported:
+                del child.unreported[number]
+            case [child_module.REPORT, number, values] if number in child.assigned:
+                child.assigned[number].add_report(unpack_report(values))
+            case [child_module.READY] if child.killed_at == math.inf:
+                child.is_ready = True
+                child.kill_at = math.inf
                 self._failures, self._is_hopeless, self._failing_since = 0, False, math.inf
                 self._changed.notify_all()
-            case [child.BROKEN, sentence]:
-                each.failure = self._failure = sentence
+            case [child_module.BROKEN, error]:
+                child.failure = self._failure = error
                 self._is_hopeless = True
-                # A thread of the app's may keep it alive.
-                each.kill_at = min(each.kill_at, time.monotonic() + STOP_SECONDS)
+                # A thread of the app may keep the process alive.
+                child.kill_at = min(child.kill_at, time.monotonic() + STOP_SECONDS)
                 self._changed.notify_all()
-            case [child.OUTCOME | child.REPORT, _, _] | [child.READY] | [child.REPORTED, _]:
-                # Of a job that has ended meanwhile, or of a child that is about to end.
+            case (
+                [child_module.OUTCOME | child_module.REPORT, _, _]
+                | [child_module.READY]
+                | [child_module.REPORTED, _]
+            ):
+                # The job has ended in the meantime, or the child is about to end.
                 pass
             case _:
-                _logger.warning("A child process sent an unknown message, which is ignored")
+                _logger.warning("Ignoring an unknown message from a child process")
 
-    def _on_outcome(self, each: _Child, number: int, outcome: Outcome) -> None:
-        if (outcome.job_id, outcome.attempt) != each.handed[number].spec.key:
-            raise ValueError("it is the outcome of another job")
-        task = each.handed.pop(number)
-        if each.stopping == number:
-            each.stopping, each.kill_at = 0, math.inf
+    def _on_outcome(self, child: _Child, number: int, outcome: Outcome) -> None:
+        if (outcome.job_id, outcome.attempt) != child.assigned[number].spec.key:
+            raise ValueError("the outcome belongs to another job")
+        task = child.assigned.pop(number)
+        if child.stopping == number:
+            child.stopping, child.kill_at = 0, math.inf
         self._pace.note(outcome.run_seconds)
         if outcome.is_reported:
-            each.reporting[number] = _Reporting(task.spec, outcome, time.monotonic())
+            child.unreported[number] = _UnreportedFailure(task.spec, outcome, time.monotonic())
         self._finish(task, outcome)
 
     def _finish(self, task: _Task, outcome: Outcome) -> None:
         earlier = task.take_report()
         if earlier is not None:
             outcome = outcome._replace(report=earlier.followed_by(outcome.report))
-        self._done.append((task.spec, outcome))
+        self._finished.append((task.spec, outcome))
 
     def _wait_for_first_child(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         with self._changed:
-            while not any(each.is_ready for each in self._children.values()):
+            while not any(child.is_ready for child in self._children.values()):
                 left = deadline - time.monotonic()
                 if self._is_hopeless or left <= 0:
                     reason = self._failure or f"it took longer than {_START_SECONDS:g} s"
@@ -733,15 +786,15 @@ class ProcessPool:
         )
 
 
-def _number_of(each: _Child, spec: JobSpec) -> int:
-    """The number under which a child has a job; 0 when it has not."""
-    return next((number for number, task in each.handed.items() if task.spec is spec), 0)
+def _number_of(child: _Child, spec: JobSpec) -> int:
+    """The number of a job in this child; 0 if the child does not have the job."""
+    return next((number for number, task in child.assigned.items() if task.spec is spec), 0)
 
 
-def _outcome_of_lost(suspects: int, task: _Task) -> Outcome:
-    """The outcome of a job that ran when all children ended.
+def _lost_outcome(suspects: int, task: _Task) -> Outcome:
+    """The outcome of a job that was running when the fork server and all children ended.
 
-    :param suspects: how many suspects ran then.
+    :param suspects: number of suspects that were running.
     """
     kind = lost_kind(is_started_suspect=task.spec.suspect, started_suspects=suspects)
     return lost_outcome(task.spec, kind, "all child processes of its worker ended")

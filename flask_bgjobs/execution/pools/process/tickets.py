@@ -1,9 +1,9 @@
-"""Who runs what, kept where it outlives the child: tickets in a pipe, marks in shared memory.
+"""Tickets in a pipe and marks in shared memory, which the worker can read after a child has died.
 
-A ticket is the right to run one job. Several may wait in a child's pipe, each for a job whose
-data was sent ahead; whoever reads a ticket from the pipe has it. So the worker can take back
-what the child has not begun, from a child that lives, hangs or has died, and the system's own
-pipe decides who was first.
+A ticket is the right to run one job. A child's pipe can hold several tickets, for jobs whose data
+was sent in advance. The process that reads a ticket from the pipe owns it. So the worker can take
+back jobs that the child has not started, even if the child hangs or has died. The kernel decides
+races for a ticket, because each byte of a pipe is read only once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ import tempfile
 from ....system import forks
 
 _TICKET = struct.Struct("=q")
-_AT_ONCE = 4096 // _TICKET.size
-"""Tickets in one write: so many bytes a pipe takes whole."""
+_TICKETS_PER_READ = 4096 // _TICKET.size
+"""Largest number of tickets that one read takes back."""
 
 
 class Tickets(forks.Forkable):
-    """The pipe of one child's tickets; numbers rise and none is used twice."""
+    """The pipe with the tickets of one child. Their numbers rise, and none is used twice.
+
+    :param read_end: file descriptor, in the worker and in the child.
+    :param write_end: file descriptor; only in the worker.
+    """
 
     def __init__(self, read_end: int, write_end: int | None = None) -> None:
-        # The flag is the pipe's: it holds for the child's copy of the read end as well.
+        # The child's copy of the read end shares this flag.
         os.set_blocking(read_end, False)
         self.read_end = read_end
         self._write_end = write_end
@@ -33,16 +37,22 @@ class Tickets(forks.Forkable):
 
     @classmethod
     def create(cls) -> Tickets:
-        """A new pipe, with both ends."""
+        """Make a new pipe, with both ends."""
         return cls(*os.pipe())
 
     def give(self, number: int) -> None:
-        """Let the child run the job ``number``."""
+        """Give the child a ticket.
+
+        :param number: the number of the job.
+        """
         assert self._write_end is not None
         os.write(self._write_end, _TICKET.pack(number))
 
     def take(self) -> int | None:
-        """The next ticket, waited for; ``None`` when the worker is gone."""
+        """Wait for the next ticket, and take it.
+
+        :returns: the number of the job; ``None``: the worker has ended, or has called :meth:`end`.
+        """
         while True:
             try:
                 data = os.read(self.read_end, _TICKET.size)
@@ -52,11 +62,11 @@ class Tickets(forks.Forkable):
             return _TICKET.unpack(data)[0] if data else None
 
     def take_back(self) -> list[int]:
-        """The tickets that the child has not taken; it never will."""
+        """Remove the tickets that the child has not taken, and return their numbers."""
         taken: list[int] = []
         while True:
             try:
-                data = os.read(self.read_end, _AT_ONCE * _TICKET.size)
+                data = os.read(self.read_end, _TICKETS_PER_READ * _TICKET.size)
             except BlockingIOError:
                 return taken
             if not data:
@@ -64,28 +74,28 @@ class Tickets(forks.Forkable):
             taken += [number for (number,) in _TICKET.iter_unpack(data)]
 
     def end(self) -> None:
-        """Let the child end when it has taken the tickets that are left."""
+        """Let the child end after it has taken the remaining tickets."""
         if self._write_end is not None:
             write_end, self._write_end = self._write_end, None
             os.close(write_end)
 
     def close(self) -> None:
-        """Close the ends that this process has."""
+        """Close the ends of the pipe that are open in this process."""
         self.end()
         read_end, self.read_end = self.read_end, -1
         if read_end >= 0:
             os.close(read_end)
 
     def after_fork_in_child(self) -> None:
-        """Close a copy's ends: only the worker and its child may hold them."""
+        """Close the copied ends: only the worker and its child may have them open."""
         self.close()
 
 
 class Marks:
-    """What a child is doing, in memory that the worker reads also after the child's death.
+    """The state of a child, in shared memory that the worker can read after the child has died.
 
-    Each mark is one aligned word, so that it is never seen half written. Times are those of
-    ``time.monotonic()``, which all processes of a machine share.
+    Each mark is one aligned word, so that a reader never sees it half written. Times are those of
+    ``time.monotonic()``, which is the same in all processes of a machine.
     """
 
     _STARTED, _FINISHED, _STOP, _STOP_FOR_TIMEOUT, _STARTED_AT = range(5)
@@ -99,9 +109,9 @@ class Marks:
 
     @classmethod
     def create(cls) -> Marks:
-        """New marks, all zero."""
+        """Make new marks. All are zero."""
         with tempfile.TemporaryFile() as file:
-            # Memory where the system has it without a file.
+            # Anonymous memory where the system supports it, otherwise the file.
             memory = getattr(os, "memfd_create", None)
             descriptor = os.dup(file.fileno()) if memory is None else memory("bgjobs")
         os.ftruncate(descriptor, mmap.PAGESIZE)
@@ -109,45 +119,48 @@ class Marks:
 
     @property
     def started(self) -> int:
-        """The job that was started last; 0 before the first."""
+        """Number of the job that was started last; 0: none yet."""
         return self._numbers[self._STARTED]
 
     @property
     def started_at(self) -> float:
-        """When that was."""
+        """When that job was started."""
         return self._times[self._STARTED_AT]
 
     @property
     def finished(self) -> int:
-        """The job whose outcome was sent last."""
+        """Number of the job whose outcome was sent last; 0: none yet."""
         return self._numbers[self._FINISHED]
 
     def start(self, number: int, now: float) -> None:
-        """Mark the start of a job, before its code is looked up."""
+        """Mark the start of a job. The child calls this before it imports the job's code."""
         self._times[self._STARTED_AT] = now
         self._numbers[self._STARTED] = number
 
     def finish(self, number: int) -> None:
-        """Mark that the outcome of a job was sent."""
+        """Mark that the outcome of a job was sent. The child calls this."""
         self._numbers[self._FINISHED] = number
 
     def ask_stop(self, number: int, *, for_timeout: bool) -> None:
-        """Say which job the signal that follows is meant for."""
+        """Mark the job to stop. The worker calls this before it sends SIGTERM.
+
+        :param for_timeout: whether the job is stopped for its timeout, not by a cancel.
+        """
         self._numbers[self._STOP_FOR_TIMEOUT] = for_timeout
         self._numbers[self._STOP] = number
 
     @property
     def stop(self) -> int:
-        """The job that is to stop; 0 when there was none yet."""
+        """Number of the job that was last asked to stop; 0: none yet."""
         return self._numbers[self._STOP]
 
     @property
     def stop_for_timeout(self) -> bool:
-        """Whether it is to stop because its time is up."""
+        """Whether that job has to stop because of its timeout."""
         return bool(self._numbers[self._STOP_FOR_TIMEOUT])
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         for view in (self._numbers, self._times, self._view):
             view.release()
         self._memory.close()
