@@ -64,12 +64,12 @@ def session_differences(state: AppState) -> list[str]:
     if state.store.always_joins:
         return []
     with state.store.read() as connection:
-        ours = state.store.seen_by(connection)
+        ours = state.store.session_settings(connection)
     # A new session, because the one of the current context may hold changes.
     with state.db.session.session_factory() as session:
         joined = transactions.connection_to_join(session, state.table, state.store.host_engine)
         assert joined is not None, "the new session's transaction cannot have ended"
-        theirs = state.store.seen_by(joined)
+        theirs = state.store.session_settings(joined)
     return [
         f"{setting}: db.session has {theirs[setting]}, and flask-bgjobs has {ours[setting]}"
         for setting in ours

@@ -177,14 +177,14 @@ class Database(abc.ABC):
         """The execution options of a connection, with those that the driver needs for them."""
         return options
 
-    def seen_by(self, connection: sa.Connection) -> dict[str, str | None]:
+    def session_settings(self, connection: sa.Connection) -> dict[str, str | None]:
         """The settings that decide which tables a connection sees, and its user, by name."""
-        return dict(connection.execute(self._seen).mappings().one())
+        return dict(connection.execute(self._session_settings).mappings().one())
 
     @property
     @abc.abstractmethod
-    def _seen(self) -> sa.Select[Any]:
-        """The query of :meth:`seen_by`."""
+    def _session_settings(self) -> sa.Select[Any]:
+        """The query for :meth:`session_settings`."""
 
     @abc.abstractmethod
     def is_redoable(self, error: DBAPIError) -> bool:
@@ -207,14 +207,14 @@ class Database(abc.ABC):
         """Whether the error is a lock timeout: another transaction held a row lock for too long."""
 
     @abc.abstractmethod
-    def ending_queries(
+    def query_timeout(
         self, connection: sa.Connection, seconds: float
     ) -> AbstractContextManager[None]:
-        """Let the database end each query in this block that takes longer than ``seconds``."""
+        """A block in which the database ends each query that takes longer than ``seconds``."""
 
     @abc.abstractmethod
     def is_timeout(self, error: DBAPIError) -> bool:
-        """Whether the database ended a query because of :meth:`ending_queries`."""
+        """Whether the database ended a query because of :meth:`query_timeout`."""
 
     def link_advice(self) -> str | None:
         """Advice, in a sentence, on settings with which the host's connections detect a dead link.
@@ -236,10 +236,10 @@ class Database(abc.ABC):
     def listen(
         self,
         stopped: threading.Event,
-        on_news: Callable[[], object],
+        wake: Callable[[], object],
         is_quiet: Callable[[], bool],
     ) -> None:
-        """Call ``on_news`` at once, and again whenever new jobs may have been enqueued.
+        """Call ``wake`` at once, and again whenever new jobs may have been enqueued.
 
         Blocks until ``stopped`` is set, or returns early to be called again, with a new connection.
 
@@ -525,7 +525,7 @@ class Database(abc.ABC):
         """A connection for reading on which the database ends each query after ``seconds``."""
         with (
             self._connected(**{READ_ONLY: True}) as connection,
-            self.ending_queries(connection, seconds),
+            self.query_timeout(connection, seconds),
         ):
             yield connection
 

@@ -29,7 +29,7 @@ class _ConnectLimits:
 
 
 def prepare_limits(host_engine: sa.Engine) -> None:
-    """Prepare an engine of the host for :func:`limited`.
+    """Prepare an engine of the host for :func:`connect_limits`.
 
     Call this before other threads use the engine: SQLAlchemy raises an error in a thread that
     connects while another thread adds a listener.
@@ -39,7 +39,7 @@ def prepare_limits(host_engine: sa.Engine) -> None:
 
 
 @contextlib.contextmanager
-def limited(limits: Mapping[str, float]) -> Iterator[set[str]]:
+def connect_limits(limits: Mapping[str, float]) -> Iterator[set[str]]:
     """Limit the time in which this thread opens a connection with an engine of the host.
 
     :param limits: options of the driver's ``connect()``. Options that the host sets itself are
@@ -69,7 +69,7 @@ def _add_limits(_dialect: object, _record: object, _args: object, options: dict[
             current.options = options
 
 
-def refuse_dead(engine: sa.Engine, descriptor: Callable[[Any], int]) -> None:
+def discard_dead_connections(engine: sa.Engine, descriptor: Callable[[Any], int]) -> None:
     """Replace idle connections of the engine's pool that the server has closed.
 
     An idle connection has nothing to read unless the server has closed it. This check costs no

@@ -273,7 +273,7 @@ def test_a_full_disk_keeps_outcomes_waiting(
         wait_until(lambda: all(stored(app, job).started_at for job in jobs), "the starts")
         _fill(filler)
         wait_until(lambda: "disk is full" in worker.log.read_text(), "the notice")
-        with pytest.raises(DatabaseUnusable, match="make room on its disk"):
+        with pytest.raises(DatabaseUnusable, match="free up space on the disk"):
             enqueue("echo", "x" * 100_000)
         gate.touch()
         wait_until(lambda: "Outcomes kept: 3" in worker.log.read_text(), "the outcomes")

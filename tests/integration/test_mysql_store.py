@@ -253,9 +253,9 @@ class TestServers:
     @pytest.mark.parametrize(
         ("is_mariadb", "version", "said"),
         [
-            (False, (5, 7, 44), "MySQL has since 8.0.1, and this server is MySQL 5.7.44"),
+            (False, (5, 7, 44), "MySQL has since 8.0.1, but this server is MySQL 5.7.44"),
             (False, (8, 0, 0), "8.0.1"),
-            (True, (10, 5, 29, "MariaDB"), "MariaDB has since 10.6.0, and this server is MariaDB"),
+            (True, (10, 5, 29, "MariaDB"), "MariaDB has since 10.6.0, but this server is MariaDB"),
         ],
     )
     def test_an_old_server_is_refused(

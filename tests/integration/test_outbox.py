@@ -282,8 +282,8 @@ def small_limit(
         return
     if database_kind == "mysql":
         store.dispose()
-        within = mysql._within_packet
-        monkeypatch.setattr(mysql, "_within_packet", lambda link, _: within(link, 1_000_000))
+        within = mysql._query_within_packet
+        monkeypatch.setattr(mysql, "_query_within_packet", lambda link, _: within(link, 1_000_000))
         yield "max_allowed_packet, 1,000,000"
         return
 

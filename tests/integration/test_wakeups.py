@@ -145,7 +145,7 @@ class Silent:
     can_listen = True
 
     def listen(
-        self, stopped: threading.Event, on_news: Callable[[], object], _is_quiet: object
+        self, stopped: threading.Event, wake: Callable[[], object], _is_quiet: object
     ) -> None:
         stopped.wait()
 

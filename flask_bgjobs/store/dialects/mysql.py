@@ -1,4 +1,4 @@
-"""MySQL and MariaDB: rows are locked one by one, as on PostgreSQL, and nothing is returned."""
+"""MySQL and MariaDB: row locks as on PostgreSQL, but UPDATE statements that return no rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .. import transitions
 from ..base import Store
 from ..connections import forward
 from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS
-from ..links import limited, prepare_limits, refuse_dead, shut_down
+from ..links import connect_limits, discard_dead_connections, prepare_limits, shut_down
 from ..sizes import batches
 from ..statements.claim import SPEC_COLUMNS
 from ..statements.enqueue import NewJobs, column_values, inserted_job
@@ -32,17 +32,19 @@ from ..statements.settle import COMPLETION_TYPES
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
 _NO_SUCH_NAME, _SHUTDOWN, _PACKET_TOO_LARGE = 1305, 1053, 1153
 _QUERY_TIMEOUTS = frozenset({1969, 3024})
-"""MariaDB's and MySQL's."""
+"""Error numbers of a query timeout, on MariaDB and on MySQL."""
 _OPTION_PREVENTS = 1290
+"""Error number of a statement that an option of the server forbids, such as ``read_only``."""
 _READ_ONLY_ERRORS = frozenset({1792, 1836})
-"""A transaction that is read-only, and a server."""
+"""Error numbers of a read-only transaction, and of a server in read-only mode."""
 _DENIED = frozenset({1044, 1142, 1143})
-"""No right to a database, a table, or a column."""
+"""Error numbers of a missing privilege on a database, a table or a column."""
 _CONNECT_SECONDS = 10.0
+"""How long each step of connecting may take."""
 _DATETIME_FIELD = 12
-"""The type of a DATETIME column in the protocol."""
+"""Type number of a DATETIME column in the protocol."""
 _SERVER_STATUS_IN_TRANS = 1
-"""The flag of the protocol: the server is in a transaction."""
+"""Protocol flag: the session is in a transaction."""
 _JSON_TYPES = {
     "job_id": "BIGINT PATH '$.job_id'",
     "fence_attempt": "INT PATH '$.fence_attempt'",
@@ -50,17 +52,17 @@ _JSON_TYPES = {
     "finished_after": "DOUBLE PATH '$.finished_after'",
     "new_result": "LONGTEXT PATH '$.new_result'",
 }
-"""How MySQL reads the fields of a completion."""
+"""Types and JSON paths of the fields of a completion, for ``JSON_TABLE``."""
 _LOCK_WAIT_SECONDS = 1
-"""The server's own wait for a row, which it counts in whole seconds; then the transaction is
-redone, or does without the row."""
-_NEEDED = {"MySQL": (8, 0, 1), "MariaDB": (10, 6, 0)}
-"""The first versions with SKIP LOCKED."""
+"""How long the server waits for a row lock, in whole seconds. After that, the transaction is redone
+or skips the row."""
+_LEAST_VERSIONS = {"MySQL": (8, 0, 1), "MariaDB": (10, 6, 0)}
+"""The oldest versions with SKIP LOCKED."""
 _BATCH_CHARACTERS = 200_000
-"""Of the text in one INSERT. Escaped and encoded it takes four times as many bytes at most, and
-PyMySQL splits what exceeds 1,024,000: then the ids of its other parts would not be known."""
+"""Limit of the text in one INSERT. Escaped and encoded, it takes at most four times as many bytes.
+PyMySQL splits an INSERT of more than 1,024,000 bytes, and then most of the ids are unknown."""
 _ROW_CHARACTERS = 1_000
-"""More than all numbers and times of a row take in an INSERT."""
+"""Upper limit for the text of all numbers and times of a row in an INSERT."""
 
 
 class MysqlStore(Store):
@@ -70,7 +72,8 @@ class MysqlStore(Store):
     now = sa.literal_column("UTC_TIMESTAMP(6)", UtcTime)
     seeks_ranges = False
     insert_into = staticmethod(mysql.insert)
-    # Shared, as the conflict has locked it: a snapshot of the host's may be older than the holder.
+    # A locking read sees the newest rows, but the snapshot of the host's transaction may be older
+    # than the holder. The lock is shared, like the one that the conflict has taken.
     _holders = Store._holders.with_for_update(read=True)
 
     def __init__(self, engine: sa.Engine, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +88,7 @@ class MysqlStore(Store):
         return sa.func.timestampadd(unit, microseconds, time, type_=UtcTime)
 
     def seconds_parameter(self, name: str) -> sa.ColumnElement[float]:
-        # Not cast: MySQL could not before 8.0.17.
+        # Without a cast to DOUBLE, which MySQL has only since 8.0.17.
         return sa.bindparam(name, type_=sa.Double)
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
@@ -94,7 +97,7 @@ class MysqlStore(Store):
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         _check_packets(connection, jobs)
         if len(jobs.parameters) == 1 and connection.dialect.insert_returning:
-            # MariaDB can tell what it inserted.
+            # MariaDB supports INSERT … RETURNING.
             return super().insert_all(connection, jobs)
         now, step = connection.execute(
             sa.select(self.now, sa.literal_column("@@auto_increment_increment", sa.Integer))
@@ -106,17 +109,17 @@ class MysqlStore(Store):
             result = connection.execute(
                 sa.insert(JOBS), [{**common, "parameters": text} for text in batch]
             )
-            # One statement takes ids that follow each other, and tells the first.
+            # The ids of one statement are consecutive, and the driver returns the first.
             ids = range(result.lastrowid, result.lastrowid + len(batch) * step, step)
-            made = zip(batch, ids, strict=True)
-            inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in made)
+            pairs = zip(batch, ids, strict=True)
+            inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in pairs)
         return inserted
 
     def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
         try:
             (inserted,) = self.insert_all(connection, jobs)
         except IntegrityError as error:
-            # The server has undone this statement alone, and the transaction goes on.
+            # The server has rolled back only this statement. The transaction is still usable.
             if _code(error) == _DUPLICATE and "unique_hash" in str(error.orig):
                 return None
             raise
@@ -134,7 +137,7 @@ class MysqlStore(Store):
         return row.on_duplicate_key_update(created_at=row.inserted.created_at)
 
     def queues_holding(self, status: JobStatus) -> sa.FromClause:
-        # The server itself groups by one index seek for each queue.
+        # For this GROUP BY, the server uses one index seek for each queue.
         names = sa.select(JOBS.c.queue.label("name")).where(has_status(status))
         return names.group_by(JOBS.c.queue).subquery(f"{status.value}_queue")
 
@@ -146,7 +149,7 @@ class MysqlStore(Store):
     def _claim_from(
         self, connection: sa.Connection, worker_id: int, candidates: sa.Select[Any], limit: int
     ) -> list[JobSpec]:
-        """Claim the first ``limit`` of the ordered ``candidates``, best first."""
+        """Claim the first ``limit`` of the ordered ``candidates``, and return them in order."""
         claimed = {
             "attempt": transitions.NEXT_ATTEMPT,
             "worker_id": sa.literal(worker_id),
@@ -176,9 +179,9 @@ class MysqlStore(Store):
     def _held_by(
         self, connection: sa.Connection, worker_id: int, *, lock: bool = False
     ) -> list[JobSpec]:
-        """The jobs that run under a worker.
+        """The running jobs of a worker.
 
-        They are found first and locked then: a search that locks would lock what it passes.
+        They are selected without a lock first: a locking query would lock every row that it scans.
         """
         held = super()._held_by(connection, worker_id)
         if not (held and lock):
@@ -196,8 +199,8 @@ class MysqlStore(Store):
             hide_parameters=True,
         )
 
-        # Before the host's listeners, which would use a connection that has ended.
-        refuse_dead(engine, _descriptor)
+        # Before the host's listeners, which would otherwise use a closed connection.
+        discard_dead_connections(engine, _descriptor)
         forward(self.host_engine, engine, self.watched)
 
         def prepare(connection: Any, _record: object) -> None:
@@ -206,44 +209,46 @@ class MysqlStore(Store):
 
         sa.event.listen(engine, "connect", prepare)
         sa.event.listen(engine, "begin", _begin)
-        sa.event.listen(engine, "handle_error", _see_end)
+        sa.event.listen(engine, "handle_error", _mark_disconnect)
         return engine
 
     def _connect(self, record: Any) -> Any:
-        """A connection made in the host's own way, with its connect_args, within some seconds."""
-        # PyMySQL itself limits only the first step, and would wait for ever for a greeting.
+        """Connect as :meth:`connect_as_host` does, with a timeout."""
+        # By default, PyMySQL limits only the TCP connect, and waits forever for the server's
+        # greeting.
         seconds = max(1.0, min(_CONNECT_SECONDS, self.seconds_left()))
-        steps = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
-        with limited(steps) as added:
+        timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
+        with connect_limits(timeouts) as added_names:
             connection = self.connect_as_host(record)
-        for name in added - {"connect_timeout"}:
-            # A statement may take longer.
+        for name in added_names - {"connect_timeout"}:
+            # Statements may take longer than the connect.
             setattr(connection, f"_{name}", None)
         return connection
 
     def _prepare_session(self, connection: Any) -> None:
         decode = connection.decoders[_DATETIME_FIELD]
         connection.decoders[_DATETIME_FIELD] = lambda text: _time_or_unreadable(decode(text))
-        # Whatever the host's connections can encode: an error's text may hold any letter.
+        # The host's connections may have a smaller character set, but error texts may contain any
+        # character.
         connection.set_character_set("utf8mb4")
         settings = {"innodb_lock_wait_timeout": _LOCK_WAIT_SECONDS}
         if self.deadline is not None:
-            # So the server ends the transaction of a worker that has fallen silent within it. Its
-            # rows stay locked for as long, also for those that would rescue its jobs.
+            # The server ends the transaction of a worker that stalls within it. Until then its rows
+            # stay locked, also for a rescue of its jobs.
             settings["wait_timeout"] = math.ceil(self.deadline)
         assignments = ", ".join(f"SESSION {name} = {value}" for name, value in settings.items())
         with connection.cursor() as cursor:
             cursor.execute(f"SET {assignments}")
             cursor.execute("SELECT @@max_allowed_packet")
             (largest,) = cursor.fetchone()
-        connection.query = _within_packet(connection, largest)
-        # A statement alone needs no round trips to begin and end it, and transactions say so.
+        connection.query = _query_within_packet(connection, largest)
+        # Single statements then need no extra round trips. Transactions begin with BEGIN.
         connection.autocommit(True)
         for name in ("commit", "rollback"):
-            setattr(connection, name, _within_transaction(connection, getattr(connection, name)))
+            setattr(connection, name, _only_in_transaction(connection, getattr(connection, name)))
 
     @property
-    def _seen(self) -> sa.Select[Any]:
+    def _session_settings(self) -> sa.Select[Any]:
         return sa.select(sa.func.database().label("database"), sa.func.current_user().label("user"))
 
     def sever(self, driver_connection: Any) -> None:
@@ -251,7 +256,7 @@ class MysqlStore(Store):
             shut_down(_descriptor(driver_connection))
 
     @contextlib.contextmanager
-    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+    def query_timeout(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
         is_mariadb = getattr(connection.dialect, "is_mariadb", False)
         name = "max_statement_time" if is_mariadb else "max_execution_time"
         value = seconds if is_mariadb else math.ceil(seconds * 1_000)
@@ -259,7 +264,7 @@ class MysqlStore(Store):
         try:
             yield
         finally:
-            _reset(connection, name)
+            _reset_variable(connection, name)
 
     def is_timeout(self, error: DBAPIError) -> bool:
         return _code(error) in _QUERY_TIMEOUTS
@@ -278,13 +283,13 @@ class MysqlStore(Store):
 
     def is_redoable(self, error: DBAPIError) -> bool:
         code = _code(error)
-        # After a deadlock the server has undone everything, with the savepoint to go back to.
+        # A deadlock rolls back the whole transaction, so its savepoints no longer exist.
         no_savepoint = code == _NO_SUCH_NAME and "SAVEPOINT" in str(error.orig)
         return code in (_LOCK_TIMEOUT, _DEADLOCK) or no_savepoint
 
 
 def _time_or_unreadable(value: object) -> dt.datetime:
-    """A time that PyMySQL has read; it leaves an invalid one, such as ``0000-00-00``, as text."""
+    """A time from PyMySQL, which returns an invalid one, such as ``0000-00-00``, as text."""
     return value if isinstance(value, dt.datetime) else UNREADABLE_TIME
 
 
@@ -293,21 +298,24 @@ def _begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN")
 
 
-def _reset(connection: sa.Connection, name: str) -> None:
-    """Set a variable of the session as the server has it, or let nobody get this one again."""
+def _reset_variable(connection: sa.Connection, name: str) -> None:
+    """Set a session variable back to the server's default. On an error, discard the connection."""
     if connection.invalidated:
         return
     driver_connection: Any = connection.connection.driver_connection
     try:
-        # What was read is good, whatever becomes of this.
+        # The query has succeeded, so an error here must not reach the caller.
         with driver_connection.cursor() as cursor:
             cursor.execute(f"SET SESSION {name} = DEFAULT")
     except (connection.dialect.loaded_dbapi.Error, OSError):
         connection.invalidate()
 
 
-def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[], None]:
-    """``end``, which the driver would send to the server also where no transaction has begun."""
+def _only_in_transaction(connection: Any, end: Callable[[], None]) -> Callable[[], None]:
+    """Wrap ``commit`` or ``rollback`` so that it is skipped outside a transaction.
+
+    The driver would send it to the server even then.
+    """
 
     def end_transaction() -> None:
         if connection.server_status & _SERVER_STATUS_IN_TRANS:
@@ -317,17 +325,22 @@ def _within_transaction(connection: Any, end: Callable[[], None]) -> Callable[[]
 
 
 def _is_read_only(error: BaseException | None) -> bool:
-    # With the same number a server refuses what other options forbid.
+    # Other options of the server cause an error with the same number.
     prevented = _code_of(error) == _OPTION_PREVENTS and "read-only" in str(error)
     return prevented or _code_of(error) in _READ_ONLY_ERRORS
 
 
-def _within_packet(connection: Any, largest: int) -> Callable[..., int]:
-    """The connection's ``query``, refusing what the server would close the connection over."""
+def _query_within_packet(connection: Any, largest: int) -> Callable[..., int]:
+    """Wrap the connection's ``query`` to refuse statements larger than ``max_allowed_packet``.
+
+    The server would close the connection because of such a statement.
+
+    :param largest: ``max_allowed_packet``, in bytes.
+    """
     query: Callable[..., int] = connection.query
 
     def send(sql: str | bytes, *args: Any, **kwargs: Any) -> int:
-        # A character takes four bytes at most. The packet begins with a byte of its own.
+        # A character takes at most four bytes. The packet has one more byte, the command.
         size = len(sql) + 1
         if size * 4 >= largest:
             size = len(sql.encode() if isinstance(sql, str) else sql) + 1
@@ -343,23 +356,23 @@ def _within_packet(connection: Any, largest: int) -> Callable[..., int]:
 
 
 def _descriptor(connection: Any) -> int:
-    """The file descriptor of a connection of PyMySQL, which tells nobody."""
+    """The file descriptor of a PyMySQL connection, which has no public method for it."""
     return int(connection._sock.fileno())
 
 
 def require_skip_locked(dialect: Any) -> None:
-    """Refuse a server that cannot pass over locked rows.
+    """Refuse a server without ``SKIP LOCKED``.
 
-    :param dialect: SQLAlchemy's, after it has seen the server.
-    :raises DatabaseNotSupported: names the version found and the one that is needed.
+    :param dialect: SQLAlchemy's dialect, after its first connection to the server.
+    :raises DatabaseNotSupported: when the version is too old; names it and the oldest one needed.
     """
     name = "MariaDB" if dialect.is_mariadb else "MySQL"
-    found = tuple(part for part in dialect.server_version_info if isinstance(part, int))
-    needed = _NEEDED[name]
-    if found < needed:
+    version = tuple(part for part in dialect.server_version_info if isinstance(part, int))
+    needed = _LEAST_VERSIONS[name]
+    if version < needed:
         raise DatabaseNotSupported(
             f"flask-bgjobs needs SELECT … FOR UPDATE SKIP LOCKED, which {name} has since "
-            f"{_dotted(needed)}, and this server is {name} {_dotted(found)}"
+            f"{_dotted(needed)}, but this server is {name} {_dotted(version)}"
         )
 
 
@@ -367,28 +380,33 @@ def _dotted(version: Sequence[int]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def _see_end(context: sa.engine.ExceptionContext) -> None:
-    """Let errors count as the end of a connection after which the server closes it, and those of a
-    server that is no longer the primary."""
+def _mark_disconnect(context: sa.engine.ExceptionContext) -> None:
+    """Mark errors after which SQLAlchemy has to discard the connections.
+
+    After some errors, the server closes the connection. After a read-only error, a new connection
+    may reach the new primary.
+    """
     error = context.original_exception
-    # It was not sent, where it is our own.
-    is_ours = isinstance(error, context.dialect.loaded_dbapi.DataError)
-    is_closed = _code_of(error) in (_SHUTDOWN, _PACKET_TOO_LARGE) and not is_ours
+    # If we raised the error ourselves, the statement was not sent.
+    is_our_own = isinstance(error, context.dialect.loaded_dbapi.DataError)
+    is_closed = _code_of(error) in (_SHUTDOWN, _PACKET_TOO_LARGE) and not is_our_own
     if is_closed or _is_read_only(error):
         context.is_disconnect = True
 
 
 def _batches(jobs: NewJobs) -> Iterator[list[str]]:
-    """The parameters in groups that fit into one INSERT each."""
+    """The parameters of the jobs in batches that fit into one INSERT each."""
     common = sum(len(value) for value in jobs.values.values() if isinstance(value, str))
     fixed = _ROW_CHARACTERS + common
     return batches(jobs.parameters, lambda text: fixed + len(text), limit=_BATCH_CHARACTERS)
 
 
 def _check_packets(connection: sa.Connection, jobs: NewJobs) -> None:
-    """Refuse parameters over which the server would close the connection, the host's as well.
+    """Refuse parameters that are larger than ``max_allowed_packet``.
 
-    :raises InvalidJob: names their size and the limit.
+    The server would close the connection because of them, even if it is the host's.
+
+    :raises InvalidJob: when they are too large; names their size and the limit.
     """
     large = [text for text in jobs.parameters if len(text) > _BATCH_CHARACTERS]
     if not large:
@@ -399,7 +417,7 @@ def _check_packets(connection: sa.Connection, jobs: NewJobs) -> None:
         size = len(driver_connection.escape(text).encode()) + _ROW_CHARACTERS
         if size > limit:
             raise InvalidJob(
-                f"the parameters take {size:,} bytes in a statement, and max_allowed_packet of "
+                f"the parameters take {size:,} bytes in a statement, but max_allowed_packet of "
                 f"the server is {limit:,} bytes"
             )
 
@@ -415,6 +433,6 @@ def _code(error: DBAPIError) -> int:
 
 
 def _code_of(error: BaseException | None) -> int:
-    """The server's or the driver's number of an error; 0 where there is none."""
+    """The number of an error of the server or the driver; 0: the error has none."""
     number = error.args[0] if error is not None and error.args else 0
     return number if isinstance(number, int) else 0

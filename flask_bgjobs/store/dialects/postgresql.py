@@ -21,7 +21,7 @@ from ...models import UtcTime
 from ..base import Store
 from ..connections import forward
 from ..database import AUTOCOMMIT, JOBS, READ_ONLY
-from ..links import is_readable, limited, prepare_limits, refuse_dead, shut_down
+from ..links import connect_limits, discard_dead_connections, is_readable, prepare_limits, shut_down
 from ..sizes import StatementTooLarge
 from ..statements.claim import ORDER_COLUMNS, pending_in
 from ..statements.enqueue import NewJobs
@@ -120,7 +120,7 @@ class PostgresStore(Store):
             hide_parameters=True,
         )
         # Before the host's listeners, which would otherwise use a closed connection.
-        refuse_dead(engine, lambda connection: int(connection.fileno()))
+        discard_dead_connections(engine, lambda connection: int(connection.fileno()))
         forward(self.host_engine, engine, self.watched)
         sa.event.listen(engine, "connect", _read_times_leniently)
         sa.event.listen(engine, "handle_error", _disconnect_if_read_only)
@@ -132,7 +132,7 @@ class PostgresStore(Store):
         """Connect as :meth:`connect_as_host` does, with a timeout."""
         # libpq takes whole seconds, and waits for at least two.
         seconds = math.ceil(max(2.0, min(_CONNECT_SECONDS, self.seconds_left())))
-        with limited({"connect_timeout": seconds}):
+        with connect_limits({"connect_timeout": seconds}):
             return self.connect_as_host(record)
 
     def link_advice(self) -> str | None:
@@ -158,7 +158,7 @@ class PostgresStore(Store):
     def listen(
         self,
         stopped: threading.Event,
-        on_news: Callable[[], object],
+        wake: Callable[[], object],
         is_quiet: Callable[[], bool],
     ) -> None:
         """Listen for notifications of committed jobs, on a connection of its own."""
@@ -172,7 +172,7 @@ class PostgresStore(Store):
                 driver_connection.add_notify_handler(lambda _: None)
             self._listen_connection = driver_connection
             self._execute_watched(connection, driver_connection, f"LISTEN {self._quoted_channel}")
-            on_news()
+            wake()
             pinged_at = time.monotonic()
             while not stopped.is_set():
                 has_notification = is_readable(driver_connection.fileno(), _STOP_CHECK_SECONDS)
@@ -184,7 +184,7 @@ class PostgresStore(Store):
                 self._execute_watched(connection, driver_connection, "SELECT 1")
                 pinged_at = time.monotonic()
                 if has_notification:
-                    on_news()
+                    wake()
                     stopped.wait(_GATHER_SECONDS)
 
     def _execute_watched(
@@ -245,7 +245,7 @@ class PostgresStore(Store):
         )
 
     @property
-    def _seen(self) -> sa.Select[Any]:
+    def _session_settings(self) -> sa.Select[Any]:
         table = self.host_engine.dialect.identifier_preparer.format_table(
             sa.table(JOBS.name, schema=self.schema)
         )
@@ -258,7 +258,7 @@ class PostgresStore(Store):
         )
 
     @contextlib.contextmanager
-    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+    def query_timeout(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
         # Compiling a query would use up much of its time.
         _set_for_transaction(connection, statement_timeout=f"{seconds:.3f}s", jit="off")
         yield

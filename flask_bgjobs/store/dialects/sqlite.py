@@ -1,4 +1,4 @@
-"""SQLite: one writer at a time, so every transaction of ours takes the write lock first."""
+"""SQLite. It has one writer at a time, so our transactions take the write lock when they begin."""
 
 from __future__ import annotations
 
@@ -25,32 +25,33 @@ from .sqlite_file import file_of
 from .sqlite_types import LENIENT_TYPES
 
 _BUSY_TIMEOUT_MS = 5_000
-"""SQLite's own wait for the write lock; then the transaction is redone with jitter."""
+"""How long SQLite waits for the write lock. After that, the transaction is redone with jitter."""
 _WATCH_SECONDS, _QUIET_WATCH_SECONDS = 0.005, 0.015
-"""How often it is looked whether somebody has committed: one look costs microseconds."""
-_LOCK_LOOKS, _LOCK_LOOK_SECONDS = 10, 0.02
-"""Looks at a lock that the host may hold, before it is said that it does."""
-_STEPS_PER_LOOK = 10_000
-"""Of SQLite's machine, between two looks at the time that a query takes; less than 1 ms."""
+"""Intervals for checking whether another connection has committed. The second applies while there
+is no work. One check costs microseconds."""
+_LOCK_CHECKS, _LOCK_CHECK_SECONDS = 10, 0.02
+"""Number and interval of attempts to get the write lock before the host is taken for its holder."""
+_STEPS_PER_CHECK = 10_000
+"""Steps of SQLite's virtual machine between two checks of a query's run time; less than 1 ms."""
 _CLOCK = "%Y-%m-%d %H:%M:%f000"
-"""SQLite's clock has milliseconds; the zeros keep all times the same length, so that they
-compare as text."""
+"""Format of times. SQLite's clock has milliseconds. The zeros give all times the same length, so
+that they can be compared as text."""
 _ADVICE = {
     sqlite3.SQLITE_BUSY: (
-        "another connection holds the write lock: look for a transaction that is left open, and "
+        "another connection holds the write lock: look for a transaction that was left open, or "
         "commit sooner"
     ),
     sqlite3.SQLITE_READONLY: (
-        "this user must be allowed to write the file, and to make files in its folder"
+        "this user must be allowed to write the file, and to create files in its folder"
     ),
-    sqlite3.SQLITE_FULL: "make room on its disk",
+    sqlite3.SQLITE_FULL: "free up space on the disk",
     sqlite3.SQLITE_TOOBIG: "it is larger than SQLITE_LIMIT_LENGTH, 1 GB by default",
     sqlite3.SQLITE_NOTADB: "it is not a SQLite database, or it is encrypted with another key",
     sqlite3.SQLITE_CANTOPEN: (
-        "the folder must be there, and this user must be allowed to make files in it"
+        "the folder must exist, and this user must be allowed to create files in it"
     ),
 }
-"""What to do about an error, by SQLite's code."""
+"""Advice on errors, by SQLite's result code."""
 
 
 class SqliteStore(Store):
@@ -65,9 +66,9 @@ class SqliteStore(Store):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._file = None if self.always_joins else file_of(self.host_engine)
-        self._turns_wal_on = False
+        self._wal_wanted = False
         if self._file is not None:
-            self._file.add_user(self)
+            self._file.add_owner(self)
 
     def add_seconds(
         self, time: sa.ColumnElement[Any], seconds: sa.ColumnElement[float]
@@ -77,8 +78,8 @@ class SqliteStore(Store):
         )
 
     def json_array_rows(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
-        each = sa.func.json_each(array).table_valued("key", "value")
-        return each.c.key, each.c.value
+        element = sa.func.json_each(array).table_valued("key", "value")
+        return element.c.key, element.c.value
 
     def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
         completion = sa.func.json_each(array).table_valued("value").c.value
@@ -96,43 +97,43 @@ class SqliteStore(Store):
         if self._file is None:
             return None
         if kind := network_file_system(self._file.path):
-            # There WAL would need memory that machines share, and spoil the database.
+            # WAL needs shared memory, which machines do not have: it would corrupt the database.
             _logger.warning(
-                "The SQLite file lies on a network file system (%s), where locks cannot be relied "
-                "on and WAL mode is left alone: use a local disk, or PostgreSQL | File: %s",
+                "The SQLite file is on a network file system (%s), where locks are unreliable, so "
+                "WAL mode is left unchanged: use a local disk, or PostgreSQL | File: %s",
                 kind,
                 self._file.path,
             )
             return None
-        self._turns_wal_on = wal
+        self._wal_wanted = wal
         return self.redo(self._turn_wal_on) if wal else None
 
     def _turn_wal_on(self) -> str | None:
-        # Needs the database to itself for a moment, and SQLite does not wait for that.
+        # The change needs exclusive access for a moment, and SQLite does not wait for it.
         with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
             before = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
             if before == "wal":
                 return None
             after = connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar()
         if after != "wal":
-            return f"SQLite keeps journal_mode {after}; readers and writers wait for each other"
+            return f"SQLite keeps journal_mode {after}; readers and writers block each other"
         return "SQLite's WAL mode is now on for this database (BGJOBS_SQLITE_WAL)"
 
     @property
     def engine(self) -> sa.Engine:
-        """Our own engine, with connections to the file that is there now."""
+        """Our own engine. Its connections are to the current database file."""
         if self._file is not None:
             try:
-                self._file.look()
+                self._file.check()
             except sqlite3.OperationalError as error:
                 raise OperationalError("open", None, error) from None
         return super().engine
 
     def with_deadline(self, seconds: float) -> Self:
-        """A store of the same database with connections of its own.
+        """A store for the same database, with its own connections and without a deadline.
 
-        It needs no deadline: a file has no link that could fall silent, and who waits for the lock
-        has waited long enough after a while in any case.
+        A file needs no deadline: it has no network connection that could fail, and the wait for the
+        write lock has its own limit.
         """
         return self._for_a_worker(None)
 
@@ -141,18 +142,18 @@ class SqliteStore(Store):
             return None
         return (
             "SQLAlchemy's pool SingletonThreadPool, the default of SQLCipher, closes connections "
-            "that other threads use, and that can end the process: set SQLALCHEMY_ENGINE_OPTIONS = "
+            "that other threads use, which can crash the process: set SQLALCHEMY_ENGINE_OPTIONS = "
             '{"poolclass": sqlalchemy.QueuePool}'
         )
 
     def reconnect_if_replaced(self) -> None:
         if self._file is not None:
-            # That there is no file is for those to say who need it.
+            # The next use of a connection raises the error about a missing file.
             with contextlib.suppress(sqlite3.OperationalError):
-                self._file.look()
+                self._file.check()
 
-    def leave_file(self) -> None:
-        """Close the connections to a file that is no longer the database, the host's as well."""
+    def close_file_connections(self) -> None:
+        """Close our connections and the host's, because the database file was replaced."""
         with self._own_engine_lock:
             if self._own_engine is not None:
                 self._own_engine.dispose()
@@ -160,10 +161,10 @@ class SqliteStore(Store):
         self._known_queues.clear()
 
     def register_worker(self, values: Mapping[str, Any]) -> int:
-        """The id of a new, living worker: the time in milliseconds, or the next higher one.
+        """Register a worker. Its id is the time in milliseconds, or higher if that id is taken.
 
-        So the ids of one file are not those of another by which it is replaced, and an outcome
-        that a worker still holds cannot hit a job of the other file.
+        If another file replaces the database, no worker has the same id in both. So an outcome that
+        a worker still holds cannot be written to a job of the other file.
         """
         next_one = sa.select(sa.func.coalesce(sa.func.max(WORKERS.c.id), 0) + 1).scalar_subquery()
         now = time.time_ns() // 1_000_000
@@ -173,57 +174,57 @@ class SqliteStore(Store):
         return worker_id
 
     def beat(self, worker_id: int) -> bool:
-        """Show that a worker lives. ``False``: it must start over, as its row or its file is gone.
+        """Write the heartbeat of a worker.
 
-        Also in a copy of its file that has its row: that may be from a time when it ran other
-        jobs, and they are rescued only when their worker falls silent.
+        :returns: ``False``: the worker must register again, because its row or its file is gone. So
+            too if a backup has replaced its file and still has its row: jobs that it ran at the
+            time of the backup are rescued only if that row gets no more heartbeats.
         """
         alive = super().beat(worker_id)
         if self._file is None or self._file.has_worker(worker_id):
             return alive
-        if self._turns_wal_on and (notice := self.redo(self._turn_wal_on)):
+        if self._wal_wanted and (notice := self.redo(self._turn_wal_on)):
             _logger.info(notice)
         return False
 
     def listen(
         self,
         stopped: threading.Event,
-        on_news: Callable[[], object],
+        wake: Callable[[], object],
         is_quiet: Callable[[], bool],
     ) -> None:
-        """Watch the number that SQLite gives to the newest commit of other connections."""
-        assert self._file is not None, "no worker shares a database in memory"
+        """Poll SQLite's ``data_version``, which changes when another connection commits."""
+        assert self._file is not None, "a database in memory has no workers"
         with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
-            number = self._file.number
+            generation = self._file.generation
             driver_connection: Any = connection.connection.driver_connection
-            seen = None
-            # A connection to a file that was replaced must be closed.
-            while self._file.number == number:
-                newest = self._data_version(driver_connection)
-                if newest is not None and newest != seen:
-                    seen = newest
-                    on_news()
+            last_version = None
+            # If the file was replaced, this connection must be closed.
+            while self._file.generation == generation:
+                version = self._data_version(driver_connection)
+                if version is not None and version != last_version:
+                    last_version = version
+                    wake()
                 if stopped.wait(_QUIET_WATCH_SECONDS if is_quiet() else _WATCH_SECONDS):
                     return
 
     def would_wait_for_the_host(self) -> bool:
         if not self._host.holds_write_lock():
             return False
-        # The session has run something else than a plain SELECT; whether it wrote is not known.
+        # The session has run a statement other than SELECT, which may or may not have written.
         return self.always_joins or self._stays_locked()
 
     def _stays_locked(self) -> bool:
-        """Whether nobody can write, and not only for the moment that others need."""
+        """Whether the write lock stays held for longer than a short transaction needs."""
         with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 0")
             try:
-                return not any(_can_write(connection) for _ in range(_LOCK_LOOKS))
+                return not any(_can_write(connection) for _ in range(_LOCK_CHECKS))
             finally:
                 connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
 
     def _data_version(self, connection: sqlite3.Connection) -> int | None:
-        """A number that each commit of another connection changes; ``None`` while one has locked
-        the file exclusively."""
+        """SQLite's ``data_version``; ``None`` while another connection has an exclusive lock."""
         try:
             (version,) = connection.execute("PRAGMA data_version").fetchone()
         except self.host_engine.dialect.loaded_dbapi.OperationalError:
@@ -236,7 +237,7 @@ class SqliteStore(Store):
         engine = sa.create_engine(
             self.host_engine.url,
             creator=self.connect_as_host,
-            # That of SQLCipher would close connections that other threads use.
+            # The default pool of SQLCipher closes connections that other threads use.
             poolclass=sa.QueuePool,
             max_overflow=-1,
             hide_parameters=True,
@@ -251,7 +252,7 @@ class SqliteStore(Store):
     def read(self, *, within: float | None = None) -> Iterator[sa.Connection]:
         is_shared = self.always_joins and self.outer_connection is None
         if is_shared and self.host_session().in_transaction():
-            # Closing a second connection would roll the one database connection back.
+            # Both would share one driver connection, and closing ours would roll back the host's.
             yield self.host_session().connection(
                 bind_arguments={"bind": self.host_engine},
                 execution_options=self.execution_options,
@@ -261,21 +262,23 @@ class SqliteStore(Store):
             yield connection
 
     @property
-    def _seen(self) -> sa.Select[Any]:
+    def _session_settings(self) -> sa.Select[Any]:
         files = sa.func.pragma_database_list().table_valued("name", "file")
         return sa.select(files.c.file.label("file")).where(files.c.name == (self.schema or "main"))
 
     @contextlib.contextmanager
-    def ending_queries(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
+    def query_timeout(self, connection: sa.Connection, seconds: float) -> Iterator[None]:
         driver_connection: Any = connection.connection.driver_connection
-        ends_at = 0.0
+        deadline = 0.0
 
-        def begin(*_: object) -> None:
-            nonlocal ends_at
-            ends_at = time.monotonic() + seconds
+        def start_timer(*_: object) -> None:
+            nonlocal deadline
+            deadline = time.monotonic() + seconds
 
-        sa.event.listen(connection, "before_cursor_execute", begin)
-        driver_connection.set_progress_handler(lambda: time.monotonic() > ends_at, _STEPS_PER_LOOK)
+        sa.event.listen(connection, "before_cursor_execute", start_timer)
+        driver_connection.set_progress_handler(
+            lambda: time.monotonic() > deadline, _STEPS_PER_CHECK
+        )
         try:
             yield
         finally:
@@ -285,7 +288,7 @@ class SqliteStore(Store):
         return _primary_code(error) == sqlite3.SQLITE_INTERRUPT
 
     def is_lock_timeout(self, error: DBAPIError) -> bool:
-        # There are no locks of rows.
+        # SQLite has no row locks.
         return False
 
     def is_too_large(self, error: DBAPIError) -> bool:
@@ -296,22 +299,22 @@ class SqliteStore(Store):
 
 
 def _can_write(connection: sa.Connection) -> bool:
-    """Whether the write lock is free; a while later, where it is not."""
+    """Whether the write lock is free. If it is not, return after a pause."""
     try:
-        # Without WAL, a reader keeps others from committing: only EXCLUSIVE notices it.
+        # Without WAL, a reader prevents commits, and only EXCLUSIVE detects a reader.
         connection.exec_driver_sql("BEGIN EXCLUSIVE")
         connection.exec_driver_sql("ROLLBACK")
     except OperationalError as error:
-        # The second one is that of a cache that connections share.
+        # SQLITE_LOCKED occurs if connections share a cache.
         if _primary_code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise
-        time.sleep(_LOCK_LOOK_SECONDS)
+        time.sleep(_LOCK_CHECK_SECONDS)
         return False
     return True
 
 
 def is_in_memory(engine: sa.Engine) -> bool:
-    """Whether the database lives in one connection only."""
+    """Whether the engine's database is SQLite in memory, which only one connection can use."""
     url = engine.url
     if url.get_backend_name() != "sqlite":
         return False
@@ -324,22 +327,22 @@ def is_in_memory(engine: sa.Engine) -> bool:
 
 
 def advice(error: SQLAlchemyError) -> str | None:
-    """What to do about an error of SQLite, for those that say too little; nothing was changed."""
+    """Advice on an error of SQLite whose message has none. Such an error has changed nothing."""
     return _ADVICE.get(_primary_code(error))
 
 
 def _primary_code(error: SQLAlchemyError) -> int:
-    """SQLite's own code without its refinements; 0 for errors that have none."""
+    """SQLite's primary result code of an error; 0: the error has none."""
     code: int = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
     return code & 0xFF
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    # sqlite3 would begin a deferred transaction by itself, and fail to upgrade it later.
+    # By default, sqlite3 begins a deferred transaction, whose later write can fail at once.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    # So that deleting a job that a host's row refers to is refused here as well.
+    # A job to which a row of the host refers must not be deleted, as with other databases.
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
 
