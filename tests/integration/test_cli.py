@@ -62,7 +62,7 @@ def test_enqueue_refuses_in_one_sentence(
     [
         ('"', "a quote is not closed"),
         ("http://x", 'there is no field "http"'),
-        ("a," * 10_000, "a comma stands between two values"),
+        ("a," * 10_000, "a comma must be between two values"),
     ],
 )
 def test_a_search_that_cannot_be_read(app: Flask, run: Any, search: str, message: str) -> None:

@@ -56,19 +56,19 @@ def test_ids(text: str, ids: list[range]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour:red", 'there is no field "colour"; there are job, queue'),
-        ("http://x", "Put text that holds a colon into quotes"),
+        ("colour:red", 'there is no field "colour"; the fields are job, queue'),
+        ("http://x", "Put text that contains a colon in quotes"),
         ("parameters:7", "parameters needs a path"),
         ("queue.name:x", 'queue takes no path: write "queue:value"'),
         ('job:"open', "a quote is not closed"),
         ("queue:", "queue: has no value"),
         ("queue: mail", "queue: has no value"),
-        ("a,", '"a,": a comma stands between two values'),
-        (",a", "a comma stands between two values"),
-        ('""', "nothing to look for"),
+        ("a,", '"a,": a comma must be between two values'),
+        (",a", "a comma must be between two values"),
+        ('""', "nothing to search for"),
         ("id:x", "id:x is neither a number nor a range"),
         ("id:1..", "neither a number nor a range"),
-        (" ".join("abcdefghijklmnopqrstu"), "20 terms at most, and this one 21"),
+        (" ".join("abcdefghijklmnopqrstu"), "at most 20 terms, but this one has 21"),
     ],
 )
 def test_what_cannot_be_read(text: str, message: str) -> None:

@@ -1,14 +1,14 @@
-"""The search box: words and ``field:value`` terms, read into what they ask for.
+"""The search language: parses words and ``field:value`` terms.
 
 ::
 
-    receipt                       anywhere in what is shown of a job
-    job:shop.jobs error:"timed out"   both
-    queue:mail,reports            either
+    receipt                       in any shown value of a job
+    job:shop.jobs error:"timed out"   both terms
+    queue:mail,reports            one of the values
     parameters.order.id:7         a value within the parameters
     id:100..200                   a range of ids
 
-Nothing here knows a table; :mod:`.listing` turns terms into conditions.
+This module uses no table. :mod:`.conditions` turns terms into conditions for the database.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ...job.records import MAX_ID
 FIELDS = ("job", "queue", "tag", "owner", "worker", "id", "error", "parameters")
 _MAX_TERMS = 20
 _SHOWN_CHARACTERS = 40
-"""Of what cannot be read, in the error."""
-# Possessive, so that no text makes it try a second way: the time is linear in the length.
+"""How many characters of an invalid term the error message shows."""
+# Possessive quantifiers prevent backtracking, so that the time is linear in the length.
 _TERM = re.compile(
     r"""
     (?:(?P<field>[A-Za-z_]++)(?P<path>(?:\.[^\s:",]++)?):)?
@@ -31,35 +31,39 @@ _TERM = re.compile(
     """,
     re.VERBOSE,
 )
-_FIELD_ALONE = re.compile(r'[A-Za-z_]++(?:\.[^\s:",]++)?:')
+_FIELD_WITHOUT_VALUE = re.compile(r'[A-Za-z_]++(?:\.[^\s:",]++)?:')
 _VALUE = re.compile(r'"([^"]*)"|([^\s",]+)')
 
 
 class InvalidSearch(ValueError):
-    """The text of a search cannot be read; says where and why."""
+    """The text of a search is invalid. The message says where and why."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Term:
-    """One thing that a job must fulfil."""
+    """One term of a search, which a job must match."""
 
     field: str | None
-    """One of :data:`FIELDS`; ``None``: anywhere in what is shown."""
+    """One of :data:`FIELDS`; ``None``: any shown value of the job."""
     path: tuple[str, ...]
-    """Keys and positions within the parameters."""
+    """Keys and list positions that lead to a value in the parameters."""
     values: tuple[str, ...]
-    """Any of these."""
+    """The job must have at least one of these values."""
 
     @property
     def ids(self) -> list[range]:
-        """The ids that an ``id`` term names."""
+        """The ranges of ids of an ``id`` term.
+
+        :raises InvalidSearch: when a value is neither an id nor a range.
+        """
         return [_ids(value) for value in self.values]
 
 
 def parse(text: str) -> tuple[Term, ...]:
-    """The terms of ``text``, all of which a job must fulfil.
+    """Parse a search.
 
-    :raises InvalidSearch: when it cannot be read.
+    :returns: the terms. A job must match all of them.
+    :raises InvalidSearch: when ``text`` is not a valid search.
     """
     terms = []
     position = 0
@@ -67,56 +71,58 @@ def parse(text: str) -> tuple[Term, ...]:
         if text[position].isspace():
             position += 1
             continue
-        found = _TERM.match(text, position)
-        if found is None:
-            raise InvalidSearch(_what_is_wrong(text[position:]))
-        terms.append(_term(found))
-        position = found.end()
+        match = _TERM.match(text, position)
+        if match is None:
+            raise InvalidSearch(_error_message(text[position:]))
+        terms.append(_term(match))
+        position = match.end()
     if len(terms) > _MAX_TERMS:
-        raise InvalidSearch(f"a search has {_MAX_TERMS} terms at most, and this one {len(terms)}")
+        raise InvalidSearch(
+            f"a search can have at most {_MAX_TERMS} terms, but this one has {len(terms)}"
+        )
     return tuple(terms)
 
 
-def _term(found: re.Match[str]) -> Term:
-    if found["field"] is None and _FIELD_ALONE.fullmatch(found["values"]):
-        raise InvalidSearch(_what_is_wrong(found["values"]))
-    field, path = found["field"], tuple(filter(None, (found["path"] or "").split(".")))
+def _term(match: re.Match[str]) -> Term:
+    if match["field"] is None and _FIELD_WITHOUT_VALUE.fullmatch(match["values"]):
+        raise InvalidSearch(_error_message(match["values"]))
+    field, path = match["field"], tuple(filter(None, (match["path"] or "").split(".")))
     if field is not None and field not in FIELDS:
-        # A word with a colon, such as an address, is text like any other when it is quoted.
+        # A word with a colon, such as a URL, can be searched for in quotes.
         raise InvalidSearch(
-            f'there is no field "{field[:_SHOWN_CHARACTERS]}"; there are {", ".join(FIELDS)}. '
-            'Put text that holds a colon into quotes: "…"'
+            f'there is no field "{field[:_SHOWN_CHARACTERS]}"; the fields are {", ".join(FIELDS)}. '
+            'Put text that contains a colon in quotes: "…"'
         )
     if field == "parameters" and not path:
         raise InvalidSearch("parameters needs a path: parameters.order_id:7, or parameters.0:7")
     if field != "parameters" and path:
         raise InvalidSearch(f'{field} takes no path: write "{field}:value"')
-    values = tuple(quoted if quoted else bare for quoted, bare in _VALUE.findall(found["values"]))
+    values = tuple(quoted if quoted else bare for quoted, bare in _VALUE.findall(match["values"]))
     if not all(values):
-        raise InvalidSearch('"" is empty: there is nothing to look for')
+        raise InvalidSearch('"" is empty: there is nothing to search for')
     term = Term(field, path, values)
     if field == "id":
-        # For its errors.
+        # Raises an error if a value is invalid.
         _ = term.ids
     return term
 
 
 def _ids(value: str) -> range:
-    found = re.fullmatch(r"#?([0-9]{1,19})(?:\.\.([0-9]{1,19}))?", value)
-    if found is None:
+    match = re.fullmatch(r"#?([0-9]{1,19})(?:\.\.([0-9]{1,19}))?", value)
+    if match is None:
         shown = value[:_SHOWN_CHARACTERS]
         raise InvalidSearch(f"id:{shown} is neither a number nor a range such as 100..200")
-    first, last = int(found[1]), int(found[2] or found[1])
+    first, last = int(match[1]), int(match[2] or match[1])
     return range(min(first, MAX_ID), min(last, MAX_ID - 1) + 1)
 
 
-def _what_is_wrong(rest: str) -> str:
+def _error_message(rest: str) -> str:
     word = rest.split(maxsplit=1)[0]
     beginning = word[:_SHOWN_CHARACTERS]
     if rest.count('"') % 2:
         return f"a quote is not closed: {rest[:_SHOWN_CHARACTERS]}"
     if word.endswith(":"):
-        return f"{beginning} has no value: write it behind the colon, without a blank"
+        return f"{beginning} has no value: write it directly after the colon, without a space"
     if word.startswith(",") or word.endswith(","):
-        return f'"{beginning}": a comma stands between two values'
-    return f'"{beginning}" cannot be read; put it into quotes to look for it as it is'
+        return f'"{beginning}": a comma must be between two values'
+    return f'"{beginning}" is not a valid term: put it in quotes to search for this text'
