@@ -1,4 +1,7 @@
-"""Threads: cheap, in the worker's own process, stopped only between Python instructions."""
+"""The thread pool: runs jobs in threads of the worker's process.
+
+Threads are cheap, but a job can be stopped only between two Python instructions.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class _Task:
     claimed: float
     scope: InterruptScope = dataclasses.field(default_factory=InterruptScope)
     is_over: bool = False
-    """Whether the outcome was handed over; the failure may still be being reported."""
+    """Whether the outcome was handed over. The failure may still be reported at this time."""
 
 
 class ThreadPool:
@@ -44,7 +47,7 @@ class ThreadPool:
     """
 
     stop_seconds = 1.0
-    """How soon cancelled code stops, unless it catches the exception."""
+    """Time within which cancelled code stops, in seconds, unless it catches the exception."""
 
     def __init__(
         self, state: AppState, size: int, on_finished: Callable[[JobSpec, Outcome], None]
@@ -68,9 +71,9 @@ class ThreadPool:
         return [*self._threads, *self._deadlines.threads]
 
     def submit(self, specs: Sequence[JobSpec], claimed: float) -> None:
-        """Run jobs, in this order, as threads become free.
+        """Run jobs in this order, each as soon as a thread is idle.
 
-        :param claimed: when they were claimed, by ``time.monotonic()``.
+        :param claimed: time of their claim, by ``time.monotonic()``.
         """
         limit = self._state.config.max_payload
         for spec in specs:
@@ -80,20 +83,20 @@ class ThreadPool:
             self._wakeups.put(True)
 
     def unstarted(self) -> int:
-        """How many submitted jobs wait for a thread."""
+        """Number of submitted jobs that wait for a thread."""
         return len(self._waiting)
 
     def running(self) -> int:
-        """How many jobs hold a thread: their code runs, or their failure is being reported."""
+        """Number of jobs that hold a thread: they run, or their failure is being reported."""
         # In this order, a task that starts in between is counted as running, never missed.
         return len(self._tasks) - len(self._waiting)
 
     def idle(self) -> int:
-        """How many more jobs would start at once."""
+        """Number of jobs that would start at once if they were submitted now."""
         return self.size - len(self._tasks)
 
     def capacity(self) -> int:
-        """How many jobs can run at the same time."""
+        """Number of jobs that can run at the same time."""
         return self.size
 
     def failing(self) -> None:
@@ -109,7 +112,7 @@ class ThreadPool:
         return taken
 
     def running_specs(self) -> list[JobSpec]:
-        """The jobs whose code runs."""
+        """The running jobs."""
         return [task.spec for task in self._running_tasks()]
 
     def unstarted_specs(self) -> list[JobSpec]:
@@ -145,12 +148,12 @@ class ThreadPool:
                 task.scope.interruption,
                 position_of(task.scope.thread_id or 0),
             )
-            for task in self._begun_tasks()
+            for task in self._started_tasks()
             if (since := task.scope.overdue_since) is not None
         ]
 
     def close(self) -> None:
-        """End each thread once no task waits; nothing can be submitted afterwards."""
+        """End each thread after the waiting tasks. No job can be submitted afterwards."""
         for _ in self._threads:
             self._wakeups.put(False)
         self._deadlines.close()
@@ -181,9 +184,9 @@ class ThreadPool:
             return None
 
     def _running_tasks(self) -> list[_Task]:
-        return [task for task in self._begun_tasks() if not task.is_over]
+        return [task for task in self._started_tasks() if not task.is_over]
 
-    def _begun_tasks(self) -> set[_Task]:
+    def _started_tasks(self) -> set[_Task]:
         # In this order, a task that starts in between is not missed.
         tasks = self._tasks.copy()
         return tasks.difference(self._waiting.copy())
@@ -215,7 +218,7 @@ class _Deadlines:
 
     @property
     def threads(self) -> list[threading.Thread]:
-        """The thread, once it was started."""
+        """The thread, if it was started."""
         return [] if self._thread is None else [self._thread]
 
     def close(self) -> None:
@@ -224,7 +227,7 @@ class _Deadlines:
             self._changed.notify()
 
     def _compact(self) -> None:
-        """Drop finished jobs, or a timeout of an hour would keep an hour's jobs in memory."""
+        """Remove finished jobs, which would otherwise stay in memory until their deadline."""
         self._heap = [entry for entry in self._heap if not entry[2].is_closed]
         heapq.heapify(self._heap)
         self._compact_at = max(_COMPACT_FROM, 2 * len(self._heap))
@@ -236,9 +239,9 @@ class _Deadlines:
     def _next_overdue(self) -> InterruptScope | None:
         with self._changed:
             while not self._closed:
-                left = self._heap[0][0] - time.monotonic() if self._heap else None
-                if left is not None and left <= 0:
+                remaining = self._heap[0][0] - time.monotonic() if self._heap else None
+                if remaining is not None and remaining <= 0:
                     return heapq.heappop(self._heap)[2]
                 # A longer wait would raise OverflowError.
-                self._changed.wait(left and min(left, threading.TIMEOUT_MAX))
+                self._changed.wait(remaining and min(remaining, threading.TIMEOUT_MAX))
             return None
