@@ -176,9 +176,9 @@ class SqliteStore(Store):
     def beat(self, worker_id: int) -> bool:
         """Write the heartbeat of a worker.
 
-        :returns: ``False``: the worker must register again, because its row or its file is gone. So
-            too if a backup has replaced its file and still has its row: jobs that it ran at the
-            time of the backup are rescued only if that row gets no more heartbeats.
+        :returns: ``False``: the worker must register again, because its row or its file is gone.
+            Also ``False`` if a backup with its row has replaced the file: the jobs that it ran at
+            the time of the backup are rescued only if that row gets no more heartbeats.
         """
         alive = super().beat(worker_id)
         if self._file is None or self._file.has_worker(worker_id):
