@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ....errors import BgJobsError, JobCancelled, JobTimeout
 from ....job.records import JobSpec, Outcome, Report, lost_outcome
@@ -35,18 +35,14 @@ from . import child as child_module
 from .channel import ParentEnd
 from .child import Limits
 from .forkserver import ChildEnded, ChildNotStarted, ChildStarted, ForkServer, kill_groups
+from .handle import PREFETCH_SECONDS, REPORT_SECONDS, ChildHandle, Task, UnreportedFailure
 from .messages import pack_spec, unpack_outcome, unpack_report
 from .tickets import Marks, Tickets
 
 STOP_SECONDS = 2.0
 """Time between SIGTERM, after which code can clean up, and SIGKILL."""
-_PREFETCH_SECONDS = 0.01
-"""How much work a child gets in advance, as run time of average jobs. When its current job runs
-longer, the jobs behind it are taken back."""
 _MAX_PREFETCH = 32
 """Largest number of jobs that a child gets in advance."""
-_REPORT_SECONDS = 10.0
-"""How long a child may take to report a failure before it is killed."""
 _MAX_SELECT_SECONDS = 86_400.0
 """Longest wait of the loop. epoll accepts at most 24 days."""
 _START_SECONDS = 60.0
@@ -54,78 +50,6 @@ _START_SECONDS = 60.0
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 30.0
 _HOPELESS_FAILURES = 3
 """After this many failed starts in a row, the cause is not one child that was killed by chance."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Task:
-    spec: JobSpec
-    claimed: float
-    report: Report | None = None
-    """Progress and log lines that :meth:`take_report` has not returned yet."""
-
-    def add_report(self, report: Report) -> None:
-        """Add progress and log lines of the running job."""
-        self.report = report if self.report is None else self.report.followed_by(report)
-
-    def take_report(self) -> Report | None:
-        """The progress and log lines since the last call, or ``None``."""
-        report, self.report = self.report, None
-        return report
-
-
-class _UnreportedFailure(NamedTuple):
-    spec: JobSpec
-    outcome: Outcome
-    since: float
-    """When the outcome arrived, by ``time.monotonic()``."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Child:
-    slot: int
-    channel: ParentEnd
-    tickets: Tickets
-    marks: Marks
-    pid: int | None = None
-    is_ready: bool = False
-    """Whether it has built the app."""
-    is_ending: bool = False
-    """Whether it gets no more jobs, and another child may take its place."""
-    assigned: dict[int, _Task] = dataclasses.field(default_factory=dict)
-    """The tasks that it has been given and has not finished, by number, in order."""
-    stopping: int = 0
-    """Number of the job that it was told to stop; 0: none."""
-    unreported: dict[int, _UnreportedFailure] = dataclasses.field(default_factory=dict)
-    """The failures that it has not reported yet, by number."""
-    killed_at: float = math.inf
-    """When SIGKILL was sent, or is due as soon as the pid is known; infinity: not killed."""
-    kill_at: float = math.inf
-    """When to kill it, unless it becomes ready, stops its job or ends before; infinity: never."""
-    failure: str = ""
-    """The error with which building the app failed."""
-    failed_start_recorded: bool = False
-    """Whether its failed start was recorded before its process ended."""
-
-    def running(self) -> tuple[int, _Task] | None:
-        """Number and task of the running job, according to the marks; ``None`` if no job runs."""
-        number = self.marks.started
-        task = self.assigned.get(number)
-        return None if task is None or self.marks.finished == number else (number, task)
-
-    @property
-    def reporting_since(self) -> float:
-        """When the oldest unreported failure arrived; infinity: there is none, or it was killed."""
-        since = (failure.since for failure in self.unreported.values())
-        return min(since, default=math.inf) if self.killed_at == math.inf else math.inf
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether it has a job, or is reporting a failure."""
-        return bool(self.assigned or self.unreported)
-
-    def run_seconds_at(self, now: float) -> float:
-        """Seconds since the running job started; 0 if no job runs."""
-        return 0.0 if self.running() is None else now - self.marks.started_at
 
 
 def _ignore(_spec: JobSpec, _outcome: Outcome) -> None:
@@ -162,15 +86,15 @@ class ProcessPool:
         self.size = size
         self._on_finished = on_finished
         self._on_unreported_failure = on_unreported_failure
-        self._unreported_failures: collections.deque[_UnreportedFailure] = collections.deque()
+        self._unreported_failures: collections.deque[UnreportedFailure] = collections.deque()
         self._settings: dict[str, object] = {
             "app": app,
             "limits": dataclasses.asdict(limits or Limits()),
             "show_logs": show_logs,
         }
         self._changed = threading.Condition()
-        self._waiting: collections.deque[_Task] = collections.deque()
-        self._children: dict[int, _Child] = {}
+        self._waiting: collections.deque[Task] = collections.deque()
+        self._children: dict[int, ChildHandle] = {}
         self._numbers = itertools.count(1)
         self._slots = itertools.count(1)
         self._finished: collections.deque[tuple[JobSpec, Outcome]] = collections.deque()
@@ -211,7 +135,7 @@ class ProcessPool:
         :param claimed: time of their claim, by ``time.monotonic()``.
         """
         with self._changed:
-            self._waiting.extend(_Task(spec, claimed) for spec in specs)
+            self._waiting.extend(Task(spec, claimed) for spec in specs)
         self._wake_loop()
 
     def unstarted(self) -> int:
@@ -288,10 +212,10 @@ class ProcessPool:
         A job that no child has started ends as cancelled without having run.
         """
         with self._changed:
-            holder = next((c for c in self._children.values() if _number_of(c, spec)), None)
+            holder = next((c for c in self._children.values() if c.number_of(spec)), None)
             if holder is not None:
                 self._take_back(holder)
-                number = _number_of(holder, spec)
+                number = holder.number_of(spec)
                 if number:
                     self._stop(holder, number, for_timeout=False)
                     return
@@ -358,10 +282,10 @@ class ProcessPool:
                 task for child in self._children.values() for task in child.assigned.values()
             ]
             self._waiting.extendleft(reversed(assigned))
-            self._changed.notify_all()
-        self._deliver_remaining()
-        with self._changed:
+            self._collect_unreported()
             self._children.clear()
+            self._changed.notify_all()
+        self._deliver_outcomes()
 
     def _loop(self) -> None:
         while not self._has_ended():
@@ -373,7 +297,9 @@ class ProcessPool:
                 self._check_children(now)
                 self._assign_tasks(now)
             self._deliver_outcomes()
-        self._deliver_remaining()
+        with self._changed:
+            self._collect_unreported()
+        self._deliver_outcomes()
 
     def _deliver_outcomes(self) -> None:
         """Pass finished jobs and unreported failures to the callbacks.
@@ -389,11 +315,10 @@ class ProcessPool:
             spec, outcome, _ = self._unreported_failures.popleft()
             self._on_unreported_failure(spec, outcome)
 
-    def _deliver_remaining(self) -> None:
-        """Deliver all outcomes, and the unreported failures of children that have not ended."""
+    def _collect_unreported(self) -> None:
+        """Take the unreported failures of children that have not ended."""
         for child in self._children.values():
             self._unreported_failures += child.unreported.values()
-        self._deliver_outcomes()
 
     def _has_ended(self) -> bool:
         return self._is_closed and (not self._children or time.monotonic() >= self._close_deadline)
@@ -411,7 +336,7 @@ class ProcessPool:
         with self._changed:
             now = time.monotonic()
             at = min(
-                (self._next_check_at(child, now) for child in self._children.values()),
+                (child.next_check_at(now) for child in self._children.values()),
                 default=math.inf,
             )
             if len(self._active_children()) < self.size and not self._is_closed:
@@ -419,27 +344,12 @@ class ProcessPool:
             at = min(at, self._close_deadline)
             return None if at == math.inf else min(max(0.0, at - now), _MAX_SELECT_SECONDS)
 
-    def _next_check_at(self, child: _Child, now: float) -> float:
-        at = min(child.kill_at, child.reporting_since + _REPORT_SECONDS)
-        if len(child.assigned) > 1 or (child.assigned and child.unreported):
-            at = min(at, now + _PREFETCH_SECONDS)
-        if child.stopping:
-            return at
-        running = child.running()
-        for number, task in child.assigned.items():
-            if task.spec.timeout is not None:
-                # The time limit of a job that has not started begins now at the earliest.
-                is_running = running is not None and running[0] == number
-                started_at = child.marks.started_at if is_running else now
-                at = min(at, started_at + task.spec.timeout)
-        return at
-
     def _check_children(self, now: float) -> None:
         for child in list(self._children.values()):
             running = child.running()
             if running is not None and not child.stopping:
                 self._check_job(child, *running, now)
-            if now - child.reporting_since > _PREFETCH_SECONDS:
+            if now - child.reporting_since > PREFETCH_SECONDS:
                 self._check_failure_report(child, now)
             if now >= child.kill_at:
                 self._kill(child, now)
@@ -450,7 +360,7 @@ class ProcessPool:
         while len(self._active_children()) < self.size and now >= self._next_start_at:
             self._start_child()
 
-    def _kill(self, child: _Child, now: float) -> None:
+    def _kill(self, child: ChildHandle, now: float) -> None:
         child.kill_at, child.killed_at = math.inf, now
         if child.pid is not None:
             # Otherwise it is killed as soon as its pid is known.
@@ -463,16 +373,16 @@ class ProcessPool:
                 reason = "it closed its connection but did not exit"
             self._record_failed_start(child.failure or reason)
 
-    def _check_job(self, child: _Child, number: int, task: _Task, now: float) -> None:
+    def _check_job(self, child: ChildHandle, number: int, task: Task, now: float) -> None:
         seconds = now - child.marks.started_at
         if task.spec.timeout is not None and seconds >= task.spec.timeout:
             self._stop(child, number, for_timeout=True)
-        elif len(child.assigned) > 1 and seconds > _PREFETCH_SECONDS:
+        elif len(child.assigned) > 1 and seconds > PREFETCH_SECONDS:
             self._take_back(child)
 
-    def _check_failure_report(self, child: _Child, now: float) -> None:
+    def _check_failure_report(self, child: ChildHandle, now: float) -> None:
         self._take_back(child)
-        if now - child.reporting_since >= _REPORT_SECONDS:
+        if now - child.reporting_since >= REPORT_SECONDS:
             # Not logged here, because the logging handler may hang in this process as well.
             self._kill(child, now)
 
@@ -481,7 +391,7 @@ class ProcessPool:
         available = [
             c for c in self._active_children() if c.is_ready and not c.stopping and not c.unreported
         ]
-        quick = [c for c in available if c.run_seconds_at(now) <= _PREFETCH_SECONDS]
+        quick = [c for c in available if c.run_seconds_at(now) <= PREFETCH_SECONDS]
         for children, room in ((available, 1), (quick, 1 + self._prefetch())):
             for child in children:
                 while self._waiting and len(child.assigned) < room:
@@ -493,16 +403,16 @@ class ProcessPool:
         """How many jobs a child gets in advance."""
         if self._pace.seconds is None:
             return 0
-        seconds = max(self._pace.seconds, _PREFETCH_SECONDS / _MAX_PREFETCH)
-        return int(_PREFETCH_SECONDS / seconds)
+        seconds = max(self._pace.seconds, PREFETCH_SECONDS / _MAX_PREFETCH)
+        return int(PREFETCH_SECONDS / seconds)
 
-    def _assign(self, child: _Child, task: _Task) -> None:
+    def _assign(self, child: ChildHandle, task: Task) -> None:
         number = next(self._numbers)
         child.assigned[number] = task
         child.channel.send([number, task.claimed, pack_spec(task.spec)])
         child.tickets.give(number)
 
-    def _flush(self, child: _Child) -> None:
+    def _flush(self, child: ChildHandle) -> None:
         if not self._is_registered(child):
             return
         child.channel.flush()
@@ -513,16 +423,16 @@ class ProcessPool:
         if key.events != events:
             self._selector.modify(child.channel, events, key.data)
 
-    def _is_registered(self, child: _Child) -> bool:
+    def _is_registered(self, child: ChildHandle) -> bool:
         """Whether the loop still reads the child's channel."""
         return child.channel in self._selector.get_map()
 
-    def _take_back(self, child: _Child) -> None:
+    def _take_back(self, child: ChildHandle) -> None:
         """Put the tasks that the child has not started back at the front of the queue, in order."""
         numbers = child.tickets.take_back()
         self._waiting.extendleft(child.assigned.pop(number) for number in reversed(numbers))
 
-    def _stop(self, child: _Child, number: int, *, for_timeout: bool) -> None:
+    def _stop(self, child: ChildHandle, number: int, *, for_timeout: bool) -> None:
         if child.stopping or child.pid is None:
             return
         child.stopping = number
@@ -534,10 +444,10 @@ class ProcessPool:
 
     # Starting and reaping children
 
-    def _active_children(self) -> list[_Child]:
+    def _active_children(self) -> list[ChildHandle]:
         return [child for child in self._children.values() if not child.is_ending]
 
-    def _current_tasks(self) -> list[_Task]:
+    def _current_tasks(self) -> list[Task]:
         """The first task of each child: it is running, or starts next."""
         return [next(iter(c.assigned.values())) for c in self._children.values() if c.assigned]
 
@@ -571,7 +481,7 @@ class ProcessPool:
                     slot, [child_end.fileno(), tickets.read_end, marks.descriptor]
                 )
             undo.pop_all()
-        child = _Child(slot, ParentEnd(parent_end), tickets, marks)
+        child = ChildHandle(slot, ParentEnd(parent_end), tickets, marks)
         child.kill_at = time.monotonic() + _START_SECONDS
         self._children[slot] = child
         self._selector.register(
@@ -606,7 +516,7 @@ class ProcessPool:
     def _on_child_ended(self, event: ChildEnded) -> None:
         child = next(c for c in self._children.values() if c.pid == event.pid)
         exit_text = describe_exit(os.waitstatus_to_exitcode(event.status))
-        self._reap_child(child, lambda task: self._crash_outcome(child, task, exit_text))
+        self._reap_child(child, lambda task: child.crash_outcome(task, exit_text))
         if not (child.is_ready or child.failed_start_recorded or self._is_closed):
             self._record_failed_start(
                 child.failure or f"its process {exit_text} while building the app"
@@ -643,7 +553,7 @@ class ProcessPool:
             # Each start of a child may end the fork server, so the backoff is needed.
             self._record_failed_start("the fork server has ended")
 
-    def _reap_child(self, child: _Child, outcome_of: Callable[[_Task], Outcome]) -> None:
+    def _reap_child(self, child: ChildHandle, outcome_of: Callable[[Task], Outcome]) -> None:
         """Read the last messages of a dead child, and finish the job that it was running.
 
         :param outcome_of: returns the outcome of that job.
@@ -659,7 +569,7 @@ class ProcessPool:
                 self._finish(task, outcome_of(task))
         self._remove_child(child)
 
-    def _remove_child(self, child: _Child) -> None:
+    def _remove_child(self, child: ChildHandle) -> None:
         del self._children[child.slot]
         if self._is_registered(child):
             self._selector.unregister(child.channel)
@@ -667,30 +577,7 @@ class ProcessPool:
         child.tickets.close()
         child.marks.close()
 
-    def _crash_outcome(self, child: _Child, task: _Task, exit_text: str) -> Outcome:
-        spec, started_at = task.spec, child.marks.started_at
-        kind, error_type = OutcomeKind.CRASHED, "Crashed"
-        error = f"Crashed: the process that ran it {exit_text}"
-        if child.stopping:
-            if child.marks.stop_for_timeout:
-                kind, error_type = OutcomeKind.TIMEOUT, "JobTimeout"
-                error = (
-                    f"JobTimeout: it ran longer than {spec.timeout} s and its process {exit_text}"
-                )
-            else:
-                kind, error_type = OutcomeKind.CANCELLED, "JobCancelled"
-                error = f"JobCancelled: its process {exit_text}"
-        return Outcome(
-            spec.id,
-            spec.attempt,
-            kind,
-            error_type=error_type,
-            error=error,
-            wait_seconds=started_at - task.claimed,
-            run_seconds=time.monotonic() - started_at,
-        )
-
-    def _end_child(self, child: _Child, now: float) -> None:
+    def _end_child(self, child: ChildHandle, now: float) -> None:
         """End a child: at once if it has a job, otherwise within two seconds."""
         child.is_ending = True
         self._take_back(child)
@@ -699,7 +586,7 @@ class ProcessPool:
 
     # Messages of children
 
-    def _on_readable(self, child: _Child) -> None:
+    def _on_readable(self, child: ChildHandle) -> None:
         if child.slot not in self._children or not self._is_registered(child):
             # The child was removed after the selector had returned this event.
             return
@@ -722,7 +609,7 @@ class ProcessPool:
             seconds = STOP_SECONDS + (child_module.LAST_CALLS_SECONDS if ends_by_itself else 0.0)
             child.kill_at = min(child.kill_at, time.monotonic() + seconds)
 
-    def _handle_message(self, child: _Child, message: Any) -> None:
+    def _handle_message(self, child: ChildHandle, message: Any) -> None:
         match message:
             case [child_module.OUTCOME, number, values] if number in child.assigned:
                 self._on_outcome(child, number, unpack_outcome(values))
@@ -751,7 +638,7 @@ class ProcessPool:
             case _:
                 _logger.warning("Ignoring an unknown message from a child process")
 
-    def _on_outcome(self, child: _Child, number: int, outcome: Outcome) -> None:
+    def _on_outcome(self, child: ChildHandle, number: int, outcome: Outcome) -> None:
         if (outcome.job_id, outcome.attempt) != child.assigned[number].spec.key:
             raise ValueError("the outcome belongs to another job")
         task = child.assigned.pop(number)
@@ -759,10 +646,10 @@ class ProcessPool:
             child.stopping, child.kill_at = 0, math.inf
         self._pace.note(outcome.run_seconds)
         if outcome.is_reported:
-            child.unreported[number] = _UnreportedFailure(task.spec, outcome, time.monotonic())
+            child.unreported[number] = UnreportedFailure(task.spec, outcome, time.monotonic())
         self._finish(task, outcome)
 
-    def _finish(self, task: _Task, outcome: Outcome) -> None:
+    def _finish(self, task: Task, outcome: Outcome) -> None:
         earlier = task.take_report()
         if earlier is not None:
             outcome = outcome._replace(report=earlier.followed_by(outcome.report))
@@ -786,12 +673,7 @@ class ProcessPool:
         )
 
 
-def _number_of(child: _Child, spec: JobSpec) -> int:
-    """The number of a job in this child; 0 if the child does not have the job."""
-    return next((number for number, task in child.assigned.items() if task.spec is spec), 0)
-
-
-def _lost_outcome(suspects: int, task: _Task) -> Outcome:
+def _lost_outcome(suspects: int, task: Task) -> Outcome:
     """The outcome of a job that was running when the fork server and all children ended.
 
     :param suspects: number of suspects that were running.
