@@ -186,7 +186,7 @@ def may_see_totals() -> bool:
         return False
     known: bool | None = request.environ.get(_MAY_SEE_TOTALS)
     if known is None:
-        made_up = [queries.job_of_nobody()]
+        made_up = [queries.placeholder_job()]
         known = _may_see_each(authorizer, made_up) and _may_see_each(authorizer, _samples(state))
         request.environ[_MAY_SEE_TOTALS] = known
     return known
@@ -228,7 +228,7 @@ def _samples(state: AppState) -> Sequence[Job]:
     read_at, jobs = current_app.extensions.get(_SAMPLES, (-math.inf, ()))
     if time.monotonic() - read_at > _SAMPLES_KEPT_SECONDS:
         names = sorted(state.store.queue_names())[:_SAMPLED_QUEUES]
-        in_queues = map(queries.job_of_nobody, names)
+        in_queues = map(queries.placeholder_job, names)
         jobs = (*in_queues, *queries.newest_jobs(state, _NEWEST))
         current_app.extensions[_SAMPLES] = time.monotonic(), jobs
     return cast("Sequence[Job]", jobs)

@@ -17,10 +17,10 @@ from .listing import (
     Page,
     count_new,
     is_listed,
-    job_of_nobody,
     jobs_for_authorizer,
     list_jobs,
     newest_jobs,
+    placeholder_job,
     recent_failures,
 )
 from .matching import count_matching, highest_id, matching_ids
@@ -72,7 +72,6 @@ __all__ = [
     "is_readable",
     "job_data",
     "job_detail",
-    "job_of_nobody",
     "jobs_for_authorizer",
     "last_worker",
     "list_audit",
@@ -80,6 +79,7 @@ __all__ = [
     "list_workers",
     "matching_ids",
     "newest_jobs",
+    "placeholder_job",
     "plain",
     "queue_stats",
     "queues_of",

@@ -60,9 +60,9 @@ class Page:
     """Cursor of the previous page, to pass as ``before``; ``None``: there is none."""
     older: str | None
     """Cursor of the next page, to pass as ``after``; ``None``: there is none."""
-    searches_on: bool = False
+    may_find_more: bool = False
     """Whether the search has read its limit of rows, so that the next page may have no jobs."""
-    is_cut: bool = False
+    timed_out: bool = False
     """Whether the search took too long and was stopped."""
 
 
@@ -100,8 +100,8 @@ def list_jobs(
         jobs=rows[::-1] if backward else rows,
         newer=None if newer is None else newer.encoded(),
         older=None if older is None else older.encoded(),
-        searches_on=next_cursor is not None and next_cursor is reader.stopped_at,
-        is_cut=reader.is_cut,
+        may_find_more=next_cursor is not None and next_cursor is reader.stopped_at,
+        timed_out=reader.timed_out,
     )
 
 
@@ -127,7 +127,7 @@ def count_new(
     page = list_jobs(
         state, filters, before=Cursor(above).encoded(), per=_MAX_COUNTED_NEW, visible=visible
     )
-    has_more = page.newer is not None and not page.searches_on
+    has_more = page.newer is not None and not page.may_find_more
     return Count(len(page.jobs) + has_more, _MAX_COUNTED_NEW)
 
 
@@ -150,7 +150,7 @@ def newest_jobs(state: AppState, number: int) -> list[Job]:
     return [_listed_job(values) for values in rows]
 
 
-def job_of_nobody(queue: str | None = None) -> Job:
+def placeholder_job(queue: str | None = None) -> Job:
     """A job that does not exist, to ask the authorizer about jobs of other owners.
 
     :param queue: the job's queue; default: a queue that does not exist.
@@ -200,7 +200,7 @@ class _ListReader:
         self._descending = filters.order.descending != backward
         self.stopped_at: Cursor | None = None
         """The last job that was searched; ``None``: there are no more jobs to search."""
-        self.is_cut = False
+        self.timed_out = False
         """Whether the search was stopped because it took too long."""
 
     def cursor_of(self, row: JobRow) -> Cursor:
@@ -234,7 +234,7 @@ class _ListReader:
                         return rows
                 # Only after a job that does not match: matches are listed even after a slow query.
                 elif time.monotonic() > deadline:
-                    self.is_cut = True
+                    self.timed_out = True
                     self.stopped_at = self.cursor_of(row)
                     return rows
             if len(values_read) < chunk:
