@@ -63,6 +63,15 @@ class Clock:
         """The threads that must live while the clock runs."""
         return [self._executor.thread, self._scheduler._thread]
 
+    @property
+    def pending_calls(self) -> list[float]:
+        """When the next calls are due, earliest first, in seconds since the epoch.
+
+        One entry for each regular call and for each one-off call; empty before :meth:`start`.
+        """
+        due = (getattr(job, "next_run_time", None) for job in self._scheduler.get_jobs())
+        return sorted(each.timestamp() for each in due if each)
+
     def start(self) -> None:
         """Start calling."""
         self.every(self._poll_interval, self._wake)
@@ -74,7 +83,7 @@ class Clock:
         :param seconds: time between two calls.
         :param call: the function; must be quick.
         """
-        self._scheduler.add_job(call, _Every(seconds))
+        self._scheduler.add_job(call, Every(seconds))
 
     def stop(self) -> None:
         """Stop calling, and wait up to two seconds for a call in progress."""
@@ -119,7 +128,7 @@ class Clock:
             with contextlib.suppress(JobLookupError):
                 self._scheduler.remove_job(job_id)
         for job in self._scheduler.get_jobs():
-            if isinstance(job.trigger, _Every):
+            if isinstance(job.trigger, Every):
                 # After a jump back, its next call would be late by the size of the jump.
                 job.modify(next_run_time=dt.datetime.now(dt.UTC))
         return True
@@ -134,7 +143,7 @@ class Clock:
         self._wake()
 
 
-class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
+class Every(BaseTrigger):  # type: ignore[misc]  # APScheduler ships no types
     """Fires a fixed number of seconds after it last fired.
 
     After a jump of the clock, APScheduler's interval trigger lists all fire times that were missed.

@@ -1,4 +1,4 @@
-"""The clock."""
+"""The clock calls the worker at the poll interval and when a job is due."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from apscheduler.schedulers import base as apscheduler_base
+from apscheduler.schedulers.background import BackgroundScheduler
 
 from flask_bgjobs.system.threads import require_alive
 from flask_bgjobs.worker import clock as clock_module
-from flask_bgjobs.worker.clock import STEP_SECONDS, Clock
+from flask_bgjobs.worker.clock import STEP_SECONDS, Clock, Every
 from tests.unit.helpers import wait_until
 
 NEVER = 3_600.0
 SLACK = 0.001
-"""Wall clock and scheduler round a due time to microseconds."""
+"""The wall clock and the scheduler round due times to microseconds."""
 
 MakeClock = Callable[..., Clock]
 
 
 class Wakes:
-    """What a clock calls; remembers when."""
+    """A callback for the clock; records the time of each call."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -44,37 +46,40 @@ def wakes() -> Wakes:
 
 @pytest.fixture
 def make_clock(wakes: Wakes) -> Iterator[MakeClock]:
-    """Makes clocks that run, and stops them after the test."""
-    made: list[Clock] = []
+    """Starts clocks, and stops them after the test."""
+    clocks: list[Clock] = []
 
     def make(poll_interval: float = NEVER, wake: Callable[[], Any] = wakes) -> Clock:
         clock = Clock(wake, poll_interval)
         clock.start()
-        made.append(clock)
+        clocks.append(clock)
         return clock
 
     yield make
-    for clock in made:
+    for clock in clocks:
         clock.stop()
 
 
 def shift_wall_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """The scheduler's wall clock jumps; its monotonic one does not."""
+    """Shift the wall clock of the module; its monotonic clock stays correct."""
     shifted = SimpleNamespace(time=lambda: time.time() + seconds, monotonic=time.monotonic)
     monkeypatch.setattr(clock_module, "time", shifted)
 
 
-def rest(clock: Clock, wakes: Wakes) -> None:
-    """Return when all triggers set so far have had their turn: a later one has fired."""
+def finish_due_calls(clock: Clock, wakes: Wakes) -> None:
+    """Return when all calls that are due by now have been made: a call added later was made.
+
+    The added call repeats until the clock is stopped, and stays in ``pending_calls``.
+    """
     before = len(wakes)
     marker = threading.Event()
-    clock._scheduler.add_job(marker.set, "date")
+    clock.every(STEP_SECONDS, marker.set)
     assert marker.wait(30)
     assert len(wakes) >= before
 
 
-def test_fires_once_and_not_early(make_clock: MakeClock, wakes: Wakes) -> None:
-    """A due time wakes once, not before it, rounded up to a step of 50 ms."""
+def test_due_time_wakes_once_and_not_early(make_clock: MakeClock, wakes: Wakes) -> None:
+    """The clock wakes once for a due time, and never before it."""
     clock = make_clock()
     began = time.time()
     clock.wake_in([0.12])
@@ -82,48 +87,45 @@ def test_fires_once_and_not_early(make_clock: MakeClock, wakes: Wakes) -> None:
     assert wakes.times[0] >= began + 0.12 - SLACK
     clock.wake_in([0.12])
     wait_until(lambda: len(wakes) == 2)
-    rest(clock, wakes)
+    finish_due_calls(clock, wakes)
     assert len(wakes) == 2
 
 
-def test_rounded_up(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A due time becomes the next multiple of 50 ms, and one on a step stays."""
-    set_for: list[float] = []
+def test_due_times_are_rounded_up(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Due times are rounded up to a multiple of 50 ms; exact multiples do not change."""
     clock = make_clock()
-    monkeypatch.setattr(
-        clock._scheduler,
-        "add_job",
-        lambda *args, run_date, **kwargs: (
-            set_for.append(run_date.timestamp()) or SimpleNamespace(id="1")
-        ),
-    )
-    monkeypatch.setattr(clock_module, "time", SimpleNamespace(time=lambda: 1_000.0))
+    now = 4_000_000_000.0  # in the year 2096, so that no call is made during the test
+    monkeypatch.setattr(clock_module, "time", SimpleNamespace(time=lambda: now))
     clock.wake_in([0.0, 0.01, 0.049, 0.07, 0.13, 60.0])
-    assert set_for == pytest.approx([1000.0, 1000.05, 1000.1, 1000.15, 1060.0])
+    _poll, *due_times = clock.pending_calls
+    delays = [due_time - now for due_time in due_times]
+    assert delays == pytest.approx([0.0, 0.05, 0.1, 0.15, 60.0], abs=1e-5)
 
 
-def test_ten_thousand_at_one_instant(make_clock: MakeClock, wakes: Wakes) -> None:
-    """Ten thousand retries due at one instant cost one trigger."""
+def test_equal_due_times_share_one_trigger(make_clock: MakeClock, wakes: Wakes) -> None:
+    """Ten thousand retries due at the same instant need one trigger."""
     clock = make_clock()
     clock.wake_in([0.2] * 10_000)
     wait_until(lambda: wakes)
-    rest(clock, wakes)
+    finish_due_calls(clock, wakes)
     assert len(wakes) == 1
 
 
-def test_ten_thousand_within_a_second(make_clock: MakeClock, wakes: Wakes) -> None:
-    """Ten thousand retries spread over a second cost at most one trigger per 50 ms."""
+def test_close_due_times_share_triggers(make_clock: MakeClock, wakes: Wakes) -> None:
+    """Ten thousand retries within one second need at most one trigger per 50 ms."""
     clock = make_clock()
     clock.wake_in([number / 10_000 for number in range(10_000)])
-    # The first steps may fire while the later ones are still being set.
-    assert len(clock._scheduler.get_jobs()) - 1 + len(wakes) <= 1 / STEP_SECONDS + 2
-    wait_until(lambda: len(clock._scheduler.get_jobs()) == 1)
-    rest(clock, wakes)
+    # The first triggers may fire while later ones are still being added.
+    assert len(clock.pending_calls) - 1 + len(wakes) <= 1 / STEP_SECONDS + 2
+    wait_until(lambda: len(clock.pending_calls) == 1)
+    finish_due_calls(clock, wakes)
     assert 1 <= len(wakes) <= 1 / STEP_SECONDS + 2
 
 
-def test_same_time_asked_again(make_clock: MakeClock, wakes: Wakes, monkeypatch: Any) -> None:
-    """A due time that is set already is not set again."""
+def test_known_due_time_adds_no_trigger(
+    make_clock: MakeClock, wakes: Wakes, monkeypatch: Any
+) -> None:
+    """A due time that already has a trigger does not get a second one."""
     clock = make_clock()
     instant = time.time()
     monkeypatch.setattr(
@@ -131,89 +133,96 @@ def test_same_time_asked_again(make_clock: MakeClock, wakes: Wakes, monkeypatch:
     )
     for _ in range(100):
         clock.wake_in([30.0])
-    assert len(clock._scheduler.get_jobs()) == 2, "the poll and one trigger"
+    assert len(clock.pending_calls) == 2, "the poll and one trigger"
 
 
-def test_past_due_time(make_clock: MakeClock, wakes: Wakes) -> None:
-    """A due time that has passed wakes at once."""
+def test_past_due_time_wakes_at_once(make_clock: MakeClock, wakes: Wakes) -> None:
+    """The clock wakes at once for a due time in the past."""
     make_clock().wake_in([-5.0, 0.0])
     wait_until(lambda: wakes)
 
 
-def test_poll(make_clock: MakeClock, wakes: Wakes) -> None:
-    """Without any due time the poll wakes, again and again."""
+def test_poll_repeats(make_clock: MakeClock, wakes: Wakes) -> None:
+    """Without due times, the clock wakes at each poll interval."""
     make_clock(0.05)
     wait_until(lambda: len(wakes) >= 3)
 
 
-def test_wake_that_raises(make_clock: MakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    """A wake-up that raises does not stop the next ones."""
+def test_error_in_callback_does_not_stop_polling(
+    make_clock: MakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception in the callback is logged, and the next calls are still made."""
     calls: list[int] = []
 
-    def broken() -> None:
+    def fail() -> None:
         calls.append(1)
         raise RuntimeError("no")
 
-    make_clock(0.05, broken)
+    make_clock(0.05, fail)
     wait_until(lambda: len(calls) >= 2)
     assert "RuntimeError" in caplog.text
 
 
 @pytest.mark.parametrize("jump", [-3_600.0, -1.5, 1.5, 86_400.0])
-def test_wall_clock_jumps(
+def test_wall_clock_jump_removes_triggers(
     make_clock: MakeClock, wakes: Wakes, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """A jump of the wall clock, either way, drops the triggers once, so they are set anew."""
+    """A jump of the wall clock, in either direction, removes the triggers once.
+
+    The caller can then add them again.
+    """
     clock = make_clock()
     clock.wake_in([1_000.0, 2_000.0])
     assert not clock.drifted()
-    assert len(clock._scheduler.get_jobs()) == 3
+    assert len(clock.pending_calls) == 3
     shift_wall_clock(monkeypatch, jump)
     assert clock.drifted()
-    assert len(clock._scheduler.get_jobs()) == 1, "only the poll is left"
+    assert len(clock.pending_calls) == 1, "only the poll remains"
     assert not clock.drifted()
     monkeypatch.undo()
-    assert clock.drifted(), "back again is a jump as well"
+    assert clock.drifted(), "the jump back counts too"
     clock.wake_in([0.05])
     wait_until(lambda: wakes)
 
 
 @pytest.mark.parametrize("jump", [-3_600.0, 3_600.0])
-def test_polls_go_on_after_a_jump(
+def test_wall_clock_jump_polls_at_once(
     make_clock: MakeClock, wakes: Wakes, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """After a jump the poll comes at once and not when its old time has come."""
+    """After a jump, the clock polls at once and not at the time planned before the jump."""
     clock = make_clock()
-    (poll,) = clock._scheduler.get_jobs()
-    before = poll.next_run_time
+    (poll_before,) = clock.pending_calls
     shift_wall_clock(monkeypatch, jump)
     assert clock.drifted()
     wait_until(lambda: len(wakes) == 1)
-    rest(clock, wakes)
-    (poll,) = clock._scheduler.get_jobs()
-    assert poll.next_run_time > before
+    finish_due_calls(clock, wakes)
+    assert max(clock.pending_calls) > poll_before
     assert len(wakes) == 1
 
 
-def test_missed_polls_are_one(make_clock: MakeClock, wakes: Wakes) -> None:
-    """However many polls a blocked scheduler or a jump of decades left out, one makes up for
-    them, and they are not even counted."""
+def test_missed_polls_are_made_up_by_one(
+    make_clock: MakeClock, wakes: Wakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a jump of decades, one poll replaces all missed polls, and they are not listed."""
+    jump = dt.timedelta(days=20_000)
+
+    class Later(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> Later:
+            return super().now(tz) + jump
+
     clock = make_clock(NEVER)
-    (poll,) = clock._scheduler.get_jobs()
-    now = dt.datetime.now(dt.UTC)
-    decades_ago = now - dt.timedelta(days=20_000)
-    poll.modify(next_run_time=decades_ago)
-    wait_until(lambda: wakes)
-    rest(clock, wakes)
+    monkeypatch.setattr(apscheduler_base, "datetime", Later)
+    finish_due_calls(clock, wakes)
     assert len(wakes) == 1
-    (poll,) = clock._scheduler.get_jobs()
-    assert poll.trigger.get_next_fire_time(decades_ago, now) > now
+    now = dt.datetime.now(dt.UTC)
+    assert Every(NEVER).get_next_fire_time(now - jump, now) > now
 
 
-def test_a_call_that_never_ends_does_not_hang_the_stop(
+def test_stop_does_not_wait_for_hanging_call(
     wakes: Wakes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A stop leaves a scheduler that hangs behind, and says so."""
+    """If a call hangs, ``stop`` returns after its deadline and logs a warning."""
     monkeypatch.setattr(clock_module, "_STOP_SECONDS", 0.2)
     entered, release = threading.Event(), threading.Event()
 
@@ -224,87 +233,90 @@ def test_a_call_that_never_ends_does_not_hang_the_stop(
     clock = Clock(hang, 0.01)
     clock.start()
     assert entered.wait(30)
+    threads = clock.threads
     clock.stop()
     assert clock.hangs
     assert "The scheduler did not stop in time" in caplog.text
     release.set()
-    wait_until(lambda: not clock._scheduler.running)
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
 
 
-def test_same_due_time_after_a_jump(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A due time that was dropped can be set again."""
+def test_removed_due_time_can_be_added_again(
+    make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A due time removed after a jump can be added again."""
     clock = make_clock()
     instant = time.time() + 1_000
     for jump in (0.0, 5.0):
         shift_wall_clock(monkeypatch, jump)
         clock.drifted()
         clock.wake_in([instant - time.time() - jump])
-        assert len(clock._scheduler.get_jobs()) == 2
+        assert len(clock.pending_calls) == 2
 
 
-def test_small_drift(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drift below a second, as a time service makes it, changes nothing."""
+def test_small_drift_keeps_triggers(make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drift below one second, typical of NTP, removes no trigger."""
     clock = make_clock()
     clock.wake_in([1_000.0])
     for drift in (0.9, -0.9):
         shift_wall_clock(monkeypatch, drift)
         assert not clock.drifted()
-    assert len(clock._scheduler.get_jobs()) == 2
+    assert len(clock.pending_calls) == 2
 
 
-def test_drift_after_triggers_fired(make_clock: MakeClock, wakes: Wakes) -> None:
-    """Triggers that have fired are no trouble when the clock jumps."""
+def test_wall_clock_jump_after_triggers_fired(
+    make_clock: MakeClock, wakes: Wakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A jump of the wall clock ignores triggers that have already fired."""
     clock = make_clock()
     clock.wake_in([0.0])
     wait_until(lambda: wakes)
     clock.wake_in([1_000.0])
-    clock._offset -= 5
-    assert clock.drifted()
-    assert len(clock._scheduler.get_jobs()) == 1
-
-
-def test_trigger_fires_while_others_are_dropped(
-    make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A trigger that fires in the very moment in which it is dropped is no trouble."""
-    clock = make_clock()
-    clock.wake_in([1_000.0])
-    find, remove = clock._scheduler.get_job, clock._scheduler.remove_job
-
-    def find_and_fire(job_id: str) -> Any:
-        found = find(job_id)
-        if found is not None:
-            remove(job_id)
-        return found
-
-    monkeypatch.setattr(clock._scheduler, "get_job", find_and_fire)
     shift_wall_clock(monkeypatch, 5)
     assert clock.drifted()
-    assert len(clock._scheduler.get_jobs()) == 1
+    assert len(clock.pending_calls) == 1
 
 
-def test_stop_while_a_trigger_fires(wakes: Wakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trigger that fires in the very moment of the stop breaks no thread of the clock's."""
+def test_trigger_fires_while_it_is_removed(
+    make_clock: MakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing a trigger that fires at the same moment raises no error."""
+    clock = make_clock()
+    clock.wake_in([1_000.0])
+    remove = BackgroundScheduler.remove_job
+
+    def fire_and_remove(scheduler: BackgroundScheduler, job_id: str) -> None:
+        remove(scheduler, job_id)  # a trigger that fires is removed
+        remove(scheduler, job_id)
+
+    monkeypatch.setattr(BackgroundScheduler, "remove_job", fire_and_remove)
+    shift_wall_clock(monkeypatch, 5)
+    assert clock.drifted()
+    assert len(clock.pending_calls) == 1
+
+
+def test_stop_while_trigger_fires(wakes: Wakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trigger that fires during ``stop`` raises no error in the clock's threads."""
     clock, firing = Clock(wakes, NEVER), threading.Event()
-    remove = clock._scheduler.remove_job
+    remove = BackgroundScheduler.remove_job
 
     def remove_late(*args: Any) -> None:
         firing.set()
         time.sleep(0.2)
         remove(*args)
 
-    monkeypatch.setattr(clock._scheduler, "remove_job", remove_late)
-    broken: list[object] = []
-    monkeypatch.setattr(threading, "excepthook", broken.append)
+    monkeypatch.setattr(BackgroundScheduler, "remove_job", remove_late)
+    errors: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
     clock.start()
     clock.wake_in([0.0])
     assert firing.wait(30)
     clock.stop()
-    assert broken == []
+    assert errors == []
 
 
-def test_stop(wakes: Wakes) -> None:
-    """A call under way ends before ``stop`` returns, and none comes after it."""
+def test_stop_waits_for_current_call(wakes: Wakes) -> None:
+    """``stop`` returns after the current call has ended, and no call follows."""
     entered, ended = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -324,15 +336,15 @@ def test_stop(wakes: Wakes) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_not_started(wakes: Wakes) -> None:
-    """A clock that was not started calls nobody."""
+def test_unstarted_clock_makes_no_call(wakes: Wakes) -> None:
+    """A clock that was not started does not call the callback."""
     clock = Clock(wakes, 0.001)
     clock.wake_in([0.0])
     assert len(wakes) == 0
 
 
 def test_threads_are_daemons(make_clock: MakeClock) -> None:
-    """A clock keeps no process alive."""
+    """The clock's threads do not keep the process alive."""
     before = set(threading.enumerate())
     clock = make_clock()
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
@@ -340,19 +352,19 @@ def test_threads_are_daemons(make_clock: MakeClock) -> None:
 
 
 class BrokenFilter:
-    """A filter of a host that needs a request."""
+    """A log filter of the host that fails outside a request."""
 
     def filter(self, _record: logging.LogRecord) -> bool:
         raise RuntimeError("Working outside of request context.")
 
 
-def test_a_log_filter_that_raises_stops_nothing(make_clock: MakeClock, wakes: Wakes) -> None:
-    """The clock goes on where a host's filter raises at each line of APScheduler."""
+def test_failing_log_filter_does_not_stop_clock(make_clock: MakeClock, wakes: Wakes) -> None:
+    """The clock keeps running if a log filter of the host raises for each APScheduler line."""
     loggers = [logging.getLogger(f"apscheduler.{n}") for n in ("scheduler", "executors.default")]
-    broken = BrokenFilter()
+    log_filter = BrokenFilter()
     for logger in loggers:
         logger.setLevel(logging.DEBUG)
-        logger.addFilter(broken)
+        logger.addFilter(log_filter)
     try:
         clock = make_clock(0.05)
         wait_until(lambda: len(wakes) > 3)
@@ -362,11 +374,11 @@ def test_a_log_filter_that_raises_stops_nothing(make_clock: MakeClock, wakes: Wa
     finally:
         for logger in loggers:
             logger.setLevel(logging.NOTSET)
-            logger.removeFilter(broken)
+            logger.removeFilter(log_filter)
 
 
 def test_calls_are_not_logged(make_clock: MakeClock, wakes: Wakes, caplog: Any) -> None:
-    """An idle worker whose host logs at INFO writes no line for each poll."""
+    """At level INFO, an idle worker logs nothing when it polls."""
     caplog.set_level(logging.INFO)
     make_clock(0.02)
     wait_until(lambda: len(wakes) > 5)
