@@ -1,4 +1,4 @@
-"""Helpers of the unit tests: nothing here needs a database server, a file or a process."""
+"""Fixtures for the unit tests; none of them needs a database server or a process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from flask_bgjobs.job.records import Outcome
 from flask_bgjobs.state import AppState, state_of
 from tests.unit.helpers import make_spec
 
-# A slow machine is no failure, and a failing example is printed anyway.
+# No deadline, because the machine may be busy. Hypothesis prints a failing example, so no
+# database of examples is needed.
 settings.register_profile(
     "unit",
     deadline=None,
@@ -41,13 +42,13 @@ MakeModule = Callable[[str], str]
 
 @pytest.fixture
 def database() -> SQLAlchemy:
-    """The host's Flask-SQLAlchemy."""
+    """The host app's Flask-SQLAlchemy extension."""
     return SQLAlchemy()
 
 
 @pytest.fixture
 def host(database: SQLAlchemy) -> Flask:
-    """A host app, with no context pushed; no test of this folder needs its tables."""
+    """A host app without a pushed context; unit tests do not need its tables."""
     host = Flask("shop")
     host.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
     host.config["BGJOBS_DASHBOARD"] = False
@@ -65,27 +66,27 @@ def bgjobs(host: Flask) -> Iterator[BgJobs]:
 
 @pytest.fixture
 def state(host: Flask, bgjobs: BgJobs) -> AppState:
-    """What the extension holds for ``host``."""
+    """The extension's state for ``host``."""
     return state_of(host)
 
 
 @pytest.fixture
 def attempt(bgjobs: BgJobs, state: AppState) -> Attempt:
-    """Runs a function as a job, once, and gives the outcome."""
+    """Runs one attempt of a function as a job, and returns the outcome."""
 
     def run(
         function: Callable[..., Any],
         parameters: Any = (),
         *,
-        window: InterruptScope | None = None,
+        scope: InterruptScope | None = None,
         **changes: Any,
     ) -> Outcome:
         name = f"unit.job{next(_numbers)}"
         bgjobs.job(name=name)(function)
-        given = parameters if isinstance(parameters, dict) else list(parameters)
-        spec = make_spec(target=name, parameters=given, **changes)
+        stored = parameters if isinstance(parameters, dict) else list(parameters)
+        spec = make_spec(target=name, parameters=stored, **changes)
         job = CurrentJob(spec, max_payload=state.config.max_payload)
-        outcome = execute(state, spec, job, window or InterruptScope(), time.monotonic())
+        outcome = execute(state, spec, job, scope or InterruptScope(), time.monotonic())
         job.report_failure()
         return outcome
 
@@ -94,7 +95,7 @@ def attempt(bgjobs: BgJobs, state: AppState) -> Attempt:
 
 @pytest.fixture
 def make_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeModule]:
-    """Writes a module that can be imported, and leaves a mark when it is: see ``was_imported``."""
+    """Writes a module that tests can import; ``was_imported`` tells whether it was imported."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))
     mark = "from pathlib import Path\nPath(__file__).with_suffix('.imported').touch()\n"
@@ -112,5 +113,5 @@ def make_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mak
 
 @pytest.fixture
 def was_imported(tmp_path: Path) -> Callable[[str], bool]:
-    """Whether the code of a module made by ``make_module`` has run."""
+    """Whether a module written by ``make_module`` has been imported."""
     return lambda name: (tmp_path / f"{name}.imported").exists()

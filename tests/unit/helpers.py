@@ -1,4 +1,4 @@
-"""What several unit tests need, besides the fixtures."""
+"""Helper functions for the unit tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flask_bgjobs.job.records import JobSpec
 
 
 def make_spec(**changes: Any) -> JobSpec:
-    """A claimed job with plain values; ``parameters`` is stored as a job's would be."""
+    """A claimed job with default values; ``parameters`` is serialized as in the database."""
     if "parameters" in changes:
         changes["parameters_json"] = serialize.dumps(changes.pop("parameters"))
     values: dict[str, Any] = {
@@ -42,8 +42,8 @@ def make_spec(**changes: Any) -> JobSpec:
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 30.0) -> None:
-    """Return as soon as ``condition`` holds; fail when it does not in ``timeout`` seconds."""
+    """Return as soon as ``condition`` is true; fail after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
+        assert time.monotonic() < deadline, "the condition was still false at the deadline"
         time.sleep(0.002)

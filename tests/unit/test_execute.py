@@ -1,4 +1,4 @@
-"""One attempt, from the name to the outcome."""
+"""One attempt, from the stored job to its outcome."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from flask_bgjobs.state import AppState
 from tests.unit.helpers import make_spec, wait_until
 
 Attempt = Callable[..., Outcome]
-NO_DURATIONS = [-1, math.nan, math.inf, True, "soon", 10**400, [5], object()]
+INVALID_DURATIONS = [-1, math.nan, math.inf, True, "soon", 10**400, [5], object()]
 
 
 def run_spec(state: AppState, spec: JobSpec) -> Outcome:
@@ -53,7 +53,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     return job
 
 
-def test_completed(attempt: Attempt) -> None:
+def test_completed_job(attempt: Attempt) -> None:
     """A job that returns is completed, with its result as JSON and no error."""
     outcome = attempt(lambda a, b: (a, b), [1, dt.date(2026, 1, 2)])
     assert outcome.kind is OutcomeKind.COMPLETED
@@ -80,11 +80,13 @@ def test_keyword_parameters(attempt: Attempt) -> None:
     ],
     ids=repr,
 )
-def test_a_copy_ends_with_the_jobs_code(
+def test_forked_child_exits_with_job_code(
     attempt: Attempt, error: BaseException | None, code: int
 ) -> None:
-    """A copy that a job forks ends where the job's code ends in it, as a program would; the
-    outcome is that of the process that forked."""
+    """A child forked by a job exits with the job's code, like a program.
+
+    The outcome is that of the process that forked.
+    """
 
     def job() -> int:
         pid = os.fork()
@@ -94,37 +96,37 @@ def test_a_copy_ends_with_the_jobs_code(
             raise error
         return 5
 
-    me = os.getpid()
+    test_pid = os.getpid()
     outcome = attempt(job)
-    if os.getpid() != me:
-        # Or the copy would go on with the tests.
+    if os.getpid() != test_pid:
+        # Otherwise the child would continue with the remaining tests.
         os._exit(99)
     assert (outcome.kind, outcome.result_json) == (OutcomeKind.COMPLETED, str(code))
 
 
-def test_no_result(attempt: Attempt) -> None:
-    """A job that returns nothing has ``null`` as its result."""
+def test_job_without_result(attempt: Attempt) -> None:
+    """A job that returns ``None`` has the result ``null``."""
     assert attempt(lambda: None).result_json == "null"
 
 
-def test_class(make_module: Callable[[str], str], state: AppState) -> None:
-    """A class is instantiated and its method called."""
+def test_class_job(make_module: Callable[[str], str], state: AppState) -> None:
+    """For a class, the worker creates an instance and calls the method."""
     module = make_module("class Job:\n    def execute(self, word): return 'executed ' + word")
     allow(state, f"{module}.Job")
     spec = make_spec(target=f"{module}.Job", method="execute", parameters=["Hello"])
     assert run_spec(state, spec).result_json == '"executed Hello"'
 
 
-def test_times(attempt: Attempt) -> None:
-    """An outcome tells how long the job waited for its start, and how long it ran."""
+def test_outcome_durations(attempt: Attempt) -> None:
+    """The outcome records how long the job waited to start and how long it ran."""
     outcome = attempt(lambda: time.sleep(0.02))
     assert outcome.wait_seconds is not None
     assert outcome.wait_seconds >= 0
     assert 0.02 <= outcome.run_seconds < 30
 
 
-def test_failed(attempt: Attempt) -> None:
-    """An exception fails the attempt, with its type, its message and its traceback."""
+def test_failed_job(attempt: Attempt) -> None:
+    """An exception fails the attempt; the outcome has its type, message and traceback."""
     outcome = attempt(raising(ValueError("no such order")))
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.error_type == "ValueError"
@@ -134,12 +136,12 @@ def test_failed(attempt: Attempt) -> None:
     assert (outcome.result_json, outcome.delay_seconds) == (None, 5.0)
 
 
-def test_failed_without_message(attempt: Attempt) -> None:
-    """An exception without a message is told by its type."""
+def test_exception_without_message(attempt: Attempt) -> None:
+    """The error of an exception without a message is its type."""
     assert attempt(raising(KeyError())).error == "KeyError"
 
 
-class Odd(BaseException):
+class CustomBaseException(BaseException):
     pass
 
 
@@ -152,7 +154,7 @@ class Odd(BaseException):
         KeyboardInterrupt(),
         GeneratorExit(),
         asyncio.CancelledError(),
-        Odd("odd"),
+        CustomBaseException("custom"),
         BaseExceptionGroup("several", [KeyboardInterrupt(), ValueError()]),
         MemoryError(),
         RecursionError(),
@@ -161,7 +163,7 @@ class Odd(BaseException):
     ids=lambda error: type(error).__name__,
 )
 def test_any_base_exception(error: BaseException, attempt: Attempt) -> None:
-    """Whatever a job raises fails the job, and nothing but the job; it may be retried."""
+    """Any ``BaseException`` of a job fails only that job, which may be retried."""
     outcome = attempt(raising(error))
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.error_type == type(error).__name__
@@ -171,9 +173,9 @@ def test_any_base_exception(error: BaseException, attempt: Attempt) -> None:
     ("stop", "kind"),
     [(JobCancelled, OutcomeKind.CANCELLED), (JobTimeout, OutcomeKind.TIMEOUT)],
 )
-def test_stopped(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
-    """A job that is interrupted while it runs is cancelled or timed out."""
-    window, started = InterruptScope(), threading.Event()
+def test_interrupted_job(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
+    """A job interrupted while it runs ends as cancelled or timed out."""
+    scope, started = InterruptScope(), threading.Event()
 
     def spin() -> None:
         started.set()
@@ -182,43 +184,43 @@ def test_stopped(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
 
     def interrupt() -> None:
         if started.wait(30):
-            window.interrupt(stop)
+            scope.interrupt(stop)
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    outcome = attempt(spin, window=window)
+    outcome = attempt(spin, scope=scope)
     thread.join(30)
     assert outcome.kind is kind
     assert outcome.error_type == stop.__name__
 
 
-def test_cancelled_before_the_start(attempt: Attempt) -> None:
-    """A job that is cancelled between claim and start does not run."""
-    window, ran = InterruptScope(), []  # type: ignore[var-annotated]
-    window.interrupt(JobCancelled)
-    assert attempt(lambda: ran.append(1), window=window).kind is OutcomeKind.CANCELLED
+def test_cancelled_before_start(attempt: Attempt) -> None:
+    """A job cancelled between claim and start does not run."""
+    scope, ran = InterruptScope(), []  # type: ignore[var-annotated]
+    scope.interrupt(JobCancelled)
+    assert attempt(lambda: ran.append(1), scope=scope).kind is OutcomeKind.CANCELLED
     assert ran == []
 
 
-def test_finished_in_spite_of_a_cancel(attempt: Attempt) -> None:
-    """A job that catches the stop and finishes is completed, with its result."""
+def test_job_catches_cancel_and_finishes(attempt: Attempt) -> None:
+    """A job that catches the cancel and returns is completed, with its result."""
 
     def job() -> str:
         try:
-            window.interrupt(JobCancelled)
+            scope.interrupt(JobCancelled)
             while True:
                 pass
         except JobCancelled:
             return "finished"
 
-    window = InterruptScope()
-    outcome = attempt(job, window=window)
+    scope = InterruptScope()
+    outcome = attempt(job, scope=scope)
     assert outcome.kind is OutcomeKind.COMPLETED
     assert outcome.result_json == '"finished"'
 
 
 def test_raise_if_cancelled(attempt: Attempt) -> None:
-    """A job that looks for the cancel by itself ends as cancelled."""
+    """A job that calls ``raise_if_cancelled`` after a cancel request ends as cancelled."""
 
     def job() -> None:
         current_job.request_cancel()
@@ -230,8 +232,10 @@ def test_raise_if_cancelled(attempt: Attempt) -> None:
 # Names and parameters
 
 
-def test_refused(state: AppState, make_module: Any, was_imported: Any) -> None:
-    """A name that the worker's allow-list does not hold is refused; nothing is imported."""
+def test_name_outside_allow_list_is_refused(
+    state: AppState, make_module: Any, was_imported: Any
+) -> None:
+    """A name that is not in the worker's allow-list is refused without an import."""
     module = make_module("class Job:\n    def execute(self): raise AssertionError")
     allow(state, "shop.jobs.SampleJob")
     for method in ("execute", None):
@@ -244,20 +248,22 @@ def test_refused(state: AppState, make_module: Any, was_imported: Any) -> None:
 
 
 def test_refused_job_sends_no_signal(state: AppState) -> None:
-    """A refused job has not started."""
-    heard: list[object] = []
+    """``job_started`` is not sent for a refused job."""
+    received: list[object] = []
 
-    def hear(app: Flask, job: JobSpec) -> None:
-        heard.append(job)
+    def receive(app: Flask, job: JobSpec) -> None:
+        received.append(job)
 
-    with job_started.connected_to(hear):
+    with job_started.connected_to(receive):
         run_spec(state, make_spec(target="os.system", parameters=["true"]))
-    assert heard == []
+    assert received == []
 
 
-@pytest.mark.parametrize("source", ["def broken(:", "raise ValueError", "raise SystemExit(3)", ""])
-def test_name_that_cannot_be_imported(state: AppState, make_module: Any, source: str) -> None:
-    """An allowed name that is gone or cannot be imported fails for good: a retry is no help."""
+@pytest.mark.parametrize("source", ["def fail(:", "raise ValueError", "raise SystemExit(3)", ""])
+def test_unimportable_name_fails_without_retry(
+    state: AppState, make_module: Any, source: str
+) -> None:
+    """An allowed name that cannot be imported fails the job without a retry."""
     module = make_module(source)
     allow(state, f"{module}.job")
     outcome = run_spec(state, make_spec(target=f"{module}.job"))
@@ -269,8 +275,8 @@ def test_name_that_cannot_be_imported(state: AppState, make_module: Any, source:
     "text",
     ["", "{", "nope", '[{"__bgjobs__":"pickle","v":""}]', '[{"__bgjobs__":"uuid","v":5}]'],
 )
-def test_parameters_that_cannot_be_read(text: str, state: AppState, bgjobs: Any) -> None:
-    """Parameters that somebody broke in the database fail the job for good."""
+def test_unreadable_parameters_fail_without_retry(text: str, state: AppState, bgjobs: Any) -> None:
+    """Corrupt parameters in the database fail the job without a retry."""
     bgjobs.job(name="unit.any")(lambda *args: None)
     outcome = run_spec(state, make_spec(target="unit.any", parameters_json=text))
     assert outcome.kind is OutcomeKind.FAILED_FINALLY
@@ -278,29 +284,29 @@ def test_parameters_that_cannot_be_read(text: str, state: AppState, bgjobs: Any)
 
 
 @pytest.mark.parametrize("parameters", [[], [1, 2], {"b": 1}])
-def test_parameters_that_do_not_fit(parameters: Any, attempt: Attempt) -> None:
-    """Parameters that do not fit the function are a failure like any other."""
+def test_parameters_that_do_not_match_signature(parameters: Any, attempt: Attempt) -> None:
+    """Parameters that do not match the signature fail the attempt like any exception."""
     outcome = attempt(lambda a: a, parameters)
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.error_type == "TypeError"
 
 
-# What an exception may hold
+# Exceptions
 
 
-class BrokenText(Exception):
+class FailingStr(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
     __repr__ = __str__
 
 
-class ExitsInText(Exception):
+class ExitingStr(Exception):
     def __str__(self) -> str:
         raise SystemExit(3)
 
 
-class NoText(Exception):
+class NonStringStr(Exception):
     def __str__(self) -> Any:
         return 5
 
@@ -311,9 +317,9 @@ class TwoArguments(Exception):
         self.code = code
 
 
-@pytest.mark.parametrize("error", [BrokenText(), ExitsInText(), NoText()])
-def test_message_that_cannot_be_read(error: Exception, attempt: Attempt) -> None:
-    """An exception whose ``__str__`` fails is told by its type, and says why it has no text."""
+@pytest.mark.parametrize("error", [FailingStr(), ExitingStr(), NonStringStr()])
+def test_unreadable_message(error: Exception, attempt: Attempt) -> None:
+    """If ``__str__`` fails, the error has the exception's type and why it has no message."""
     outcome = attempt(raising(error))
     assert outcome.kind is OutcomeKind.FAILED
     assert (outcome.error or "").startswith(
@@ -322,7 +328,7 @@ def test_message_that_cannot_be_read(error: Exception, attempt: Attempt) -> None
     assert type(error).__name__ in (outcome.traceback or "")
 
 
-def test_message_with_text_that_no_database_takes(attempt: Attempt) -> None:
+def test_unstorable_characters_are_replaced(attempt: Attempt) -> None:
     """NUL and lone surrogates in an error or traceback are replaced."""
     outcome = attempt(raising(ValueError("a\0b\ud800c")))
     assert outcome.error == "ValueError: a\ufffdb\ufffdc"
@@ -331,11 +337,11 @@ def test_message_with_text_that_no_database_takes(attempt: Attempt) -> None:
         assert "\0" not in text
 
 
-def test_name_of_a_class_that_no_database_takes(attempt: Attempt) -> None:
-    """A class name of any length and content is cut and made storable as well."""
-    strange = type("Odd", (Exception,), {})
-    strange.__qualname__ = "Odd\0" + "x" * 1_000
-    outcome = attempt(raising(strange("no")))
+def test_unstorable_class_name(attempt: Attempt) -> None:
+    """An exception's class name is shortened, and characters that cannot be stored are replaced."""
+    unusual = type("Odd", (Exception,), {})
+    unusual.__qualname__ = "Odd\0" + "x" * 1_000
+    outcome = attempt(raising(unusual("no")))
     assert outcome.error_type is not None
     assert outcome.error_type.startswith("Odd\ufffdxxx")
     assert len(outcome.error_type) <= 255
@@ -343,7 +349,7 @@ def test_name_of_a_class_that_no_database_takes(attempt: Attempt) -> None:
 
 
 def test_huge_message(attempt: Attempt) -> None:
-    """A message of 50 MB is cut, head and tail kept, and takes no noticeable time."""
+    """A message of 50 MB is shortened in linear time, and its head and tail are kept."""
     error = ValueError("begin" + "x" * 50_000_000 + "the end")
     began = time.monotonic()
     outcome = attempt(raising(error))
@@ -356,15 +362,15 @@ def test_huge_message(attempt: Attempt) -> None:
     assert len(outcome.traceback) < 70_000
 
 
-def test_two_argument_init(attempt: Attempt) -> None:
-    """An exception that could not be made again from its message is no trouble."""
+def test_exception_with_two_arguments(attempt: Attempt) -> None:
+    """An exception whose ``__init__`` needs more than a message can be recorded."""
     outcome = attempt(raising(TwoArguments(5, "no")))
     assert outcome.error == "TwoArguments: (5, 'no')"
 
 
 @pytest.mark.parametrize("length", [3, 700])
-def test_chain(length: int, attempt: Attempt) -> None:
-    """A chain of hundreds of exceptions is cut, and takes no noticeable time."""
+def test_exception_chain_is_shortened(length: int, attempt: Attempt) -> None:
+    """A chain of hundreds of exceptions is shortened in linear time."""
 
     def job() -> None:
         error: Exception = ValueError("first")
@@ -385,8 +391,8 @@ def test_chain(length: int, attempt: Attempt) -> None:
     assert ("ValueError: first" in outcome.traceback) is (length == 3)
 
 
-def test_chain_of_contexts(attempt: Attempt) -> None:
-    """A long chain that nobody wrote with ``from`` is cut as well."""
+def test_implicit_exception_chain_is_shortened(attempt: Attempt) -> None:
+    """A long chain of implicit contexts (without ``from``) is shortened too."""
 
     def job() -> None:
         error: Exception = ValueError("first")
@@ -402,8 +408,8 @@ def test_chain_of_contexts(attempt: Attempt) -> None:
     assert "ValueError: first" not in (outcome.traceback or "")
 
 
-def test_chain_that_is_a_ring(attempt: Attempt) -> None:
-    """Exceptions that name each other as their cause end somewhere."""
+def test_circular_exception_chain(attempt: Attempt) -> None:
+    """A circular chain of causes is recorded without an endless loop."""
 
     def job() -> None:
         first, second = ValueError("first"), ValueError("second")
@@ -413,8 +419,8 @@ def test_chain_that_is_a_ring(attempt: Attempt) -> None:
     assert attempt(job).error == "ValueError: first"
 
 
-def test_chain_of_frozen_exceptions(attempt: Attempt) -> None:
-    """Exceptions that refuse to be changed, in a long chain, are told like others."""
+def test_chain_of_immutable_exceptions(attempt: Attempt) -> None:
+    """A long chain of exceptions that reject attribute changes is recorded like any other."""
 
     class Frozen(Exception):
         def __setattr__(self, name: str, value: object) -> None:
@@ -435,7 +441,7 @@ def test_chain_of_frozen_exceptions(attempt: Attempt) -> None:
 
 
 def test_deep_recursion(attempt: Attempt) -> None:
-    """A job that recurses without end fails, with a traceback of bounded length."""
+    """A job with endless recursion fails, and its traceback has a limited length."""
 
     def job() -> None:
         job()
@@ -445,12 +451,12 @@ def test_deep_recursion(attempt: Attempt) -> None:
     assert len(outcome.traceback or "") < 70_000
 
 
-def frames(outcome: Outcome) -> list[str]:
+def frame_lines(outcome: Outcome) -> list[str]:
     return [line for line in (outcome.traceback or "").splitlines() if line.startswith("  File")]
 
 
-def test_traceback_starts_at_the_job(attempt: Attempt) -> None:
-    """A traceback begins with the job's own code; our frames are not in it."""
+def test_traceback_starts_in_job_code(attempt: Attempt) -> None:
+    """A traceback starts in the job's code, without frames of the library."""
 
     def helper() -> None:
         raise ValueError("no")
@@ -458,12 +464,12 @@ def test_traceback_starts_at_the_job(attempt: Attempt) -> None:
     def job() -> None:
         helper()
 
-    shown = frames(attempt(job))
-    assert [line.rpartition(" in ")[2] for line in shown] == ["job", "helper"]
+    lines = frame_lines(attempt(job))
+    assert [line.rpartition(" in ")[2] for line in lines] == ["job", "helper"]
 
 
-def test_traceback_of_a_coroutine_starts_at_the_job(attempt: Attempt) -> None:
-    """The frames of asyncio's and ours are not in the traceback of an ``async def`` job."""
+def test_coroutine_traceback_starts_in_job_code(attempt: Attempt) -> None:
+    """The traceback of an ``async def`` job has no frames of asyncio or the library."""
 
     async def helper() -> None:
         raise ValueError("no")
@@ -471,15 +477,15 @@ def test_traceback_of_a_coroutine_starts_at_the_job(attempt: Attempt) -> None:
     async def job() -> None:
         await helper()
 
-    shown = frames(attempt(job))
-    assert [line.rpartition(" in ")[2] for line in shown] == ["job", "helper"]
+    lines = frame_lines(attempt(job))
+    assert [line.rpartition(" in ")[2] for line in lines] == ["job", "helper"]
 
 
 # Results
 
 
 @pytest.mark.parametrize(
-    ("result", "named"),
+    ("result", "message"),
     [
         (object(), "result: object cannot be stored"),
         ({"order": {"total": math.nan}}, "result.order.total: nan"),
@@ -492,16 +498,16 @@ def test_traceback_of_a_coroutine_starts_at_the_job(attempt: Attempt) -> None:
     ],
     ids=["object", "nan", "inf", "key", "surrogate", "large", "digits", "iterator"],
 )
-def test_result_that_cannot_be_stored(result: object, named: str, attempt: Attempt) -> None:
-    """A result that is not JSON, not a number or too large fails for good, naming the value."""
+def test_unstorable_result(result: object, message: str, attempt: Attempt) -> None:
+    """A result that JSON cannot hold fails the job without a retry; the error has its path."""
     outcome = attempt(lambda: result)
     assert outcome.kind is OutcomeKind.FAILED_FINALLY
-    assert named in (outcome.error or "")
+    assert message in (outcome.error or "")
     assert outcome.result_json is None
 
 
-def test_meta_that_cannot_be_stored(attempt: Attempt) -> None:
-    """Meta that cannot be stored fails the job for good as well."""
+def test_unstorable_meta(attempt: Attempt) -> None:
+    """``meta`` that cannot be stored fails the job without a retry."""
 
     def job() -> None:
         current_job.meta["bad"] = math.nan
@@ -511,14 +517,14 @@ def test_meta_that_cannot_be_stored(attempt: Attempt) -> None:
     assert "current_job.meta.bad: nan" in (outcome.error or "")
 
 
-# The words of a job
+# Retry, Snooze and Fail
 
 
 @pytest.mark.parametrize(
     ("delay", "seconds"), [(None, 5.0), (0, 0.0), (7, 7.0), (dt.timedelta(minutes=1), 60.0)]
 )
 def test_retry(delay: Any, seconds: float, attempt: Attempt) -> None:
-    """``Retry`` asks for another attempt, after its own delay or the job's."""
+    """``Retry`` retries the job after its own delay, or after the job's retry delay."""
     outcome = attempt(raising(Retry("busy", delay=delay)))
     assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.RETRY, seconds)
     assert outcome.error == "Retry: busy"
@@ -526,52 +532,52 @@ def test_retry(delay: Any, seconds: float, attempt: Attempt) -> None:
 
 @pytest.mark.parametrize("delay", [0, 7.5, dt.timedelta(minutes=1)])
 def test_snooze(delay: Any, attempt: Attempt) -> None:
-    """``Snooze`` asks for another attempt after its delay."""
+    """``Snooze`` runs the job again after the given delay."""
     outcome = attempt(raising(Snooze(delay)))
     seconds = delay.total_seconds() if isinstance(delay, dt.timedelta) else delay
     assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.SNOOZED, seconds)
 
 
-@pytest.mark.parametrize("delay", NO_DURATIONS, ids=lambda delay: type(delay).__name__)
-def test_bad_delay_of_retry(delay: Any, attempt: Attempt) -> None:
-    """A delay that is no duration counts as not given: the job's own delay holds."""
+@pytest.mark.parametrize("delay", INVALID_DURATIONS, ids=lambda delay: type(delay).__name__)
+def test_retry_ignores_invalid_delay(delay: Any, attempt: Attempt) -> None:
+    """``Retry`` with an invalid delay uses the job's retry delay."""
     outcome = attempt(raising(Retry("busy", delay=delay)))
     assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.RETRY, 5.0)
 
 
-@pytest.mark.parametrize("delay", NO_DURATIONS, ids=lambda delay: type(delay).__name__)
-def test_bad_delay_of_snooze(delay: Any, attempt: Attempt) -> None:
-    """A snooze whose delay is no duration is due at once, and uses no retry either."""
+@pytest.mark.parametrize("delay", INVALID_DURATIONS, ids=lambda delay: type(delay).__name__)
+def test_snooze_with_invalid_delay(delay: Any, attempt: Attempt) -> None:
+    """``Snooze`` with an invalid delay makes the job due at once, and uses no retry."""
     outcome = attempt(raising(Snooze(delay)))
     assert (outcome.kind, outcome.delay_seconds) == (OutcomeKind.SNOOZED, 0.0)
 
 
-def test_fail(attempt: Attempt) -> None:
-    """``Fail`` ends the job whatever retries are left."""
+def test_fail_ignores_retries(attempt: Attempt) -> None:
+    """``Fail`` fails the job even if retries are left."""
     outcome = attempt(raising(Fail("no such order")))
     assert (outcome.kind, outcome.error) == (OutcomeKind.FAILED_FINALLY, "Fail: no such order")
 
 
 class Busy(Retry):
-    def __init__(self) -> None:  # leaves out what Retry sets
+    def __init__(self) -> None:  # does not set the attributes of Retry
         Exception.__init__(self, "busy")
 
 
-class NoOrder(Fail):
+class OrderMissing(Fail):
     pass
 
 
-def test_subclasses_of_the_words(attempt: Attempt) -> None:
-    """A subclass says the same, and one that forgot to call its base raises nothing out of us."""
-    assert attempt(raising(NoOrder("no"))).kind is OutcomeKind.FAILED_FINALLY
+def test_subclasses_of_retry_and_fail(attempt: Attempt) -> None:
+    """Subclasses work like their base class, even if they do not call its ``__init__``."""
+    assert attempt(raising(OrderMissing("no"))).kind is OutcomeKind.FAILED_FINALLY
     assert attempt(raising(Busy())).kind in (OutcomeKind.RETRY, OutcomeKind.FAILED)
 
 
 # Coroutines
 
 
-def test_coroutine(attempt: Attempt) -> None:
-    """An ``async def`` job is awaited, inside the app context and with its current job."""
+def test_async_job(attempt: Attempt) -> None:
+    """An ``async def`` job is awaited inside the app context, with ``current_job`` set."""
 
     async def job(value: int) -> list[Any]:
         await asyncio.sleep(0)
@@ -580,8 +586,8 @@ def test_coroutine(attempt: Attempt) -> None:
     assert attempt(job, [5]).result_json == '[5,42,"shop"]'
 
 
-def test_coroutine_that_raises(attempt: Attempt) -> None:
-    """The exception of an ``async def`` job is the attempt's; so are its words."""
+def test_exceptions_of_async_job(attempt: Attempt) -> None:
+    """Exceptions of an ``async def`` job, including ``Snooze``, decide the outcome."""
 
     async def fail() -> None:
         raise ValueError("no")
@@ -598,28 +604,28 @@ def test_coroutine_that_raises(attempt: Attempt) -> None:
     ("stop", "kind"),
     [(JobCancelled, OutcomeKind.CANCELLED), (JobTimeout, OutcomeKind.TIMEOUT)],
 )
-def test_coroutine_is_stopped(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
-    """An ``async def`` job is stopped where it awaits, and may await in its clean-up."""
-    window, cleaned = InterruptScope(), []  # type: ignore[var-annotated]
+def test_interrupted_async_job(stop: Any, kind: OutcomeKind, attempt: Attempt) -> None:
+    """An ``async def`` job is interrupted where it awaits, and its cleanup may await."""
+    scope, cleaned = InterruptScope(), []  # type: ignore[var-annotated]
 
     async def job() -> None:
         loop = asyncio.get_running_loop()
-        interrupter = loop.run_in_executor(None, window.interrupt, stop)
+        interrupter = loop.run_in_executor(None, scope.interrupt, stop)
         try:
             await asyncio.sleep(60)
         finally:
             await interrupter
             cleaned.append(1)
 
-    assert attempt(job, window=window).kind is kind
+    assert attempt(job, scope=scope).kind is kind
     assert cleaned == [1]
 
 
-# What surrounds the code
+# App context, session, signals and threads
 
 
-def test_app_context(attempt: Attempt, host: Flask) -> None:
-    """Each attempt has an app context of its own, which is gone after it."""
+def test_own_app_context(attempt: Attempt, host: Flask) -> None:
+    """Each attempt runs in its own app context, which is popped afterwards."""
     seen: list[Any] = []
 
     def job() -> None:
@@ -634,23 +640,23 @@ def test_app_context(attempt: Attempt, host: Flask) -> None:
     assert seen[0] is not seen[2]
 
 
-def test_app_context_after_a_failure(attempt: Attempt) -> None:
-    """The context is gone after a failure as well, also one that no ``Exception`` is."""
+def test_app_context_is_popped_after_failure(attempt: Attempt) -> None:
+    """The app context is popped after any exception, including a ``BaseException``."""
     for error in (ValueError(), SystemExit(), JobTimeout()):
         attempt(raising(error))
         assert not flask.has_app_context()
 
 
-def test_current_job(attempt: Attempt) -> None:
-    """``current_job`` is there inside the code, and not after, whatever happened."""
+def test_current_job_during_attempt(attempt: Attempt) -> None:
+    """``current_job`` is set only while the code runs, even if the code fails."""
     assert attempt(lambda: [current_job.id, current_job.attempt], attempt=3).result_json == "[42,3]"
     assert not current_job
     attempt(raising(SystemExit()))
     assert not current_job
 
 
-def test_report(attempt: Attempt) -> None:
-    """The outcome carries what the code told, also when it failed."""
+def test_report_of_failed_job(attempt: Attempt) -> None:
+    """The outcome of a failed job has its progress, meta and log lines."""
 
     def job() -> None:
         current_job.progress(0.5, "half")
@@ -664,35 +670,35 @@ def test_report(attempt: Attempt) -> None:
 
 @pytest.fixture
 def table(host: Flask, bgjobs: Any, database: SQLAlchemy) -> sa.Table:
-    """A table of the host's on its in-memory database."""
+    """A table of the host app in its in-memory database."""
     table = sa.Table("orders", database.metadata, sa.Column("id", sa.Integer, primary_key=True))
     with host.app_context():
         database.create_all()
     return table
 
 
-def count(table: sa.Table, host: Flask, database: SQLAlchemy) -> int:
+def count_rows(table: sa.Table, host: Flask, database: SQLAlchemy) -> int:
     with host.app_context():
         return int(database.session.scalar(sa.select(sa.func.count()).select_from(table)) or 0)
 
 
-def leave_open(database: SQLAlchemy, table: sa.Table) -> None:
+def leave_transaction_open(database: SQLAlchemy, table: sa.Table) -> None:
     database.session.execute(table.insert())
 
 
-def leave_broken(database: SQLAlchemy, table: sa.Table) -> None:
+def leave_transaction_failed(database: SQLAlchemy, table: sa.Table) -> None:
     database.session.execute(table.insert().values(id=1))
     database.session.execute(table.insert().values(id=1))
 
 
-@pytest.mark.parametrize("leave", [leave_open, leave_broken])
-def test_next_job_starts_clean(
+@pytest.mark.parametrize("leave", [leave_transaction_open, leave_transaction_failed])
+def test_next_job_has_fresh_session(
     leave: Any, attempt: Attempt, table: sa.Table, host: Flask, database: SQLAlchemy
 ) -> None:
-    """A transaction left open or broken is rolled back; the next job has a fresh session."""
+    """An open or failed transaction is rolled back, and the next job has a fresh session."""
     attempt(lambda: leave(database, table))
     assert not database.session.registry.registry
-    assert count(table, host, database) == 0
+    assert count_rows(table, host, database) == 0
 
     def next_job() -> bool:
         clean = not database.session().in_transaction()
@@ -701,16 +707,16 @@ def test_next_job_starts_clean(
         return clean
 
     assert attempt(next_job).result_json == "true"
-    assert count(table, host, database) == 1
+    assert count_rows(table, host, database) == 1
 
 
-def test_teardown_that_raises(
+def test_failing_teardown_is_logged(
     attempt: Attempt, host: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A teardown function of the host's that raises is logged and changes no outcome."""
+    """An exception in the host's teardown function is logged and does not change the outcome."""
 
     @host.teardown_appcontext
-    def broken(_error: BaseException | None) -> None:
+    def fail(_error: BaseException | None) -> None:
         raise RuntimeError("teardown")
 
     assert attempt(lambda: 5).result_json == "5"
@@ -721,56 +727,56 @@ def test_teardown_that_raises(
     assert not current_job
 
 
-def test_session_is_removed_although_a_teardown_raises(
+def test_session_is_removed_after_failing_teardown(
     attempt: Attempt, table: sa.Table, host: Flask, database: SQLAlchemy
 ) -> None:
-    """A teardown of the host's that raises leaves no session for the next job."""
+    """If the host's teardown function raises, the session is still removed."""
 
     @host.teardown_appcontext
-    def broken(_error: BaseException | None) -> None:
+    def fail(_error: BaseException | None) -> None:
         raise RuntimeError("teardown")
 
-    attempt(lambda: leave_open(database, table))
+    attempt(lambda: leave_transaction_open(database, table))
     assert not database.session.registry.registry
 
 
-def test_started_signal(attempt: Attempt, host: Flask) -> None:
-    """``job_started`` is sent once, before the code, with the app and the spec."""
-    heard: list[Any] = []
+def test_job_started_signal(attempt: Attempt, host: Flask) -> None:
+    """``job_started`` is sent once, before the code runs, with the app and the job's spec."""
+    received: list[Any] = []
 
-    def hear(app: Flask, job: JobSpec) -> None:
-        heard.append((app, job.id, current_job.id))
+    def receive(app: Flask, job: JobSpec) -> None:
+        received.append((app, job.id, current_job.id))
 
-    with job_started.connected_to(hear):
-        attempt(lambda: heard.append("code"))
-    assert heard == [(host, 42, 42), "code"]
+    with job_started.connected_to(receive):
+        attempt(lambda: received.append("code"))
+    assert received == [(host, 42, 42), "code"]
 
 
-def test_receiver_that_raises(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
-    """A receiver of ``job_started`` that raises is logged and changes no outcome."""
+def test_failing_receiver_is_logged(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in a receiver of ``job_started`` is logged and does not change the outcome."""
 
-    def broken(app: Flask, job: JobSpec) -> None:
+    def fail(app: Flask, job: JobSpec) -> None:
         raise RuntimeError("receiver")
 
-    with job_started.connected_to(broken):
+    with job_started.connected_to(fail):
         assert attempt(lambda: 5).result_json == "5"
     assert "A receiver of bgjobs-job-started raised" in caplog.text
 
 
-def test_window_covers_the_code_alone(attempt: Attempt, host: Flask) -> None:
-    """While the host's teardown and the end of the session run, nothing can be interrupted."""
-    window, answers = InterruptScope(), []  # type: ignore[var-annotated]
+def test_teardown_cannot_be_interrupted(attempt: Attempt, host: Flask) -> None:
+    """The host's teardown functions run outside the interrupt scope."""
+    scope, answers = InterruptScope(), []  # type: ignore[var-annotated]
 
     @host.teardown_appcontext
-    def late(_error: BaseException | None) -> None:
-        answers.append(window.interrupt(JobCancelled))
+    def interrupt(_error: BaseException | None) -> None:
+        answers.append(scope.interrupt(JobCancelled))
 
-    assert attempt(lambda: 5, window=window).kind is OutcomeKind.COMPLETED
+    assert attempt(lambda: 5, scope=scope).kind is OutcomeKind.COMPLETED
     assert answers == [False]
 
 
-def test_in_several_threads_at_once(attempt: Attempt) -> None:
-    """Jobs that run side by side see only themselves."""
+def test_parallel_jobs_are_isolated(attempt: Attempt) -> None:
+    """Jobs in parallel threads have their own ``g`` and ``current_job``."""
     gate, outcomes = threading.Barrier(4), {}  # type: ignore[var-annotated]
 
     def job(number: int) -> list[int]:
@@ -791,17 +797,16 @@ def test_in_several_threads_at_once(attempt: Attempt) -> None:
     }
 
 
-tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
+tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="default")
 
 
-def test_context_variables_end_with_the_attempt(attempt: Attempt) -> None:
-    """What a job sets in its context is seen by its own code only; what was set before is seen by
-    the job as well."""
+def test_context_variables_are_reset(attempt: Attempt) -> None:
+    """A job sees the caller's context variables, but its changes end with the attempt."""
     seen = []
 
     def job() -> None:
         seen.append(tenant.get())
-        tenant.set("somebody")
+        tenant.set("the job's")
         decimal.getcontext().prec = 5
         seen.append(tenant.get())
 
@@ -818,21 +823,23 @@ def test_context_variables_end_with_the_attempt(attempt: Attempt) -> None:
         assert tenant.get() == "the caller's"
     finally:
         tenant.reset(token)
-    assert seen == ["the caller's", "somebody", "the caller's", "somebody", "somebody"]
+    assert seen == ["the caller's", "the job's", "the caller's", "the job's", "the job's"]
     assert decimal.getcontext().prec == precision
 
 
-def test_alarm_and_blocked_signals_end_with_the_attempt(attempt: Attempt) -> None:
-    """An alarm that the job has set is turned off, and signals that it has blocked are not blocked
-    any more; an alarm of the caller stays."""
+def test_alarm_and_signal_mask_are_reset(attempt: Attempt) -> None:
+    """After an attempt, its alarm is off and its blocked signals are unblocked.
+
+    An alarm set by the caller is kept.
+    """
 
     def job() -> None:
         signal.setitimer(signal.ITIMER_REAL, 600)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         raise ValueError
 
-    # There may be one by which the test itself would be ended.
-    former = signal.setitimer(signal.ITIMER_REAL, 0)
+    # pytest may have set an alarm to stop a test that hangs.
+    previous = signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         assert attempt(job).kind is OutcomeKind.FAILED
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -841,20 +848,22 @@ def test_alarm_and_blocked_signals_end_with_the_attempt(attempt: Attempt) -> Non
         attempt(lambda: None)
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *former)
+        signal.setitimer(signal.ITIMER_REAL, *previous)
 
 
 SECRET = "".join(f"k{number:04}" for number in range(720))
-"""3,600 characters, each part of which can be told."""
+"""3,600 characters in 720 different parts, so that any stored part can be found."""
 
 
-def parts_of_secret(text: str | None) -> list[str]:
+def secret_parts(text: str | None) -> list[str]:
     return [part for part in re.findall("k[0-9]{4}", text or "") if part in SECRET]
 
 
-def test_secrets_are_masked_before_they_are_cut(attempt: Attempt) -> None:
-    """Neither error nor traceback, note or line that is stored holds a part of a secret, also where
-    the secret is longer than what is kept of the text."""
+def test_secrets_are_masked_before_shortening(attempt: Attempt) -> None:
+    """Error, traceback, note and log lines hold no part of a secret.
+
+    This is true even if the secret is longer than the stored text.
+    """
 
     def job(user: str, private_key: str) -> None:
         current_job.progress(0.5, "n" * 240 + private_key)
@@ -866,36 +875,36 @@ def test_secrets_are_masked_before_they_are_cut(attempt: Attempt) -> None:
 
     outcome = attempt(job, ["ann", SECRET])
     assert outcome.error == "RuntimeError: '***' is not good"
-    assert parts_of_secret(outcome.traceback) == []
+    assert secret_parts(outcome.traceback) == []
     assert outcome.report is not None
     assert outcome.report.lines == ("log of ann ***",)
     assert outcome.report.progress_note == "n" * 240 + "***"
     outcome = attempt(raising(ValueError("x" * 1_900 + SECRET)), {})
-    # Nobody could know that this one is a secret.
-    assert parts_of_secret(outcome.error)
+    # Without a parameter of that name, nothing marks this text as a secret.
+    assert secret_parts(outcome.error)
 
 
-def test_a_long_secret_on_the_cut_of_an_error(attempt: Attempt) -> None:
-    """Wherever a secret stands in an error that is too long, no part of it is stored."""
+def test_secret_across_shortened_part(attempt: Attempt) -> None:
+    """No part of a secret is stored, at whatever position the error is shortened."""
 
     def job(token: str, before: int) -> None:
         raise ValueError("x" * before + token + "y" * 3_000)
 
     for before in range(0, 3_000, 97):
         outcome = attempt(job, [SECRET, before])
-        assert parts_of_secret(outcome.error) == []
-        assert parts_of_secret(outcome.traceback) == []
+        assert secret_parts(outcome.error) == []
+        assert secret_parts(outcome.traceback) == []
 
 
-def test_what_cannot_be_masked_is_not_shown(
+def test_failing_redactor_masks_everything(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault while a text is masked costs the text and not the attempt."""
+    """If masking fails, the whole text is masked and the outcome stays the same."""
 
-    def fail(*_: object) -> None:
+    def fail_to_mask(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("flask_bgjobs.job.redact.Redactor.masker", fail)
+    monkeypatch.setattr("flask_bgjobs.job.redact.Redactor.masker", fail_to_mask)
 
     def job(note: str) -> None:
         current_job.log(note)
@@ -907,25 +916,28 @@ def test_what_cannot_be_masked_is_not_shown(
     assert outcome.report.lines == ("***",)
 
 
-def test_an_alarm_of_other_code_in_the_process_stays(attempt: Attempt) -> None:
-    """Beside a worker inside a web process, a request may set an alarm while a job runs."""
-    former = signal.setitimer(signal.ITIMER_REAL, 0)
-    begun, alarm_set = threading.Event(), threading.Event()
+def test_alarm_of_other_thread_is_kept(attempt: Attempt) -> None:
+    """An alarm that another thread sets while a job runs is kept.
+
+    In a web process, a request may set one.
+    """
+    previous = signal.setitimer(signal.ITIMER_REAL, 0)
+    started, alarm_set = threading.Event(), threading.Event()
 
     def job() -> None:
-        begun.set()
+        started.set()
         assert alarm_set.wait(30)
 
     try:
         thread = threading.Thread(target=attempt, args=[job])
         thread.start()
-        assert begun.wait(30)
+        assert started.wait(30)
         signal.setitimer(signal.ITIMER_REAL, 600)
         alarm_set.set()
         thread.join()
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *former)
+        signal.setitimer(signal.ITIMER_REAL, *previous)
 
 
 @pytest.mark.parametrize(
@@ -937,10 +949,10 @@ def test_an_alarm_of_other_code_in_the_process_stays(attempt: Attempt) -> None:
         "import no_module",
     ],
 )
-def test_whatever_an_import_raises(
+def test_import_raises_base_exception(
     make_module: Callable[[str], str], state: AppState, statement: str
 ) -> None:
-    """A module that raises anything when it is imported fails its job, and nothing else."""
+    """Any exception during the import fails only that job."""
     module = make_module(f"{statement}\ndef job(): ...")
     allow(state, f"{module}.job")
     outcome = run_spec(state, make_spec(target=f"{module}.job"))
@@ -948,25 +960,27 @@ def test_whatever_an_import_raises(
     assert outcome.error
 
 
-class Hostile:
+class FailingComparison:
     def __eq__(self, other: object) -> bool:
         raise LookupError("not comparable")
 
 
-def test_meta_that_raises(attempt: Attempt) -> None:
-    """A ``meta`` that raises when it is looked at fails its job, and nothing else."""
+def test_meta_raises_on_comparison(attempt: Attempt) -> None:
+    """A ``meta`` whose comparison raises fails only that job."""
 
     def job() -> None:
-        current_job.meta = Hostile()  # type: ignore[assignment]
+        current_job.meta = FailingComparison()  # type: ignore[assignment]
 
     error = attempt(job).error
     assert error is not None
     assert error.startswith("NotSerializable: current_job.meta: ")
 
 
-def test_names_of_positional_parameters(attempt: Attempt) -> None:
-    """The outcome brings the names of positional parameters, by which a log masks secrets; of
-    keyword parameters they are known."""
+def test_positional_parameter_names(attempt: Attempt) -> None:
+    """The outcome has the names of positional parameters, which the log uses to mask secrets.
+
+    Keyword parameters need no names.
+    """
 
     def job(user: str, /, password: str = "", *token: str, note: str = "") -> None: ...
 

@@ -1,4 +1,4 @@
-"""Failed attempts, reported where they ran."""
+"""Failed attempts are logged and passed to ``on_failure`` functions where they run."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ Call = tuple[JobSpec, BaseException, bool]
 
 @pytest.fixture
 def calls(bgjobs: BgJobs) -> list[Call]:
-    """What a function for failed attempts was called with."""
+    """The arguments of all calls to an ``on_failure`` function."""
     calls: list[Call] = []
 
     @bgjobs.on_failure
-    def note(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+    def on_failure(job: JobSpec, exception: BaseException, *, final: bool) -> None:
         calls.append((job, exception, final))
 
     return calls
@@ -58,14 +58,14 @@ def raising(error: BaseException) -> Callable[..., None]:
     return job
 
 
-def run(state: AppState, spec: JobSpec, window: InterruptScope) -> Outcome:
+def run(state: AppState, spec: JobSpec, scope: InterruptScope) -> Outcome:
     job = CurrentJob(spec)
-    outcome = execute(state, spec, job, window, time.monotonic())
+    outcome = execute(state, spec, job, scope, time.monotonic())
     job.report_failure()
     return outcome
 
 
-def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+def warning_records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -84,7 +84,7 @@ def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     ],
     ids=repr,
 )
-def test_a_failed_attempt_is_one_record_with_its_exception(
+def test_failed_attempt_writes_one_record(
     error: BaseException,
     options: dict[str, Any],
     final: bool,
@@ -92,9 +92,12 @@ def test_a_failed_attempt_is_one_record_with_its_exception(
     calls: list[Call],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The record has the exception and what it belongs to, and the function gets the same."""
+    """A failed attempt writes one record with the exception.
+
+    The ``on_failure`` function receives the same exception.
+    """
     outcome = attempt(raising(error), **options)
-    (record,) = failures(caplog)
+    (record,) = warning_records(caplog)
     assert record.levelno == (logging.ERROR if final else logging.WARNING)
     assert record.getMessage().startswith(
         "Job failed |" if final else "Job failed and will retry |"
@@ -103,91 +106,89 @@ def test_a_failed_attempt_is_one_record_with_its_exception(
     assert record.exc_info[:2] == (type(error), error)
     assert [frame.name for frame in traceback.extract_tb(record.exc_info[2])] == ["job"]
     fields = vars(record)
-    told = [fields[f"bgjobs_{name}"] for name in ("job", "class", "queue", "attempt")]
-    assert told == [42, fields["bgjobs_class"], "default", 1]
+    logged = [fields[f"bgjobs_{name}"] for name in ("job", "class", "queue", "attempt")]
+    assert logged == [42, fields["bgjobs_class"], "default", 1]
     ((job, exception, is_final),) = calls
     assert (job.id, exception, is_final) == (42, error, final)
     assert outcome.is_reported
 
 
 @pytest.mark.parametrize("ending", [None, Snooze(1), JobCancelled()], ids=repr)
-def test_what_has_not_failed_is_not_reported(
+def test_other_outcomes_are_not_reported(
     ending: BaseException | None,
     attempt: Attempt,
     calls: list[Call],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Neither a job that completes, nor one that is snoozed or cancelled."""
+    """Completed, snoozed and cancelled jobs are not reported as failures."""
     outcome = attempt(raising(ending) if ending else lambda: None)
-    assert (calls, failures(caplog), outcome.is_reported) == ([], [], False)
+    assert (calls, warning_records(caplog), outcome.is_reported) == ([], [], False)
 
 
-def test_what_a_cancel_made_a_job_raise_is_not_reported(
+def test_exception_after_interrupt_is_not_reported(
     state: AppState, calls: list[Call], attempt: Attempt, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A job that raises something else when it is cancelled or given back has not failed."""
-    spec = make_spec(target="nobody.knows")
-    window = InterruptScope()
-    window.interrupt(JobCancelled)
-    outcome = run(state, spec, window)
+    """An exception raised after an interruption is not reported as a failure."""
+    spec = make_spec(target="unknown.job")
+    scope = InterruptScope()
+    scope.interrupt(JobCancelled)
+    outcome = run(state, spec, scope)
     assert outcome.kind is OutcomeKind.REFUSED
-    assert (calls, failures(caplog)) == ([], [])
+    assert (calls, warning_records(caplog)) == ([], [])
 
 
-def test_a_refused_name_is_reported(
+def test_refused_name_is_reported(
     state: AppState, calls: list[Call], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A name that the worker's allow-list does not hold keeps its own stage."""
+    """A name that is not in the worker's allow-list is logged with its own message."""
     state.registry = Registry((), {})
     spec = make_spec(target="os.system")
     run(state, spec, InterruptScope())
-    (record,) = failures(caplog)
+    (record,) = warning_records(caplog)
     assert record.getMessage().startswith("Unauthorized or invalid job class/method |")
     assert [final for _, _, final in calls] == [True]
 
 
-def test_the_traceback_in_the_log_is_masked(
-    attempt: Attempt, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Formatters print the masked text, with control characters as escapes."""
+def test_logged_traceback_is_masked(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
+    """The formatted traceback is masked, and its control characters are escaped."""
 
     def login(user: str, password: str) -> None:
         raise ValueError(f"{user} cannot log in with {password}\x1b[31m")
 
     attempt(login, ["ann", "hunter2-and-more"])
-    (record,) = failures(caplog)
+    (record,) = warning_records(caplog)
     text = logging.Formatter("%(message)s").format(record)
     assert "in login" in text
     assert "ann cannot log in with ***\\x1b[31m" in text
     assert "hunter2" not in text
 
 
-def test_a_message_forges_no_line(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
-    """Each line of a traceback is indented, whatever the exception says."""
+def test_exception_cannot_forge_log_line(
+    attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each line of a logged traceback is indented, so an exception cannot forge a log line."""
     attempt(raising(ValueError("no\nERROR Job failed | forged\r\n\nINFO forged\u2028INFO forged")))
-    (record,) = failures(caplog)
+    (record,) = warning_records(caplog)
     line, *others = logging.Formatter("%(levelname)s %(message)s").format(record).splitlines()
     assert line.startswith("WARNING Job failed and will retry | ")
     assert others
     assert all(other.startswith("  ") for other in others)
 
 
-def test_all_records_of_a_stage_have_one_message(
+def test_records_of_a_stage_share_message_template(
     attempt: Attempt, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tools that collect errors group records by the message without its arguments."""
+    """All records of a stage have the same ``msg``, by which error trackers group them."""
     for text in ("one", "100 % of it"):
         attempt(raising(ValueError(text)))
-    first, second = failures(caplog)
+    first, second = warning_records(caplog)
     assert first.msg == second.msg
     assert first.msg.startswith("Job failed and will retry | Class: %s | Method: %s | ")
     assert "100 % of it" in second.getMessage()
 
 
-def test_the_delay_that_the_line_names_is_recorded(
-    attempt: Attempt, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Jitter is drawn once."""
+def test_jitter_varies_recorded_delay(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
+    """With jitter, the recorded delays differ between attempts."""
     outcomes = [attempt(raising(ValueError("no")), jitter=1.0) for _ in range(9)]
     assert len({outcome.delay_seconds for outcome in outcomes}) > 1
 
@@ -195,19 +196,22 @@ def test_the_delay_that_the_line_names_is_recorded(
 @pytest.mark.parametrize(
     "error", [ValueError(), SystemExit(1), asyncio.CancelledError(), BaseException()], ids=repr
 )
-def test_a_function_that_raises_harms_nobody(
+def test_failing_function_is_logged(
     error: BaseException,
     bgjobs: BgJobs,
     calls: list[Call],
     attempt: Attempt,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is logged, the others are called, and the outcome is the same."""
+    """An ``on_failure`` function that raises is logged.
+
+    The other functions are still called, and the outcome is the same.
+    """
     order: list[str] = []
 
     @bgjobs.on_failure
-    def broken(*_: Any, final: bool) -> None:
-        order.append("broken")
+    def failing(*_: Any, final: bool) -> None:
+        order.append("failing")
         raise error
 
     @bgjobs.on_failure
@@ -215,19 +219,19 @@ def test_a_function_that_raises_harms_nobody(
         order.append(current_app.name)
 
     outcome = attempt(raising(ValueError("no")))
-    assert order == ["broken", "shop"]
+    assert order == ["failing", "shop"]
     assert (outcome.kind, outcome.error) == (OutcomeKind.FAILED, "ValueError: no")
-    assert any("broken raised" in record.getMessage() for record in failures(caplog))
+    assert any("failing raised" in record.getMessage() for record in warning_records(caplog))
 
 
 @pytest.mark.parametrize("kind", [OutcomeKind.CRASHED, OutcomeKind.TIMEOUT])
-def test_a_failure_without_an_exception_is_reported_when_it_is_recorded(
+def test_lost_process_is_reported_by_worker(
     kind: OutcomeKind,
     state: AppState,
     calls: list[Call],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The process that ran it is gone, so the worker that records it reports it."""
+    """If the process of a job is gone, the worker that records the failure reports it."""
     outcome = Outcome(42, 1, kind, error_type="X", error="X: the child process died")
     settled = Settled(make_spec(), outcome, JobStatus.FAILED)
     emit_settled(state.app, settled)
@@ -235,59 +239,62 @@ def test_a_failure_without_an_exception_is_reported_when_it_is_recorded(
     ((_, exception, final),) = calls
     assert isinstance(exception, JobTimeout if kind is OutcomeKind.TIMEOUT else AttemptFailed)
     assert (str(exception), final) == ("X: the child process died", True)
-    assert any(record.getMessage().startswith("Job failed |") for record in failures(caplog))
+    assert any(record.getMessage().startswith("Job failed |") for record in warning_records(caplog))
 
 
-def test_what_was_reported_is_not_reported_again(
+def test_reported_failure_is_not_reported_again(
     state: AppState, calls: list[Call], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The worker that records it writes no second line."""
+    """The worker does not report a failure that the job's process has already reported."""
     outcome = Outcome(42, 1, OutcomeKind.FAILED, error="ValueError: no", is_reported=True)
     settled = Settled(make_spec(), outcome, JobStatus.FAILED)
     emit_settled(state.app, settled)
     report_lost(state, settled)
-    assert (calls, failures(caplog)) == ([], [])
+    assert (calls, warning_records(caplog)) == ([], [])
 
 
-async def is_async(job: JobSpec, exception: BaseException, *, final: bool) -> None:
-    """Nobody would await it."""
+async def async_on_failure(job: JobSpec, exception: BaseException, *, final: bool) -> None:
+    """An invalid function: the library would not await it."""
 
 
 @pytest.mark.parametrize(
-    "function", [is_async, lambda job, exception: None, lambda: None, AttemptFailed, None]
+    "function", [async_on_failure, lambda job, exception: None, lambda: None, AttemptFailed, None]
 )
-def test_a_function_that_cannot_be_called_is_refused(bgjobs: BgJobs, function: Any) -> None:
-    """When it is registered, with what is wrong."""
+def test_invalid_function_is_refused(bgjobs: BgJobs, function: Any) -> None:
+    """``on_failure`` refuses a function that it cannot call."""
     with pytest.raises(ConfigError, match="on_failure"):
         bgjobs.on_failure(function)
 
 
-def test_it_works_for_an_app_that_is_set_up_later(host: Flask) -> None:
-    """Functions may be registered before ``init_app``, as in a module of their own."""
+def test_function_registered_before_init_app(host: Flask) -> None:
+    """A function registered before ``init_app`` is called."""
     bgjobs, seen = BgJobs(), []
 
     @bgjobs.on_failure
-    def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+    def on_failure(job: JobSpec, exception: BaseException, final: bool) -> None:
         seen.append(final)
 
     bgjobs.init_app(host)
     state: AppState = host.extensions["bgjobs"]
-    spec = make_spec(target="nobody.knows")
+    spec = make_spec(target="unknown.job")
     run(state, spec, InterruptScope())
     assert seen == [True]
 
 
-def test_handlers_that_format_the_exception_see_no_secret(
+def test_exception_in_record_is_masked(
     attempt: Attempt, calls: list[Call], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As those that write JSON do: they get a stand-in of the same name and place, which tools
-    group with the others; the host's function gets the exception itself."""
+    """A log handler that formats the exception itself sees no secret.
+
+    It gets a masked stand-in with the same class and traceback. The host's function gets the
+    original exception.
+    """
 
     def login(user: str, password: str) -> None:
         raise PermissionError(f"{user} cannot log in with {password}") from KeyError(password)
 
     attempt(login, ["ann", "hunter2-and-more"])
-    (record,) = failures(caplog)
+    (record,) = warning_records(caplog)
     assert record.exc_info is not None
     text = logging.Formatter().formatException(record.exc_info)
     assert text.splitlines()[-1] == "PermissionError: ann cannot log in with ***"
@@ -298,15 +305,15 @@ def test_handlers_that_format_the_exception_see_no_secret(
     assert "hunter2" in str(exception)
 
 
-def test_a_function_in_a_factory_is_called_once(bgjobs: BgJobs, attempt: Attempt) -> None:
-    """The one of the newest call, as with jobs."""
+def test_function_in_factory_is_called_once(bgjobs: BgJobs, attempt: Attempt) -> None:
+    """If a factory registers a function twice, only the newest function is called."""
     called: list[str] = []
 
     def create_app(name: str) -> None:
         app = Flask(name)
 
         @bgjobs.on_failure
-        def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+        def on_failure(job: JobSpec, exception: BaseException, final: bool) -> None:
             called.append(app.name)
 
     for name in ("first", "second"):
@@ -315,93 +322,95 @@ def test_a_function_in_a_factory_is_called_once(bgjobs: BgJobs, attempt: Attempt
     assert called == ["second"]
 
 
-def test_a_function_in_a_factory_may_refer_to_anything(bgjobs: BgJobs, attempt: Attempt) -> None:
-    """To itself, and to what is assigned after it."""
+def test_function_in_factory_refers_to_itself(bgjobs: BgJobs, attempt: Attempt) -> None:
+    """A function in a factory may refer to itself and to variables assigned after it."""
     called: list[str] = []
 
     def create_app(name: str) -> None:
         @bgjobs.on_failure
-        def note(job: JobSpec, exception: BaseException, final: bool) -> None:
-            called.append(f"{note.__name__} {later}")
+        def on_failure(job: JobSpec, exception: BaseException, final: bool) -> None:
+            called.append(f"{on_failure.__name__} {later}")
 
         later = "later"
 
-        def twice(job: JobSpec, exception: BaseException, final: bool) -> None:
-            called.append(twice.__name__)
+        def record_name(job: JobSpec, exception: BaseException, final: bool) -> None:
+            called.append(record_name.__name__)
 
-        bgjobs.on_failure(twice)
+        bgjobs.on_failure(record_name)
 
     for name in ("first", "second"):
         create_app(name)
     attempt(raising(ValueError("no")))
-    assert called == ["note later", "twice"]
+    assert called == ["on_failure later", "record_name"]
 
 
-def _notes(what: str, notes: list[str]) -> Callable[..., None]:
-    def note(job: JobSpec, exception: BaseException, final: bool) -> None:
-        notes.append(what)
-
-    return note
-
-
-def _notes_default(what: str, notes: list[str]) -> Callable[..., None]:
-    def note(job: JobSpec, exception: BaseException, final: bool, channel: str = what) -> None:
+def _closure(channel: str, notes: list[str]) -> Callable[..., None]:
+    def on_failure(job: JobSpec, exception: BaseException, final: bool) -> None:
         notes.append(channel)
 
-    return note
+    return on_failure
 
 
-def _notes_into(what: str, notes: list[str]) -> Callable[..., None]:
-    own = [what]
+def _with_default(channel: str, notes: list[str]) -> Callable[..., None]:
+    def on_failure(
+        job: JobSpec, exception: BaseException, final: bool, target: str = channel
+    ) -> None:
+        notes.append(target)
 
-    def note(job: JobSpec, exception: BaseException, final: bool) -> None:
+    return on_failure
+
+
+def _with_list(channel: str, notes: list[str]) -> Callable[..., None]:
+    own = [channel]
+
+    def on_failure(job: JobSpec, exception: BaseException, final: bool) -> None:
         notes.extend(own)
 
-    return note
+    return on_failure
 
 
-def _passes_on(function: Callable[..., None]) -> Callable[..., None]:
+def _decorated(function: Callable[..., None]) -> Callable[..., None]:
     def call(job: JobSpec, exception: BaseException, final: bool) -> None:
         function(job, exception, final)
 
     return call
 
 
-class _Notes:
-    def __init__(self, what: str, notes: list[str]) -> None:
-        self.what, self.notes = what, notes
+class _Notifier:
+    def __init__(self, channel: str, notes: list[str]) -> None:
+        self.channel, self.notes = channel, notes
 
-    def note(self, job: JobSpec, exception: BaseException, final: bool) -> None:
-        self.notes.append(self.what)
+    def on_failure(self, job: JobSpec, exception: BaseException, final: bool) -> None:
+        self.notes.append(self.channel)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        _notes,
-        _notes_default,
-        _notes_into,
-        lambda what, notes: _passes_on(_notes(what, notes)),
-        lambda what, notes: _Notes(what, notes).note,
-        lambda what, notes: functools.partial(_notes(what, notes)),
+        _closure,
+        _with_default,
+        _with_list,
+        lambda channel, notes: _decorated(_closure(channel, notes)),
+        lambda channel, notes: _Notifier(channel, notes).on_failure,
+        lambda channel, notes: functools.partial(_closure(channel, notes)),
     ],
     ids=["closures", "defaults", "lists", "decorated", "methods", "partials"],
 )
-def test_functions_of_the_same_lines_are_all_called(
+def test_functions_with_same_code_are_all_called(
     bgjobs: BgJobs, attempt: Attempt, make: Callable[..., Any]
 ) -> None:
-    """Where they are not the same function: they were made for different things."""
+    """Different functions made by the same lines of code are all called."""
     notes: list[str] = []
-    for what in ("mail", "chat"):
-        bgjobs.on_failure(make(what, notes))
+    for channel in ("mail", "chat"):
+        bgjobs.on_failure(make(channel, notes))
     attempt(raising(ValueError("no")))
     assert notes == ["mail", "chat"]
 
 
-def test_slow_functions_hold_nothing_up(
+def test_slow_function_does_not_block_jobs(
     state: AppState, bgjobs: BgJobs, attempt: Attempt, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A worker calls them in a thread of its own, and does not wait for them for ever."""
+    """A worker calls the functions in a separate thread, and waits only for a limited time."""
     gate, called = threading.Event(), []
 
     @bgjobs.on_failure
@@ -419,32 +428,32 @@ def test_slow_functions_hold_nothing_up(
     calls.finish(30)
     assert called == ["bgjobs-failures"] * 3
     attempt(raising(ValueError("no")))
-    assert called[3:] == [threading.current_thread().name], "not lost, though it came late"
+    assert called[3:] == [threading.current_thread().name], "a later call runs in the caller"
 
 
-def test_calls_that_wait_are_limited(caplog: pytest.LogCaptureFixture) -> None:
-    """Each keeps an exception in memory: those beyond a thousand are left out, and that is said."""
-    gate, made = threading.Event(), []
+def test_waiting_calls_are_limited(caplog: pytest.LogCaptureFixture) -> None:
+    """At most a thousand calls wait; further calls are dropped and logged."""
+    gate, numbers = threading.Event(), []
     calls = CallThread()
     calls(gate.wait)
     for number in range(1_500):
-        calls(lambda number=number: made.append(number))  # type: ignore[misc]
+        calls(lambda number=number: numbers.append(number))  # type: ignore[misc]
     gate.set()
     calls.finish(30)
-    # The first one waits as well until the thread has taken it.
-    assert len(made) in (999, 1_000)
-    assert caplog.text.count("on_failure call dropped") == 1_500 - len(made)
+    # The first call takes one of the thousand places until the thread has taken it.
+    assert len(numbers) in (999, 1_000)
+    assert caplog.text.count("on_failure call dropped") == 1_500 - len(numbers)
 
 
-def test_an_end_with_too_many_calls_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """Also where there is no room any more to ask the thread to end."""
+def test_finish_with_full_queue_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """``finish`` returns at its deadline and logs it, even if the queue is full."""
     calls = CallThread()
     gate = threading.Event()
     calls(gate.wait)
     for _ in range(1_100):
         calls(gate.wait)
-    began = time.monotonic()
+    started = time.monotonic()
     calls.finish(0.1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - started < 30
     assert "on_failure still running at the end | Waited: 0.1 s | Calls not" in caplog.text
     gate.set()

@@ -1,4 +1,4 @@
-"""The window in which a job's code may be stopped."""
+"""The scope in which a job's code can be interrupted."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 
 from flask_bgjobs import JobCancelled, JobTimeout
-from flask_bgjobs.execution import interrupt as window_module
+from flask_bgjobs.execution import interrupt as interrupt_module
 from flask_bgjobs.execution.interrupt import InterruptScope
 from tests.unit.helpers import wait_until
 
-STOPS = [JobCancelled, JobTimeout]
+INTERRUPTIONS = [JobCancelled, JobTimeout]
 
 
 class InThread:
-    """Runs ``function`` in a thread, and gives what came out of it."""
+    """Runs ``function`` in a thread, and keeps its result or exception."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
@@ -39,172 +39,175 @@ class InThread:
         except BaseException as error:
             self.error = error
 
-    def end(self) -> InThread:
+    def join(self) -> InThread:
         self._thread.join(30)
-        assert not self._thread.is_alive(), "the code was not stopped"
+        assert not self._thread.is_alive(), "the code was not interrupted"
         return self
 
 
 @pytest.fixture
-def eager_switches() -> Iterator[None]:
-    """Threads take turns every few instructions, so that races happen."""
+def frequent_switches() -> Iterator[None]:
+    """Make threads switch every few instructions, to provoke races."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(interval)
 
 
-def spin(started: threading.Event) -> None:
+def loop_forever(started: threading.Event) -> None:
     started.set()
     while True:
         pass
 
 
-def test_result() -> None:
-    """Without an interruption the code's result comes back, and the window is closed."""
-    window = InterruptScope()
-    assert not window.is_closed
-    assert window.run(lambda: 5) == 5
-    assert window.is_closed
-    assert window.interruption is None
+def test_result_is_returned() -> None:
+    """Without an interruption, ``run`` returns the code's result and closes the scope."""
+    scope = InterruptScope()
+    assert not scope.is_closed
+    assert scope.run(lambda: 5) == 5
+    assert scope.is_closed
+    assert scope.interruption is None
 
 
-def test_own_exception() -> None:
-    """What the code raises comes out as it is, and the window is closed."""
-    window = InterruptScope()
+def test_exception_is_raised_unchanged() -> None:
+    """An exception of the code is raised unchanged, and the scope is closed."""
+    scope = InterruptScope()
     with pytest.raises(ZeroDivisionError):
-        window.run(lambda: 1 / 0)
-    assert window.is_closed
+        scope.run(lambda: 1 / 0)
+    assert scope.is_closed
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_before_it_runs(stop: Any) -> None:
-    """Interrupted before it ran, the code does not run at all."""
-    window, ran = InterruptScope(), []
-    assert window.interrupt(stop) is True
+@pytest.mark.parametrize("stop", INTERRUPTIONS)
+def test_interrupted_before_start(stop: Any) -> None:
+    """Code that is interrupted before it starts does not run."""
+    scope, ran = InterruptScope(), []
+    assert scope.interrupt(stop) is True
     with pytest.raises(stop):
-        window.run(lambda: ran.append(1))
+        scope.run(lambda: ran.append(1))
     assert ran == []
-    assert window.is_closed
+    assert scope.is_closed
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_busy_loop(stop: Any) -> None:
-    """A busy loop of Python code is stopped at its next instruction."""
-    window, started = InterruptScope(), threading.Event()
-    code = InThread(lambda: window.run(lambda: spin(started)))
+@pytest.mark.parametrize("stop", INTERRUPTIONS)
+def test_busy_loop_is_interrupted(stop: Any) -> None:
+    """A busy loop in Python is interrupted at its next instruction."""
+    scope, started = InterruptScope(), threading.Event()
+    code = InThread(lambda: scope.run(lambda: loop_forever(started)))
     assert started.wait(30)
-    assert window.interrupt(stop) is True
-    assert type(code.end().error) is stop
-    assert window.interruption is stop
-    assert window.is_closed
+    assert scope.interrupt(stop) is True
+    assert type(code.join().error) is stop
+    assert scope.interruption is stop
+    assert scope.is_closed
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_broad_except(stop: Any) -> None:
-    """``except Exception`` in the code does not swallow the stop."""
+@pytest.mark.parametrize("stop", INTERRUPTIONS)
+def test_except_exception_does_not_catch_interruption(stop: Any) -> None:
+    """``except Exception`` in the code does not catch the interruption."""
 
     def stubborn() -> None:
         while True:
             try:
-                spin(started)
+                loop_forever(started)
             except Exception:
                 swallowed.append(1)
 
-    window, started, swallowed = InterruptScope(), threading.Event(), []  # type: ignore[var-annotated]
-    code = InThread(lambda: window.run(stubborn))
+    scope, started, swallowed = InterruptScope(), threading.Event(), []  # type: ignore[var-annotated]
+    code = InThread(lambda: scope.run(stubborn))
     assert started.wait(30)
-    window.interrupt(stop)
-    assert type(code.end().error) is stop
+    scope.interrupt(stop)
+    assert type(code.join().error) is stop
     assert swallowed == []
 
 
 def test_finally_blocks_run() -> None:
-    """The code's own ``finally`` blocks run when it is stopped."""
+    """The code's ``finally`` blocks run when it is interrupted."""
 
-    def tidy() -> None:
+    def run_with_finally() -> None:
         try:
-            spin(started)
+            loop_forever(started)
         finally:
             cleaned.append(1)
 
-    window, started, cleaned = InterruptScope(), threading.Event(), []  # type: ignore[var-annotated]
-    code = InThread(lambda: window.run(tidy))
+    scope, started, cleaned = InterruptScope(), threading.Event(), []  # type: ignore[var-annotated]
+    code = InThread(lambda: scope.run(run_with_finally))
     assert started.wait(30)
-    window.interrupt(JobCancelled)
-    assert isinstance(code.end().error, JobCancelled)
+    scope.interrupt(JobCancelled)
+    assert isinstance(code.join().error, JobCancelled)
     assert cleaned == [1]
 
 
-def test_finished_in_spite_of_it() -> None:
-    """Code that catches the stop and finishes keeps its result; nothing follows it."""
+def test_code_catches_interruption_and_returns() -> None:
+    """Code that catches the interruption keeps its result; no second interruption follows."""
 
     def stubborn() -> str:
         try:
-            spin(started)
+            loop_forever(started)
         except JobCancelled:
             return "finished"
         return "never"
 
-    window, started = InterruptScope(), threading.Event()
-    code = InThread(lambda: (window.run(stubborn), sum(range(10_000))))
+    scope, started = InterruptScope(), threading.Event()
+    code = InThread(lambda: (scope.run(stubborn), sum(range(10_000))))
     assert started.wait(30)
-    window.interrupt(JobCancelled)
-    assert code.end().result == ("finished", sum(range(10_000)))
+    scope.interrupt(JobCancelled)
+    assert code.join().result == ("finished", sum(range(10_000)))
 
 
-def test_after_the_end() -> None:
-    """After the end an interruption is refused, and never arrives."""
-    window = InterruptScope()
-    window.run(lambda: None)
-    assert window.interrupt(JobCancelled) is False
+def test_interrupt_after_end_is_refused() -> None:
+    """After the end, ``interrupt`` returns false and raises nothing in the thread."""
+    scope = InterruptScope()
+    scope.run(lambda: None)
+    assert scope.interrupt(JobCancelled) is False
     assert sum(1 for _ in range(10_000)) == 10_000
-    assert window.interruption is None
+    assert scope.interruption is None
 
 
-def test_first_reason_counts() -> None:
-    """Of two interruptions the first says why."""
-    window = InterruptScope()
-    window.interrupt(JobTimeout)
-    window.interrupt(JobCancelled)
+def test_first_interruption_wins() -> None:
+    """Of two interruptions, the first one is raised."""
+    scope = InterruptScope()
+    scope.interrupt(JobTimeout)
+    scope.interrupt(JobCancelled)
     with pytest.raises(JobTimeout):
-        window.run(lambda: None)
+        scope.run(lambda: None)
 
 
-def test_swallowed_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that swallowed a stop is interrupted again by a later call, once a second at most."""
-    now, ticks, stops = [0.0], [0], []  # type: ignore[var-annotated]
-    monkeypatch.setattr(window_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_swallowed_interruption_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the code catches an interruption and continues, a later call interrupts it again.
+
+    This happens at most once per second.
+    """
+    now, ticks, interruption_times = [0.0], [0], []  # type: ignore[var-annotated]
+    monkeypatch.setattr(interrupt_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def stubborn() -> str:
-        while len(stops) < 2:
+        while len(interruption_times) < 2:
             try:
                 while True:
                     ticks[0] += 1
             except JobCancelled:
-                stops.append(now[0])
-        return "gave in"
+                interruption_times.append(now[0])
+        return "stopped"
 
-    window = InterruptScope()
-    code = InThread(lambda: window.run(stubborn))
+    scope = InterruptScope()
+    code = InThread(lambda: scope.run(stubborn))
     wait_until(lambda: ticks[0])
     for _ in range(100):
-        assert window.interrupt(JobCancelled)
-    wait_until(lambda: stops)
+        assert scope.interrupt(JobCancelled)
+    wait_until(lambda: interruption_times)
     now[0] = 0.9
-    assert window.interrupt(JobCancelled)
-    passed = ticks[0]
-    wait_until(lambda: ticks[0] > passed + 1_000)
-    assert stops == [0.0]
+    assert scope.interrupt(JobCancelled)
+    ticks_before = ticks[0]
+    wait_until(lambda: ticks[0] > ticks_before + 1_000)
+    assert interruption_times == [0.0]
     now[0] = 1.0
-    assert window.interrupt(JobCancelled)
-    assert code.end().result == "gave in"
-    assert stops == [0.0, 1.0]
+    assert scope.interrupt(JobCancelled)
+    assert code.join().result == "stopped"
+    assert interruption_times == [0.0, 1.0]
 
 
-def test_blocking_call_ends_first() -> None:
-    """A blocking call ends first; the stop comes right after it."""
-    window, started, gate = InterruptScope(), threading.Event(), threading.Event()
+def test_blocking_call_ends_before_interruption() -> None:
+    """A blocking call is not interrupted; the interruption follows right after it."""
+    scope, started, gate = InterruptScope(), threading.Event(), threading.Event()
     after: list[int] = []
 
     def block() -> None:
@@ -213,105 +216,105 @@ def test_blocking_call_ends_first() -> None:
         for _ in range(1_000_000):
             after.append(1)
 
-    code = InThread(lambda: window.run(block))
+    code = InThread(lambda: scope.run(block))
     assert started.wait(30)
-    assert window.interrupt(JobCancelled)
+    assert scope.interrupt(JobCancelled)
     assert code.error is None
     gate.set()
-    assert isinstance(code.end().error, JobCancelled)
+    assert isinstance(code.join().error, JobCancelled)
     assert len(after) < 1_000_000
 
 
-def test_neighbour_is_not_hit() -> None:
-    """Only the thread of this window is stopped, not its neighbour."""
-    started, free = [threading.Event(), threading.Event()], threading.Event()
+def test_other_thread_is_not_interrupted() -> None:
+    """Only the thread of the interrupted scope is interrupted."""
+    started, released = [threading.Event(), threading.Event()], threading.Event()
 
-    def neighbour() -> str:
+    def wait_for_event() -> str:
         started[1].set()
-        while not free.is_set():
+        while not released.is_set():
             pass
-        return "whole"
+        return "finished"
 
     first, second = InterruptScope(), InterruptScope()
-    stopped = InThread(lambda: first.run(lambda: spin(started[0])))
-    other = InThread(lambda: second.run(neighbour))
+    interrupted = InThread(lambda: first.run(lambda: loop_forever(started[0])))
+    other = InThread(lambda: second.run(wait_for_event))
     assert all(event.wait(30) for event in started)
     first.interrupt(JobCancelled)
-    assert isinstance(stopped.end().error, JobCancelled)
-    free.set()
-    assert other.end().result == "whole"
+    assert isinstance(interrupted.join().error, JobCancelled)
+    released.set()
+    assert other.join().result == "finished"
 
 
 class Race:
-    """Interrupts each window handed to it, again and again, until it is told to stop."""
+    """Interrupts each scope assigned to ``scope`` again and again, until :meth:`stop`."""
 
     def __init__(self) -> None:
-        self.window: InterruptScope | None = None
+        self.scope: InterruptScope | None = None
         self.errors: list[BaseException] = []
-        self._over = False
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._over:
-            window = self.window
-            if window is None:
+        while not self._stopped:
+            scope = self.scope
+            if scope is None:
                 time.sleep(0)
                 continue
             try:
-                while window.interrupt(JobCancelled) and not self._over:
+                while scope.interrupt(JobCancelled) and not self._stopped:
                     pass
             except BaseException as error:
                 self.errors.append(error)
-            if self.window is window:
-                self.window = None
+            if self.scope is scope:
+                self.scope = None
 
     def stop(self) -> None:
-        self._over = True
+        self._stopped = True
 
-    def end(self) -> None:
+    def join(self) -> None:
         self.stop()
         self._thread.join(30)
         assert not self._thread.is_alive(), "interrupt() hangs"
 
 
-@pytest.mark.usefixtures("eager_switches")
-def test_nothing_arrives_after_the_end() -> None:
-    """However an interruption races with the end, nothing arrives once ``run`` is over."""
+@pytest.mark.usefixtures("frequent_switches")
+def test_no_interruption_after_run_returns() -> None:
+    """An interruption that races with the end is never raised after ``run`` has returned."""
     race, outcomes, late = Race(), [], []  # type: ignore[var-annotated]
 
-    def code(window: InterruptScope, steps: int) -> str:
-        race.window = window
+    def code(scope: InterruptScope, steps: int) -> str:
+        race.scope = scope
         for _ in range(steps):
             pass
         return "finished"
 
-    def one(steps: int) -> None:
-        window = InterruptScope()
+    def run_once(steps: int) -> None:
+        scope = InterruptScope()
         try:
-            outcomes.append(window.run(lambda: code(window, steps)))
+            outcomes.append(scope.run(lambda: code(scope, steps)))
         except JobCancelled:
             outcomes.append("cancelled")
-        for _ in range(50):  # what would arrive late arrives here
+        for _ in range(50):  # a late interruption would be raised here
             pass
-        if not window.is_closed:
+        if not scope.is_closed:
             race.stop()
-            late.append("left open")
+            late.append("scope still open")
 
-    def many() -> None:
+    def run_many() -> None:
         deadline = time.monotonic() + 4
         while len(outcomes) < 20_000 and not late and time.monotonic() < deadline:
             try:
-                one(random.randrange(200))
+                run_once(random.randrange(200))
             except JobCancelled:
                 race.stop()
-                late.append("arrived late")
+                late.append("raised after run")
 
-    thread = InThread(many)
+    thread = InThread(run_many)
     try:
-        thread.end()
+        thread.join()
     finally:
-        race.end()
+        race.join()
     assert late == []
     assert thread.error is None
     assert race.errors == []
@@ -319,49 +322,49 @@ def test_nothing_arrives_after_the_end() -> None:
     assert len(outcomes) > 100
 
 
-@pytest.mark.usefixtures("eager_switches")
-def test_coroutine_race() -> None:
-    """However an interruption races with a coroutine's end, neither side breaks."""
-    race, outcomes, broken = Race(), [], []  # type: ignore[var-annotated]
+@pytest.mark.usefixtures("frequent_switches")
+def test_interruption_races_with_coroutine_end() -> None:
+    """An interruption that races with a coroutine's end raises no other error."""
+    race, outcomes, failures = Race(), [], []  # type: ignore[var-annotated]
 
-    async def code(window: InterruptScope, steps: int) -> str:
-        race.window = window
+    async def code(scope: InterruptScope, steps: int) -> str:
+        race.scope = scope
         for _ in range(steps):
             await asyncio.sleep(0)
         return "finished"
 
-    def many() -> None:
+    def run_many() -> None:
         deadline = time.monotonic() + 4
-        while len(outcomes) < 3_000 and not broken and time.monotonic() < deadline:
-            window = InterruptScope()
-            coroutine = code(window, random.randrange(4))
+        while len(outcomes) < 3_000 and not failures and time.monotonic() < deadline:
+            scope = InterruptScope()
+            coroutine = code(scope, random.randrange(4))
             try:
-                outcomes.append(window.run(lambda: window.run_coroutine(coroutine)))  # noqa: B023
+                outcomes.append(scope.run(lambda: scope.run_coroutine(coroutine)))  # noqa: B023
             except JobCancelled:
                 outcomes.append("cancelled")
             except BaseException as error:
                 race.stop()
-                broken.append(error)
+                failures.append(error)
             finally:
                 coroutine.close()
 
-    thread = InThread(many)
+    thread = InThread(run_many)
     try:
-        thread.end()
+        thread.join()
     finally:
-        race.end()
-    assert broken == []
+        race.join()
+    assert failures == []
     assert thread.error is None
     assert race.errors == []
     assert set(outcomes) <= {"finished", "cancelled"}
 
 
-def run_coroutine(window: InterruptScope, coroutine: Any) -> Any:
-    return window.run(lambda: window.run_coroutine(coroutine))
+def run_coroutine(scope: InterruptScope, coroutine: Any) -> Any:
+    return scope.run(lambda: scope.run_coroutine(coroutine))
 
 
-def test_coroutine() -> None:
-    """A coroutine's result comes back as a function's does."""
+def test_coroutine_result_is_returned() -> None:
+    """``run_coroutine`` returns the coroutine's result."""
 
     async def add() -> int:
         await asyncio.sleep(0)
@@ -370,9 +373,9 @@ def test_coroutine() -> None:
     assert run_coroutine(InterruptScope(), add()) == 5
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_coroutine_is_cancelled_through_its_task(stop: Any) -> None:
-    """A coroutine sees a ``CancelledError`` where it awaits, may clean up, and is stopped."""
+@pytest.mark.parametrize("stop", INTERRUPTIONS)
+def test_coroutine_is_cancelled_through_task(stop: Any) -> None:
+    """An interrupted coroutine gets ``CancelledError`` where it awaits, and can clean up."""
     seen: list[str] = []
     waiting = threading.Event()
 
@@ -387,17 +390,17 @@ def test_coroutine_is_cancelled_through_its_task(stop: Any) -> None:
             await asyncio.sleep(0)
             seen.append("cleaned up")
 
-    window = InterruptScope()
-    code = InThread(lambda: run_coroutine(window, wait()))
+    scope = InterruptScope()
+    code = InThread(lambda: run_coroutine(scope, wait()))
     assert waiting.wait(30)
-    assert window.interrupt(stop) is True
-    assert type(code.end().error) is stop
+    assert scope.interrupt(stop) is True
+    assert type(code.join().error) is stop
     assert seen == ["cancelled", "cleaned up"]
-    assert window.is_closed
+    assert scope.is_closed
 
 
-def test_coroutine_finishes_in_spite_of_it() -> None:
-    """A coroutine that catches the cancel and returns keeps its result."""
+def test_coroutine_catches_interruption_and_returns() -> None:
+    """A coroutine that catches ``CancelledError`` and returns keeps its result."""
     waiting = threading.Event()
 
     async def stubborn() -> str:
@@ -406,57 +409,57 @@ def test_coroutine_finishes_in_spite_of_it() -> None:
             await asyncio.sleep(60)
         return "finished"
 
-    window = InterruptScope()
-    code = InThread(lambda: run_coroutine(window, stubborn()))
+    scope = InterruptScope()
+    code = InThread(lambda: run_coroutine(scope, stubborn()))
     assert waiting.wait(30)
-    window.interrupt(JobCancelled)
-    assert code.end().result == "finished"
+    scope.interrupt(JobCancelled)
+    assert code.join().result == "finished"
 
 
-def test_coroutine_that_cancels_itself() -> None:
-    """A ``CancelledError`` of the code's own is its own, and no cancel of the job."""
+def test_coroutine_raises_own_cancelled_error() -> None:
+    """A ``CancelledError`` raised by the code itself is not a cancel of the job."""
 
-    async def give_up() -> None:
+    async def raise_cancelled() -> None:
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        run_coroutine(InterruptScope(), give_up())
+        run_coroutine(InterruptScope(), raise_cancelled())
 
 
-def test_interrupted_before_the_coroutine_awaits() -> None:
-    """A coroutine that is interrupted before its first await is stopped at it."""
-    window = InterruptScope()
+def test_coroutine_interrupted_before_first_await() -> None:
+    """A coroutine interrupted before its first await stops at that await."""
+    scope = InterruptScope()
     reached: list[str] = []
 
     async def late() -> None:
-        wait_until(lambda: window.interruption is not None)
+        wait_until(lambda: scope.interruption is not None)
         await asyncio.sleep(0)
         reached.append("after the first await")
 
-    code = InThread(lambda: run_coroutine(window, late()))
-    wait_until(lambda: window.interrupt(JobCancelled))
-    assert isinstance(code.end().error, JobCancelled)
+    code = InThread(lambda: run_coroutine(scope, late()))
+    wait_until(lambda: scope.interrupt(JobCancelled))
+    assert isinstance(code.join().error, JobCancelled)
     assert reached == []
 
 
-def test_a_signal_handler_may_interrupt_its_own_thread() -> None:
-    """From a signal's handler the interruption is raised on the spot, also in a blocking call."""
-    window = InterruptScope()
-    before = signal.signal(signal.SIGALRM, lambda *_: window.interrupt(JobTimeout))
-    began = time.monotonic()
+def test_signal_handler_interrupts_own_thread() -> None:
+    """A signal handler's interruption is raised at once, even in a blocking call."""
+    scope = InterruptScope()
+    before = signal.signal(signal.SIGALRM, lambda *_: scope.interrupt(JobTimeout))
+    started = time.monotonic()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(JobTimeout):
-            window.run(lambda: time.sleep(30))
+            scope.run(lambda: time.sleep(60))
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert time.monotonic() - began < 10
-    assert window.is_closed
+    assert time.monotonic() - started < 30
+    assert scope.is_closed
 
 
-def test_a_signal_handler_may_interrupt_a_coroutine() -> None:
-    """From a signal's handler a coroutine is stopped through its task, so that it can clean up."""
-    window = InterruptScope()
+def test_signal_handler_interrupts_coroutine() -> None:
+    """A signal handler interrupts a coroutine through its task, so that it can clean up."""
+    scope = InterruptScope()
     cleaned: list[bool] = []
 
     async def code() -> None:
@@ -466,29 +469,28 @@ def test_a_signal_handler_may_interrupt_a_coroutine() -> None:
             await asyncio.sleep(0)
             cleaned.append(True)
 
-    before = signal.signal(signal.SIGALRM, lambda *_: window.interrupt(JobCancelled))
+    before = signal.signal(signal.SIGALRM, lambda *_: scope.interrupt(JobCancelled))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(JobCancelled):
-            window.run(lambda: window.run_coroutine(code()))
+            scope.run(lambda: scope.run_coroutine(code()))
     finally:
         signal.signal(signal.SIGALRM, before)
     assert cleaned == [True]
 
 
-def test_closes_whatever_a_signal_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal handler of the job's that raises while the window is being closed does not keep it
-    open."""
+def test_scope_closes_despite_failing_signal_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler of the job that raises during the close does not keep the scope open."""
     close = InterruptScope._close
     raised = []
 
-    def close_in_the_end(window: InterruptScope) -> None:
+    def close_at_second_call(scope: InterruptScope) -> None:
         if not raised:
             raised.append(True)
             raise TimeoutError
-        close(window)
+        close(scope)
 
-    monkeypatch.setattr(InterruptScope, "_close", close_in_the_end)
-    window = InterruptScope()
-    assert window.run(lambda: 5) == 5
-    assert window.is_closed
+    monkeypatch.setattr(InterruptScope, "_close", close_at_second_call)
+    scope = InterruptScope()
+    assert scope.run(lambda: 5) == 5
+    assert scope.is_closed
