@@ -1,4 +1,4 @@
-"""The allow-list: the only way from a stored name to something that can be called."""
+"""The allow-list: only its names can be resolved to a function or a method."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from flask_bgjobs import BgJobs, ConfigError, InvalidJob, JobNotAllowed
 from flask_bgjobs.config import Config
 from flask_bgjobs.options import NO_OPTIONS, JobOptions
 from flask_bgjobs.registry import Decorated, Registry, stored_name
+from flask_bgjobs.state import AppState
 
 MakeModule = Callable[[str], str]
 WasImported = Callable[[str], bool]
@@ -100,7 +101,7 @@ def registry(*names: str, **decorated: Decorated) -> Registry:
     )
 
 
-def restricted(**methods: Any) -> Registry:
+def make_restricted_registry(**methods: Any) -> Registry:
     names = {name.replace("__", "."): value for name, value in methods.items()}
     return Registry(Config.from_mapping({"BGJOBS_ALLOWED_JOBS": names}).allowed_jobs, {})
 
@@ -155,8 +156,8 @@ NOT_ALLOWED = [
 
 
 @pytest.mark.parametrize("pattern", NOT_ALLOWED)
-def test_exact_names(pattern: str, module: str, was_imported: WasImported) -> None:
-    """Only the exact name is allowed; anything else is refused before any import."""
+def test_only_exact_name_is_allowed(pattern: str, module: str, was_imported: WasImported) -> None:
+    """Any name but the exact one is refused before an import."""
     allowed = registry(f"{module}.Job")
     name = pattern.replace("{module}", module)
     for refuse in (allowed.check, allowed.resolve):
@@ -168,16 +169,16 @@ def test_exact_names(pattern: str, module: str, was_imported: WasImported) -> No
 
 
 @pytest.mark.parametrize("name", [None, 5, True, 1.5, b"os.system", ["a.b"], {"a": 1}, object, ()])
-def test_names_that_are_no_text(name: Any) -> None:
-    """A name that is no ``str`` is refused, and the message shows what a name looks like."""
+def test_name_must_be_string(name: Any) -> None:
+    """A name that is not a ``str`` is refused with an example of a valid name."""
     allowed = registry("a.b")
     for refuse in (allowed.check, allowed.resolve):
         with pytest.raises(JobNotAllowed, match=r"such as 'shop\.jobs\.SampleJob'"):
             refuse(name, None)
 
 
-def test_imported_only_when_allowed(module: str, was_imported: WasImported) -> None:
-    """``check`` never imports, not even what is allowed; ``resolve`` imports what it returns."""
+def test_only_resolve_imports(module: str, was_imported: WasImported) -> None:
+    """``check`` does not import the module of an allowed name; ``resolve`` does."""
     allowed = registry(f"{module}.Job")
     allowed.check(f"{module}.Job", "execute")
     assert not was_imported(module)
@@ -186,8 +187,8 @@ def test_imported_only_when_allowed(module: str, was_imported: WasImported) -> N
     assert was_imported(module)
 
 
-def test_message_suggests(module: str) -> None:
-    """A refusal names the key to change, and the allowed name that is close."""
+def test_refusal_suggests_similar_name(module: str) -> None:
+    """A refusal names the configuration key, and suggests a similar allowed name."""
     with pytest.raises(JobNotAllowed) as refusal:
         registry(f"{module}.Job", "zzz.other").check(f"{module}.Jobb")
     assert "BGJOBS_ALLOWED_JOBS" in str(refusal.value)
@@ -197,7 +198,7 @@ def test_message_suggests(module: str) -> None:
     assert "Did you mean" not in str(refusal.value)
 
 
-METHODS_NOT_ALLOWED = [
+INVALID_METHODS = [
     "_private",
     "__init__",
     "__call__",
@@ -221,9 +222,9 @@ METHODS_NOT_ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS_NOT_ALLOWED, ids=repr)
-def test_method_names(method: Any, module: str, was_imported: WasImported) -> None:
-    """What is not the name of a public method is refused before any import."""
+@pytest.mark.parametrize("method", INVALID_METHODS, ids=repr)
+def test_invalid_method_name(method: Any, module: str, was_imported: WasImported) -> None:
+    """Anything but the name of a public method is refused before an import."""
     allowed = registry(f"{module}.Job")
     for refuse in (allowed.check, allowed.resolve):
         with pytest.raises(JobNotAllowed, match="public method"):
@@ -244,10 +245,10 @@ def test_method_names(method: Any, module: str, was_imported: WasImported) -> No
         ("Made", "execute", [], "made"),
     ],
 )
-def test_methods_that_work(
+def test_callable_methods(
     cls: str, method: str, given: list[Any], result: Any, module: str
 ) -> None:
-    """Methods of the class and its own bases can be run, static and class methods as well."""
+    """Methods of a class and its bases can be called, including static and class methods."""
     target = registry(f"{module}.{cls}").resolve(f"{module}.{cls}", method)
     assert target.call(given, {}) == result
 
@@ -275,14 +276,14 @@ def test_methods_that_work(
         ("Made", "made_by_metaclass"),
     ],
 )
-def test_attributes_that_are_no_methods(cls: str, method: str, module: str) -> None:
-    """Attributes, properties, classes in a class and built-in or metaclass methods are refused."""
+def test_other_attributes_are_refused(cls: str, method: str, module: str) -> None:
+    """Attributes, properties, nested classes, built-in and metaclass methods are refused."""
     with pytest.raises(InvalidJob, match="has no method"):
         registry(f"{module}.{cls}").resolve(f"{module}.{cls}", method)
 
 
-def test_list_of_methods(module: str) -> None:
-    """The methods listed for a class are exactly those that can be run."""
+def test_methods_lists_callable_methods(module: str) -> None:
+    """``methods`` lists exactly the methods that can be called."""
     allowed = registry(f"{module}.Job", f"{module}.Mapping", f"{module}.send")
     assert allowed.methods(f"{module}.Job") == ["execute", "inherited", "of_class", "still"]
     assert allowed.methods(f"{module}.Mapping") == ["execute"]
@@ -291,8 +292,8 @@ def test_list_of_methods(module: str) -> None:
         allowed.resolve(f"{module}.Job", method)
 
 
-def test_new_instance_per_call(module: str) -> None:
-    """A class is instantiated anew for each attempt, and not for static or class methods."""
+def test_new_instance_for_each_call(module: str) -> None:
+    """Each call creates a new instance; static and class methods create none."""
     allowed = registry(f"{module}.Job")
     target = allowed.resolve(f"{module}.Job", "execute")
     created = sys.modules[module].created
@@ -306,7 +307,7 @@ def test_new_instance_per_call(module: str) -> None:
 
 
 def test_signature(module: str) -> None:
-    """The signature of a job is that of its parameters, without ``self`` or ``cls``."""
+    """The signature of a job has no ``self`` or ``cls``."""
     allowed = registry(f"{module}.Job", f"{module}.send")
     signatures = {
         method: str(allowed.resolve(f"{module}.Job", method).signature)
@@ -320,29 +321,29 @@ def test_signature(module: str) -> None:
     assert str(allowed.resolve(f"{module}.send").signature) == "(order_id, *, copy=False)"
 
 
-def test_function(module: str) -> None:
-    """A function is called by its name alone; a method of it is refused."""
+def test_function_job(module: str) -> None:
+    """A function is called by its name alone; a method name is refused."""
     allowed = registry(f"{module}.send")
     assert allowed.resolve(f"{module}.send").call([7], {"copy": True}) == ("sent", 7, True)
     with pytest.raises(InvalidJob, match="is a function and has no method 'execute'"):
         allowed.resolve(f"{module}.send", "execute")
 
 
-def test_class_needs_a_method(module: str) -> None:
-    """A class without a method is refused with the advice to name one."""
+def test_class_needs_method(module: str) -> None:
+    """A class without a method name is refused with advice to add one."""
     with pytest.raises(InvalidJob, match="name the method to call"):
         registry(f"{module}.Job").resolve(f"{module}.Job")
 
 
-def test_neither_class_nor_function(module: str) -> None:
-    """An allowed name that stands for something that cannot be called is refused."""
+def test_allowed_name_must_be_callable(module: str) -> None:
+    """An allowed name that is neither a class nor a function is refused."""
     with pytest.raises(InvalidJob, match="neither a class nor a function, but int"):
         registry(f"{module}.limit").resolve(f"{module}.limit")
 
 
 def test_restricted_methods(module: str, was_imported: WasImported) -> None:
-    """A dict restricts the methods of a class, and says which are allowed; again no import."""
-    allowed = restricted(**{f"{module}__Job": ["execute"]})
+    """A dict restricts the methods of a class, and the refusal lists the allowed ones."""
+    allowed = make_restricted_registry(**{f"{module}__Job": ["execute"]})
     with pytest.raises(JobNotAllowed, match="allows execute"):
         allowed.check(f"{module}.Job", "inherited")
     for method in ("inherited", "still", "Execute", "\u0435xecute", "missing"):
@@ -353,35 +354,37 @@ def test_restricted_methods(module: str, was_imported: WasImported) -> None:
     assert allowed.methods(f"{module}.Job") == ["execute"]
 
 
-def test_restricted_to_none(module: str) -> None:
-    """An empty list of methods allows none."""
-    allowed = restricted(**{f"{module}__Job": []})
+def test_empty_method_list(module: str) -> None:
+    """An empty list allows no method of the class."""
+    allowed = make_restricted_registry(**{f"{module}__Job": []})
     with pytest.raises(JobNotAllowed, match="allows none"):
         allowed.resolve(f"{module}.Job", "execute")
     assert allowed.methods(f"{module}.Job") == []
 
 
-def test_name_of_a_re_export(module: str, make_module: MakeModule) -> None:
-    """A class is allowed under the very name that is listed, and under no other."""
-    front = make_module(f"from {module} import Job as Front, send")
-    only_home = registry(f"{module}.Job")
-    for name in (f"{front}.Front", f"{front}.Job", f"{module}.Other"):
+def test_reexported_class(module: str, make_module: MakeModule) -> None:
+    """A class is allowed only under the listed name, not under another name of the same class."""
+    reexporting = make_module(f"from {module} import Job as Front, send")
+    original_registry = registry(f"{module}.Job")
+    for name in (f"{reexporting}.Front", f"{reexporting}.Job", f"{module}.Other"):
         with pytest.raises(JobNotAllowed):
-            only_home.resolve(name, "execute")
-    only_front = registry(f"{front}.Front")
-    assert only_front.resolve(f"{front}.Front", "execute").call([], {})[0] == "executed"
+            original_registry.resolve(name, "execute")
+    reexport_registry = registry(f"{reexporting}.Front")
+    assert (
+        reexport_registry.resolve(f"{reexporting}.Front", "execute").call([], {})[0] == "executed"
+    )
     with pytest.raises(JobNotAllowed):
-        only_front.resolve(f"{module}.Job", "execute")
+        reexport_registry.resolve(f"{module}.Job", "execute")
 
 
-def test_missing(module: str) -> None:
-    """An allowed name that its module does not define is refused with both names."""
+def test_undefined_name(module: str) -> None:
+    """If the module does not define an allowed name, the error has both names."""
     with pytest.raises(InvalidJob, match=f"{module}.Gone is allowed, but {module} defines no Gone"):
         registry(f"{module}.Gone").resolve(f"{module}.Gone", "execute")
 
 
-def test_module_without_the_name_is_not_asked(make_module: MakeModule) -> None:
-    """A module's ``__getattr__`` cannot make up a job."""
+def test_module_getattr_is_not_called(make_module: MakeModule) -> None:
+    """A module's ``__getattr__`` cannot provide a job."""
     module = make_module("def __getattr__(name): return print")
     with pytest.raises(InvalidJob, match="defines no made_up"):
         registry(f"{module}.made_up").resolve(f"{module}.made_up")
@@ -398,7 +401,7 @@ def test_module_without_the_name_is_not_asked(make_module: MakeModule) -> None:
     ],
 )
 def test_import_error(source: str, reason: str, make_module: MakeModule) -> None:
-    """An allowed module that cannot be imported is ``InvalidJob`` with the reason."""
+    """If an allowed module cannot be imported, ``InvalidJob`` has the reason."""
     module = make_module(source)
     try:
         registry(f"{module}.job").resolve(f"{module}.job")
@@ -408,15 +411,15 @@ def test_import_error(source: str, reason: str, make_module: MakeModule) -> None
     assert f"{module}.job is allowed, but its module cannot be imported: {reason}" in str(raised)
 
 
-def test_module_that_is_not_there() -> None:
-    """An allowed name in a module that does not exist is ``InvalidJob``."""
+def test_module_does_not_exist() -> None:
+    """An allowed name in a module that does not exist raises ``InvalidJob``."""
     name = "unit_module_missing.job"
     with pytest.raises(InvalidJob, match="cannot be imported: ModuleNotFoundError"):
         registry(name).resolve(name)
 
 
-def test_failed_import_is_tried_again(make_module: MakeModule) -> None:
-    """What could not be imported is not remembered as refused."""
+def test_failed_import_is_repeated(make_module: MakeModule) -> None:
+    """A failed import is repeated at the next call."""
     module = make_module("import builtins\nif not builtins.unit_ready: raise ValueError\njob = len")
     allowed = registry(f"{module}.job")
     import builtins
@@ -435,8 +438,8 @@ def decorated_function(order_id: int) -> int:
     return order_id
 
 
-def test_decorated_names() -> None:
-    """A decorated function is allowed by its stored name, without an import, with its options."""
+def test_decorated_function_is_allowed() -> None:
+    """A decorated function is allowed by its stored name, with its options."""
     options = JobOptions(retries=7)
     allowed = registry("a.b", mail=Decorated(decorated_function, options))
     assert allowed.resolve("mail").call([5], {}) == 5
@@ -450,8 +453,8 @@ def test_decorated_names() -> None:
             allowed.resolve(name)
 
 
-def test_decorated_later() -> None:
-    """A function decorated after ``init_app`` is allowed from then on."""
+def test_function_decorated_after_init_app() -> None:
+    """A function decorated after ``init_app`` is allowed too."""
     decorated: dict[str, Decorated] = {}
     allowed = Registry({}, decorated)
     with pytest.raises(JobNotAllowed):
@@ -460,8 +463,8 @@ def test_decorated_later() -> None:
     allowed.check("mail")
 
 
-def test_empty_list() -> None:
-    """Without an allow-list nothing at all may run."""
+def test_empty_allow_list() -> None:
+    """Without an allow-list, no name is allowed."""
     allowed = registry()
     assert allowed.names() == []
     with pytest.raises(JobNotAllowed):
@@ -469,7 +472,7 @@ def test_empty_list() -> None:
 
 
 def test_stored_name() -> None:
-    """A function is stored under its dotted name, or the one that it was given."""
+    """A function is stored under its dotted name, or under the name given to the decorator."""
     assert stored_name(decorated_function, None) == f"{__name__}.decorated_function"
     assert stored_name(decorated_function, "mail") == "mail"
     assert stored_name(decorated_function, "shop.mail") == "shop.mail"
@@ -487,14 +490,14 @@ in_main.__module__ = "__main__"
 
 
 @pytest.mark.parametrize("function", [lambda: None, Methods.method, in_main])
-def test_functions_that_need_a_name(function: Callable[..., Any]) -> None:
-    """A lambda, a method and a function in ``__main__`` cannot be found again by their name."""
+def test_function_needs_name(function: Callable[..., Any]) -> None:
+    """A lambda, a method and a function in ``__main__`` need a name: workers cannot find them."""
     with pytest.raises(ConfigError, match=r"set a name with @bgjobs\.job\(name="):
         stored_name(function, None)
 
 
-def test_nested_function_needs_a_name() -> None:
-    """A function inside another function needs a name, and works with one."""
+def test_nested_function_needs_name() -> None:
+    """A nested function needs a name, and works with one."""
     bgjobs = BgJobs()
 
     def nested() -> None: ...
@@ -509,14 +512,14 @@ def test_nested_function_needs_a_name() -> None:
     ["", ".", "a.", "a b", "a-b", "1a", "a\n", "a:b", "class", "x" * 256, 5],
     ids=lambda name: repr(name)[:20],
 )
-def test_bad_stored_name(name: Any) -> None:
-    """A given name is made of identifiers joined by dots, 255 characters at most."""
+def test_invalid_stored_name(name: Any) -> None:
+    """A stored name consists of identifiers joined by dots, and has at most 255 characters."""
     with pytest.raises(ConfigError, match="identifiers joined by dots"):
         stored_name(decorated_function, name)
 
 
-def test_name_taken() -> None:
-    """Two functions cannot have one name: a worker could not tell them apart."""
+def test_duplicate_name_is_refused() -> None:
+    """Two functions cannot have the same name, because a worker could not distinguish them."""
     bgjobs = BgJobs()
     bgjobs.job(name="mail")(decorated_function)
     taken = r"another job function is already named 'mail': \S+test_registry.py:\d+; give one"
@@ -524,23 +527,24 @@ def test_name_taken() -> None:
         bgjobs.job(name="mail")(in_main)
 
 
-def test_a_factory_may_be_called_twice() -> None:
-    """The function of the newest call runs: the app of the first one is gone in most tests."""
-    bgjobs = BgJobs()
-    registry = Registry({}, bgjobs._decorated)
+def test_factory_called_twice(bgjobs: BgJobs, state: AppState) -> None:
+    """If a factory decorates a function twice, the newest function runs.
+
+    In tests, the app of the first call is usually gone.
+    """
 
     def create_app(number: int) -> None:
         @bgjobs.job(name="shop.number")
-        def tell_number() -> int:
+        def get_number() -> int:
             return number
 
     for number in (1, 2):
         create_app(number)
-        assert registry.resolve("shop.number").call((), {}) == number
+        assert state.registry.resolve("shop.number").call((), {}) == number
 
 
-def test_functions_that_one_decorator_wraps_are_not_the_same() -> None:
-    """They share the wrapper's code, but not their own."""
+def test_functions_with_same_wrapper_are_different() -> None:
+    """Two functions wrapped by the same decorator are different functions."""
 
     def logged(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -557,15 +561,16 @@ def test_functions_that_one_decorator_wraps_are_not_the_same() -> None:
 
 
 @pytest.mark.parametrize("how", ["reload", "import again"])
-def test_a_module_may_be_imported_twice(
-    how: str, make_module: Callable[[str], str], tmp_path: Path
+def test_module_imported_twice(
+    how: str, bgjobs: BgJobs, state: AppState, make_module: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """After a reload the function has other lines; another function of that name is refused all
-    the same."""
-    holder = make_module("from flask_bgjobs import BgJobs\nbgjobs = BgJobs()")
-    name = make_module(f"from {holder} import bgjobs\n@bgjobs.job\ndef price(): return 1")
+    """After a reload, the new function runs; another function with that name is still refused."""
+    extensions = importlib.import_module(make_module(""))
+    extensions.bgjobs = bgjobs  # type: ignore[attr-defined]
+    source_text = f"from {extensions.__name__} import bgjobs\n@bgjobs.job\ndef price(): return 1"
+    name = make_module(source_text)
     module = importlib.import_module(name)
-    registry = Registry({}, module.bgjobs._decorated)
+    registry = state.registry
     assert registry.resolve(f"{name}.price").call((), {}) == 1
     source = tmp_path / f"{name}.py"
     source.write_text("# one line more\n" + source.read_text().replace("return 1", "return 22"))
@@ -577,14 +582,14 @@ def test_a_module_may_be_imported_twice(
         importlib.import_module(name)
     assert registry.resolve(f"{name}.price").call((), {}) == 22
     with pytest.raises(ConfigError, match="already named"):
-        module.bgjobs.job(name=f"{name}.price")(decorated_function)
+        bgjobs.job(name=f"{name}.price")(decorated_function)
 
 
-class Instance:
+class CallableInstance:
     def __call__(self) -> None: ...
 
 
-class HasStatic:
+class ClassWithFunctions:
     @staticmethod
     def static() -> int:
         return 5
@@ -605,14 +610,14 @@ async def async_generator() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("thing", "said"),
+    ("job_target", "message"),
     [
         ("mail", r"write @bgjobs\.job\(name='mail'\)"),
         (Methods, r"Methods is a class: decorate a function, or allow the class with BGJOBS_"),
         (Methods.method, r"Methods\.method is a method: decorate a function"),
-        (vars(HasStatic)["of_class"], r"HasStatic\.of_class is a method"),
+        (vars(ClassWithFunctions)["of_class"], r"ClassWithFunctions\.of_class is a method"),
         (functools.partial(decorated_function, 1), r"needs a function, not functools\.partial"),
-        (Instance(), r"needs a function, not <.*Instance object"),
+        (CallableInstance(), r"needs a function, not <.*CallableInstance object"),
         (None, r"needs a function, not None"),
         (5, r"needs a function, not 5"),
         (BgJobs().job(decorated_function), r"needs a function, not <job .*decorated_function>"),
@@ -620,46 +625,52 @@ async def async_generator() -> Any:
         (async_generator, r"async_generator is a generator"),
     ],
 )
-def test_what_cannot_be_a_job_is_refused(thing: Any, said: str) -> None:
-    """When it is decorated, with and without a name, and says what to write."""
+def test_invalid_job_target_is_refused(job_target: Any, message: str) -> None:
+    """``@bgjobs.job`` refuses an object that cannot be a job, and says what to write."""
     bgjobs = BgJobs()
-    with pytest.raises(ConfigError, match=said):
-        bgjobs.job(name="shop.mail")(thing)
-    if thing is not None:
-        with pytest.raises(ConfigError, match=said):
-            bgjobs.job(thing)
+    with pytest.raises(ConfigError, match=message):
+        bgjobs.job(name="shop.mail")(job_target)
+    if job_target is not None:
+        with pytest.raises(ConfigError, match=message):
+            bgjobs.job(job_target)
 
 
 @pytest.mark.parametrize(
-    "thing", [Methods().method, vars(HasStatic)["static"], HasStatic.static, HasStatic.without_self]
+    "job_target",
+    [
+        Methods().method,
+        vars(ClassWithFunctions)["static"],
+        ClassWithFunctions.static,
+        ClassWithFunctions.without_self,
+    ],
 )
-def test_functions_of_classes_need_a_name(thing: Any) -> None:
-    """By it they are found in a worker; they must be callable as they are."""
+def test_function_of_class_needs_name(job_target: Any) -> None:
+    """A bound method or a function in a class needs a name."""
     bgjobs = BgJobs()
     with pytest.raises(ConfigError, match="is a method"):
-        bgjobs.job(thing)
-    job = bgjobs.job(name="shop.mail")(thing)
+        bgjobs.job(job_target)
+    job = bgjobs.job(name="shop.mail")(job_target)
     assert job.job_name == "shop.mail"
 
 
-def test_a_generator_that_another_decorator_runs_is_a_job() -> None:
-    """What is called is that decorator's function."""
+def test_wrapped_generator_is_valid_job() -> None:
+    """A generator wrapped by a function that iterates over it can be a job."""
 
     @functools.wraps(generator)
-    def collected() -> list[int]:
+    def list_numbers() -> list[int]:
         return list(generator())
 
-    assert BgJobs().job(name="shop.numbers")(collected)() == [1]
+    assert BgJobs().job(name="shop.numbers")(list_numbers)() == [1]
 
 
-def test_functions_that_other_decorators_made_are_jobs() -> None:
-    """Such as the object that ``functools.cache`` makes."""
+def test_cached_function_is_valid_job() -> None:
+    """An object returned by another decorator, such as ``functools.cache``, can be a job."""
     wrapped = BgJobs().job(functools.cache(decorated_function))
     assert wrapped(5) == 5
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ("countdown", r"a job has no option countdown=; did you mean delay=\?"),
         ("max_retries", r"did you mean retries=\?"),
@@ -668,33 +679,33 @@ def test_functions_that_other_decorators_made_are_jobs() -> None:
         ("colour", r"the options are retries, priority, delay, "),
     ],
 )
-def test_unknown_options_name_the_right_one(option: str, said: str) -> None:
-    """Where a function is decorated, and where it is enqueued."""
+def test_unknown_option_suggests_valid_one(option: str, message: str) -> None:
+    """An unknown option is refused with a suggestion, by ``@bgjobs.job`` and by ``using``."""
     bgjobs = BgJobs()
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         bgjobs.job(**{option: 3})  # type: ignore[misc]
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         bgjobs.job(decorated_function).using(**{option: 3})
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "message"),
     [
         ("delay", r"has no delay: did you mean enqueue\(…\)\?"),
         ("apply_async", r"did you mean using\(…\)\.enqueue\(…\)\?"),
         ("colour", "a job function has no colour$"),
     ],
 )
-def test_unknown_methods_name_the_right_one(method: str, said: str) -> None:
-    """The names that other job queues use."""
+def test_unknown_method_suggests_valid_one(method: str, message: str) -> None:
+    """The method names of other job queues raise ``AttributeError`` with a suggestion."""
     wrapped = BgJobs().job(decorated_function)
     assert not hasattr(wrapped, method)
-    with pytest.raises(AttributeError, match=said):
+    with pytest.raises(AttributeError, match=message):
         getattr(wrapped, method)
 
 
-def test_a_refused_name_says_the_likely_cause(make_module: Callable[[str], str]) -> None:
-    """A worker that has not imported the module of a decorated function, or has older code."""
+def test_refusal_has_likely_cause(make_module: Callable[[str], str]) -> None:
+    """A refusal suggests that the worker has not imported the module, or runs older code."""
     registry = Registry({}, {})
     with pytest.raises(JobNotAllowed, match=r"has not imported shop\.jobs: .* BGJOBS_IMPORTS"):
         registry.check("shop.jobs.send")
@@ -704,8 +715,8 @@ def test_a_refused_name_says_the_likely_cause(make_module: Callable[[str], str])
         registry.check(BgJobs().job(decorated_function))
 
 
-def test_decorated_function_is_still_a_function() -> None:
-    """Calling a decorated function runs it here and now, under its own name and docstring."""
+def test_decorated_function_can_be_called() -> None:
+    """A call of a decorated function runs it directly, and its name and docstring stay the same."""
     wrapped = BgJobs().job(decorated_function)
     assert wrapped(5) == 5
     assert wrapped(order_id=6) == 6

@@ -1,4 +1,4 @@
-"""Signals, and receivers that fail."""
+"""Signals, and receivers that raise."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ def shop() -> Flask:
 
 
 @pytest.mark.parametrize("signal", ALL, ids=lambda signal: signal.name)
-def test_receiver_that_raises(
+def test_failing_receiver_is_logged(
     signal: NamedSignal, shop: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A receiver that raises is logged, and keeps no other from hearing."""
-    heard: list[Any] = []
+    """A receiver that raises is logged, and the other receivers are still called."""
+    received: list[Any] = []
 
     def first(app: Flask, **values: Any) -> None:
-        heard.append((app, values))
+        received.append((app, values))
 
-    def broken(app: Flask, **values: Any) -> None:
+    def failing(app: Flask, **values: Any) -> None:
         raise RuntimeError("receiver")
 
     def last(app: Flask, **values: Any) -> None:
-        heard.append((app, values))
+        received.append((app, values))
 
     before = dict(signal.receivers)
-    signal.receivers.clear()  # those of the log lines want real values
+    signal.receivers.clear()  # the receivers that log need real values
     try:
-        for receiver in (first, broken, last):
+        for receiver in (first, failing, last):
             signal.connect(receiver)
         emit(signal, shop, job=5)
     finally:
-        for receiver in (first, broken, last):
+        for receiver in (first, failing, last):
             signal.disconnect(receiver)
         signal.receivers.update(before)
-    assert heard == [(shop, {"job": 5})] * 2
+    assert received == [(shop, {"job": 5})] * 2
     assert f"A receiver of {signal.name} raised" in caplog.text
     assert "RuntimeError: receiver" in caplog.text
 
 
-def test_only_of_this_app(shop: Flask) -> None:
-    """A receiver connected for one app does not hear another's jobs."""
-    heard: list[Any] = []
+def test_receiver_of_one_app(shop: Flask) -> None:
+    """A receiver connected for one app is not called for another app's signals."""
+    received: list[Any] = []
 
-    def hear(app: Flask, **values: Any) -> None:
-        heard.append(app)
+    def receive(app: Flask, **values: Any) -> None:
+        received.append(app)
 
     signal = signals.worker_started
-    with signal.connected_to(hear, sender=shop):
+    with signal.connected_to(receive, sender=shop):
         emit(signal, Flask("other"), worker="w")
         emit(signal, shop, worker="w")
-    assert heard == [shop]
+    assert received == [shop]
 
 
 @pytest.mark.parametrize(
@@ -80,62 +80,64 @@ def test_only_of_this_app(shop: Flask) -> None:
         (None, None),
     ],
 )
-def test_signal_of_a_status(
+def test_signal_for_recorded_status(
     status: JobStatus | None, signal: NamedSignal | None, state: Any, host: Flask
 ) -> None:
-    """What was recorded has the signal of its status; a give-back and a lost lease have none."""
-    heard: list[Any] = []
+    """Each recorded status sends its own signal. A job given back or a lost lease sends none."""
+    received: list[Any] = []
 
-    def hearer(name: str) -> Any:
-        def hear(app: Flask, **values: Any) -> None:
-            heard.append((name, values))
+    def make_receiver(name: str) -> Any:
+        def receive(app: Flask, **values: Any) -> None:
+            received.append((name, values))
 
-        return hear
+        return receive
 
     settled = Settled(make_spec(), Outcome(42, 1, OutcomeKind.FAILED, error="E"), status)
-    hearers = {one: hearer(one.name) for one in ALL}
-    for one, hear in hearers.items():
-        one.connect(hear, sender=host)
+    receivers = {each_signal: make_receiver(each_signal.name) for each_signal in ALL}
+    for each_signal, receive in receivers.items():
+        each_signal.connect(receive, sender=host)
     try:
         emit_settled(host, settled)
     finally:
-        for one, hear in hearers.items():
-            one.disconnect(hear, sender=host)
+        for each_signal, receive in receivers.items():
+            each_signal.disconnect(receive, sender=host)
     values = {"job": settled.spec, "settled": settled}
-    assert heard == ([] if signal is None else [(signal.name, values)])
+    assert received == ([] if signal is None else [(signal.name, values)])
 
 
-def test_a_receiver_that_exits_ends_no_worker(
+def test_exiting_receiver_does_not_stop_worker(
     shop: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``sys.exit()`` in a receiver would end the worker as if it had been told to stop. In a web
-    server the exit goes on, as its own signal handler may have raised it."""
+    """``sys.exit()`` in a receiver does not stop a worker.
+
+    A web server passes the exit on, because its own signal handler may have raised it.
+    """
     signal = NamedSignal("exits")
 
-    def leave(app: Flask) -> None:
+    def exit_process(app: Flask) -> None:
         raise SystemExit(0)
 
-    with signal.connected_to(leave):
+    with signal.connected_to(exit_process):
         emit_in_worker(signal, shop)
         assert "A receiver of exits raised" in caplog.text
         with pytest.raises(SystemExit):
             emit(signal, shop)
 
 
-def test_a_signal_within_a_receiver_hides_no_slow_one(shop: Flask) -> None:
-    """After a receiver has sent a signal itself, it is still known what it is called for."""
+def test_nested_signal_restores_current_emission(shop: Flask) -> None:
+    """After a receiver has sent another signal, ``emission_in`` names the outer signal again."""
     outer, inner = NamedSignal("outer"), NamedSignal("inner")
     thread_id = threading.get_ident()
-    seen: list[Any] = []
+    emissions: list[Any] = []
 
-    def note(app: Flask) -> None:
-        seen.append(signals.emission_in(thread_id))
+    def record_emission(app: Flask) -> None:
+        emissions.append(signals.emission_in(thread_id))
 
-    def send(app: Flask) -> None:
+    def send_inner(app: Flask) -> None:
         emit(inner, app)
-        note(app)
+        record_emission(app)
 
-    with outer.connected_to(send), inner.connected_to(note):
+    with outer.connected_to(send_inner), inner.connected_to(record_emission):
         emit(outer, shop)
-    assert [emission.signal_name for emission in seen] == ["inner", "outer"]
+    assert [emission.signal_name for emission in emissions] == ["inner", "outer"]
     assert signals.emission_in(thread_id) is None

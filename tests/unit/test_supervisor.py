@@ -1,4 +1,4 @@
-"""The parts of supervision that need no process."""
+"""The parts of the supervisor that need no process."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from flask_bgjobs.worker.supervisor.supervised import STOP, TAKES_JOBS, Supervis
 from tests.conftest import wait_until
 
 
-def test_quick_failures_have_growing_pauses() -> None:
-    """The first failure is answered at once; those that follow soon wait longer, up to 30 s."""
+def test_restart_pauses_grow() -> None:
+    """The first failure restarts the child at once; after quick failures, pauses grow to 30 s."""
     restarts = Restarts()
     pauses = [restarts.pause(0.5, failed=True) for _ in range(2_000)]
     assert pauses[0] == 0.0
-    for pause, most in zip(pauses[1:6], (1, 2, 4, 8, 16), strict=True):
-        assert most / 2 <= pause <= most
+    for pause, longest in zip(pauses[1:6], (1, 2, 4, 8, 16), strict=True):
+        assert longest / 2 <= pause <= longest
     assert all(15 <= pause <= 30 for pause in pauses[6:])
 
 
 @pytest.mark.parametrize(("lived_seconds", "failed"), [(60.0, True), (0.2, False)])
-def test_pauses_begin_anew(lived_seconds: float, failed: bool) -> None:
-    """After a long life, or an end in order, a failure is answered at once again."""
+def test_restart_pauses_are_reset(lived_seconds: float, failed: bool) -> None:
+    """After a long run or a normal exit, the next failure restarts the child at once."""
     restarts = Restarts()
     for _ in range(5):
         restarts.pause(0.5, failed=True)
@@ -37,8 +37,8 @@ def test_pauses_begin_anew(lived_seconds: float, failed: bool) -> None:
     assert restarts.pause(0.5, failed=True) <= 1.0
 
 
-def test_an_end_in_order_is_answered_once_in_a_second() -> None:
-    """A child that is meant to end from time to time does not make its place spin."""
+def test_normal_exit_restarts_once_per_second() -> None:
+    """A child that exits normally again and again is restarted at most once per second."""
     restarts = Restarts()
     for _ in range(3):
         assert restarts.pause(0.2, failed=False) == pytest.approx(0.8)
@@ -46,7 +46,7 @@ def test_an_end_in_order_is_answered_once_in_a_second() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "description"),
     [
         (0, "exited with code 0"),
         (3, "exited with code 3"),
@@ -54,40 +54,42 @@ def test_an_end_in_order_is_answered_once_in_a_second() -> None:
         (-signal.SIGRTMIN - 1, f"was killed by signal {signal.SIGRTMIN + 1}"),
     ],
 )
-def test_ends_in_words(code: int, words: str) -> None:
-    """The log says how a process has ended."""
-    assert describe_exit(code) == words
+def test_exit_descriptions(code: int, description: str) -> None:
+    """The log describes how a process has exited."""
+    assert describe_exit(code) == description
 
 
 @pytest.mark.parametrize("option", [["--processes", "4"], ["--processes=4"]])
-def test_the_command_of_a_child(option: list[str]) -> None:
-    """A child has the same command line, without the option that made it one of many."""
-    words = ["-m", "flask", "worker", "-q", "high", "--burst"]
-    line = [*words[:3], *option, *words[3:]]
-    assert without_option(line, "--processes", has_value=True) == words
-    assert without_option([*words, "--reload"], "--reload") == words
+def test_child_command_line(option: list[str]) -> None:
+    """A child has the supervisor's command line, without ``--processes`` or ``--reload``."""
+    arguments = ["-m", "flask", "worker", "-q", "high", "--burst"]
+    command_line = [*arguments[:3], *option, *arguments[3:]]
+    assert without_option(command_line, "--processes", has_value=True) == arguments
+    assert without_option([*arguments, "--reload"], "--reload") == arguments
 
 
 class TestSupervised:
-    """The child's side: a stop that comes by two ways is one stop."""
+    """The child's side: a stop received in two ways counts once."""
 
     @pytest.fixture
     def supervisor(self) -> Iterator[socket.socket]:
-        """The supervisor's end."""
-        ours, theirs = socket.socketpair()
+        """The supervisor's end of the socket."""
+        supervisor_end, child_end = socket.socketpair()
         self.stops: list[int] = []
-        self.tie = Supervised(theirs.detach(), lambda: self.stops.append(1))
-        with ours:
-            yield ours
+        self.tie = Supervised(child_end.detach(), lambda: self.stops.append(1))
+        with supervisor_end:
+            yield supervisor_end
 
-    def test_it_tells_when_it_takes_jobs(self, supervisor: socket.socket) -> None:
-        """The supervisor learns that the worker is up."""
+    def test_child_reports_that_it_takes_jobs(self, supervisor: socket.socket) -> None:
+        """The child tells the supervisor when its worker takes jobs."""
         self.tie.on_worker_started(object(), worker="me")
         assert supervisor.recv(1) == TAKES_JOBS
 
-    def test_what_is_passed_on_and_seen_is_one_signal(self, supervisor: socket.socket) -> None:
-        """A signal that reaches the child, and is passed on to it, is counted once; the second
-        one counts when it is passed on."""
+    def test_forwarded_signal_counts_once(self, supervisor: socket.socket) -> None:
+        """A signal that the child receives directly and from its supervisor counts once.
+
+        The second signal counts when it is forwarded.
+        """
         self.tie.stop_once()
         self.tie.stop_once()
         supervisor.send(STOP)
@@ -97,8 +99,8 @@ class TestSupervised:
         self.tie.stop_once()
         assert len(self.stops) == 2
 
-    def test_a_supervisor_that_is_gone_is_a_stop(self, supervisor: socket.socket) -> None:
-        """The worker stops in order, and once, when its supervisor's end is closed."""
+    def test_lost_supervisor_stops_child(self, supervisor: socket.socket) -> None:
+        """If the supervisor's end is closed, the worker stops gracefully, and only once."""
         supervisor.close()
         wait_until(lambda: self.stops, "the stop")
         self.tie.stop_once()
