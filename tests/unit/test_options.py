@@ -1,4 +1,4 @@
-"""What a caller may choose for a job."""
+"""The options of a job: their checks, defaults and column values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flask_bgjobs.options import JobOptions, column_values, first_run, priority_
 CONFIG = Config()
 MINUTE = dt.timedelta(minutes=1)
 BERLIN_WINTER = dt.timezone(dt.timedelta(hours=1))
-NO_SECONDS = [-1, -0.001, -MINUTE, math.nan, math.inf, -math.inf, True, False, "5", b"5", 5j, {}]
+BAD_SECONDS = [-1, -0.001, -MINUTE, math.nan, math.inf, -math.inf, True, False, "5", b"5", 5j, {}]
 TOO_LONG = [MAX_DELAY_SECONDS + 1, 1e308, 10**400, 10**5_000, dt.timedelta.max]
 
 
@@ -29,7 +29,7 @@ def values(config: Config = CONFIG, **options: Any) -> dict[str, Any]:
     return column_values(JobOptions(**options), config)
 
 
-def short(value: object) -> str:
+def short_id(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"int of {value.bit_length()} bits"
     return repr(value)[:30]
@@ -53,13 +53,14 @@ def test_defaults() -> None:
     assert first_run(JobOptions()) == (None, None)
 
 
-def test_defaults_of_the_config() -> None:
-    """What is not chosen comes from the configuration; what is chosen goes before it, 0 too."""
+def test_defaults_from_config() -> None:
+    """Missing options come from the configuration; given options override it, even if 0."""
     config = Config(retries=9, retry_delay=(1.0, 2.0), timeout=30.0)
-    made = values(config)
-    assert (made["retries"], made["retry_delay"], made["timeout"]) == (9, "[1.0, 2.0]", 30.0)
-    made = values(config, retries=0, retry_delay=0, timeout=5)
-    assert (made["retries"], made["retry_delay"], made["timeout"]) == (0, "[0.0]", 5.0)
+    columns = values(config)
+    expected = (9, "[1.0, 2.0]", 30.0)
+    assert (columns["retries"], columns["retry_delay"], columns["timeout"]) == expected
+    columns = values(config, retries=0, retry_delay=0, timeout=5)
+    assert (columns["retries"], columns["retry_delay"], columns["timeout"]) == (0, "[0.0]", 5.0)
 
 
 @pytest.mark.parametrize(
@@ -75,19 +76,19 @@ def test_defaults_of_the_config() -> None:
     ],
 )
 def test_delay(delay: Any, expected: float | None) -> None:
-    """A delay is seconds or a timedelta; 0 is none."""
+    """A delay is seconds or a timedelta; 0 means no delay."""
     assert first_run(JobOptions(delay=delay)) == (expected, None)
 
 
-@pytest.mark.parametrize("delay", [*NO_SECONDS, *TOO_LONG, [5], Decimal(5)], ids=short)
-def test_bad_delay(delay: Any) -> None:
-    """A delay that is negative, no number, endless or too long is refused."""
+@pytest.mark.parametrize("delay", [*BAD_SECONDS, *TOO_LONG, [5], Decimal(5)], ids=short_id)
+def test_invalid_delay(delay: Any) -> None:
+    """A negative, infinite or too long delay is refused, and so are other types."""
     with pytest.raises(InvalidJob):
         first_run(JobOptions(delay=delay))
 
 
-def test_run_at() -> None:
-    """``run_at`` becomes UTC without a zone, as it is stored; a past time is due at once."""
+def test_run_at_is_stored_as_utc() -> None:
+    """``run_at`` is stored as naive UTC; a time in the past is accepted."""
     now = dt.datetime.now(BERLIN_WINTER).replace(microsecond=123456)
     expected = now.astimezone(dt.UTC).replace(tzinfo=None)
     assert first_run(JobOptions(run_at=now)) == (None, expected)
@@ -107,8 +108,8 @@ def test_run_at() -> None:
     ],
     ids=repr,
 )
-def test_run_at_without_zone(run_at: Any) -> None:
-    """A naive datetime, or anything else, is refused: nobody knows which time it means."""
+def test_run_at_without_time_zone(run_at: Any) -> None:
+    """A naive datetime is refused, because it is ambiguous, and so are other types."""
     with pytest.raises(InvalidJob, match="run_at must be a datetime with a time zone"):
         first_run(JobOptions(run_at=run_at))
 
@@ -124,14 +125,14 @@ def test_run_at_without_zone(run_at: Any) -> None:
     ],
     ids=repr,
 )
-def test_run_at_too_far(run_at: dt.datetime) -> None:
-    """A time more than a hundred years away is refused, the year 9999 and overflow as well."""
+def test_run_at_out_of_range(run_at: dt.datetime) -> None:
+    """A time more than a hundred years away is refused, even if UTC would overflow."""
     with pytest.raises(InvalidJob, match="within a hundred years of now"):
         first_run(JobOptions(run_at=run_at))
 
 
-def test_delay_and_run_at() -> None:
-    """Either delay or run_at may be given, not both."""
+def test_delay_excludes_run_at() -> None:
+    """``delay`` and ``run_at`` cannot be combined."""
     with pytest.raises(InvalidJob, match="either delay or run_at"):
         first_run(JobOptions(delay=0, run_at=dt.datetime.now(dt.UTC)))
 
@@ -144,7 +145,7 @@ def test_delay_and_run_at() -> None:
     ],
 )
 def test_priority(priority: Any, number: int) -> None:
-    """A priority is a whole number of 32 bits, negative as well, or a name."""
+    """A priority is a 32-bit whole number, possibly negative, or a name."""
     assert values(priority=priority)["priority"] == number
 
 
@@ -154,16 +155,16 @@ def test_priority(priority: Any, number: int) -> None:
         *[True, False, 1.0, 0.5, math.nan, math.inf, "HIGH", "high ", "urgent", "", "5", b"high"],
         *[MAX_INTEGER + 1, -MAX_INTEGER - 1, 10**400, 10**5_000, Decimal(1), [1], ("high",)],
     ],
-    ids=short,
+    ids=short_id,
 )
-def test_bad_priority(priority: Any) -> None:
-    """A bool, a float, an unknown name or too large a number is refused."""
+def test_invalid_priority(priority: Any) -> None:
+    """A bool, a float, an unknown name or a number out of range is refused."""
     with pytest.raises(InvalidJob):
         values(priority=priority)
 
 
 def test_priority_names() -> None:
-    """The names are those of the configuration, and the message lists them."""
+    """Priority names come from the configuration, and the message lists them."""
     config = Config.from_mapping({"BGJOBS_PRIORITIES": {"urgent": 9, "idle": -9}})
     assert values(config, priority="idle")["priority"] == -9
     with pytest.raises(InvalidJob, match=r"unknown priority 'high'; .*\(urgent, idle\)"):
@@ -179,10 +180,10 @@ def test_retries(retries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "retries", [-1, 10_001, 10**5_000, 1.0, math.nan, math.inf, True, "3", [3]], ids=short
+    "retries", [-1, 10_001, 10**5_000, 1.0, math.nan, math.inf, True, "3", [3]], ids=short_id
 )
-def test_bad_retries(retries: Any) -> None:
-    """Any other number of retries is refused."""
+def test_invalid_retries(retries: Any) -> None:
+    """Any other number or type of retries is refused."""
     with pytest.raises(InvalidJob):
         values(retries=retries)
 
@@ -198,52 +199,52 @@ def test_bad_retries(retries: Any) -> None:
     ],
 )
 def test_retry_delay(delay: Any, stored: list[float]) -> None:
-    """The delay before a retry is a duration or a list of up to a hundred."""
+    """A retry delay is a duration or a list of 1 to 100 durations."""
     assert json.loads(values(retry_delay=delay)["retry_delay"]) == stored
 
 
 @pytest.mark.parametrize(
     "delay",
-    [*NO_SECONDS, *TOO_LONG, [], [1] * 101, [1, -1], [1, None], [1, math.nan], [[1]], {1}, "10"],
-    ids=short,
+    [*BAD_SECONDS, *TOO_LONG, [], [1] * 101, [1, -1], [1, None], [1, math.nan], [[1]], {1}, "10"],
+    ids=short_id,
 )
-def test_bad_retry_delay(delay: Any) -> None:
-    """A retry delay with anything but durations in it is refused."""
+def test_invalid_retry_delay(delay: Any) -> None:
+    """A retry delay with an invalid duration is refused."""
     with pytest.raises(InvalidJob):
         values(retry_delay=delay)
 
 
 @pytest.mark.parametrize("name", ["max_retry_delay", "timeout"])
-def test_durations(name: str) -> None:
-    """A cap and a timeout are durations."""
+def test_max_retry_delay_and_timeout(name: str) -> None:
+    """``max_retry_delay`` and ``timeout`` are durations."""
     assert values(**{name: 1.5})[name] == 1.5
     assert values(**{name: MINUTE})[name] == 60.0
 
 
-@pytest.mark.parametrize("bad", [*NO_SECONDS, *TOO_LONG], ids=short)
+@pytest.mark.parametrize("value", [*BAD_SECONDS, *TOO_LONG], ids=short_id)
 @pytest.mark.parametrize("name", ["max_retry_delay", "timeout"])
-def test_bad_durations(name: str, bad: Any) -> None:
-    """Anything but a duration is refused as cap and as timeout."""
+def test_invalid_max_retry_delay_and_timeout(name: str, value: Any) -> None:
+    """An invalid duration is refused for ``max_retry_delay`` and ``timeout``."""
     with pytest.raises(InvalidJob):
-        values(**{name: bad})
+        values(**{name: value})
 
 
-def test_timeout_zero() -> None:
-    """A timeout of 0 is refused: no code could run in it."""
+def test_timeout_of_zero() -> None:
+    """A timeout of 0 is refused."""
     with pytest.raises(InvalidJob, match="timeout must be more than 0 s"):
         values(timeout=0)
 
 
 @pytest.mark.parametrize("jitter", [0, 0.1, 1, 1.0])
 def test_jitter(jitter: float) -> None:
-    """Jitter is a share from 0 to 1."""
+    """Jitter is a number from 0 to 1."""
     assert values(jitter=jitter)["jitter"] == jitter
 
 
 @pytest.mark.parametrize(
-    "jitter", [-0.1, 1.01, math.nan, math.inf, True, "0.1", 10**400, Decimal("0.1")], ids=short
+    "jitter", [-0.1, 1.01, math.nan, math.inf, True, "0.1", 10**400, Decimal("0.1")], ids=short_id
 )
-def test_bad_jitter(jitter: Any) -> None:
+def test_invalid_jitter(jitter: Any) -> None:
     """Any other jitter is refused."""
     with pytest.raises(InvalidJob, match="jitter must be a number from 0 to 1"):
         values(jitter=jitter)
@@ -251,26 +252,26 @@ def test_bad_jitter(jitter: Any) -> None:
 
 @pytest.mark.parametrize("backoff", ["fixed", "linear", "exponential"])
 def test_backoff(backoff: str) -> None:
-    """There are three ways for a delay to grow."""
+    """The backoff is fixed, linear or exponential."""
     assert values(backoff=backoff)["backoff"] == backoff
 
 
 @pytest.mark.parametrize("backoff", ["", "Fixed", "quadratic", True, 2, ["fixed"]], ids=repr)
-def test_bad_backoff(backoff: Any) -> None:
-    """Any other backoff is refused, and the three are named."""
+def test_invalid_backoff(backoff: Any) -> None:
+    """Any other backoff is refused with a list of the valid ones."""
     with pytest.raises(InvalidJob, match="one of fixed, linear, exponential, not"):
         values(backoff=backoff)
 
 
 @pytest.mark.parametrize("queue", ["Mail", "MAIL", "", " ", "a b", "mail\n", "x" * 65, 5, ["a"]])
-def test_bad_queue(queue: Any) -> None:
-    """A queue name with an upper-case letter, or anything else odd, is refused."""
+def test_invalid_queue(queue: Any) -> None:
+    """A queue name with upper-case letters or other invalid characters is refused."""
     with pytest.raises(InvalidJob, match="queue must be 1 to 64 characters of a-z"):
         values(queue=queue)
 
 
 def test_queue() -> None:
-    """The queue is stored as it was named."""
+    """The queue is stored under its given name."""
     assert values(queue="mail-2")["queue"] == "mail-2"
 
 
@@ -293,33 +294,33 @@ def test_tags(tags: Any, stored: list[str] | None) -> None:
 @pytest.mark.parametrize(
     "tags",
     ["mail", {"a": 1}, ["x"] * 21, [""], ["x" * 65], [5], [None], ["a\0b"], ["\ud800"], 5, True],
-    ids=short,
+    ids=short_id,
 )
-def test_bad_tags(tags: Any) -> None:
-    """Tags that are no list of short texts are refused; one str is no list."""
+def test_invalid_tags(tags: Any) -> None:
+    """Anything but a list of short strings is refused, including a single string."""
     with pytest.raises(InvalidJob, match="tag"):
         values(tags=tags)
 
 
 @pytest.mark.parametrize("name", ["owner", "unique_key"])
 def test_owner_and_unique_key(name: str) -> None:
-    """Owner and unique key are texts of up to 255 characters."""
+    """Owner and unique key are strings of 1 to 255 characters."""
     for value in ("42", "x" * 255, "Grüße 🎉", " receipt 7 "):
         assert values(**{name: value})[name] == value
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "x" * 256, "a\0b", "\udfff", 42, True, 1.5, b"x", ["x"]], ids=short
+    "value", ["", "x" * 256, "a\0b", "\udfff", 42, True, 1.5, b"x", ["x"]], ids=short_id
 )
 @pytest.mark.parametrize("name", ["owner", "unique_key"])
-def test_bad_owner_and_unique_key(name: str, bad: Any) -> None:
-    """An owner or unique key that no database could hold as it stands is refused."""
+def test_invalid_owner_and_unique_key(name: str, value: Any) -> None:
+    """An owner or unique key that some database cannot store is refused."""
     with pytest.raises(InvalidJob, match=f"{name} must be a str of 1 to 255 characters") as refusal:
-        values(**{name: bad})
+        values(**{name: value})
     str(refusal.value).encode()
 
 
-ODD_VALUES = st.one_of(
+ARBITRARY_VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
@@ -334,37 +335,37 @@ ODD_VALUES = st.one_of(
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(JobOptions.__slots__)), ODD_VALUES))
-def test_any_value(options: dict[str, Any]) -> None:
-    """Whatever is given as an option, it is stored as plain values or is ``InvalidJob``."""
-    chosen = JobOptions(**options)
+@given(st.dictionaries(st.sampled_from(list(JobOptions.__slots__)), ARBITRARY_VALUES))
+def test_any_option_value(options: dict[str, Any]) -> None:
+    """Any option value is either stored as plain values or refused with ``InvalidJob``."""
+    job_options = JobOptions(**options)
     try:
-        made = column_values(chosen, CONFIG)
-        first_run(chosen)
+        columns = column_values(job_options, CONFIG)
+        first_run(job_options)
     except InvalidJob:
         return
-    for value in made.values():
+    for value in columns.values():
         assert value is None or type(value) in (int, float, str)
-    assert abs(made["priority"]) <= MAX_INTEGER
-    json.loads(made["retry_delay"])
-    assert "\0" not in "".join(value for value in made.values() if isinstance(value, str))
+    assert abs(columns["priority"]) <= MAX_INTEGER
+    json.loads(columns["retry_delay"])
+    assert "\0" not in "".join(value for value in columns.values() if isinstance(value, str))
 
 
-def test_explicit_goes_before_decorator() -> None:
-    """What is given at the enqueue goes before the decorator's value, 0 and empty as well."""
+def test_enqueue_options_override_decorator() -> None:
+    """Options given when enqueueing override the decorator's, even if 0 or empty."""
     decorated = JobOptions(retries=5, queue="mail", timeout=30, priority="high", tags=["a"])
     merged = JobOptions(retries=0, priority=0, tags=[]).over(decorated)
     assert merged == JobOptions(retries=0, queue="mail", timeout=30, priority=0, tags=[])
 
 
-def test_nothing_given() -> None:
-    """Without a choice at the enqueue, the decorator's options hold."""
+def test_decorator_options_are_defaults() -> None:
+    """Without options when enqueueing, the decorator's options are used."""
     decorated = JobOptions(retries=5, delay=60)
     assert JobOptions().over(decorated) == decorated
 
 
-def test_one_way_to_say_when() -> None:
-    """A time given at the enqueue replaces the decorator's delay, and the other way round."""
+def test_run_at_replaces_delay() -> None:
+    """A ``run_at`` given when enqueueing replaces the decorator's ``delay``, and vice versa."""
     tomorrow = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
     assert JobOptions(run_at=tomorrow).over(JobOptions(delay=60)) == JobOptions(run_at=tomorrow)
     assert JobOptions(delay=0).over(JobOptions(run_at=tomorrow)) == JobOptions(delay=0)

@@ -1,4 +1,4 @@
-"""How long a worker waits before it asks a database again that was not usable."""
+"""How long a worker waits before it tries an unusable database again."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from flask_bgjobs.worker.outage import Outage
 ERROR = OperationalError("SELECT 1", {}, Exception("the server is gone"))
 
 
-def test_pauses_grow_from_a_tenth_of_a_second_to_half_a_minute() -> None:
-    """Each pause may be twice as long as the one before, and none is longer than 30 s."""
+def test_pauses_grow_to_30_seconds() -> None:
+    """The longest possible pause doubles from 0.1 s to 30 s."""
     outage = Outage("one")
     pauses = [outage.record_failure(ERROR, 0) for _ in range(20)]
     longest = [min(0.1 * 2**number, 30.0) for number in range(20)]
-    for pause, most in zip(pauses, longest, strict=True):
-        assert most / 2 <= pause <= most
+    for pause, limit in zip(pauses, longest, strict=True):
+        assert limit / 2 <= pause <= limit
 
 
-def test_workers_do_not_come_all_at_once() -> None:
-    """The pauses of workers that lost their database together differ."""
+def test_pauses_differ_between_workers() -> None:
+    """Workers that lose their database together retry at different times."""
     assert len({Outage(f"{number}").record_failure(ERROR, 0) for number in range(20)}) > 1
 
 
-def test_the_next_outage_begins_anew() -> None:
-    """Once the database was usable again, the first pause is short again."""
+def test_success_resets_pause() -> None:
+    """Once the database is usable again, the first pause of the next outage is short."""
     outage = Outage("one")
     for _ in range(10):
         outage.record_failure(ERROR, 0)
@@ -33,10 +33,10 @@ def test_the_next_outage_begins_anew() -> None:
     assert outage.record_failure(ERROR, 0) <= 0.1
 
 
-def test_an_outage_is_told_from_its_first_error_to_its_end(
+def test_outage_is_logged_at_start_and_end(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The log says that the database is not usable, what is kept, and when that is over, once."""
+    """The start of an outage is logged with the number of outcomes kept, and its end once."""
     outage = Outage("one")
     outage.record_success()
     assert caplog.messages == []

@@ -1,4 +1,4 @@
-"""What worker and child share: messages, the channel, tickets and marks."""
+"""The parts shared by worker and child: messages, the channel, tickets and marks."""
 
 from __future__ import annotations
 
@@ -45,47 +45,47 @@ SPEC = JobSpec(
 )
 
 
-def across(message: Any) -> Any:
+def through_json(message: Any) -> Any:
     return json.loads(json.dumps(message))
 
 
 @pytest.mark.parametrize("spec", [SPEC, SPEC._replace(started_at=None, method="run")])
-def test_a_spec_crosses_unchanged(spec: JobSpec) -> None:
-    """A job reaches the child as it was claimed."""
-    assert messages.unpack_spec(across(messages.pack_spec(spec))) == spec
+def test_spec_round_trip(spec: JobSpec) -> None:
+    """The child receives a job unchanged."""
+    assert messages.unpack_spec(through_json(messages.pack_spec(spec))) == spec
 
 
 @pytest.mark.parametrize("kind", OutcomeKind)
 @pytest.mark.parametrize(
     "report", [None, Report(), Report(0.5, "half", '{"a":1}', ("one", "zw\u00f6lf"))]
 )
-def test_an_outcome_crosses_unchanged(kind: OutcomeKind, report: Report | None) -> None:
-    """Every outcome reaches the worker as the child saw it, with its kind and its report."""
+def test_outcome_round_trip(kind: OutcomeKind, report: Report | None) -> None:
+    """The worker receives an outcome unchanged, with its kind and report."""
     outcome = Outcome(
         7, 2, kind, "[1]", "E", "E: no", "Traceback", 1.0, 0.25, 2.5, report, ("user", "*rest")
     )
-    back = messages.unpack_outcome(across(messages.pack_outcome(outcome)))
-    assert back == outcome
-    assert back.kind is kind
+    unpacked = messages.unpack_outcome(through_json(messages.pack_outcome(outcome)))
+    assert unpacked == outcome
+    assert unpacked.kind is kind
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[ParentEnd, ChildEnd]]:
     """Both ends of a channel."""
-    ours, theirs = socket.socketpair()
-    parent, child = ParentEnd(ours), ChildEnd(theirs)
+    parent_socket, child_socket = socket.socketpair()
+    parent, child = ParentEnd(parent_socket), ChildEnd(child_socket)
     yield parent, child
     parent.close()
-    theirs.close()
+    child_socket.close()
 
 
 class TestChannel:
     @given(st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists), max_size=20))
-    def test_messages_arrive_whole_and_in_order(self, sent: list[Any]) -> None:
-        """What is sent arrives, once each, in order, in both directions."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            parent, child = ParentEnd(ours), ChildEnd(theirs)
+    def test_messages_arrive_once_and_in_order(self, sent: list[Any]) -> None:
+        """Messages arrive whole, once and in order, in both directions."""
+        parent_socket, child_socket = socket.socketpair()
+        with parent_socket, child_socket:
+            parent, child = ParentEnd(parent_socket), ChildEnd(child_socket)
             for message in sent:
                 parent.send(message)
             parent.flush()
@@ -94,8 +94,8 @@ class TestChannel:
                 child.send(message)
             assert list(parent.receive()) == sent
 
-    def test_the_parent_never_waits_for_a_reader(self, ends: tuple[ParentEnd, ChildEnd]) -> None:
-        """What the child does not read is kept, and sent when it does."""
+    def test_send_does_not_wait_for_reader(self, ends: tuple[ParentEnd, ChildEnd]) -> None:
+        """Messages that the child has not read are kept, and sent once it reads."""
         parent, child = ends
         large = "x" * 3_000_000
         parent.send(large)
@@ -115,51 +115,51 @@ class TestChannel:
         thread.join(10)
         assert received == [large]
 
-    def test_half_a_message_is_none(self) -> None:
-        """A message cut short by the child's death is not taken for one."""
-        ours, theirs = socket.socketpair()
-        parent = ParentEnd(ours)
-        theirs.sendall(b"\0\0\0\x09[1,2,3")
-        theirs.close()
+    def test_incomplete_message_is_ignored(self) -> None:
+        """A message cut off by the child's death is ignored."""
+        parent_socket, child_socket = socket.socketpair()
+        parent = ParentEnd(parent_socket)
+        child_socket.sendall(b"\0\0\0\x09[1,2,3")
+        child_socket.close()
         assert list(parent.receive()) == []
         assert parent.is_closed
         parent.close()
 
-    def test_a_gone_child_is_no_error(self) -> None:
-        """Sending to a child that is gone is given up in silence: its exit tells the rest."""
-        ours, theirs = socket.socketpair()
-        theirs.close()
-        parent = ParentEnd(ours)
+    def test_send_to_dead_child(self) -> None:
+        """Sending to a dead child raises no error; the worker learns of its exit in another way."""
+        parent_socket, child_socket = socket.socketpair()
+        child_socket.close()
+        parent = ParentEnd(parent_socket)
         parent.send([1])
         parent.flush()
         assert not parent.has_outgoing
         parent.close()
 
-    def test_a_gone_worker_ends_the_childs_read(self) -> None:
-        """A child that waits for a message learns that the worker is gone."""
-        ours, theirs = socket.socketpair()
-        ours.close()
-        child = ChildEnd(theirs)
+    def test_receive_from_dead_worker(self) -> None:
+        """A child that waits for a message gets ``EOFError`` if the worker is gone."""
+        parent_socket, child_socket = socket.socketpair()
+        parent_socket.close()
+        child = ChildEnd(child_socket)
         with pytest.raises(EOFError):
             child.receive()
-        theirs.close()
+        child_socket.close()
 
 
 class TestTickets:
-    def test_whoever_reads_a_ticket_has_it(self) -> None:
+    def test_ticket_is_taken_once(self) -> None:
         """A ticket is either taken by the child or taken back, never both."""
         tickets = Tickets.create()
         for number in range(1, 2_001):
             tickets.give(number)
-        taken = [tickets.take() for _ in range(700)]
-        back = tickets.take_back()
-        assert taken == list(range(1, 701))
-        assert back == list(range(701, 2_001))
+        taken_numbers = [tickets.take() for _ in range(700)]
+        returned = tickets.take_back()
+        assert taken_numbers == list(range(1, 701))
+        assert returned == list(range(701, 2_001))
         assert tickets.take_back() == []
         tickets.close()
 
-    def test_the_end_is_told_after_the_last_ticket(self) -> None:
-        """A child takes the tickets that are left, and then learns that there are no more."""
+    def test_end_follows_last_ticket(self) -> None:
+        """A child takes the remaining tickets before it gets the end."""
         tickets = Tickets.create()
         tickets.give(1)
         tickets.end()
@@ -169,8 +169,8 @@ class TestTickets:
 
 
 class TestMarks:
-    def test_another_process_sees_them(self) -> None:
-        """What a child marks is seen by the worker, also after the child's death."""
+    def test_marks_are_shared_between_processes(self) -> None:
+        """The worker sees the child's marks, even after the child's death."""
         marks = Marks.create()
         pid = os.fork()
         if pid == 0:
@@ -185,8 +185,8 @@ class TestMarks:
         marks.close()
 
 
-def test_reports_add_up() -> None:
-    """Two reports as one: the later values, and all lines in order."""
+def test_reports_are_combined() -> None:
+    """Combined reports have the later values and all log lines in order."""
     first = Report(0.1, "one", "{}", ("a",))
     assert first.followed_by(None) == first
     assert first.followed_by(Report(lines=("b",))) == Report(0.1, "one", "{}", ("a", "b"))

@@ -1,4 +1,4 @@
-"""What goes into an attempt and what comes out."""
+"""The records of a job, its outcome and its settlement."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from tests.unit.helpers import make_spec
 
 
-def test_parameters() -> None:
-    """A spec gives the parameters back as they were given."""
-    given = {"when": dt.date(2026, 1, 2), "ids": (1, 2)}
-    assert make_spec(parameters=given).parameters == given
+def test_spec_parameters() -> None:
+    """``JobSpec.parameters`` returns the parameters with their types."""
+    parameters = {"when": dt.date(2026, 1, 2), "ids": (1, 2)}
+    assert make_spec(parameters=parameters).parameters == parameters
 
 
-def test_retry_policy() -> None:
-    """A spec's retry policy is made of its own columns."""
+def test_spec_retry_policy() -> None:
+    """``JobSpec.retry_policy`` is built from the job's columns."""
     spec = make_spec(retry_delay="[1.0, 2.0]", backoff="linear", max_retry_delay=9.0, jitter=0.5)
     assert spec.retry_policy == RetryPolicy((1.0, 2.0), "linear", 9.0, 0.5)
 
 
-def test_settled() -> None:
-    """What was recorded shows the job's id, error and result."""
+def test_settled_properties() -> None:
+    """``Settled`` has the job's id, error and result."""
     spec = make_spec()
     outcome = Outcome(42, 1, OutcomeKind.COMPLETED, result_json=serialize.dumps((1, 2)))
     settled = Settled(spec, outcome, JobStatus.COMPLETED)
@@ -36,8 +36,8 @@ def test_settled() -> None:
     assert (failed.result, failed.error) == (None, "E: no")
 
 
-def test_plain_data() -> None:
-    """Spec and outcome are frozen plain data that can cross a pipe."""
+def test_records_are_immutable_and_picklable() -> None:
+    """Spec and outcome are immutable and can be pickled."""
     spec, outcome = make_spec(), Outcome(42, 1, OutcomeKind.FAILED, error="E: no")
     assert pickle.loads(pickle.dumps((spec, outcome))) == (spec, outcome)
     with pytest.raises(AttributeError):

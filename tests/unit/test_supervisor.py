@@ -76,13 +76,13 @@ class TestSupervised:
         """The supervisor's end of the socket."""
         supervisor_end, child_end = socket.socketpair()
         self.stops: list[int] = []
-        self.tie = Supervised(child_end.detach(), lambda: self.stops.append(1))
+        self.supervised = Supervised(child_end.detach(), lambda: self.stops.append(1))
         with supervisor_end:
             yield supervisor_end
 
     def test_child_reports_that_it_takes_jobs(self, supervisor: socket.socket) -> None:
         """The child tells the supervisor when its worker takes jobs."""
-        self.tie.on_worker_started(object(), worker="me")
+        self.supervised.on_worker_started(object(), worker="me")
         assert supervisor.recv(1) == TAKES_JOBS
 
     def test_forwarded_signal_counts_once(self, supervisor: socket.socket) -> None:
@@ -90,18 +90,18 @@ class TestSupervised:
 
         The second signal counts when it is forwarded.
         """
-        self.tie.stop_once()
-        self.tie.stop_once()
+        self.supervised.stop_once()
+        self.supervised.stop_once()
         supervisor.send(STOP)
         supervisor.send(STOP)
         wait_until(lambda: len(self.stops) == 2, "the second stop")
         supervisor.close()
-        self.tie.stop_once()
+        self.supervised.stop_once()
         assert len(self.stops) == 2
 
     def test_lost_supervisor_stops_child(self, supervisor: socket.socket) -> None:
         """If the supervisor's end is closed, the worker stops gracefully, and only once."""
         supervisor.close()
         wait_until(lambda: self.stops, "the stop")
-        self.tie.stop_once()
+        self.supervised.stop_once()
         assert len(self.stops) == 1
