@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: its figures must not be wrong by themselves."""
+"""How the benchmarks calculate their figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECOND = 1_000_000_000
 
 
 def _journal(*numbers: int) -> Journal:
-    """One entry per second."""
+    """A journal with one entry per second."""
     return Journal(tuple((number, at * _SECOND) for at, number in enumerate(numbers)))
 
 
@@ -25,19 +25,19 @@ def _journal(*numbers: int) -> Journal:
     ("share", "expected"), [(0.0, 1), (0.5, 50), (0.95, 95), (0.99, 99), (0.991, 100), (1.0, 100)]
 )
 def test_percentile(share: float, expected: int) -> None:
-    """A percentile is a value that was measured, and that so many did not exceed."""
+    """A percentile is a measured value that the given share of values does not exceed."""
     assert percentile(list(range(100, 0, -1)), share) == expected
 
 
-def test_percentile_of_one() -> None:
-    """One value is every percentile of itself; of none there is no percentile."""
+def test_percentile_of_few_values() -> None:
+    """A single value is each of its percentiles; without values there is no percentile."""
     assert percentile([7.0], 0.99) == 7.0
     with pytest.raises(ValueError, match="no percentile"):
         percentile([], 0.5)
 
 
 def test_medians() -> None:
-    """Each figure has its own median, over the runs that have it; a curve has none."""
+    """Each figure has a median over the runs that have it; a curve has none."""
     runs = [{"a": 1.0, "b": 5.0}, {"a": 9.0, "curve": [(0, 1.0)]}, {"a": 2.0, "b": 7.0}]
     assert medians(runs) == {"a": 2.0, "b": 6.0}
 
@@ -53,22 +53,22 @@ def test_medians() -> None:
     ],
 )
 def test_journal_problems(numbers: tuple[int, ...], problem: str | None) -> None:
-    """A run counts only when each job ran once, whatever the order, and no other did."""
+    """A run is valid only if each job ran exactly once, in any order."""
     assert _journal(*numbers).problem(range(3)) == problem
 
 
 def test_journal_speed() -> None:
-    """The speed is that between the first and the last job, and not that from the start."""
+    """The speed is measured between the first and the last job."""
     assert _journal(0, 1, 2, 3, 4).per_second() == 1.0
 
 
-def test_journal_without() -> None:
-    """Jobs of a backlog are left out by their number."""
+def test_journal_without_backlog() -> None:
+    """Jobs of a backlog are excluded by their number."""
     assert _journal(-1, 0, -1, 1).without(-1).problem(range(2)) is None
 
 
-def test_journal_parsed() -> None:
-    """Half an entry, as a killed worker may leave it, is not read."""
+def test_incomplete_journal_entry_is_ignored() -> None:
+    """An incomplete entry, which a killed worker may leave, is ignored."""
     data = struct.pack("=qqqq", 0, 10, 1, 20)
     assert Journal.parse(data + data[:5]).times() == {0: 10, 1: 20}
 
@@ -85,13 +85,13 @@ def test_journal_parsed() -> None:
         (19_386, "19,400"),
     ],
 )
-def test_figure(value: float | None, text: str) -> None:
-    """Figures have three digits, as more would only seem exact."""
+def test_figure_has_three_digits(value: float | None, text: str) -> None:
+    """Figures have three digits, because more would suggest false precision."""
     assert figure(value) == text
 
 
 def test_table_as_rst() -> None:
-    """A table is one list-table, with a dash where there is no figure."""
+    """A table becomes one ``list-table``, with a dash for a missing figure."""
     assert Table(["queue", "jobs/s"], [["ours", "1,000"], ["theirs", ""]]).as_rst() == (
         ".. list-table::\n"
         "   :header-rows: 1\n"
@@ -101,12 +101,12 @@ def test_table_as_rst() -> None:
         "   * - ours\n"
         "     - 1,000\n"
         "   * - theirs\n"
-        "     - –\n"  # noqa: RUF001  # an en dash is meant
+        "     - –\n"  # noqa: RUF001  # an en dash is intended
     )
 
 
 def test_table_as_text() -> None:
-    """On the terminal figures stand below each other, aligned to the right."""
+    """On the terminal, figures are aligned to the right."""
     assert Table(["queue", "jobs/s"], [["ours", "1,000"], ["b", "5"]]).as_text() == (
         "queue  jobs/s\n"
         "ours    1,000\n"
@@ -114,8 +114,8 @@ def test_table_as_text() -> None:
     )  # fmt: skip
 
 
-def test_failure_is_shown() -> None:
-    """What did not do all its jobs is shown as failed, whatever figures it had before."""
+def test_failed_run_is_shown_as_failed() -> None:
+    """A contender that did not run all jobs is shown as failed, without its figures."""
     results = Results({}, {})
     entry = results.entry("throughput", "huey-sqlite")
     entry.runs.append({"jobs_per_second": 10_000.0})
@@ -125,15 +125,15 @@ def test_failure_is_shown() -> None:
     assert "10,000" not in text
 
 
-def test_results_are_read_again() -> None:
-    """The tables can be written anew from the file of an earlier run."""
+def test_results_round_trip() -> None:
+    """Results saved as JSON can be loaded again."""
     results = Results({"processors": "2"}, {"huey": "1"}, skipped={"rq": "not installed"})
     results.entry("latency", "huey-sqlite").runs.append({"p50_ms": 1.5})
     assert Results.from_json(results.as_json()) == results
 
 
-def test_contenders_have_their_own_names() -> None:
-    """No contender hides another one of the same name."""
+def test_contender_names_are_unique() -> None:
+    """No two contenders have the same name."""
     modules = (
         contenders.bgjobs,
         contenders.huey,

@@ -1,4 +1,4 @@
-"""``BGJOBS_…`` keys become one frozen Config."""
+"""The ``BGJOBS_…`` keys are read into one frozen ``Config``."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
-def test_default(key: str) -> None:
-    """A key that is missing has the default that the documentation gives."""
+def test_default_value(key: str) -> None:
+    """A missing key has the documented default."""
     field, default = DEFAULTS[key]
     assert getattr(read(), field) == default
 
@@ -68,8 +68,8 @@ def test_default_redact() -> None:
     assert {"password", "secret", "token", "api_key", "authorization"} <= set(read().redact)
 
 
-def test_every_field_has_a_key() -> None:
-    """No field of the configuration is without a test of its default."""
+def test_every_default_is_tested() -> None:
+    """The default of each field is tested."""
     fields = {field.name for field in dataclasses.fields(Config)}
     tested = {field for field, _ in DEFAULTS.values()}
     assert fields - tested == {"redact", "base_template"}
@@ -85,13 +85,13 @@ def test_every_field_has_a_key() -> None:
     ],
 )
 def test_concurrency(pool: str, concurrency: int | None, expected: int) -> None:
-    """Jobs at once are 10 threads or one process per CPU, unless they are set."""
+    """By default, jobs run in 10 threads or in one process per CPU."""
     config = read(BGJOBS_POOL=pool, BGJOBS_CONCURRENCY=concurrency)
     assert config.concurrency_of(pool) == expected
 
 
-def test_concurrency_is_of_the_common_pool() -> None:
-    """``BGJOBS_CONCURRENCY`` says nothing of the pool that only some queues use."""
+def test_concurrency_applies_to_default_pool() -> None:
+    """``BGJOBS_CONCURRENCY`` does not apply to a pool used only by ``BGJOBS_QUEUE_POOLS``."""
     config = read(BGJOBS_CONCURRENCY=64, BGJOBS_QUEUE_POOLS={"images": "process"})
     assert config.concurrency_of("process") == len(os.sched_getaffinity(0))
 
@@ -145,8 +145,8 @@ def test_concurrency_is_of_the_common_pool() -> None:
         ("BGJOBS_BIND_KEY", "jobs", "jobs"),
     ],
 )
-def test_good_value(key: str, value: Any, expected: Any) -> None:
-    """A value that is allowed is read and normalized."""
+def test_valid_value(key: str, value: Any, expected: Any) -> None:
+    """A valid value is read and normalized."""
     config = read(**{key: value})
     field = key.removeprefix("BGJOBS_").lower()
     assert getattr(config, field) == expected
@@ -155,7 +155,7 @@ def test_good_value(key: str, value: Any, expected: Any) -> None:
 NAME = "dotted name"
 INTEGER = "whole number from"
 SECONDS = "seconds|hundred years"
-BAD: list[tuple[str, Any, str]] = [
+INVALID: list[tuple[str, Any, str]] = [
     ("BGJOBS_ALLOWED_JOBS", "shop.jobs.Mail", "list"),
     ("BGJOBS_ALLOWED_JOBS", None, "list"),
     ("BGJOBS_ALLOWED_JOBS", ["Mail"], NAME),
@@ -229,16 +229,16 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "allowed"), BAD)
-def test_bad_value(key: str, value: Any, allowed: str) -> None:
-    """A bad value is an error that names the key, the value and what is allowed."""
+@pytest.mark.parametrize(("key", "value", "allowed"), INVALID)
+def test_invalid_value(key: str, value: Any, allowed: str) -> None:
+    """An invalid value raises an error with the key, the value and the allowed values."""
     with pytest.raises(ConfigError, match=allowed) as refusal:
         read(**{key: value})
     assert str(refusal.value).startswith(f"{key} = {value!r}: ")
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "meant"),
+    ("key", "text", "suggestion"),
     [
         ("BGJOBS_DASHBOARD", "True", "True"),
         ("BGJOBS_READ_ONLY", "false", "False"),
@@ -249,33 +249,38 @@ def test_bad_value(key: str, value: Any, allowed: str) -> None:
         ("BGJOBS_RETENTION", '{"completed": 60}', r"\{'completed': 60\}"),
     ],
 )
-def test_texts_from_the_environment(key: str, text: str, meant: str) -> None:
-    """The error says what to write instead."""
-    with pytest.raises(ConfigError, match=f"environment variable: write {meant} in Python, or"):
+def test_string_from_environment(key: str, text: str, suggestion: str) -> None:
+    """For a string from an environment variable, the error says what to write in Python."""
+    with pytest.raises(
+        ConfigError, match=f"environment variable: write {suggestion} in Python, or"
+    ):
         read(**{key: text})
 
 
-def test_options_of_commands_are_no_unknown_keys() -> None:
-    """``FLASK_BGJOBS_WORKER_QUEUES`` is read by the command, and by ``from_prefixed_env``."""
+def test_command_options_are_known_keys() -> None:
+    """Keys of the command line, such as ``BGJOBS_WORKER_QUEUES``, cause no warning.
+
+    ``from_prefixed_env`` reads ``FLASK_BGJOBS_WORKER_QUEUES`` too.
+    """
     assert read(BGJOBS_WORKER_QUEUES="mail", BGJOBS_ENQUEUE_QUEUE="mail").queues is None
 
 
 @pytest.mark.parametrize("text", ["maybe", "[" * 100_000, "1" * 5_000])
-def test_texts_that_mean_nothing(text: str) -> None:
-    """Nothing is proposed that would not be accepted."""
+def test_invalid_string_has_no_suggestion(text: str) -> None:
+    """A string without a valid Python value gets no suggestion."""
     with pytest.raises(ConfigError) as refusal:
         read(BGJOBS_DASHBOARD=text)
     assert str(refusal.value).endswith("must be True or False")
 
 
-def test_a_table_of_a_configuration_file() -> None:
-    """The keys of a TOML table ``[BGJOBS]`` would be ignored without a word."""
+def test_toml_table_causes_warning() -> None:
+    """A TOML table ``[BGJOBS]``, whose keys are not read, causes a warning."""
     with pytest.warns(UserWarning, match="at the top level, such as BGJOBS_RETRIES"):
         Config.from_mapping({"BGJOBS": {"retries": 3}})
 
 
-def test_bad_value_stops_init_app() -> None:
-    """``init_app`` raises, and sets nothing up, when a value is bad."""
+def test_invalid_value_stops_init_app() -> None:
+    """``init_app`` raises for an invalid value and does not set up the extension."""
     app = Flask("shop")
     app.config.update(SQLALCHEMY_DATABASE_URI="sqlite://", BGJOBS_RETRIES=-1)
     SQLAlchemy(app)
@@ -284,8 +289,8 @@ def test_bad_value_stops_init_app() -> None:
     assert "bgjobs" not in app.extensions
 
 
-def test_lease_and_heartbeat() -> None:
-    """A lease below two heartbeats is refused: one late heartbeat would lose the jobs."""
+def test_lease_is_at_least_two_heartbeats() -> None:
+    """A lease shorter than two heartbeats is refused: one late heartbeat would lose the jobs."""
     assert read(BGJOBS_LEASE=20, BGJOBS_HEARTBEAT_INTERVAL=10).lease == 20
     with pytest.raises(ConfigError, match=r"BGJOBS_LEASE is 19.*BGJOBS_HEARTBEAT_INTERVAL \(10"):
         read(BGJOBS_LEASE=19, BGJOBS_HEARTBEAT_INTERVAL=10)
@@ -303,45 +308,45 @@ def test_lease_and_heartbeat() -> None:
         ("BGJOBS_TIME_OUT", "BGJOBS_TIMEOUT"),
     ],
 )
-def test_unknown_key(key: str, hint: str) -> None:
-    """An unknown key is a warning that asks whether a close one was meant, not an error."""
+def test_unknown_key_suggests_similar_key(key: str, hint: str) -> None:
+    """An unknown key causes a warning with a similar key, not an error."""
     with pytest.warns(UserWarning, match=rf"{key}; did you mean {hint}\?"):
         config = read(**{key: object()})
     assert config == read()
 
 
-def test_unknown_key_like_nothing() -> None:
-    """An unknown key that is close to none is a warning without a guess."""
+def test_unknown_key_without_suggestion() -> None:
+    """An unknown key without a similar key causes a warning without a suggestion."""
     with pytest.warns(UserWarning, match=r"BGJOBS_XYZZY_FROBNICATE_WIDGETS$"):
         read(BGJOBS_XYZZY_FROBNICATE_WIDGETS=1)
 
 
-def test_keys_of_others() -> None:
-    """Keys without our prefix are none of our business."""
+def test_other_keys_are_ignored() -> None:
+    """Keys without the prefix ``BGJOBS_`` are ignored."""
     assert read(SECRET_KEY="x", RETRIES=-1, bgjobs_retries=-1) == read()
 
 
 def test_alias() -> None:
-    """``BGJOBS_ALLOWED_CLASSES`` is another name for ``BGJOBS_ALLOWED_JOBS``."""
+    """``BGJOBS_ALLOWED_CLASSES`` is an alias of ``BGJOBS_ALLOWED_JOBS``."""
     assert read(BGJOBS_ALLOWED_CLASSES=["a.B"]) == read(BGJOBS_ALLOWED_JOBS=["a.B"])
     assert read(BGJOBS_ALLOWED_CLASSES={"a.B": ["run"]}).allowed_jobs["a.B"] == {"run"}
 
 
 def test_alias_in_messages() -> None:
-    """A bad value under the other name is reported under the name that was written."""
+    """An error about the alias names the alias."""
     with pytest.raises(ConfigError, match=r"^BGJOBS_ALLOWED_CLASSES = 'a.B': "):
         read(BGJOBS_ALLOWED_CLASSES="a.B")
 
 
 @pytest.mark.parametrize("value", [[], ["a.B"]])
-def test_both_names(value: list[str]) -> None:
-    """Both names of the allow-list at once are an error, also when one is empty."""
+def test_alias_and_name_together(value: list[str]) -> None:
+    """Setting both names of the allow-list is an error, even if one is empty."""
     with pytest.raises(ConfigError, match="BGJOBS_ALLOWED_JOBS and BGJOBS_ALLOWED_CLASSES"):
         read(BGJOBS_ALLOWED_JOBS=["a.B"], BGJOBS_ALLOWED_CLASSES=value)
 
 
-def test_frozen() -> None:
-    """Nothing in a configuration can be changed, neither a field nor what is in one."""
+def test_config_is_immutable() -> None:
+    """Neither the fields of a configuration nor its mappings can be changed."""
     config = read(BGJOBS_ALLOWED_JOBS={"a.B": ["run"]}, BGJOBS_PRIORITIES={"high": 1})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.retries = 5  # type: ignore[misc]
@@ -354,15 +359,17 @@ def test_frozen() -> None:
     assert isinstance(config.allowed_jobs["a.B"], frozenset)
 
 
-def test_detached_from_what_was_given() -> None:
-    """A list or dict that the host changes later changes no configuration."""
+def test_config_copies_values() -> None:
+    """Changing a list or dict after it was read does not change the configuration."""
     methods = ["run"]
-    given = {"a.B": methods}
+    allowed_jobs = {"a.B": methods}
     names = {"high": 1}
     retention = {"failed": 5}
-    config = read(BGJOBS_ALLOWED_JOBS=given, BGJOBS_PRIORITIES=names, BGJOBS_RETENTION=retention)
+    config = read(
+        BGJOBS_ALLOWED_JOBS=allowed_jobs, BGJOBS_PRIORITIES=names, BGJOBS_RETENTION=retention
+    )
     methods.append("drop")
-    given["os.system"] = None  # type: ignore[assignment]
+    allowed_jobs["os.system"] = None  # type: ignore[assignment]
     names["high"] = 99
     retention["failed"] = 99
     assert config.allowed_jobs == {"a.B": {"run"}}
@@ -371,8 +378,8 @@ def test_detached_from_what_was_given() -> None:
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_read_once(debug: bool) -> None:
-    """The configuration is that of ``init_app``, whatever ``app.config`` or debug become."""
+def test_config_is_read_once(debug: bool) -> None:
+    """Changes of ``app.config`` or ``app.debug`` after ``init_app`` have no effect."""
     app = Flask("shop")
     app.config.update(
         SQLALCHEMY_DATABASE_URI="sqlite://",
@@ -396,7 +403,7 @@ def test_read_once(debug: bool) -> None:
 
 @pytest.mark.parametrize("name", ["default", "a", "0", "mail-2", "eu.mail_high", "x" * 64])
 def test_queue_name(name: str) -> None:
-    """A queue name is made of lower-case letters, digits and ``_ - .``."""
+    """A queue name consists of lower-case letters, digits and ``_ - .``."""
     assert check_queue(name) == name
 
 
@@ -408,8 +415,11 @@ def test_queue_name(name: str) -> None:
     ],
     ids=repr,
 )
-def test_bad_queue_name(name: object) -> None:
-    """Any other queue name is refused, upper case as well: databases disagree about case."""
+def test_invalid_queue_name(name: object) -> None:
+    """Any other queue name is refused.
+
+    Upper case is refused because databases compare it differently.
+    """
     with pytest.raises(ValueError, match="queue must be 1 to 64 characters of a-z") as refusal:
         check_queue(name)
     assert repr(name) in str(refusal.value)
@@ -432,5 +442,5 @@ def test_bad_queue_name(name: object) -> None:
     ],
 )
 def test_dotted_name(name: object, parts: int, expected: bool) -> None:
-    """A dotted name is made of identifiers that are no keywords."""
+    """A dotted name consists of identifiers that are not keywords."""
     assert is_dotted_name(name, parts=parts) is expected

@@ -1,4 +1,4 @@
-"""``current_job``: what running code may ask and tell."""
+"""``current_job``, through which a running job reads its state and reports progress."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ def job() -> CurrentJob:
     return CurrentJob(make_spec())
 
 
-def lines(job: CurrentJob) -> tuple[str, ...]:
+def take_lines(job: CurrentJob) -> tuple[str, ...]:
     report = job.take_report()
     assert report is not None
     return report.lines
 
 
-def test_what_it_is() -> None:
-    """Running code sees id, attempt, retry count and queue of its own attempt."""
+def test_attributes() -> None:
+    """A job can read its id, attempt, retry count and queue."""
     job = CurrentJob(make_spec(id=7, attempt=3, retry_count=2, queue="mail"))
     assert (job.id, job.attempt, job.retry_count, job.queue) == (7, 3, 2, "mail")
 
 
 @pytest.mark.parametrize(
-    ("fraction", "kept"),
+    ("fraction", "stored"),
     [(0, 0.0), (0.4, 0.4), (1, 1.0), (1.5, 1.0), (-3, 0.0), (math.inf, 1.0), (-math.inf, 0.0)],
 )
-def test_progress(job: CurrentJob, fraction: float, kept: float) -> None:
-    """Progress is a number from 0 to 1; what lies outside is cut to that."""
+def test_progress_is_clamped(job: CurrentJob, fraction: float, stored: float) -> None:
+    """Progress outside the range from 0 to 1 is clamped."""
     job.progress(fraction)
-    assert job.take_report() == Report(progress=kept)
+    assert job.take_report() == Report(progress=stored)
 
 
 @pytest.mark.parametrize("fraction", [math.nan, "nan", "half"])
-def test_progress_that_is_no_number(job: CurrentJob, fraction: Any) -> None:
-    """Progress that is no number is refused, and what was told before stays."""
+def test_invalid_progress_is_refused(job: CurrentJob, fraction: Any) -> None:
+    """Progress that is not a number is refused, and the earlier progress is kept."""
     job.progress(0.5, "half")
-    with pytest.raises(ValueError):  # noqa: PT011 - float() words its own
+    with pytest.raises(ValueError):  # noqa: PT011 - the message comes from float()
         job.progress(fraction)
     assert job.take_report() == Report(0.5, "half")
 
 
 def test_progress_note(job: CurrentJob) -> None:
-    """A note is made storable and cut to what its column holds; the newest counts."""
+    """The latest note is stored, shortened to its column; invalid characters are replaced."""
     job.progress(0.1, "first")
     job.progress(0.2, "a\0b\ud800" + "x" * 5_000)
     report = job.take_report()
@@ -65,48 +65,51 @@ def test_progress_note(job: CurrentJob) -> None:
     assert len(report.progress_note) == 255
 
 
-def test_progress_without_note_keeps_it(job: CurrentJob) -> None:
-    """Progress without a note does not wipe out one that was not written yet."""
+def test_progress_without_note_keeps_note(job: CurrentJob) -> None:
+    """Progress without a note keeps the earlier note if it is not yet written."""
     job.progress(0.1, "loading")
     job.progress(0.2)
     assert job.take_report() == Report(0.2, "loading")
 
 
-def test_log(job: CurrentJob, caplog: pytest.LogCaptureFixture) -> None:
-    """Lines are kept in order and made storable; the logger, which masks nothing, gets none."""
+def test_log_lines_are_kept_in_order(job: CurrentJob, caplog: pytest.LogCaptureFixture) -> None:
+    """Log lines are kept in order, and unstorable characters are replaced.
+
+    They do not go to the logger, which masks nothing.
+    """
     caplog.set_level(logging.DEBUG)
     job.log("first")
     job.log(42)
     job.log("a\0b")
-    assert lines(job) == ("first", "42", "a\ufffdb")
+    assert take_lines(job) == ("first", "42", "a\ufffdb")
     assert caplog.messages == []
 
 
-def test_log_message_is_no_pattern(job: CurrentJob) -> None:
-    """A percent sign in a line is a percent sign."""
+def test_log_message_is_not_a_format_string(job: CurrentJob) -> None:
+    """A percent sign in a log line is kept as it is."""
     job.log("100 %s %d %(name)s")
-    assert lines(job) == ("100 %s %d %(name)s",)
+    assert take_lines(job) == ("100 %s %d %(name)s",)
 
 
-def test_too_many_lines(job: CurrentJob) -> None:
-    """A thousand lines are kept between two writes; older ones are dropped and counted."""
+def test_excess_lines_are_dropped(job: CurrentJob) -> None:
+    """Between two reports, a thousand lines are kept; older lines are dropped and counted."""
     for number in range(3_500):
         job.log(f"line {number}")
-    kept = lines(job)
-    assert kept[0] == "(2,500 lines left out)"
-    assert kept[1:] == tuple(f"line {number}" for number in range(2_500, 3_500))
+    stored = take_lines(job)
+    assert stored[0] == "(2,500 lines left out)"
+    assert stored[1:] == tuple(f"line {number}" for number in range(2_500, 3_500))
 
 
-def test_exactly_a_thousand_lines(job: CurrentJob) -> None:
-    """A thousand lines are not too many, and the count starts anew with each report."""
+def test_line_limit_applies_per_report(job: CurrentJob) -> None:
+    """A thousand lines fit into each report."""
     for round_number in range(3):
         for number in range(1_000):
             job.log(f"{round_number} {number}")
-        assert len(lines(job)) == 1_000
+        assert len(take_lines(job)) == 1_000
 
 
-def test_report_only_of_news(job: CurrentJob) -> None:
-    """A report holds what is new since the last one, and there is none when nothing is."""
+def test_report_has_only_changes(job: CurrentJob) -> None:
+    """A report has the changes since the last one; without changes there is no report."""
     assert job.take_report() is None
     job.progress(0.5, "half")
     job.log("line")
@@ -118,8 +121,8 @@ def test_report_only_of_news(job: CurrentJob) -> None:
     assert job.take_report() == Report(lines=("next",))
 
 
-def test_meta_over_attempts() -> None:
-    """Meta begins as an earlier attempt left it, and is written only when it changed."""
+def test_meta_is_kept_between_attempts() -> None:
+    """``meta`` starts with the values of the previous attempt, and is written only if changed."""
     job = CurrentJob(make_spec(meta_json='{"seen":[1]}'))
     assert job.meta == {"seen": [1]}
     assert job.take_report() is None
@@ -128,8 +131,8 @@ def test_meta_over_attempts() -> None:
     assert job.take_report() is None
 
 
-def test_meta_emptied() -> None:
-    """Meta that was emptied is news as well."""
+def test_cleared_meta_is_reported() -> None:
+    """Clearing ``meta`` is a change too."""
     job = CurrentJob(make_spec(meta_json='{"a":1}'))
     job.meta.clear()
     assert job.take_report() == Report(meta_json="{}")
@@ -140,12 +143,12 @@ def test_meta_emptied() -> None:
     [object(), math.nan, "\ud800", "x" * 200],
     ids=["object", "nan", "surrogate", "large"],
 )
-def test_meta_that_cannot_be_stored(value: object) -> None:
-    """Meta that cannot be stored keeps nothing else from being told; the end refuses it."""
+def test_unstorable_meta(value: object) -> None:
+    """Unstorable ``meta`` does not hold up the rest of a report; ``check_meta`` refuses it."""
     job = CurrentJob(make_spec(), max_payload=100)
     job.meta["bad"] = value
-    job.log("still told")
-    assert job.take_report() == Report(lines=("still told",))
+    job.log("still reported")
+    assert job.take_report() == Report(lines=("still reported",))
     with pytest.raises(NotSerializable, match=r"^current_job\.meta"):
         job.check_meta()
     job.meta["bad"] = 1
@@ -153,8 +156,8 @@ def test_meta_that_cannot_be_stored(value: object) -> None:
     assert job.take_report() == Report(meta_json='{"bad":1}')
 
 
-def test_cancelled(job: CurrentJob) -> None:
-    """A cancel that somebody asked for is seen, and stops the code where it wants to."""
+def test_cancel_request(job: CurrentJob) -> None:
+    """A cancel request sets ``cancelled``, and ``raise_if_cancelled`` raises."""
     assert job.cancelled is False
     job.raise_if_cancelled()
     job.request_cancel()
@@ -163,16 +166,16 @@ def test_cancelled(job: CurrentJob) -> None:
         job.raise_if_cancelled()
 
 
-def test_no_current_job() -> None:
-    """Outside a job, ``current_job`` is a ``RuntimeError`` that says where it is there."""
+def test_current_job_outside_a_job() -> None:
+    """Outside a job, ``current_job`` raises a ``RuntimeError`` that says where it is available."""
     with pytest.raises(RuntimeError, match="only available inside a job"):
         _ = current_job.id
     assert not current_job
     assert "unbound" in repr(current_job)
 
 
-def test_current_job_inside(job: CurrentJob) -> None:
-    """Between enter and leave it is the job, nested ones included, and no longer after."""
+def test_nested_current_job(job: CurrentJob) -> None:
+    """``current_job`` is the job entered last, until it is left."""
     other = CurrentJob(make_spec(id=7))
     token = context.enter(job)
     assert current_job.id == 42
@@ -184,7 +187,7 @@ def test_current_job_inside(job: CurrentJob) -> None:
     assert not current_job
 
 
-def test_each_thread_has_its_own(job: CurrentJob) -> None:
+def test_current_job_is_per_thread(job: CurrentJob) -> None:
     """Another thread does not see this thread's job."""
     seen: list[bool] = []
     token = context.enter(job)
@@ -197,39 +200,39 @@ def test_each_thread_has_its_own(job: CurrentJob) -> None:
     assert seen == [False]
 
 
-def test_told_and_taken_at_once(job: CurrentJob) -> None:
-    """No line is lost or told twice when it is taken while the code goes on telling."""
+def test_reports_during_logging(job: CurrentJob) -> None:
+    """No line is lost or repeated if reports are taken while the job writes lines."""
     total = 20_000
-    taken: list[str] = []
+    taken_lines: list[str] = []
     done = threading.Event()
 
-    def tell() -> None:
+    def write_lines() -> None:
         for number in range(total):
             job.log(str(number))
             job.meta[str(number % 50)] = number
         done.set()
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=write_lines, daemon=True)
     thread.start()
-    left_out = 0
+    dropped = 0
     finished = False
     while not finished:
         finished = done.is_set()
         report = job.take_report()
         for line in report.lines if report else ():
             if line.endswith("lines left out)"):
-                left_out += int(line.split()[0].strip("(").replace(",", ""))
+                dropped += int(line.split()[0].strip("(").replace(",", ""))
             else:
-                taken.append(line)
+                taken_lines.append(line)
         assert report is None or report.meta_json is None or loads(report.meta_json)
     thread.join(30)
-    assert len(taken) + left_out == total
-    assert taken == sorted(taken, key=int)
-    assert len(set(taken)) == len(taken)
+    assert len(taken_lines) + dropped == total
+    assert taken_lines == sorted(taken_lines, key=int)
+    assert len(set(taken_lines)) == len(taken_lines)
 
 
-class Raises:
-    """A value whose every method raises."""
+class FailingValue:
+    """A value whose methods raise."""
 
     __hash__ = object.__hash__
 
@@ -241,31 +244,29 @@ class Raises:
 
 
 @pytest.mark.parametrize("in_meta", [True, False])
-def test_meta_that_raises_is_no_concern_of_the_worker(job: CurrentJob, in_meta: bool) -> None:
-    """Whatever a job puts into ``meta``, a report can be taken; the attempt's end refuses it."""
+def test_failing_meta_does_not_stop_reports(job: CurrentJob, in_meta: bool) -> None:
+    """If ``meta`` raises when it is read, reports still work; ``check_meta`` refuses it."""
     if in_meta:
-        job.meta["rows"] = {Raises(), Raises()}
+        job.meta["rows"] = {FailingValue(), FailingValue()}
     else:
-        job.meta = Raises()  # type: ignore[assignment]
+        job.meta = FailingValue()  # type: ignore[assignment]
     assert job.take_report() is None
     with pytest.raises(NotSerializable):
         job.check_meta()
 
 
-def test_progress_that_is_no_fraction_is_told(
-    job: CurrentJob, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Other queues count to 100: what would show as done at once is a warning, once."""
+def test_progress_above_one_is_logged(job: CurrentJob, caplog: pytest.LogCaptureFixture) -> None:
+    """Progress above 1 causes one warning, because other queues count to 100."""
     for step in (40, 50, 100):
         job.progress(step)
-    (told,) = caplog.messages
-    assert told == "Progress is a fraction from 0 to 1 | Job: 42 | Given: 40"
+    (message,) = caplog.messages
+    assert message == "Progress is a fraction from 0 to 1 | Job: 42 | Given: 40"
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 1])
-def test_a_fraction_is_not(
+def test_valid_progress_is_not_logged(
     job: CurrentJob, fraction: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The ends of the range are part of it."""
+    """Progress from 0 to 1 causes no warning."""
     job.progress(fraction)
     assert caplog.messages == []

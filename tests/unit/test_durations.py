@@ -1,4 +1,4 @@
-"""Durations at the edge."""
+"""Reading durations from options and from the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flask_bgjobs.job.retry import MAX_DELAY_SECONDS
         (MAX_DELAY_SECONDS, MAX_DELAY_SECONDS),
     ],
 )
-def test_accepted(value: object, expected: float) -> None:
+def test_valid_seconds(value: object, expected: float) -> None:
     """Seconds as int or float, and timedeltas, become float seconds."""
     number = seconds(value, "delay")
     assert number == expected
@@ -53,14 +53,14 @@ def test_accepted(value: object, expected: float) -> None:
     ],
     ids=lambda value: repr(value) if not isinstance(value, int) else f"int{value.bit_length()}",
 )
-def test_refused(value: object) -> None:
-    """Whatever is not a number of seconds from 0 to a hundred years is a ``ValueError``."""
-    with pytest.raises(ValueError):  # noqa: PT011 - an int of 5,000 digits cannot be shown
+def test_invalid_seconds(value: object) -> None:
+    """Anything but 0 s to a hundred years raises ``ValueError``."""
+    with pytest.raises(ValueError):  # noqa: PT011 - the message cannot show an int of 5,000 digits
         seconds(value, "delay")
 
 
-def test_message() -> None:
-    """The message names what it is, what is allowed and what was given."""
+def test_error_message() -> None:
+    """The message has the option's name, the allowed values and the given value."""
     with pytest.raises(ValueError, match=r"delay must be at least 0 s .*hundred years, not -3"):
         seconds(-3, "delay")
     with pytest.raises(ValueError, match=r"timeout must be seconds .* or a timedelta, not 'soon'"):
@@ -68,7 +68,7 @@ def test_message() -> None:
 
 
 def test_minimum() -> None:
-    """A minimum is allowed itself, unless the value must be above it."""
+    """The minimum itself is valid, unless the value must be above it."""
     assert seconds(2, "lease", minimum=2) == 2.0
     with pytest.raises(ValueError, match="at least 2 s"):
         seconds(1.9, "lease", minimum=2)
@@ -90,8 +90,8 @@ def test_minimum() -> None:
         ("0.5d", 43_200.0),
     ],
 )
-def test_text(text: str, expected: float) -> None:
-    """A text is a number of seconds, or a number with its unit."""
+def test_valid_string(text: str, expected: float) -> None:
+    """A string is a number of seconds, or a number with a unit."""
     assert parse(text, "age") == expected
 
 
@@ -102,8 +102,8 @@ def test_text(text: str, expected: float) -> None:
         *("-1", "+1", "-7d", "nan", "inf", "-inf", "1e3", ".5", "1.", "1_000", "40000d", "9" * 400),
     ],
 )
-def test_text_refused(text: str) -> None:
-    """Whatever else stands there, or more than a hundred years, is a ``ValueError``."""
+def test_invalid_string(text: str) -> None:
+    """Any other string, or more than a hundred years, raises ``ValueError``."""
     with pytest.raises(ValueError, match="age must be"):
         parse(text, "age")
 
@@ -121,6 +121,6 @@ def test_text_refused(text: str) -> None:
         (864_000, "10 d"),
     ],
 )
-def test_words(seconds: float, expected: str) -> None:
-    """A duration is told in whole numbers of its largest unit."""
+def test_duration_in_words(seconds: float, expected: str) -> None:
+    """A duration is shown in whole numbers of its largest unit."""
     assert in_words(seconds) == expected

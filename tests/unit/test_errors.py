@@ -1,4 +1,4 @@
-"""What flask-bgjobs raises."""
+"""The exceptions of flask-bgjobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_default_message(error: type[errors.BgJobsError]) -> None:
-    """An error without a message says what its class means."""
+    """The default message of an error is its class's docstring."""
     assert str(error()) == error.__doc__
     assert str(error("order 7 is gone")) == "order 7 is gone"
 
@@ -33,20 +33,20 @@ def test_default_message(error: type[errors.BgJobsError]) -> None:
         (errors.WaitTimeout, TimeoutError),
     ],
 )
-def test_standard_bases(error: type[Exception], base: type[Exception]) -> None:
-    """Where Python has a class for it, ours can be caught as that."""
+def test_standard_base_classes(error: type[Exception], base: type[Exception]) -> None:
+    """Errors are also subclasses of the matching standard exceptions."""
     assert issubclass(error, base)
 
 
 @pytest.mark.parametrize("error", [errors.JobCancelled, errors.JobTimeout])
-def test_stops_are_no_exceptions(error: type[BaseException]) -> None:
-    """A stop from outside is no ``Exception``, nor an error of the library."""
+def test_interruptions_are_not_exceptions(error: type[BaseException]) -> None:
+    """``JobCancelled`` and ``JobTimeout`` are not subclasses of ``Exception``."""
     assert issubclass(error, BaseException)
     assert not issubclass(error, Exception)
 
 
-def test_words_of_a_job() -> None:
-    """``Retry`` and ``Snooze`` carry the delay they were given, and read well as errors."""
+def test_retry_snooze_and_fail() -> None:
+    """``Retry`` and ``Snooze`` keep their delay, and all three have a readable message."""
     assert errors.Retry().delay is None
     assert errors.Retry(delay=5).delay == 5
     assert str(errors.Retry("busy")) == "busy"
@@ -55,8 +55,8 @@ def test_words_of_a_job() -> None:
     assert str(errors.Fail("no such order")) == "no such order"
 
 
-def test_public_names() -> None:
-    """Every error, every word of a job and every signal of the contract is exported."""
+def test_public_names_are_exported() -> None:
+    """All errors, job exceptions and signals are exported."""
     names = {
         *("BgJobs", "run_background_job", "current_job", "Job", "JobStatus"),
         *("Retry", "Snooze", "Fail", "JobCancelled", "JobTimeout"),

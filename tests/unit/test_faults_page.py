@@ -1,4 +1,4 @@
-"""The page of faults names the tests that prove what it says."""
+"""The page of faults names the tests that prove its statements."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.findall(r"``(\w+/test_\w+\.py)::([\w:]+)``", (ROOT / "docs/faults.rst").read_text())
+NAMED_TESTS = re.findall(
+    r"``(\w+/test_\w+\.py)::([\w:]+)``", (ROOT / "docs/faults.rst").read_text()
+)
 
 
-def test_the_page_names_tests() -> None:
-    """The page is read as it is meant: most rows have more than one test."""
-    assert len(NAMED) > 60
+def test_page_names_tests() -> None:
+    """The regular expression finds the tests: most rows have more than one."""
+    assert len(NAMED_TESTS) > 60
 
 
-@pytest.mark.parametrize(("file", "name"), NAMED, ids="::".join)
-def test_each_test_of_the_page_is_there(file: str, name: str) -> None:
-    """A test that the page of faults names can be run by that name."""
+@pytest.mark.parametrize(("file", "name"), NAMED_TESTS, ids="::".join)
+def test_named_test_exists(file: str, name: str) -> None:
+    """Each test that the page names exists."""
     source = (ROOT / "tests" / file).read_text()
     *classes, function = name.split("::")
     for each in classes:

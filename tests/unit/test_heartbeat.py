@@ -1,4 +1,4 @@
-"""The progress of a worker's loop, by which its heartbeat goes."""
+"""The progress of a worker's loop, on which its heartbeat depends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from flask_bgjobs.worker import heartbeat
 from flask_bgjobs.worker.heartbeat import LoopProgress
 
 
-def test_progress_is_expected_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop that stands still before its first turn stands still as well."""
+def test_loop_that_never_progresses_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that stops before its first turn is detected after the lease."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: clock.now))
     progress = LoopProgress(lease=30)

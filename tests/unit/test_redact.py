@@ -1,4 +1,4 @@
-"""Masking secrets by key."""
+"""Masking secrets in parameters and error messages."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ redactor = Redactor(DEFAULT_REDACT)
         "card-number",
     ],
 )
-def test_secret_keys(key: str) -> None:
-    """A key is a secret's when it contains the word, whatever its case and punctuation."""
+def test_secret_key_is_masked(key: str) -> None:
+    """A key is secret if it contains a secret word, regardless of case and punctuation."""
     assert redactor.is_secret(key)
     assert redactor.mask({key: "hunter2"}) == {key: MASK}
 
 
 @pytest.mark.parametrize("key", ["", "user", "pass", "key", "order_id", "api", "keyboard", "-_"])
-def test_other_keys(key: str) -> None:
-    """Other keys are shown."""
+def test_other_key_is_shown(key: str) -> None:
+    """Other keys are not masked."""
     assert not redactor.is_secret(key)
     assert redactor.mask({key: "hunter2"}) == {key: "hunter2"}
 
 
-def test_own_words() -> None:
-    """The words are the host's; none masks nothing."""
+def test_configured_words() -> None:
+    """The host app can set its own words; without words, no parameter is masked."""
     assert Redactor(["Pin-Code"]).is_secret("customer_PINCODE")
     assert not Redactor(["pin"]).is_secret("password")
     assert Redactor([]).mask({"password": "x"}) == {"password": "x"}
 
 
-def test_nested() -> None:
+def test_nested_secrets() -> None:
     """Secrets are masked at every depth of dicts, lists, tuples and sets."""
     value = {
         "user": {"name": "Ann", "password": "p1", "keys": [{"api_key": "k1"}, {"id": 1}]},
@@ -74,8 +74,8 @@ def test_nested() -> None:
     }
 
 
-def test_copy() -> None:
-    """Masking makes a copy: what the job gets is not touched."""
+def test_mask_returns_copy() -> None:
+    """Masking returns a copy and does not change the job's parameters."""
     value = {"a": [{"password": "p"}]}
     redactor.mask(value)
     assert value == {"a": [{"password": "p"}]}
@@ -91,7 +91,7 @@ def positional_only(password: str, /, user: str) -> None: ...
 
 
 @pytest.mark.parametrize(
-    ("target", "given", "shown"),
+    ("target", "parameters", "masked"),
     [
         (login, [], []),
         (login, ["ann"], ["ann"]),
@@ -105,66 +105,66 @@ def positional_only(password: str, /, user: str) -> None: ...
         (login, {"user": "ann", "secret_extra": "p"}, {"user": "ann", "secret_extra": MASK}),
     ],
 )
-def test_parameters(target: Any, given: Any, shown: Any) -> None:
-    """Positional values are masked by the names of the signature, keyword ones by their own."""
-    assert redactor.parameters(given, target) == shown
+def test_parameters_are_masked_by_name(target: Any, parameters: Any, masked: Any) -> None:
+    """Positional values are masked by the signature's names, keyword values by their own."""
+    assert redactor.parameters(parameters, target) == masked
 
 
 @pytest.mark.parametrize(
-    ("target", "given"),
+    ("target", "parameters"),
     [(None, ["ann", 5, {"a": "b"}]), (positional_only, ["a", "b", "c"])],
 )
-def test_unknown_names(target: Any, given: list[Any]) -> None:
-    """Where the names are not known, or do not reach, every positional value is masked."""
-    assert redactor.parameters(given, target) == [MASK] * len(given)
+def test_unknown_names_mask_all_values(target: Any, parameters: list[Any]) -> None:
+    """If the names are unknown or too few, every positional value is masked."""
+    assert redactor.parameters(parameters, target) == [MASK] * len(parameters)
 
 
-def test_unknown_target_with_keywords() -> None:
-    """Keyword parameters bring their names along, so no target is needed."""
+def test_keyword_parameters_need_no_target() -> None:
+    """Keyword parameters have their own names, so no target is needed."""
     assert redactor.parameters({"user": "a", "token": "t"}, None) == {"user": "a", "token": MASK}
 
 
-def test_error_text() -> None:
-    """A value that was masked is masked in error text as well, wherever it stands."""
+def test_secret_in_error_text() -> None:
+    """A masked value is also masked at any position of an error text."""
     text = "ValueError: ann could not log in with hunter2 (tried 'hunter2', not hunter)"
-    shown = "ValueError: ann could not log in with *** (tried '***', not hunter)"
-    assert redactor.text(text, ["ann", "hunter2"], login) == shown
-    assert redactor.text(text, {"user": "ann", "password": "hunter2"}, login) == shown
+    masked = "ValueError: ann could not log in with *** (tried '***', not hunter)"
+    assert redactor.text(text, ["ann", "hunter2"], login) == masked
+    assert redactor.text(text, {"user": "ann", "password": "hunter2"}, login) == masked
 
 
-def test_error_text_of_nested_secrets() -> None:
-    """The parts of a secret list or dict are masked one by one, numbers as well."""
-    given = {"token": ["alpha", {"x": "beta", "pin": 123456}], "note": "gamma"}
-    assert redactor.text("alpha beta gamma 123456", given, None) == "*** *** gamma ***"
+def test_nested_secrets_in_error_text() -> None:
+    """Each part of a secret list or dict is masked in an error text, including numbers."""
+    parameters = {"token": ["alpha", {"x": "beta", "pin": 123456}], "note": "gamma"}
+    assert redactor.text("alpha beta gamma 123456", parameters, None) == "*** *** gamma ***"
 
 
-def test_error_text_of_overlapping_secrets() -> None:
-    """The longest secret goes first, so that no rest of it is left."""
-    given = {"token": ["abc", "abcdef"]}
-    assert redactor.text("abcdef abc", given, None) == "*** ***"
+def test_overlapping_secrets_in_error_text() -> None:
+    """The longest secret is masked first, so that no part of it remains."""
+    parameters = {"token": ["abc", "abcdef"]}
+    assert redactor.text("abcdef abc", parameters, None) == "*** ***"
 
 
-def test_error_text_of_unknown_target() -> None:
-    """Where every positional value is masked, every one is masked in text as well."""
+def test_unknown_target_in_error_text() -> None:
+    """If every positional value is masked, all of them are masked in an error text too."""
     assert redactor.text("bad: ann, hunter2", ["ann", "hunter2"], None) == "bad: ***, ***"
 
 
 @pytest.mark.parametrize("secret", ["", "a", "ab", None, True])
-def test_error_text_stays_readable(secret: object) -> None:
-    """A secret too short to be one is not searched for, or text would be masked to bits."""
+def test_short_secret_is_not_masked_in_text(secret: object) -> None:
+    """A secret that is too short is not masked in text, which would become unreadable."""
     text = "a cab took None and True aboard"
     assert redactor.text(text, {"password": secret}, None) == text
 
 
-def test_secret_with_line_break() -> None:
-    """A secret that an error shows by ``repr`` is masked there too."""
+def test_secret_with_line_break_in_repr() -> None:
+    """A secret that an error shows by ``repr`` is masked too."""
     secret = "-----BEGIN KEY-----\nMIIC'x\n-----END KEY-----"
     text = f"ValueError: cannot read {secret!r}"
     assert "MIIC" not in redactor.text(text, {"private_key": secret}, None)
 
 
-def test_signature_is_what_inspect_says() -> None:
-    """The names come from the signature, so a decorated function's wrapper may give them."""
+def test_signature_of_wrapper() -> None:
+    """The names come from ``inspect.signature``, so a wrapper can provide them."""
 
     def wrapper(*args: object) -> None: ...
 
@@ -173,8 +173,8 @@ def test_signature_is_what_inspect_says() -> None:
 
 
 @pytest.mark.parametrize("parameters", [5, None, True, "hunter2"])
-def test_parameters_that_are_no_parameters(parameters: Any) -> None:
-    """What an edited row holds instead of a list or a dict is masked as a whole."""
+def test_invalid_parameters_are_masked(parameters: Any) -> None:
+    """Parameters that are neither a list nor a dict, as in an edited row, are masked entirely."""
     assert redactor.parameters(parameters, None) == MASK
     assert "hunter2" not in redactor.text(f"{parameters} failed", "hunter2", None)
 
@@ -199,8 +199,8 @@ KEY = "\n".join(
     ],
     ids=["raw", "repr", "json", "indented", "prefixed", "joined", "one line"],
 )
-def test_a_secret_of_several_lines(text: str) -> None:
-    """It is masked also where its lines have something before them."""
+def test_multiline_secret(text: str) -> None:
+    """A secret of several lines is masked even if its lines are indented or prefixed."""
     assert "MIIC" not in redactor.text(text, {"private_key": KEY}, None)
 
 
@@ -230,8 +230,8 @@ def test_a_secret_of_several_lines(text: str) -> None:
         ("token=", "token="),
     ],
 )  # fmt: skip
-def test_secrets_by_their_form(text: str, masked: str) -> None:
-    """What looks like a secret is masked in any error, whatever the parameters are."""
+def test_secret_patterns(text: str, masked: str) -> None:
+    """Text that looks like a secret is masked in any error, whatever the parameters are."""
     assert redactor.text(text, [], None) == masked
     assert redactor.text(masked, [], None) == masked
     assert Redactor([]).text(text, [], None) == text
@@ -242,13 +242,13 @@ def test_secrets_by_their_form(text: str, masked: str) -> None:
     ["password", "password=", "token: ", "://", "://a", "://:", "Bearer ", "a", "-", "a=", "='",
      " ", "Basic ", 'token="', "token=Bearer ", "a:b@"],
 )  # fmt: skip
-def test_long_texts_take_no_time(repeated: str) -> None:
-    """The time is linear in the length: another pattern would need longer than a test may take."""
+def test_masking_time_is_linear(repeated: str) -> None:
+    """Masking takes linear time; a quadratic pattern would exceed the test timeout."""
     redactor.text(repeated * 200_000, [], None)
 
 
-def test_many_secrets_take_no_time() -> None:
-    """Secrets that a text cannot hold are not searched for."""
+def test_many_secrets() -> None:
+    """Masking a long text with 100,000 secrets finishes within the test timeout."""
     secrets = {"tokens": [f"secret number {number}" for number in range(100_000)]}
     text = "x" * 60_000 + " secret number 777 and " + "y" * 1_000
     assert "777" not in redactor.text(text, secrets, None)

@@ -1,4 +1,4 @@
-"""How long to wait before a retry."""
+"""The delay before a retry."""
 
 from __future__ import annotations
 
@@ -13,65 +13,65 @@ from flask_bgjobs.job.retry import BACKOFFS, MAX_DELAY_SECONDS, RetryPolicy
 
 
 @pytest.mark.parametrize(
-    ("backoff", "waits"),
+    ("backoff", "delays"),
     [
         ("fixed", [5, 5, 5, 5, 5]),
         ("linear", [5, 10, 15, 20, 25]),
         ("exponential", [5, 10, 20, 40, 80]),
     ],
 )
-def test_backoff(backoff: str, waits: list[float]) -> None:
-    """A single delay stays, grows by itself, or doubles from retry to retry."""
+def test_backoff(backoff: str, delays: list[float]) -> None:
+    """A single delay stays fixed, grows linearly or doubles with each retry."""
     policy = RetryPolicy((5.0,), backoff)
-    assert [policy.delay(retry) for retry in range(1, 6)] == waits
+    assert [policy.delay(retry) for retry in range(1, 6)] == delays
 
 
 @pytest.mark.parametrize("backoff", BACKOFFS)
-def test_list(backoff: str) -> None:
-    """A list gives one wait per retry, its last one serves all later ones, and nothing grows."""
+def test_list_of_delays(backoff: str) -> None:
+    """A list has one delay per retry; its last delay applies to all later retries."""
     policy = RetryPolicy((1.0, 10.0, 60.0), backoff)
     assert [policy.delay(retry) for retry in (1, 2, 3, 4, 10_000)] == [1, 10, 60, 60, 60]
 
 
 @pytest.mark.parametrize("backoff", BACKOFFS)
-def test_cap(backoff: str) -> None:
-    """No wait exceeds ``max_delay``."""
+def test_max_delay(backoff: str) -> None:
+    """No delay exceeds ``max_delay``."""
     policy = RetryPolicy((5.0,), backoff, max_delay=12.0)
     assert max(policy.delay(retry) for retry in range(1, 50)) == (5 if backoff == "fixed" else 12)
 
 
-def test_cap_holds_for_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jitter does not lift a wait above ``max_delay``."""
+def test_max_delay_limits_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With jitter, no delay exceeds ``max_delay`` either."""
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     assert RetryPolicy((10.0,), jitter=0.5).delay(1) == 15.0
     assert RetryPolicy((10.0,), max_delay=10.0, jitter=0.5).delay(1) == 10.0
     assert RetryPolicy((10.0,), max_delay=12.0, jitter=1.0).delay(1) == 12.0
 
 
-def test_jitter_spreads() -> None:
-    """Jitter spreads equal waits over both sides of the delay, by its share at most."""
+def test_jitter_range() -> None:
+    """Jitter varies a delay in both directions, by at most its share."""
     policy = RetryPolicy((100.0,), jitter=0.1)
-    waits = [policy.delay(1) for _ in range(1_000)]
-    assert 90 <= min(waits) < 97
-    assert 103 < max(waits) <= 110
-    assert len(set(waits)) > 900
+    delays = [policy.delay(1) for _ in range(1_000)]
+    assert 90 <= min(delays) < 97
+    assert 103 < max(delays) <= 110
+    assert len(set(delays)) > 900
 
 
 def test_no_jitter_by_default() -> None:
-    """Without jitter, the same retry waits the same time."""
+    """Without jitter, the same retry has the same delay."""
     assert {RetryPolicy((5.0,)).delay(1) for _ in range(100)} == {5.0}
 
 
 @pytest.mark.parametrize("backoff", BACKOFFS)
 @pytest.mark.parametrize("delay", [0.0, 1e-6, 5.0, MAX_DELAY_SECONDS])
-def test_retry_ten_thousand(backoff: str, delay: float) -> None:
-    """Retry number 10,000 overflows nothing: its wait is finite and within a hundred years."""
-    wait = RetryPolicy((delay,), backoff, jitter=1.0).delay(10_000)
-    assert 0 <= wait <= MAX_DELAY_SECONDS
+def test_large_retry_number(backoff: str, delay: float) -> None:
+    """The delay of retry 10,000 is finite and at most a hundred years."""
+    delay_seconds = RetryPolicy((delay,), backoff, jitter=1.0).delay(10_000)
+    assert 0 <= delay_seconds <= MAX_DELAY_SECONDS
 
 
-def test_zero_stays_zero() -> None:
-    """A delay of 0 is no wait, however often it is doubled."""
+def test_zero_delay_stays_zero() -> None:
+    """A delay of 0 stays 0, even if it is doubled many times."""
     assert RetryPolicy((0.0,), "exponential", jitter=1.0).delay(500) == 0.0
 
 
@@ -82,10 +82,10 @@ def test_zero_stays_zero() -> None:
     jitter=st.floats(0, 1),
     retry=st.integers(1, 10_000),
 )
-def test_bounds(
+def test_delay_bounds(
     delays: tuple[float, ...], backoff: str, max_delay: float | None, jitter: float, retry: int
 ) -> None:
-    """Whatever the policy, a wait is a finite number from 0 to its limit."""
-    wait = RetryPolicy(delays, backoff, max_delay, jitter).delay(retry)
-    assert math.isfinite(wait)
-    assert 0 <= wait <= (MAX_DELAY_SECONDS if max_delay is None else max_delay)
+    """The delay of any policy is finite and between 0 and its limit."""
+    delay_seconds = RetryPolicy(delays, backoff, max_delay, jitter).delay(retry)
+    assert math.isfinite(delay_seconds)
+    assert 0 <= delay_seconds <= (MAX_DELAY_SECONDS if max_delay is None else max_delay)

@@ -1,4 +1,4 @@
-"""The roll-up's arithmetic: what is counted, in which period, and the percentiles read from it."""
+"""The rollup: which attempts it counts, in which period, and its percentiles."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def settled(
     return Settled(spec, Outcome(1, 1, kind, wait_seconds=waited, run_seconds=ran), status)
 
 
-def counted(*entries: Settled) -> dict[tuple[Any, ...], int]:
+def count_cells(*entries: Settled) -> dict[tuple[Any, ...], int]:
     counts = RollupCounts()
     for entry in entries:
         counts.note(entry)
     return {tuple(cell): number for cell, number in counts.cells().items()}
 
 
-def test_an_attempt_counts_in_its_minute_and_its_hour() -> None:
-    """An attempt is counted when it ends, with the time that it waited and that it ran."""
+def test_attempt_is_counted_by_minute_and_hour() -> None:
+    """An attempt is counted with its waiting time and its run time, per minute and hour."""
     run, wait = bucket_of(0.25), bucket_of(0.5)
     minute, hour = dt.datetime(2026, 1, 2, 3, 4), dt.datetime(2026, 1, 2, 3)
-    assert counted(settled(), settled()) == {
+    assert count_cells(settled(), settled()) == {
         (MINUTE, minute, "mail", "completed", RUN, run): 2,
         (MINUTE, minute, "mail", "completed", WAIT, wait): 2,
         (HOUR, hour, "mail", "completed", RUN, run): 2,
@@ -47,23 +47,23 @@ def test_an_attempt_counts_in_its_minute_and_its_hour() -> None:
     }
 
 
-def test_it_counts_when_it_ends() -> None:
-    """An attempt that runs into the next minute belongs to that."""
-    begins = {cell[1] for cell in counted(settled(ran=2.0)) if cell[0] == MINUTE}
-    assert begins == {dt.datetime(2026, 1, 2, 3, 5)}
+def test_attempt_is_counted_at_its_end() -> None:
+    """An attempt is counted in the minute in which it ends."""
+    minutes = {cell[1] for cell in count_cells(settled(ran=2.0)) if cell[0] == MINUTE}
+    assert minutes == {dt.datetime(2026, 1, 2, 3, 5)}
 
 
-def test_the_wait_begins_when_the_job_is_due() -> None:
-    """The time before the claim is waiting as well."""
+def test_waiting_time_starts_at_due_time() -> None:
+    """The waiting time includes the time between the due time and the claim."""
     due = CLAIMED - dt.timedelta(seconds=8)
-    buckets = {cell[5] for cell in counted(settled(run_at=due)) if cell[4] == WAIT}
+    buckets = {cell[5] for cell in count_cells(settled(run_at=due)) if cell[4] == WAIT}
     assert buckets == {bucket_of(8.5)}
 
 
-def test_code_that_never_started_did_not_wait() -> None:
-    """A refused job is counted, without a waiting time."""
+def test_refused_job_has_no_waiting_time() -> None:
+    """A refused job is counted without a waiting time."""
     refused = settled(JobStatus.FAILED, OutcomeKind.REFUSED, waited=None, ran=0.0)
-    assert {cell[4] for cell in counted(refused)} == {RUN}
+    assert {cell[4] for cell in count_cells(refused)} == {RUN}
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_code_that_never_started_did_not_wait() -> None:
         (JobStatus.SCHEDULED, OutcomeKind.SNOOZED),
     ],
 )
-def test_what_is_only_put_off_does_not_count(status: JobStatus | None, kind: OutcomeKind) -> None:
-    """A lost lease, a give-back, a rescue and a snooze end nothing."""
-    assert counted(settled(status, kind)) == {}
+def test_postponed_job_is_not_counted(status: JobStatus | None, kind: OutcomeKind) -> None:
+    """An attempt that is given back, rescued or snoozed, or lost its lease, is not counted."""
+    assert count_cells(settled(status, kind)) == {}
 
 
-def test_counts_begin_anew() -> None:
-    """After it was written, nothing is left to write."""
+def test_clear_removes_counts() -> None:
+    """After ``clear``, no counts are left to write."""
     counts = RollupCounts()
     assert not counts
     counts.note(settled())
@@ -91,8 +91,8 @@ def test_counts_begin_anew() -> None:
     assert counts.cells() == {}
 
 
-def test_percentiles_err_by_a_tenth() -> None:
-    """A percentile that is read from buckets is within a tenth of the real one."""
+def test_percentile_accuracy() -> None:
+    """A percentile calculated from buckets differs from the exact one by at most 10 %."""
     numbers = random.Random(7)
     for scale in (0.002, 0.5, 30.0, 9_000.0):
         times = [numbers.lognormvariate(0, 1) * scale for _ in range(5_000)]
@@ -105,12 +105,12 @@ def test_percentiles_err_by_a_tenth() -> None:
             assert read == pytest.approx(exact[round(share * 100) - 1], rel=0.1, abs=0.001)
 
 
-def test_percentiles_of_nothing() -> None:
-    """Where nothing was measured there is no percentile."""
+def test_percentile_without_values() -> None:
+    """Without values there is no percentile."""
     assert percentile({}, 0.5) is None
 
 
 @pytest.mark.parametrize(("seconds", "bucket"), [(-1.0, 0), (0.0, 0), (0.001, 0), (1e12, 127)])
-def test_the_ends_of_the_buckets(seconds: float, bucket: int) -> None:
-    """A clock that went back, and a job of years, have their buckets as well."""
+def test_first_and_last_bucket(seconds: float, bucket: int) -> None:
+    """A negative duration is in the first bucket, a duration of years in the last."""
     assert bucket_of(seconds) == bucket

@@ -1,4 +1,4 @@
-"""Which queues go into which pool."""
+"""Which pool runs the jobs of which queue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flask_bgjobs.worker.routing import Route, routes
 IMAGES = {"images": "process"}
 
 
-def made(default: str, pools: dict[str, str], queues: list[str] | None) -> list[Route]:
+def make_routes(default: str, pools: dict[str, str], queues: list[str] | None) -> list[Route]:
     return routes(default, pools, queues, {"thread": 10, "process": 2}.__getitem__)
 
 
@@ -49,18 +49,20 @@ def made(default: str, pools: dict[str, str], queues: list[str] | None) -> list[
     ],
 )
 def test_routes(default: str, pools: Any, queues: Any, expected: list[Route]) -> None:
-    """Each queue goes into its own pool or the default one, in the order given; a pool without
-    queues is not made."""
-    assert made(default, pools, queues) == expected
+    """Each queue goes to its own pool or the default pool, in the given order.
+
+    A pool without queues is not created.
+    """
+    assert make_routes(default, pools, queues) == expected
 
 
-def test_every_queue_has_exactly_one_route() -> None:
-    """No queue is served twice, and none is left out."""
-    both = made("thread", IMAGES, None)
+def test_queue_has_exactly_one_route() -> None:
+    """Each queue is served by exactly one pool."""
+    two_routes = make_routes("thread", IMAGES, None)
     for queue in ("default", "mail", "images"):
-        assert [route.serves(queue) for route in both].count(True) == 1
+        assert [route.serves(queue) for route in two_routes].count(True) == 1
 
 
-def test_every_pool_that_can_be_configured_is_known() -> None:
-    """And no other."""
+def test_configurable_pools_match_pool_kinds() -> None:
+    """The pools that can be configured are exactly the existing kinds."""
     assert tuple(KINDS) == POOLS

@@ -1,96 +1,96 @@
-"""Logging that never raises."""
+"""Logging that never raises an exception."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from flask_bgjobs.system.safe_logging import SafeLogger
 
 
-class Broken:
-    """A filter, handler or record factory of a host that needs a request."""
+class FailingFilter:
+    """A filter or record factory of the host app that fails outside a request."""
 
     def filter(self, _record: logging.LogRecord) -> bool:
         raise RuntimeError("Working outside of request context.")
 
 
-class BrokenHandler(logging.Handler):
+class FailingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         raise RuntimeError("Working outside of request context.")
 
 
 @pytest.fixture
-def plain() -> Iterator[logging.Logger]:
-    """A logger of the test's own."""
+def logger() -> Iterator[logging.Logger]:
+    """A logger that only this test uses."""
     logger = logging.getLogger("tests.safe_logging")
     logger.setLevel(logging.DEBUG)
+    record_factory = logging.getLogRecordFactory()
     yield logger
+    logging.setLogRecordFactory(record_factory)
     logger.filters.clear()
     logger.handlers.clear()
 
 
-def break_filter(logger: logging.Logger, _monkeypatch: pytest.MonkeyPatch) -> None:
-    logger.addFilter(Broken())
+def add_failing_filter(logger: logging.Logger) -> None:
+    logger.addFilter(FailingFilter())
 
 
-def break_handler(logger: logging.Logger, _monkeypatch: pytest.MonkeyPatch) -> None:
-    logger.addHandler(BrokenHandler())
+def add_failing_handler(logger: logging.Logger) -> None:
+    logger.addHandler(FailingHandler())
 
 
-def break_factory(_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging, "_logRecordFactory", Broken().filter)
+def set_failing_record_factory(_logger: logging.Logger) -> None:
+    logging.setLogRecordFactory(FailingFilter().filter)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("break_logging", [break_filter, break_handler, break_factory])
+@pytest.mark.parametrize(
+    "make_logging_fail", [add_failing_filter, add_failing_handler, set_failing_record_factory]
+)
 @pytest.mark.parametrize("method", ["debug", "info", "warning", "error", "exception"])
-def test_nothing_is_raised(
-    plain: logging.Logger,
-    monkeypatch: pytest.MonkeyPatch,
+def test_failing_logging_raises_nothing(
+    logger: logging.Logger,
     capsys: pytest.CaptureFixture[str],
-    break_logging: Callable[[Any, Any], None],
+    make_logging_fail: Callable[[logging.Logger], None],
     method: str,
 ) -> None:
-    """A filter, handler or record factory that raises reaches stderr, and not the caller."""
-    break_logging(plain, monkeypatch)
-    getattr(SafeLogger(plain), method)("job %s", 7)
+    """An exception in a filter, handler or record factory is printed to stderr, not raised."""
+    make_logging_fail(logger)
+    getattr(SafeLogger(logger), method)("job %s", 7)
     assert "--- Logging error" in capsys.readouterr().err
 
 
-def test_stderr_stays_clean_in_production(
-    plain: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_raise_exceptions_disabled(
+    logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``logging.raiseExceptions = False`` keeps the exception off stderr, as for any handler."""
+    """With ``logging.raiseExceptions = False``, nothing is printed to stderr."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
-    plain.addFilter(Broken())
-    SafeLogger(plain).error("job")
+    logger.addFilter(FailingFilter())
+    SafeLogger(logger).error("job")
     assert capsys.readouterr().err == ""
 
 
-def test_a_record_is_that_of_the_caller(
-    plain: logging.Logger, caplog: pytest.LogCaptureFixture
+def test_record_has_position_of_caller(
+    logger: logging.Logger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A record has the function and the line that logged it, its arguments and its ``extra``."""
-    safe = SafeLogger(plain)
+    """A record has the caller's function and file, its arguments and its ``extra``."""
+    safe = SafeLogger(logger)
     safe.warning("job %s", 7, extra={"bgjobs_job": 7})
     (record,) = caplog.records
     assert (record.funcName, record.filename) == (
-        "test_a_record_is_that_of_the_caller",
+        "test_record_has_position_of_caller",
         "test_safe_logging.py",
     )
     assert record.getMessage() == "job 7"
     assert vars(record)["bgjobs_job"] == 7
 
 
-def test_levels_are_those_of_the_logger(
-    plain: logging.Logger, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What the wrapped logger leaves out is left out."""
-    plain.setLevel(logging.ERROR)
-    safe = SafeLogger(plain)
+def test_level_of_wrapped_logger(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    """Records below the wrapped logger's level are not logged."""
+    logger.setLevel(logging.ERROR)
+    safe = SafeLogger(logger)
     safe.info("job")
     assert not safe.isEnabledFor(logging.INFO)
     assert caplog.records == []

@@ -1,4 +1,4 @@
-"""What systemd is told."""
+"""Notifications to systemd."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pytest
 from flask_bgjobs.worker.supervisor.sd_notify import notify
 
 
-def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a service manager nothing happens."""
+def test_without_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a service manager, ``notify`` does nothing."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert notify("READY=1") is False
 
 
-def test_a_socket_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service manager that does not listen any more stops no worker."""
+def test_missing_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing socket raises no error."""
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/notify")
     assert notify("READY=1") is False
 
 
-def test_the_states_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All states of a call arrive as the lines of one message."""
-    # A short path: that of a socket may not be longer than about a hundred bytes.
+def test_states_are_sent_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All states of one call are sent as the lines of one message."""
+    # tmp_path may be too long: the path of a socket has at most about 100 bytes.
     with (
         tempfile.TemporaryDirectory() as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,

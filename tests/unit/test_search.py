@@ -1,4 +1,4 @@
-"""The search box: what its words mean, and what is said of those that mean nothing."""
+"""The search box: how searches are read, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flask_bgjobs.operations.queries.search import InvalidSearch, Term, parse
         ("größe", [(None, (), ("größe",))]),
     ],
 )
-def test_terms(text: str, terms: list[tuple[object, ...]]) -> None:
+def test_valid_search(text: str, terms: list[tuple[object, ...]]) -> None:
     """Words, fields, paths, quotes and commas are read as documented."""
     assert parse(text) == tuple(Term(*term) for term in terms)  # type: ignore[arg-type]  # plain
 
@@ -48,7 +48,7 @@ def test_terms(text: str, terms: list[tuple[object, ...]]) -> None:
     ],
 )
 def test_ids(text: str, ids: list[range]) -> None:
-    """Ids are numbers or ranges, as far as a database can hold them."""
+    """Ids are numbers or ranges, limited to the numbers that a database can store."""
     (term,) = parse(text)
     assert term.ids == ids
 
@@ -71,8 +71,8 @@ def test_ids(text: str, ids: list[range]) -> None:
         (" ".join("abcdefghijklmnopqrstu"), "at most 20 terms, but this one has 21"),
     ],
 )
-def test_what_cannot_be_read(text: str, message: str) -> None:
-    """A search that cannot be read says why, and what to write instead."""
+def test_invalid_search(text: str, message: str) -> None:
+    """An invalid search is refused with the reason and a correct form."""
     with pytest.raises(InvalidSearch, match=re.escape(message)):
         parse(text)
 
@@ -91,16 +91,15 @@ LONG_TEXTS = {
 
 
 @pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
-def test_long_text_takes_no_time(text: str) -> None:
-    """The time is linear in the length: a pattern that tried every way to split these would need
-    longer than a test may take."""
+def test_parsing_time_is_linear(text: str) -> None:
+    """Parsing takes linear time; a backtracking pattern would exceed the test timeout."""
     with contextlib.suppress(InvalidSearch):
         parse(text)
 
 
 @given(st.text(max_size=60))
-def test_every_text_is_read_or_refused(text: str) -> None:
-    """Nonsense is refused with a sentence, and never raises anything else."""
+def test_any_search(text: str) -> None:
+    """Any text is either read or refused with ``InvalidSearch``."""
     terms: tuple[Term, ...] = ()
     with contextlib.suppress(InvalidSearch):
         terms = parse(text)
@@ -108,7 +107,7 @@ def test_every_text_is_read_or_refused(text: str) -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_characters='"'), min_size=1), max_size=5))
-def test_quoted_text_is_taken_as_it_is(words: list[str]) -> None:
-    """Within quotes every character stands for itself."""
+def test_quoted_text_is_unchanged(words: list[str]) -> None:
+    """Between quotes, every character is literal."""
     terms = parse(" ".join(f'"{word}"' for word in words))
     assert [term.values for term in terms] == [(word,) for word in words]
