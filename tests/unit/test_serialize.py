@@ -1,4 +1,4 @@
-"""JSON in, JSON out."""
+"""Serialization of parameters, results and meta as JSON."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ VALUES = st.recursive(
 
 
 def with_types(value: Any) -> Any:
-    """``value`` with the type of every part beside it, because 1 == 1.0 == True."""
+    """``value`` with the type of each part, because ``1 == 1.0 == True``."""
     kind = type(value).__name__
     if isinstance(value, dict):
         return kind, {key: with_types(item) for key, item in value.items()}
@@ -63,16 +63,16 @@ def with_types(value: Any) -> Any:
     return kind, value
 
 
-def test_an_offset_that_python_does_not_read_back() -> None:
-    """An offset from UTC that is not in whole seconds is refused, for it would be lost."""
-    odd = dt.timezone(dt.timedelta(microseconds=1))
+def test_fractional_utc_offset_is_refused() -> None:
+    """A UTC offset with fractional seconds is refused, because Python cannot read it back."""
+    fractional = dt.timezone(dt.timedelta(microseconds=1))
     with pytest.raises(NotSerializable, match="whole seconds"):
-        dumps(dt.datetime(2000, 1, 1, tzinfo=odd))
+        dumps(dt.datetime(2000, 1, 1, tzinfo=fractional))
 
 
 @given(VALUES)
 def test_round_trip(value: Any) -> None:
-    """Every supported value comes back equal and of the same types, however nested."""
+    """Any supported value is read back equal and with the same types, at any depth."""
     assert with_types(loads(dumps(value))) == with_types(value)
 
 
@@ -108,13 +108,13 @@ def test_round_trip(value: Any) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_round_trip_of_edges(value: Any) -> None:
-    """The edges of each type round-trip as well."""
+def test_round_trip_of_extreme_values(value: Any) -> None:
+    """The extreme values of each type are read back unchanged too."""
     assert with_types(loads(dumps([value]))) == with_types([value])
 
 
-def test_digits_of_a_decimal_stay() -> None:
-    """A Decimal keeps its trailing zeros: prices stay as they were written."""
+def test_decimal_keeps_trailing_zeros() -> None:
+    """A ``Decimal``, such as a price, keeps its trailing zeros."""
     assert str(loads(dumps(decimal.Decimal("9.90")))) == "9.90"
 
 
@@ -129,22 +129,22 @@ def test_digits_of_a_decimal_stay() -> None:
         {"v": 1},
     ],
 )
-def test_dict_that_looks_like_a_tag(value: Any) -> None:
-    """A dict of the user's that looks like a tag comes back as the dict that it is."""
+def test_dict_like_a_type_tag(value: Any) -> None:
+    """A user's dict that looks like a type tag is read back as a dict."""
     assert with_types(loads(dumps(value))) == with_types(value)
 
 
 @given(VALUES)
-def test_storable_everywhere(value: Any) -> None:
-    """The text is plain JSON in ASCII, without NUL: the same on every database."""
+def test_json_is_printable_ascii(value: Any) -> None:
+    """The JSON is printable ASCII, so every database stores it unchanged."""
     text = dumps(value)
     assert text.isascii()
     assert text.isprintable()
     json.loads(text)
 
 
-def test_same_text_for_equal_sets() -> None:
-    """A set has one text, whatever the order of its elements."""
+def test_equal_string_sets_have_same_json() -> None:
+    """Equal sets of strings have the same JSON."""
     assert dumps({"b", "a", "c"}) == dumps({"c", "b", "a"})
 
 
@@ -211,8 +211,8 @@ class Order:
     ],
     ids=lambda value: value if isinstance(value, str) and type(value) is str else "-",
 )
-def test_unsupported_types(value: object, kind: str) -> None:
-    """Any other type, a subclass as well, is refused with its path and its name."""
+def test_unsupported_type_is_refused(value: object, kind: str) -> None:
+    """Any other type, including a subclass, is refused with its path and name."""
     with pytest.raises(NotSerializable) as refusal:
         dumps({"orders": [1, value]}, name="parameters")
     message = str(refusal.value)
@@ -242,8 +242,8 @@ def test_unsupported_types(value: object, kind: str) -> None:
     ],
     ids=["itself", "list", "dict", "tuple"],
 )
-def test_no_number(number: Any, wrap: Any, path: str) -> None:
-    """NaN and the infinities are refused, float or Decimal, with the path of the value."""
+def test_nan_and_infinity_are_refused(number: Any, wrap: Any, path: str) -> None:
+    """NaN and infinities are refused, as float or Decimal, with the path of the value."""
     value = wrap(number)
     with pytest.raises(NotSerializable) as refusal:
         dumps(value, name="result")
@@ -252,15 +252,15 @@ def test_no_number(number: Any, wrap: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, decimal.Decimal("Infinity")], ids=repr)
-def test_no_number_in_a_set(number: Any) -> None:
-    """A set is looked through as well."""
+def test_nan_in_set_is_refused(number: Any) -> None:
+    """NaN and infinities are refused inside a set too."""
     with pytest.raises(NotSerializable, match=r"^result\[0\]: "):
         dumps({number}, name="result")
 
 
 @pytest.mark.parametrize("key", [1, None, True, 1.5, b"a", ("a",), Size.BIG, Name("x")], ids=repr)
-def test_keys(key: object) -> None:
-    """A key that is no ``str`` is refused: JSON would change it silently."""
+def test_key_must_be_string(key: object) -> None:
+    """A key that is not a ``str`` is refused, because JSON would change it silently."""
     with pytest.raises(NotSerializable) as refusal:
         dumps([{"ok": {key: 1}}], name="parameters")
     assert str(refusal.value) == f"parameters[0].ok: the key {key!r} is not a str"
@@ -276,8 +276,8 @@ def test_keys(key: object) -> None:
         ({"\ud800"}, "meta[0]"),
     ],
 )
-def test_lone_surrogates(value: object, path: str) -> None:
-    """A lone surrogate is refused in values and in keys: no database can hold it."""
+def test_lone_surrogates_are_refused(value: object, path: str) -> None:
+    """Lone surrogates are refused in values and keys, because no database can store them."""
     with pytest.raises(NotSerializable) as refusal:
         dumps(value, name="meta")
     assert str(refusal.value) == f"{path}: the text holds a lone surrogate"
@@ -285,7 +285,7 @@ def test_lone_surrogates(value: object, path: str) -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: {"a": x}, lambda x: (x,)])
-def test_depth(wrap: Any) -> None:
+def test_nesting_depth_is_limited(wrap: Any) -> None:
     """Nesting is allowed to a fixed depth; 100,000 levels are refused without a crash."""
     value: Any = 1
     for _ in range(MAX_DEPTH):
@@ -297,12 +297,12 @@ def test_depth(wrap: Any) -> None:
         dumps(value, name="parameters")
     assert str(refusal.value).startswith("parameters")
     assert len(str(refusal.value)) < 500
-    while isinstance(value, list | tuple | dict):  # else it is freed by deep recursion
+    while isinstance(value, list | tuple | dict):  # otherwise Python frees it by deep recursion
         value = value["a"] if isinstance(value, dict) else value[0]
 
 
-def test_value_that_contains_itself() -> None:
-    """A list or dict that contains itself is refused with the path where it does."""
+def test_circular_value_is_refused() -> None:
+    """A list or dict that contains itself is refused with the path of the repetition."""
     ring: list[Any] = [1]
     ring.append({"again": ring})
     with pytest.raises(NotSerializable, match=r"^parameters\[1\]\.again: it contains itself$"):
@@ -315,14 +315,14 @@ def test_value_that_contains_itself() -> None:
     loop.clear()
 
 
-def test_same_value_twice_is_no_ring() -> None:
-    """A list that stands in two places is fine."""
+def test_repeated_value_is_not_circular() -> None:
+    """The same list may occur several times in a value."""
     shared = [1]
     assert loads(dumps({"a": shared, "b": [shared, shared]})) == {"a": [1], "b": [[1], [1]]}
 
 
-def test_limit_of_bytes() -> None:
-    """A text up to the limit is stored; one byte more is refused with size, limit and key."""
+def test_size_limit() -> None:
+    """JSON of the maximum size is accepted; one more byte is refused with size, limit and key."""
     value = "x" * 98
     assert len(dumps(value, max_bytes=100)) == 100
     with pytest.raises(
@@ -331,21 +331,21 @@ def test_limit_of_bytes() -> None:
         dumps(value + "x", name="result", max_bytes=100)
 
 
-def test_limit_counts_bytes() -> None:
-    """Characters beyond ASCII count by the bytes that they take."""
+def test_size_limit_counts_bytes() -> None:
+    """The limit counts bytes, not characters."""
     with pytest.raises(NotSerializable, match="BGJOBS_MAX_PAYLOAD"):
         dumps("🎉" * 30, max_bytes=100)
 
 
-def test_huge_integers() -> None:
-    """An integer that Python would refuse to read back is refused when it is stored."""
+def test_huge_integer_is_refused() -> None:
+    """An integer that Python could not read back is refused."""
     assert loads(dumps([10**4_299])) == [10**4_299]
     for number in (10**4_300, -(10**5_000)):
         with pytest.raises(NotSerializable, match=r"^parameters.*digits"):
             dumps([number], name="parameters")
 
 
-BROKEN = [
+INVALID_JSON = [
     "",
     "{",
     "[1,]",
@@ -366,7 +366,7 @@ CONTENTS = ['""', '"x"', "5", "-1.5", "true", "null", "[]", "[1]", '["a","b","c"
 TAGS = ["datetime", "date", "time", "timedelta", "decimal", "uuid", "bytes", "tuple", "set", "dict"]
 
 
-def raised_by(text: str) -> type[Exception] | None:
+def loading_error(text: str) -> type[Exception] | None:
     try:
         loads(text)
     except Exception as error:
@@ -374,35 +374,35 @@ def raised_by(text: str) -> type[Exception] | None:
     return None
 
 
-@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:30])
-def test_broken_text(text: str) -> None:
-    """Text that we did not write is a ``ValueError``, whatever is wrong with it."""
-    with pytest.raises(ValueError):  # noqa: PT011 - the JSON parser words its own
+@pytest.mark.parametrize("text", INVALID_JSON, ids=lambda text: text[:30])
+def test_invalid_json(text: str) -> None:
+    """Text not written by the library raises ``ValueError``."""
+    with pytest.raises(ValueError):  # noqa: PT011 - the message comes from the JSON parser
         loads(text)
 
 
 @pytest.mark.parametrize("content", [*CONTENTS, "[[]]", "[1e400]", '[{"a":[]}]', '"\\ud800"'])
 @pytest.mark.parametrize("tag", TAGS)
-def test_broken_tag(tag: str, content: str) -> None:
-    """A tag with a content that does not fit is a ``ValueError`` and nothing else."""
+def test_invalid_tag_content(tag: str, content: str) -> None:
+    """A type tag with invalid content raises nothing but ``ValueError``."""
     text = f'[{{"__bgjobs__":"{tag}","v":{content}}}]'
-    assert issubclass(raised_by(text) or ValueError, ValueError)
+    assert issubclass(loading_error(text) or ValueError, ValueError)
 
 
 @given(st.text(max_size=50) | st.sampled_from(TAGS).map(lambda tag: f'{{"{TAG}":"{tag}","v":1}}'))
-def test_any_text(text: str) -> None:
-    """Reading any text gives a value or a ``ValueError``."""
-    assert issubclass(raised_by(text) or ValueError, ValueError)
+def test_load_any_text(text: str) -> None:
+    """Loading any text returns a value or raises ``ValueError``."""
+    assert issubclass(loading_error(text) or ValueError, ValueError)
 
 
-def test_never_pickle() -> None:
-    """A tag can name only the types listed here; no class is looked up."""
+def test_unknown_tag_is_refused() -> None:
+    """A tag can name only a supported type; no class is looked up."""
     with pytest.raises(ValueError, match="not written by flask-bgjobs"):
         loads('{"__bgjobs__":"os.system","v":"true"}')
 
 
-def test_plain_text_for_people() -> None:
-    """For reading, the same types are shown as untagged JSON."""
+def test_plain_json() -> None:
+    """``dumps_plain`` shows the same types as JSON without tags."""
     value = {
         "at": dt.datetime(2026, 1, 2, 3, 4),
         "price": decimal.Decimal("9.90"),
@@ -424,8 +424,8 @@ def test_plain_text_for_people() -> None:
     assert "Grüße" in dumps_plain(value)
 
 
-class Raises:
-    """A value whose every method raises."""
+class FailingValue:
+    """A value whose ``repr`` raises."""
 
     def __hash__(self) -> int:
         return 7
@@ -434,8 +434,8 @@ class Raises:
         raise RuntimeError("no session")
 
 
-class RaisingZone(dt.tzinfo):
-    """A time zone that has lost its file."""
+class FailingTimeZone(dt.tzinfo):
+    """A time zone whose file is missing."""
 
     def utcoffset(self, _when: dt.datetime | None) -> dt.timedelta | None:
         raise OSError("no such file")
@@ -444,24 +444,24 @@ class RaisingZone(dt.tzinfo):
 @pytest.mark.parametrize(
     "value",
     [
-        {Raises()},
-        {Raises(), 1},
-        {"rows": {(1, Raises()), 2}},
-        {Raises(): 1},
-        dt.datetime(2026, 11, 28, tzinfo=RaisingZone()),
-        dt.time(12, tzinfo=RaisingZone()),
+        {FailingValue()},
+        {FailingValue(), 1},
+        {"rows": {(1, FailingValue()), 2}},
+        {FailingValue(): 1},
+        dt.datetime(2026, 11, 28, tzinfo=FailingTimeZone()),
+        dt.time(12, tzinfo=FailingTimeZone()),
     ],
     ids=["set", "mixed set", "nested", "key", "datetime", "time"],
 )
-def test_a_value_that_raises_is_refused(value: Any) -> None:
-    """A value whose own code raises is refused like any other that cannot be stored."""
+def test_failing_value_is_refused(value: Any) -> None:
+    """A value whose own code raises is refused like an unsupported type."""
     with pytest.raises(NotSerializable, match=r"^meta"):
         dumps(value, name="meta")
 
 
 @pytest.mark.parametrize("items", [[0, 8, 16], ["b", "a"], [1, "1", None, (2, "x"), 2.5]])
-def test_equal_sets_give_equal_texts(items: list[Any]) -> None:
-    """The text of a set does not depend on the order in which its items were added."""
-    backwards = items[::-1]
-    assert dumps(set(items)) == dumps(set(backwards))
+def test_equal_sets_have_same_json(items: list[Any]) -> None:
+    """The JSON of a set does not depend on the order in which items were added."""
+    reversed_items = items[::-1]
+    assert dumps(set(items)) == dumps(set(reversed_items))
     assert loads(dumps(set(items))) == set(items)

@@ -1,4 +1,4 @@
-"""Text made fit for a database column or a line of a log."""
+"""Making text storable in a database column or printable as one log line."""
 
 from __future__ import annotations
 
@@ -8,60 +8,60 @@ from hypothesis import strategies as st
 from flask_bgjobs.job.text import MAX_TRACEBACK_CHARS, one_line, storable
 
 ANY_TEXT = st.text(st.characters(), max_size=3_000)
-"""With NUL, lone surrogates and every line break of Unicode."""
+"""Includes NUL, lone surrogates and all line breaks of Unicode."""
 
 
 @given(ANY_TEXT)
-def test_storable(text: str) -> None:
-    """Storable text has no NUL, can be encoded, and is stable."""
-    made = storable(text)
-    assert "\0" not in made
-    made.encode()
-    assert storable(made) == made
+def test_storable_text(text: str) -> None:
+    """Storable text has no NUL, can be encoded, and does not change if made storable again."""
+    result = storable(text)
+    assert "\0" not in result
+    result.encode()
+    assert storable(result) == result
 
 
 @given(ANY_TEXT.filter(lambda text: text == text.encode(errors="ignore").decode()), st.data())
-def test_storable_changes_nothing_else(text: str, data: st.DataObject) -> None:
-    """Text that a database takes, and that is not too long, stays as it is."""
+def test_valid_text_is_unchanged(text: str, data: st.DataObject) -> None:
+    """Text that a database can store, and that is short enough, is unchanged."""
     text = text.replace("\0", "")
     assert storable(text, data.draw(st.integers(len(text), 4_000))) == text
 
 
 @given(ANY_TEXT, st.integers(0, 2_000), st.integers(200, 400))
 def test_storable_limit(text: str, times: int, limit: int) -> None:
-    """No more than ``limit`` characters are left, however long the text."""
+    """At most ``limit`` characters remain, however long the text is."""
     assert len(storable(text * times, limit)) <= limit
 
 
 def test_storable_keeps_head_and_tail() -> None:
-    """Of a text that is too long, head and tail are kept, and what is missing is counted."""
-    made = storable("begin" + "x" * 100_000 + "the end", 1_000)
-    assert made.startswith("beginx")
-    assert made.endswith("xthe end")
-    assert "characters left out" in made
+    """Of a text that is too long, head and tail are kept, and the rest is counted."""
+    result = storable("begin" + "x" * 100_000 + "the end", 1_000)
+    assert result.startswith("beginx")
+    assert result.endswith("xthe end")
+    assert "characters left out" in result
 
 
-def test_traceback_is_64_kib_at_most() -> None:
-    """A traceback of any length is cut to 64 Ki characters."""
+def test_traceback_limit() -> None:
+    """A traceback is shortened to 64 Ki characters."""
     assert MAX_TRACEBACK_CHARS == 65_536
     assert len(storable("x" * 10_000_000, MAX_TRACEBACK_CHARS)) <= 65_536
 
 
-def test_replaced() -> None:
-    """NUL and lone surrogates are replaced one by one, so that the text stays readable."""
+def test_invalid_characters_are_replaced() -> None:
+    """NUL and lone surrogates are replaced one by one, so the text stays readable."""
     assert storable("a\0b\ud800c\udfffd") == "a\ufffdb\ufffdc\ufffdd"
 
 
 @given(ANY_TEXT)
-def test_one_line(text: str) -> None:
-    """Whatever the text holds, no reader of logs sees more than one line, or a control."""
-    made = one_line(text)
-    assert len(made.splitlines()) <= 1
-    assert not any(character < " " or "\x7f" <= character < "\xa0" for character in made)
+def test_one_line_of_any_text(text: str) -> None:
+    """Any text becomes one line without control characters."""
+    result = one_line(text)
+    assert len(result.splitlines()) <= 1
+    assert not any(character < " " or "\x7f" <= character < "\xa0" for character in result)
 
 
 def test_one_line_escapes() -> None:
-    """Line breaks and controls are shown as escapes, all else stays."""
+    """Line breaks and control characters are escaped; other characters are unchanged."""
     assert one_line("a\nb\r\tc\x1b[31m\u2028d\u2029e\x85f") == (
         r"a\nb\r\tc\x1b[31m\u2028d\u2029e\x85f"
     )

@@ -1,4 +1,4 @@
-"""Threads that a worker cannot do without."""
+"""The threads that a worker needs to run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from flask_bgjobs.errors import WorkerFailed
 from flask_bgjobs.system.threads import WorkerThread, position_of, require_alive
 
 
-def test_a_failure_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A thread keeps the exception that ended it, also one that is no ``Exception``."""
+def test_thread_failure_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A thread keeps and logs the exception that ended it, even a ``BaseException``."""
 
     def fail() -> None:
         raise SystemExit("descriptors")
@@ -25,15 +25,15 @@ def test_a_failure_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
         require_alive([thread])
 
 
-def test_living_threads_are_fine() -> None:
-    """Nothing is raised while all threads live."""
-    go_on = threading.Event()
-    threads = [WorkerThread(go_on.wait, f"bgjobs-{number}") for number in range(2)]
+def test_require_alive() -> None:
+    """``require_alive`` raises only when a thread has ended."""
+    stop = threading.Event()
+    threads = [WorkerThread(stop.wait, f"bgjobs-{number}") for number in range(2)]
     for thread in threads:
         thread.start()
     require_alive(threads)
     assert "wait" in position_of(threads[0].ident or 0)
-    go_on.set()
+    stop.set()
     for thread in threads:
         thread.join()
     with pytest.raises(WorkerFailed, match=r"bgjobs-0 has ended$"):

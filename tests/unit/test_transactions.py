@@ -1,4 +1,4 @@
-"""Which statements only read."""
+"""Detecting statements that only read."""
 
 from __future__ import annotations
 
@@ -84,20 +84,20 @@ WRITES = [
 
 
 @pytest.mark.parametrize("statement", READS)
-def test_reads(statement: str) -> None:
-    """A SELECT reads, whatever stands before it: white space, comments, parentheses."""
+def test_plain_select(statement: str) -> None:
+    """A SELECT only reads, even after white space, comments or parentheses."""
     assert is_plain_select(statement) is True
 
 
 @pytest.mark.parametrize("statement", WRITES)
-def test_may_write(statement: str) -> None:
-    """Anything else counts as a write: WITH, locks, INTO, and whatever is not known."""
+def test_other_statements_may_write(statement: str) -> None:
+    """Any other statement may write, including WITH, locks, INTO and unknown statements."""
     assert is_plain_select(statement) is False
 
 
 @pytest.mark.parametrize("statement", [" " * 100_000, "(" * 100_000, "/*" * 50_000, "--\n" * 9_000])
-def test_long_statement(statement: str) -> None:
-    """A statement of any length and nonsense is judged, and quickly."""
+def test_long_invalid_statement(statement: str) -> None:
+    """A long invalid statement counts as a write, within the test timeout."""
     assert is_plain_select(statement) is False
     assert is_plain_select(statement + "DELETE") is False
 
@@ -110,15 +110,15 @@ def test_long_statement(statement: str) -> None:
     ],
 )
 def test_several_statements(statement: str) -> None:
-    """A text of several statements counts as a write, because only its start is a SELECT."""
+    """Several statements in one string count as a write, even if the first is a SELECT."""
     assert is_plain_select(statement) is False
 
 
 @pytest.mark.parametrize(
     "statement", ["SELECT * FROM orders FOR/**/UPDATE", "SELECT * FROM orders FOR -- x\nUPDATE"]
 )
-def test_comment_inside_a_lock(statement: str) -> None:
-    """A lock with a comment between its words is still a lock."""
+def test_comment_inside_lock_clause(statement: str) -> None:
+    """A lock clause with a comment between its words is still detected."""
     assert is_plain_select(statement) is False
 
 
@@ -127,8 +127,8 @@ def test_comment_inside_a_lock(statement: str) -> None:
     [("/*", True), ("/*/", True), ("*/", True), ("-- ", True), ("; ", False), ("for ", True),
      ("for no ", True), ("(", True), ("\n", True)],
 )  # fmt: skip
-def test_long_statements_take_no_time(repeated: str, is_plain: bool) -> None:
-    """The time is linear in the length, whatever a statement holds."""
+def test_detection_time_is_linear(repeated: str, is_plain: bool) -> None:
+    """Detection takes linear time for any statement."""
     assert is_plain_select("select 1 " + repeated * 300_000) == is_plain
 
 
@@ -141,6 +141,6 @@ def test_long_statements_take_no_time(repeated: str, is_plain: bool) -> None:
         ("select '*/'; /* a */ delete from t", False),
     ],
 )
-def test_comments_that_are_open(statement: str, is_plain: bool) -> None:
-    """A comment that does not end hides nothing: it may be the text of a literal."""
+def test_unclosed_comment(statement: str, is_plain: bool) -> None:
+    """An unclosed comment hides nothing, because it may be part of a string literal."""
     assert is_plain_select(statement) == is_plain

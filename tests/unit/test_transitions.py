@@ -1,4 +1,4 @@
-"""The table of moves holds together with the statuses and with what outcomes make of a job."""
+"""The table of moves is consistent with the statuses and outcomes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from flask_bgjobs.job.statuses import CAN_CHANGE, JobStatus, OutcomeKind, settle
 from flask_bgjobs.store.transitions import MOVES
 
 
-def test_outcomes_lead_where_a_settle_may_go() -> None:
-    """Each of them, and each target is that of an outcome."""
-    led_to = {
+def test_outcomes_match_targets_of_settle() -> None:
+    """The statuses that outcomes lead to are exactly the targets of the move ``settle``."""
+    reached = {
         settlement(
             kind,
             retry_count=used,
@@ -25,19 +25,22 @@ def test_outcomes_lead_where_a_settle_may_go() -> None:
             OutcomeKind, (0, 1), (0, 1), (False, True)
         )
     }
-    assert led_to == MOVES["settle"].targets
+    assert reached == MOVES["settle"].targets
 
 
-def test_every_status_is_reached_and_left() -> None:
-    """But what has ended is left by hand only."""
+def test_status_can_be_reached_and_left() -> None:
+    """Each status can be reached; without manual moves, all but final statuses can be left."""
     assert set().union(*(move.targets for move in MOVES.values())) == set(JobStatus)
-    by_itself = ("promote", "claim", "settle")
-    left = set().union(*(MOVES[name].sources for name in by_itself))
+    automatic = ("promote", "claim", "settle")
+    left = set().union(*(MOVES[name].sources for name in automatic))
     assert left == {status for status in JobStatus if not status.is_final}
 
 
-def test_changes_by_hand_are_moves() -> None:
-    """A cancel also asks running jobs to stop, which is no move."""
+def test_manual_changes_match_moves() -> None:
+    """Manual changes match the moves, but for the cancel of a running job.
+
+    It is only a request to stop.
+    """
     for name, statuses in CAN_CHANGE.items():
         assert set(statuses) - MOVES[name].sources <= {JobStatus.RUNNING}
         assert MOVES[name].sources <= set(statuses)

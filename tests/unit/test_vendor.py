@@ -1,4 +1,4 @@
-"""Files of others that the package brings along are what their list says."""
+"""The vendored third-party files match their list."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LINE = re.compile(
 )
 
 
-def test_vendored_files_are_what_the_list_says() -> None:
-    """Each file is unchanged, has its version and licence in the list, and none is unlisted."""
+def test_vendored_files_match_list() -> None:
+    """Each file has the listed checksum, a version and a licence, and no file is unlisted."""
     listed = _LINE.findall((FOLDER / "README.md").read_text())
     for name, licence, checksum in listed:
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == checksum, name
