@@ -499,7 +499,7 @@ def test_coroutine_traceback_starts_in_job_code(attempt: Attempt) -> None:
     ids=["object", "nan", "inf", "key", "surrogate", "large", "digits", "iterator"],
 )
 def test_unstorable_result(result: object, message: str, attempt: Attempt) -> None:
-    """A result that JSON cannot hold fails the job without a retry; the error has its path."""
+    """An unstorable result fails the job without a retry; the error has the path of the value."""
     outcome = attempt(lambda: result)
     assert outcome.kind is OutcomeKind.FAILED_FINALLY
     assert message in (outcome.error or "")
@@ -691,12 +691,12 @@ def leave_transaction_failed(database: SQLAlchemy, table: sa.Table) -> None:
     database.session.execute(table.insert().values(id=1))
 
 
-@pytest.mark.parametrize("leave", [leave_transaction_open, leave_transaction_failed])
+@pytest.mark.parametrize("leave_session", [leave_transaction_open, leave_transaction_failed])
 def test_next_job_has_fresh_session(
-    leave: Any, attempt: Attempt, table: sa.Table, host: Flask, database: SQLAlchemy
+    leave_session: Any, attempt: Attempt, table: sa.Table, host: Flask, database: SQLAlchemy
 ) -> None:
     """An open or failed transaction is rolled back, and the next job has a fresh session."""
-    attempt(lambda: leave(database, table))
+    attempt(lambda: leave_session(database, table))
     assert not database.session.registry.registry
     assert count_rows(table, host, database) == 0
 
@@ -860,7 +860,7 @@ def secret_parts(text: str | None) -> list[str]:
 
 
 def test_secrets_are_masked_before_shortening(attempt: Attempt) -> None:
-    """Error, traceback, note and log lines hold no part of a secret.
+    """Error, traceback, note and log lines contain no part of a secret.
 
     This is true even if the secret is longer than the stored text.
     """
@@ -885,7 +885,7 @@ def test_secrets_are_masked_before_shortening(attempt: Attempt) -> None:
 
 
 def test_secret_across_shortened_part(attempt: Attempt) -> None:
-    """No part of a secret is stored, at whatever position the error is shortened."""
+    """No part of a secret is stored, wherever the error is shortened."""
 
     def job(token: str, before: int) -> None:
         raise ValueError("x" * before + token + "y" * 3_000)

@@ -431,12 +431,12 @@ def test_coroutine_interrupted_before_first_await() -> None:
     scope = InterruptScope()
     reached: list[str] = []
 
-    async def late() -> None:
+    async def await_after_interruption() -> None:
         wait_until(lambda: scope.interruption is not None)
         await asyncio.sleep(0)
         reached.append("after the first await")
 
-    code = InThread(lambda: run_coroutine(scope, late()))
+    code = InThread(lambda: run_coroutine(scope, await_after_interruption()))
     wait_until(lambda: scope.interrupt(JobCancelled))
     assert isinstance(code.join().error, JobCancelled)
     assert reached == []

@@ -231,7 +231,7 @@ def test_multiline_secret(text: str) -> None:
     ],
 )  # fmt: skip
 def test_secret_patterns(text: str, masked: str) -> None:
-    """Text that looks like a secret is masked in any error, whatever the parameters are."""
+    """Text that looks like a secret is masked in any error, even without parameters."""
     assert redactor.text(text, [], None) == masked
     assert redactor.text(masked, [], None) == masked
     assert Redactor([]).text(text, [], None) == text

@@ -233,7 +233,7 @@ def test_invalid_method_name(method: Any, module: str, was_imported: WasImported
 
 
 @pytest.mark.parametrize(
-    ("cls", "method", "given", "result"),
+    ("cls", "method", "arguments", "result"),
     [
         ("Job", "execute", [], ("executed", "Hello", "Job")),
         ("Job", "execute", ["Hi"], ("executed", "Hi", "Job")),
@@ -246,11 +246,11 @@ def test_invalid_method_name(method: Any, module: str, was_imported: WasImported
     ],
 )
 def test_callable_methods(
-    cls: str, method: str, given: list[Any], result: Any, module: str
+    cls: str, method: str, arguments: list[Any], result: Any, module: str
 ) -> None:
     """Methods of a class and its bases can be called, including static and class methods."""
     target = registry(f"{module}.{cls}").resolve(f"{module}.{cls}", method)
-    assert target.call(given, {}) == result
+    assert target.call(arguments, {}) == result
 
 
 @pytest.mark.parametrize(
