@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
+import inspect
 import json
 import math
 from decimal import Decimal
@@ -12,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs import InvalidJob
+from flask_bgjobs import InvalidJob, run_background_job
 from flask_bgjobs.config import Config
 from flask_bgjobs.job.records import MAX_INTEGER
 from flask_bgjobs.job.retry import MAX_DELAY_SECONDS
-from flask_bgjobs.options import JobOptions, column_values, first_run, priority_number
+from flask_bgjobs.options import JobOptions, OptionValues, column_values, first_run, priority_number
 
 CONFIG = Config()
 MINUTE = dt.timedelta(minutes=1)
@@ -51,6 +53,15 @@ def test_defaults() -> None:
         "unique_key": None,
     }
     assert first_run(JobOptions()) == (None, None)
+
+
+def test_each_option_is_accepted_and_stored() -> None:
+    """No option can be forgotten in the parameters of the functions, or in the columns of a job."""
+    names = {field.name for field in dataclasses.fields(JobOptions)}
+    assert names <= set(inspect.signature(run_background_job).parameters)
+    assert names == set(OptionValues.__annotations__)
+    columns = {name.removesuffix("_json") for name in column_values(JobOptions(), Config())}
+    assert columns == names - {"delay", "run_at"}, "first_run() has the times"
 
 
 def test_defaults_from_config() -> None:

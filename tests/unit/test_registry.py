@@ -13,6 +13,7 @@ import pytest
 
 from flask_bgjobs import BgJobs, ConfigError, InvalidJob, JobNotAllowed
 from flask_bgjobs.config import Config
+from flask_bgjobs.job.redact import MASK, Redactor
 from flask_bgjobs.options import NO_OPTIONS, JobOptions
 from flask_bgjobs.registry import Decorated, Registry, stored_name
 from flask_bgjobs.state import AppState
@@ -319,6 +320,25 @@ def test_signature(module: str) -> None:
         "of_class": "(value)",
     }
     assert str(allowed.resolve(f"{module}.send").signature) == "(order_id, *, copy=False)"
+
+
+@pytest.mark.parametrize("name", ["time.sleep", "builtins.max"])
+def test_function_without_known_signature(name: str) -> None:
+    """Of a C function whose signature Python does not know, any parameters fit, and all of their
+    values are masked."""
+    target = registry(name).resolve(name)
+    target.check([1, 2])
+    target.check({"seconds": 1})
+    assert target.positional_names is None
+    assert Redactor(["token"]).parameters([1, "x"], target.placeholder) == [MASK, MASK]
+
+
+def test_function_with_invalid_signature(module: str) -> None:
+    """A function whose ``__signature__`` is not a signature can be a job."""
+    target = registry(f"{module}.send").resolve(f"{module}.send")
+    target.function.__signature__ = "(order_id)"  # type: ignore[attr-defined]
+    target.check([7])
+    assert target.positional_names is None
 
 
 def test_function_job(module: str) -> None:
