@@ -17,7 +17,7 @@ from flask_bgjobs.state import AppState
 from flask_bgjobs.store import DONE, Actor, Store
 from flask_bgjobs.worker.worker import register
 from tests.conftest import stored, wait_until
-from tests.integration.test_worker import working
+from tests.integration.test_worker import running_worker
 
 ANNA = Actor("anna", "dashboard")
 
@@ -127,7 +127,7 @@ def test_a_worker_is_drained(app: Flask, state: AppState, store: Store, tmp_path
     """A worker that is asked to end finishes what it runs, takes nothing more, and ends; the trail
     tells who asked."""
     gate = tmp_path / "gate"
-    with working(app, name="one", concurrency=1, shutdown_timeout=0) as worker:
+    with running_worker(app, name="one", concurrency=1, shutdown_timeout=0) as worker:
         wait_until(lambda: worker._id, "its registration")
         long = run_background_job("tests.jobs.wait_for_file", parameters=[str(gate)])
         wait_until(lambda: stored(app, long).started_at, "its start")

@@ -18,7 +18,7 @@ from flask_bgjobs.models import Attempt
 from flask_bgjobs.operations.queries import listing
 from flask_bgjobs.state import state_of
 from flask_bgjobs.store import Actor
-from tests.integration.test_store import _copy_job, _line, _scans, analyze
+from tests.integration.test_store import _copy_job, _plan_step, _scans, analyze
 
 MOST_STATEMENTS = 8
 MOST_BYTES = 60_000
@@ -106,7 +106,7 @@ def _plans_that_scan(app: flask.Flask, statements: list[tuple[str, Any]]) -> Ite
             continue
         with store.read() as connection:
             plan = connection.exec_driver_sql(f"{explain} {statement}", parameters)
-            lines = "\n".join(_line(row) for row in plan)
+            lines = "\n".join(_plan_step(row) for row in plan)
         if _scans(lines):
             yield f"{statement}\n{lines}"
 

@@ -17,7 +17,7 @@ from flask_bgjobs.store import Store
 from flask_bgjobs.worker.worker import register
 from tests.conftest import stored, wait_until
 from tests.integration.test_redo import RAISE
-from tests.integration.test_worker import working
+from tests.integration.test_worker import running_worker
 
 pytestmark = pytest.mark.on("postgresql", "mysql")
 
@@ -128,7 +128,7 @@ def test_a_worker_that_may_not_delete_works_on(
     )
     with app.app_context():
         first = run_background_job("tests.jobs.echo")
-        with working(app) as worker:
+        with running_worker(app) as worker:
             first.wait(60)
             worker._on_prune_time()
             wait_until(lambda: "Pruning not allowed" in caplog.text, "the warning")
@@ -153,7 +153,7 @@ def test_a_worker_that_may_not_count_works_on(
 
     monkeypatch.setattr(type(state.store), "add_to_rollup", refuse)
     monkeypatch.setattr("flask_bgjobs.worker.worker._ROLL_UP_SECONDS", 0.0)
-    with working(app):
+    with running_worker(app):
         for _ in range(3):
             assert run_background_job("tests.jobs.echo").wait(60).status == "completed"
     assert caplog.text.count("Charts not drawn") == 1

@@ -1,4 +1,4 @@
-"""Rows that somebody keeps locked: statements of ours skip them, and come back to them."""
+"""Rows that another transaction has locked: statements skip them, and try again later."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from flask_bgjobs.worker.outbox import Outbox
 from flask_bgjobs.worker.rescue import Sweeper
 from flask_bgjobs.worker.worker import register
 from tests.conftest import EXPORT, stored, wait_until
-from tests.integration.test_worker import rows, working
+from tests.integration.test_worker import rows, running_worker
 
-# SQLite has one lock for the whole file, and no rows to lock.
+# SQLite locks the whole file and has no row locks.
 pytestmark = pytest.mark.on("postgresql", "mysql")
 
 
@@ -40,7 +40,7 @@ def worker(state: AppState) -> int:
 
 @pytest.fixture
 def locked(state: AppState) -> Lock:
-    """Keeps the rows of jobs locked, as a host's transaction would."""
+    """Locks the rows of jobs, as a transaction of the host would."""
 
     @contextlib.contextmanager
     def lock(*ids: int) -> Iterator[None]:
@@ -53,10 +53,10 @@ def locked(state: AppState) -> Lock:
 
 @pytest.fixture
 def store(state: AppState) -> Iterator[Store]:
-    """The statements as a worker has them."""
-    of_a_worker = state.store.with_deadline(60.0)
-    yield of_a_worker
-    of_a_worker.dispose()
+    """The store with a deadline, as a worker uses it."""
+    worker_store = state.store.with_deadline(60.0)
+    yield worker_store
+    worker_store.dispose()
 
 
 def claim(store: Store, worker: int, number: int) -> list[JobSpec]:
@@ -70,10 +70,18 @@ def outcome(spec: JobSpec, kind: OutcomeKind = OutcomeKind.COMPLETED, **more: An
 
 
 @pytest.mark.parametrize("kind", [OutcomeKind.COMPLETED, OutcomeKind.FAILED])
-def test_outcomes_of_locked_jobs_wait_and_the_others_do_not(
-    app: Flask, state: AppState, store: Store, worker: int, locked: Lock, kind: OutcomeKind
+def test_outcomes_of_locked_jobs_are_recorded_later(
+    app: Flask,
+    state: AppState,
+    store: Store,
+    worker: int,
+    locked: Lock,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: OutcomeKind,
 ) -> None:
-    """A settle records what it can, takes no locked row for a lost lease, and records it later."""
+    """A settle records the outcomes of unlocked jobs, does not take a locked row for a lost lease,
+    and records its outcome later."""
+    monkeypatch.setattr("flask_bgjobs.worker.outbox._LOCKED_PAUSE_SECONDS", 0.0)
     specs = claim(store, worker, 3)
     outbox = Outbox(store)
     for spec in specs:
@@ -86,17 +94,18 @@ def test_outcomes_of_locked_jobs_wait_and_the_others_do_not(
     with locked(specs[1].id):
         assert record() == [(specs[0].id, after), (specs[2].id, after)]
         assert (len(outbox), outbox.unlocked) == (1, 0)
-        outbox._retry_locked_at = 0.0
         assert record() == []
         assert stored(app, specs[1].id).status == "running"
-    outbox._retry_locked_at = 0.0
     assert record() == [(specs[1].id, after)]
     assert len(outbox) == 0
     assert len(rows(state, Attempt)) == (0 if kind is OutcomeKind.COMPLETED else 3)
 
 
-def test_a_lost_lease_is_told_from_a_locked_row(store: Store, worker: int, locked: Lock) -> None:
-    """What another attempt holds by now is lost, while its neighbour's row is locked."""
+def test_lost_lease_and_locked_row_are_distinguished(
+    store: Store, worker: int, locked: Lock
+) -> None:
+    """A settle reports a job of another attempt as lost, and leaves out a locked job of the same
+    batch."""
     lost, kept = claim(store, worker, 2)
     store.settle(worker, "one", [(lost, outcome(lost, OutcomeKind.GIVEN_BACK))])
     with locked(kept.id):
@@ -108,10 +117,10 @@ def test_a_lost_lease_is_told_from_a_locked_row(store: Store, worker: int, locke
             assert (settled.job_id, settled.status) == (lost.id, None)
 
 
-def test_what_running_jobs_tell_waits_for_their_rows(
+def test_reports_of_locked_jobs_are_written_later(
     app: Flask, state: AppState, store: Store, worker: int, locked: Lock
 ) -> None:
-    """Starts and reports of locked jobs are left for later; those of others are written."""
+    """Starts and reports of locked jobs are kept for later; those of other jobs are written."""
     first, second = claim(store, worker, 2)
     reports = {spec.key: Report(progress=0.5, lines=("a line",)) for spec in (first, second)}
     with locked(first.id):
@@ -127,10 +136,10 @@ def test_what_running_jobs_tell_waits_for_their_rows(
 
 
 @pytest.mark.on("sqlite", "postgresql", "mysql")
-def test_a_report_that_is_refused_holds_back_no_other(
+def test_refused_report_does_not_block_others(
     app: Flask, store: Store, worker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the database refuses of one job is left out, and what others report is written."""
+    """A report that the database refuses is dropped, and the reports of other jobs are written."""
     first, second = claim(store, worker, 2)
     write_lines = type(store).write_lines
 
@@ -146,10 +155,11 @@ def test_a_report_that_is_refused_holds_back_no_other(
     assert [stored(app, spec.id).progress for spec in (first, second)] == [None, 0.5]
 
 
-def test_a_rescue_leaves_locked_jobs_to_a_later_sweep(
+def test_rescue_leaves_locked_jobs_to_a_later_sweep(
     app: Flask, state: AppState, store: Store, worker: int, locked: Lock
 ) -> None:
-    """Where a dead worker's session still locks a job, its other jobs are freed at once."""
+    """If a dead worker's session still locks a job, its other jobs are rescued at once, and the
+    locked job by a later sweep."""
     first, second = claim(store, worker, 2)
     sweeper = Sweeper(store, lease=3600)
     with locked(first.id):
@@ -159,22 +169,24 @@ def test_a_rescue_leaves_locked_jobs_to_a_later_sweep(
     assert [(s.job_id, s.status) for s in sweeper.sweep(0)] == [(first.id, "pending")]
 
 
-def test_a_worker_whose_row_is_locked_is_not_waited_for(
+def test_sweep_does_not_wait_for_locked_worker_row(
     state: AppState, store: Store, worker: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A worker that died in the middle of a claim is rescued by the sweep after its session."""
+    """A worker that died during a claim is rescued by the first sweep after its session has
+    ended."""
     claim(store, worker, 1)
     sweeper = Sweeper(store, lease=0.0)
     with state.store.host_engine.connect() as connection, connection.begin():
-        its_row = sa.select(WorkerRow.name).where(WorkerRow.id == worker)
-        connection.execute(its_row.with_for_update(read=True))
+        worker_row = sa.select(WorkerRow.name).where(WorkerRow.id == worker)
+        connection.execute(worker_row.with_for_update(read=True))
         assert sweeper.sweep(0) == []
         assert "Worker dead" not in caplog.text
     assert [settled.status for settled in sweeper.sweep(0)] == ["pending"]
 
 
-def test_changes_by_hand_name_what_is_locked(app: Flask, state: AppState, locked: Lock) -> None:
-    """Cancelling many jobs passes over a locked one, and says so instead of waiting for it."""
+def test_cancel_skips_and_reports_locked_jobs(app: Flask, state: AppState, locked: Lock) -> None:
+    """Cancelling many jobs skips a locked one and gives the reason, instead of waiting for the
+    lock."""
     ids = [run_background_job("tests.jobs.echo").id for _ in range(3)]
     with locked(ids[1]):
         result = state.store.cancel([*ids, ids[-1] + 1])
@@ -186,8 +198,8 @@ def test_changes_by_hand_name_what_is_locked(app: Flask, state: AppState, locked
     assert stored(app, ids[1]).status == "pending"
 
 
-def test_pruning_passes_over_what_is_locked(store: Store, worker: int, locked: Lock) -> None:
-    """A locked job is left to the next pass."""
+def test_pruning_skips_locked_jobs(store: Store, worker: int, locked: Lock) -> None:
+    """Pruning leaves a locked job to the next pass."""
     specs = claim(store, worker, 3)
     store.complete(worker, [(spec, outcome(spec)) for spec in specs])
     retention = {JobStatus.COMPLETED: 0.0}
@@ -196,10 +208,10 @@ def test_pruning_passes_over_what_is_locked(store: Store, worker: int, locked: L
     assert store.prune(retention, 10).deleted == 1
 
 
-def test_pruning_waits_for_no_row_that_refers_to_a_job(
+def test_pruning_does_not_wait_for_referring_rows(
     state: AppState, store: Store, worker: int
 ) -> None:
-    """A job stays while a host's transaction changes a row that refers to it."""
+    """Pruning keeps a job while a transaction of the host changes a row that refers to it."""
     specs = claim(store, worker, 3)
     store.complete(worker, [(spec, outcome(spec)) for spec in specs])
     engine = state.store.host_engine
@@ -213,15 +225,15 @@ def test_pruning_waits_for_no_row_that_refers_to_a_job(
 
 
 @pytest.mark.parametrize("how", ["locks", "refers to"])
-def test_a_job_that_keeps_its_own_row_locked_delays_no_other(
+def test_job_that_locks_its_own_row_delays_no_other(
     app: Flask, state: AppState, tmp_path: Path, how: str
 ) -> None:
-    """While a job locks its own row and works on, others are claimed, started and settled."""
+    """While a job holds a lock on its own row, other jobs are claimed, started and settled."""
     with state.store.host_engine.begin() as connection:
         connection.exec_driver_sql(EXPORT)
     journal, end, noted = tmp_path / "journal", tmp_path / "end", str(tmp_path / "noted")
     job = run_background_job("tests.jobs.keep_own_row", parameters=[str(journal), str(end), how])
-    with working(app, concurrency=2):
+    with running_worker(app, concurrency=2):
         wait_until(journal.exists, "the lock")
         for _ in range(8):
             other = run_background_job("tests.jobs.note_process", parameters=[noted, 0.3])

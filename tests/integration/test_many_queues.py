@@ -1,4 +1,4 @@
-"""Many queues, some of them closed: claims take the best jobs, and stay level."""
+"""Claims from many queues, some of them paused: order, and number of statements."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def worker(state: AppState) -> int:
 
 
 def add_jobs(store: Store, places: list[tuple[str, int]]) -> None:
-    """One pending job for each queue and priority, due one after the other."""
-    made = run_background_job("tests.jobs.echo")
+    """Add one pending job for each queue and priority, in the order of their due times."""
+    template = run_background_job("tests.jobs.echo")
     columns = [c for c in Job.__table__.c if c.name != "id"]
     with store.read() as connection:
-        row = connection.execute(sa.select(*columns).where(Job.id == made.id)).one()
-    store.delete([made.id])
+        row = connection.execute(sa.select(*columns).where(Job.id == template.id)).one()
+    store.delete([template.id])
     begin = row.run_at - dt.timedelta(hours=1)
     rows = [
         {
@@ -45,8 +45,8 @@ def add_jobs(store: Store, places: list[tuple[str, int]]) -> None:
     store.transaction(lambda connection: connection.execute(sa.insert(Job.__table__), rows))
 
 
-def in_order(store: Store, closed: set[str]) -> list[int]:
-    """The ids of the pending jobs of open queues, best first, by a plain reading of all rows."""
+def claim_order(store: Store, closed: set[str]) -> list[int]:
+    """The ids of the pending jobs of open queues in the order of claims, sorted in Python."""
     with store.read() as connection:
         rows = connection.execute(sa.select(Job.__table__)).all()
     waiting = [row for row in rows if row.status == "pending" and row.queue not in closed]
@@ -55,7 +55,7 @@ def in_order(store: Store, closed: set[str]) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("closed_share", [0.1, 0.8])
-def test_the_best_jobs_of_open_queues_are_claimed(
+def test_claims_follow_the_order_across_open_queues(
     app: Flask,
     store: Store,
     worker: int,
@@ -63,8 +63,8 @@ def test_the_best_jobs_of_open_queues_are_claimed(
     closed_share: float,
     seed: int,
 ) -> None:
-    """Each claim takes what comes first in all open queues, however many jobs of closed ones or
-    suspects come before them, and in whatever number of queues they are."""
+    """Each claim takes the first jobs of all open queues, however many jobs of closed queues or
+    suspects come before them, and however many queues there are."""
     sizes = {"_WINDOW_JOBS": 12, "_QUEUES_PER_STATEMENT": 5, "_JOBS_PER_STATEMENT": 20}
     for name, value in sizes.items():
         monkeypatch.setattr(f"flask_bgjobs.store.statements.claim.{name}", value)
@@ -80,7 +80,7 @@ def test_the_best_jobs_of_open_queues_are_claimed(
     left_out = {name for name in closed if chance.random() < 0.5}
     for name in closed - left_out:
         store.pause(name)
-    pending = in_order(store, closed)
+    pending = claim_order(store, closed)
     suspects = set(chance.sample(pending, len(pending) // 3))
     mark = sa.update(Job).where(Job.id.in_(suspects)).values(suspect=True)
     store.transaction(lambda connection: connection.execute(mark))
@@ -98,13 +98,12 @@ def test_the_best_jobs_of_open_queues_are_claimed(
         assert taken == expected
 
 
-def test_claims_that_race_share_the_jobs_of_open_queues(
-    app: Flask, store: Store, state: AppState
-) -> None:
-    """Workers that claim at once beside a paused queue get each job once, and leave none."""
+def test_concurrent_claims_beside_a_paused_queue(app: Flask, store: Store, state: AppState) -> None:
+    """Workers that claim at the same time beside a paused queue get each job once and leave
+    none."""
     add_jobs(store, [("closed", 9)] * 1_100 + [(f"q{number % 40}", 0) for number in range(400)])
     store.pause("closed")
-    expected = in_order(store, {"closed"})
+    expected = claim_order(store, {"closed"})
     taken: list[int] = []
 
     def claim() -> None:
@@ -120,11 +119,11 @@ def test_claims_that_race_share_the_jobs_of_open_queues(
     assert sorted(taken) == sorted(expected)
 
 
-def test_the_statements_of_a_claim_do_not_grow_with_the_queues(
+def test_number_of_statements_does_not_grow_with_queues(
     app: Flask, store: Store, worker: int
 ) -> None:
-    """Beside a paused queue with many jobs in front, a claim from 1,500 queues takes as many
-    statements as one from a few."""
+    """A claim from 1,500 queues takes few statements, even beside a paused queue whose jobs come
+    first."""
     add_jobs(store, [("closed", 9)] * 1_100 + [(f"q{number:04}", 0) for number in range(1_500)])
     store.pause("closed")
     statements = []
@@ -138,10 +137,9 @@ def test_the_statements_of_a_claim_do_not_grow_with_the_queues(
     assert len(statements) < 20
 
 
-def test_a_long_list_of_queues_is_served_in_its_order(
-    app: Flask, store: Store, worker: int
-) -> None:
-    """A worker that serves a thousand queues, most of them empty, claims with a few statements."""
+def test_long_list_of_queues_is_claimed_in_order(app: Flask, store: Store, worker: int) -> None:
+    """A worker with a list of 1,000 queues, most of them empty, claims in their order with few
+    statements."""
     add_jobs(store, [("q0900", 0), ("q0100", 0), ("q0500", 9), ("other", 9)])
     store.pause("q0500")
     statements = []
@@ -156,15 +154,15 @@ def test_a_long_list_of_queues_is_served_in_its_order(
 
 
 class TestPruning:
-    """The rows of queues."""
+    """Pruning the rows of queues."""
 
-    def names(self, store: Store) -> list[str]:
+    def queue_names(self, store: Store) -> list[str]:
         with store.read() as connection:
             return sorted(connection.scalars(sa.select(Queue.name)))
 
-    def test_a_queue_that_nobody_uses_goes(self, app: Flask, store: Store, worker: int) -> None:
-        """A queue goes after a week, unless it is paused, has waiting jobs, or is young; and it
-        comes back with its next job."""
+    def test_unused_queue_is_pruned(self, app: Flask, store: Store, worker: int) -> None:
+        """An old queue is deleted unless it is paused or has waiting jobs; a young queue is
+        kept."""
         for name in ("idle", "paused", "waiting", "young"):
             run_background_job("tests.jobs.echo", queue=name)
         store.claim(worker, 10)
@@ -174,13 +172,13 @@ class TestPruning:
         change = sa.update(Queue).where(Queue.name != "young").values(created_at=old)
         store.transaction(lambda connection: connection.execute(change))
         Pruner(store, {}).step()
-        assert self.names(store) == ["paused", "waiting", "young"]
+        assert self.queue_names(store) == ["paused", "waiting", "young"]
 
-    def test_a_pruned_queue_is_registered_again(
+    def test_queue_in_use_is_registered_again(
         self, app: Flask, store: Store, worker: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A worker registers each queue once a day at least, whatever it remembers, and a queue
-        in use is therefore never old."""
+        """A claim renews the registration of its queue once a day, so that a queue in use is never
+        pruned, and registers a pruned queue again."""
         run_background_job("tests.jobs.echo", queue="mail")
         store.claim(worker, 1)
         old = sa.update(Queue).values(created_at=dt.datetime(2020, 1, 1))
@@ -193,4 +191,4 @@ class TestPruning:
         assert store.prune_queues(10) == 1
         run_background_job("tests.jobs.echo", queue="mail")
         store.claim(worker, 1)
-        assert self.names(store) == ["mail"]
+        assert self.queue_names(store) == ["mail"]

@@ -1,4 +1,4 @@
-"""The outbox: no outcome is lost, whatever the database answers."""
+"""The outbox: it loses no outcome, whatever error the database raises."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ GONE = OperationalError("settle", None, Exception("gone"))
 IN_DOUBT = CommitInDoubt("settle", None, Exception("gone"))
 
 
-class Claimed:
-    """Jobs that a worker has claimed, its outbox, and a database that answers as it is told."""
+class ClaimedJobs:
+    """Jobs that a worker has claimed, its outbox, and a database that raises the given errors."""
 
     def __init__(self, state: AppState, patch: pytest.MonkeyPatch) -> None:
         self.state = state
         self.worker = register(state, "one")
         self.outbox = Outbox(state.store)
-        self.answers: dict[str, collections.deque[Exception | None]] = {}
-        """To the next calls of ``complete`` and ``settle``; ``None`` is the real one."""
+        self.errors: dict[str, collections.deque[Exception | None]] = {}
+        """Errors for the next calls of ``complete`` and ``settle``; ``None``: no error."""
         for name in ("complete", "settle"):
-            self.answers[name] = collections.deque()
-            patch.setattr(state.store, name, self._answering(name))
+            self.errors[name] = collections.deque()
+            patch.setattr(state.store, name, self._with_errors(name))
 
-    def _answering(self, name: str) -> Any:
+    def _with_errors(self, name: str) -> Any:
         real = getattr(self.state.store, name)
 
         def call(*args: Any) -> Any:
-            answer = self.answers[name].popleft() if self.answers[name] else None
-            if answer is not None:
-                raise answer
+            error = self.errors[name].popleft() if self.errors[name] else None
+            if error is not None:
+                raise error
             return real(*args)
 
         return call
@@ -67,12 +67,12 @@ class Claimed:
 
 
 @pytest.fixture
-def claimed(state: AppState, monkeypatch: pytest.MonkeyPatch) -> Claimed:
-    return Claimed(state, monkeypatch)
+def claimed(state: AppState, monkeypatch: pytest.MonkeyPatch) -> ClaimedJobs:
+    return ClaimedJobs(state, monkeypatch)
 
 
-def test_each_in_its_way(claimed: Claimed) -> None:
-    """What completed and what did not are recorded together."""
+def test_completions_and_failures_are_recorded(claimed: ClaimedJobs) -> None:
+    """Completed and failed jobs are recorded together."""
     done, failed = claimed.jobs(2)
     claimed.put(failed, OutcomeKind.FAILED_FINALLY)
     claimed.put(done)
@@ -80,13 +80,13 @@ def test_each_in_its_way(claimed: Claimed) -> None:
     assert len(claimed.outbox) == 0
 
 
-def test_an_outage_loses_none(claimed: Claimed) -> None:
-    """What could not be recorded is kept, and recorded later."""
+def test_outage_loses_no_outcome(claimed: ClaimedJobs) -> None:
+    """Outcomes that could not be recorded during an outage are kept and recorded later."""
     done, failed = claimed.jobs(2)
     claimed.put(done)
     claimed.put(failed, OutcomeKind.FAILED_FINALLY)
-    claimed.answers["complete"].append(GONE)
-    claimed.answers["settle"].append(GONE)
+    claimed.errors["complete"].append(GONE)
+    claimed.errors["settle"].append(GONE)
     for _ in range(2):
         with pytest.raises(OperationalError):
             claimed.record()
@@ -95,12 +95,15 @@ def test_an_outage_loses_none(claimed: Claimed) -> None:
 
 
 @pytest.mark.parametrize("breaking", ["complete", "settle"])
-def test_what_breaks_the_link_each_time_starves_no_others(claimed: Claimed, breaking: str) -> None:
-    """Also where one kind of outcome cannot be sent, the other kind is recorded."""
+def test_broken_connection_does_not_starve_other_outcomes(
+    claimed: ClaimedJobs, breaking: str
+) -> None:
+    """If recording one kind of outcome always breaks the connection, the other kind is still
+    recorded."""
     done, failed = claimed.jobs(2)
     claimed.put(done)
     claimed.put(failed, OutcomeKind.FAILED_FINALLY)
-    claimed.answers[breaking].extend([GONE] * 3)
+    claimed.errors[breaking].extend([GONE] * 3)
     for _ in range(3):
         with pytest.raises(OperationalError):
             claimed.record()
@@ -108,23 +111,25 @@ def test_what_breaks_the_link_each_time_starves_no_others(claimed: Claimed, brea
     assert len(claimed.record()) == 1
 
 
-def test_a_refused_outcome_fails_only_its_own_job(claimed: Claimed) -> None:
-    """Where the database refuses one outcome, that job fails and the others are as they were."""
+def test_refused_outcome_fails_only_its_job(claimed: ClaimedJobs) -> None:
+    """If the database refuses one outcome, that job fails and the other outcomes are recorded
+    unchanged."""
     first, second = claimed.jobs(2)
     claimed.put(first)
     claimed.put(second)
-    claimed.answers["complete"].append(REFUSED)
-    claimed.answers["settle"].extend([REFUSED, REFUSED])
+    claimed.errors["complete"].append(REFUSED)
+    claimed.errors["settle"].extend([REFUSED, REFUSED])
     assert claimed.record() == [(first.id, "failed"), (second.id, "completed")]
     assert len(claimed.outbox) == 0
 
 
-def test_an_outage_after_a_refusal_loses_none(claimed: Claimed) -> None:
-    """Where the link breaks while outcomes are recorded one by one, the rest is kept."""
+def test_outage_after_a_refusal_loses_no_outcome(claimed: ClaimedJobs) -> None:
+    """If the connection breaks while outcomes are recorded one by one, the remaining outcomes are
+    kept."""
     first, second, third = claimed.jobs(3)
     for spec in (first, second, third):
         claimed.put(spec, OutcomeKind.FAILED_FINALLY)
-    claimed.answers["settle"].extend([REFUSED, None, GONE])
+    claimed.errors["settle"].extend([REFUSED, None, GONE])
     recorded = claimed.outbox.record(claimed.worker, "one")
     assert next(recorded).job_id == first.id
     with pytest.raises(OperationalError):
@@ -133,56 +138,60 @@ def test_an_outage_after_a_refusal_loses_none(claimed: Claimed) -> None:
     assert claimed.record() == [(second.id, "failed"), (third.id, "failed")]
 
 
-def test_what_is_in_doubt_is_looked_at_again(claimed: Claimed) -> None:
-    """Where nobody knows whether a commit was done, what it recorded is not called lost."""
+def test_outcome_in_doubt_is_checked_again(claimed: ClaimedJobs) -> None:
+    """If a commit got no reply, its outcome is checked again and not reported as lost."""
     (spec,) = claimed.jobs(1)
     claimed.put(spec)
     claimed.state.store.complete(
         claimed.worker, [(spec, Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED))]
     )
-    claimed.answers["complete"].append(IN_DOUBT)
+    claimed.errors["complete"].append(IN_DOUBT)
     with pytest.raises(CommitInDoubt):
         claimed.record()
     assert claimed.record() == [(spec.id, "completed")]
 
 
-def test_what_is_in_doubt_stays_in_doubt(claimed: Claimed) -> None:
-    """Also where outcomes are taken out and put in again before the next try."""
+def test_outcome_in_doubt_stays_in_doubt(claimed: ClaimedJobs) -> None:
+    """An outcome in doubt stays in doubt if it is taken out and put back before the next try."""
     (spec,) = claimed.jobs(1)
     claimed.put(spec)
     claimed.state.store.complete(
         claimed.worker, [(spec, Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED))]
     )
-    claimed.answers["complete"].append(IN_DOUBT)
+    claimed.errors["complete"].append(IN_DOUBT)
     with pytest.raises(CommitInDoubt):
         claimed.record()
     claimed.outbox.keep_reports({})
     assert claimed.record() == [(spec.id, "completed")]
 
 
-@pytest.mark.parametrize("comes", ["before", "after"])
-def test_what_was_told_before_stays_with_its_attempt(claimed: Claimed, comes: str) -> None:
-    """Lines that could not be written while a job ran are written with its outcome, whether that
-    came before or comes after."""
+@pytest.mark.parametrize("outcome_arrives", ["before", "after"])
+def test_kept_reports_are_recorded_with_the_outcome(
+    claimed: ClaimedJobs, outcome_arrives: str
+) -> None:
+    """Log lines that could not be written while a job ran are recorded with its outcome, in either
+    order of arrival."""
     (spec,) = claimed.jobs(1)
-    if comes == "before":
+    if outcome_arrives == "before":
         claimed.put(spec)
     claimed.outbox.keep_reports({spec.key: Report(lines=("one", "two"))})
-    if comes == "after":
+    if outcome_arrives == "after":
         claimed.put(spec)
     assert claimed.record() == [(spec.id, "completed")]
     assert [row.message for row in rows(claimed.state, JobLog)] == ["one", "two"]
 
 
 LARGE = json.dumps('"' * 500_000)
-"""A result whose every letter has to be escaped, twice in a bulk settle on MySQL."""
+"""A result in which every character must be escaped, in a bulk settle on MySQL twice."""
 
 
 class TestSizes:
-    """Results of any size that ``BGJOBS_MAX_PAYLOAD`` may allow."""
+    """Results of all sizes that ``BGJOBS_MAX_PAYLOAD`` may allow."""
 
-    def test_large_results_are_recorded(self, app: Flask, claimed: Claimed) -> None:
-        """Results that do not fit into one statement together are recorded in several."""
+    def test_large_results_are_recorded_in_several_statements(
+        self, app: Flask, claimed: ClaimedJobs
+    ) -> None:
+        """Results that are too large for one statement are recorded in several."""
         specs = claimed.jobs(10)
         for spec in specs:
             claimed.put(spec, result_json=LARGE)
@@ -190,9 +199,9 @@ class TestSizes:
         assert {stored(app, spec.id).result_json for spec in specs} == {LARGE}
 
     def test_small_results_are_recorded_together(
-        self, claimed: Claimed, monkeypatch: pytest.MonkeyPatch
+        self, claimed: ClaimedJobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A hundred small results take one statement."""
+        """A hundred small results are recorded in one statement."""
         sizes = []
         complete = claimed.state.store.complete
 
@@ -206,10 +215,10 @@ class TestSizes:
         claimed.record()
         assert sizes == [100]
 
-    def test_an_outage_between_batches_loses_none(self, claimed: Claimed) -> None:
-        """What was recorded before an outage is not recorded again, and the rest is kept."""
+    def test_outage_between_batches_loses_no_outcome(self, claimed: ClaimedJobs) -> None:
+        """Outcomes recorded before an outage are not recorded again, and the others are kept."""
         ids = [spec.id for spec in claimed.jobs(6) if not claimed.put(spec, result_json=LARGE)]
-        claimed.answers["complete"].extend([None, GONE])
+        claimed.errors["complete"].extend([None, GONE])
         recorded: list[tuple[int, str | None]] = []
         settled = ((s.job_id, s.status) for s in claimed.outbox.record(claimed.worker, "one"))
         with pytest.raises(OperationalError):
@@ -218,12 +227,12 @@ class TestSizes:
         recorded += claimed.record()
         assert sorted(recorded) == [(job_id, "completed") for job_id in ids]
 
-    def test_a_batch_that_fails_lets_the_others_go_first(self, claimed: Claimed) -> None:
-        """What the link breaks over again and again does not hold back other outcomes."""
+    def test_failed_batch_is_retried_last(self, claimed: ClaimedJobs) -> None:
+        """A batch that breaks the connection again and again does not delay other outcomes."""
         specs = claimed.jobs(3)
         for spec in specs:
             claimed.put(spec, result_json=LARGE)
-        claimed.answers["complete"].extend([GONE, None, None, GONE])
+        claimed.errors["complete"].extend([GONE, None, None, GONE])
         for _ in range(2):
             with pytest.raises(OperationalError):
                 claimed.record()
@@ -234,10 +243,11 @@ class TestSizes:
         ]
 
     @pytest.mark.parametrize("kind", [OutcomeKind.COMPLETED, OutcomeKind.FAILED])
-    def test_one_that_is_too_large_fails_alone(
-        self, app: Flask, claimed: Claimed, small_limit: str, kind: OutcomeKind
+    def test_oversized_result_fails_only_its_job(
+        self, app: Flask, claimed: ClaimedJobs, small_limit: str, kind: OutcomeKind
     ) -> None:
-        """A result that the database cannot take fails its job, which names size and limit."""
+        """A result that the database cannot store fails its job, and the error names the size and
+        the limit."""
         large, small = claimed.jobs(2)
         report = None if kind is OutcomeKind.COMPLETED else Report(lines=("a line",))
         claimed.put(large, kind, result_json=json.dumps("x" * 2_000_000), report=report)
@@ -251,19 +261,22 @@ class TestSizes:
         assert small_limit in error
 
     @pytest.mark.on("mysql")
-    def test_a_packet_that_a_proxy_refuses_fails_alone(self, app: Flask, claimed: Claimed) -> None:
-        """The same answer of a proxy, whose limit may be lower than the server's, is no outage."""
+    def test_packet_refused_by_a_proxy_fails_only_its_job(
+        self, app: Flask, claimed: ClaimedJobs
+    ) -> None:
+        """A packet size error of a proxy, whose limit may be below the server's, is not an
+        outage."""
         refusal = OperationalError("settle", None, Exception(1153, "… max_allowed_packet …"))
         large, small = claimed.jobs(2)
         claimed.put(large)
         claimed.put(small)
-        claimed.answers["complete"].append(refusal)
-        claimed.answers["settle"].extend([refusal, refusal])
+        claimed.errors["complete"].append(refusal)
+        claimed.errors["settle"].extend([refusal, refusal])
         assert sorted(claimed.record()) == [(large.id, "failed"), (small.id, "completed")]
         assert "max_allowed_packet" in str(stored(app, large.id).error)
 
 
-def stored_status(claimed: Claimed, spec: JobSpec) -> str:
+def stored_status(claimed: ClaimedJobs, spec: JobSpec) -> str:
     job = claimed.state.store.get(spec.id)
     assert job is not None
     return job.status
@@ -273,7 +286,8 @@ def stored_status(claimed: Claimed, spec: JobSpec) -> str:
 def small_limit(
     state: AppState, database_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """A database that takes a million bytes, and what an error says of that limit."""
+    """A database that accepts at most 1,000,000 bytes; the value is the limit as an error message
+    shows it."""
     store = state.store
     if database_kind == "postgresql":
         monkeypatch.setattr("flask_bgjobs.store.statements.progress.BATCH_BYTES", 1_000)
@@ -282,8 +296,8 @@ def small_limit(
         return
     if database_kind == "mysql":
         store.dispose()
-        within = mysql._query_within_packet
-        monkeypatch.setattr(mysql, "_query_within_packet", lambda link, _: within(link, 1_000_000))
+        within_packet = mysql._within_packet
+        monkeypatch.setattr(mysql, "_within_packet", lambda link, _: within_packet(link, 1_000_000))
         yield "max_allowed_packet, 1,000,000"
         return
 

@@ -1,4 +1,4 @@
-"""Transactions of ours that a server turns away are done again from their start."""
+"""Transactions of flask-bgjobs that the server aborts are redone from the start."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from tests.conftest import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.on("postgresql", "mysql")
 
-PASSING = {"postgresql": ("40001", "40P01", "55P03"), "mysql": (1205, 1213)}
+TRANSIENT = {"postgresql": ("40001", "40P01", "55P03"), "mysql": (1205, 1213)}
 """Serialization failure, deadlock, and lock not available; lock wait timeout and deadlock."""
 LASTING = {"postgresql": "57014", "mysql": 1317}
-"""A statement that was cancelled."""
+"""Query cancelled: not redone."""
 RAISE = {
     "postgresql": "DO $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{}'; END $$",
     "mysql": "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'not now', MYSQL_ERRNO = {}",
 }
-"""Ends a statement with an error of that code."""
+"""A statement that raises an error with this code."""
 
 
 @pytest.fixture
 def counter(app: Flask, state: AppState) -> sa.Table:
-    """A table of two numbers."""
+    """A table with two counters."""
     table = sa.Table(
         "counter",
         sa.MetaData(),
@@ -51,8 +51,8 @@ def counter(app: Flask, state: AppState) -> sa.Table:
     return table
 
 
-def at_once(*works: Callable[[], Any]) -> list[Any]:
-    """What the functions return, each called in a thread of its own."""
+def run_concurrently(*works: Callable[[], Any]) -> list[Any]:
+    """The results of the functions, each called in a thread of its own."""
     with ThreadPoolExecutor(len(works)) as threads:
         return [done.result(DEADLINE_SECONDS) for done in [threads.submit(w) for w in works]]
 
@@ -63,13 +63,14 @@ def numbers(state: AppState, counter: sa.Table) -> list[int]:
 
 
 @pytest.mark.parametrize("in_savepoint", [False, True])
-def test_a_deadlock_is_redone(state: AppState, counter: sa.Table, in_savepoint: bool) -> None:
-    """Two transactions lock two rows in opposite order: one is turned away, and both are done.
+def test_deadlock_is_redone(state: AppState, counter: sa.Table, in_savepoint: bool) -> None:
+    """If two transactions lock two rows in opposite order, one is aborted and redone, and both
+    succeed.
 
-    The one that is turned away loses all that it did, with the savepoint that it was in.
+    The aborted transaction loses all its changes, even if the deadlock occurs in a savepoint.
     """
     tries: Counter[int] = Counter()
-    both_hold_one = threading.Barrier(2)
+    both_have_one_lock = threading.Barrier(2)
 
     def add_one(connection: sa.Connection, row: int) -> None:
         more = sa.update(counter).values(number=counter.c.number + 1)
@@ -80,22 +81,22 @@ def test_a_deadlock_is_redone(state: AppState, counter: sa.Table, in_savepoint: 
             tries[first] += 1
             add_one(connection, first)
             if tries[first] == 1:
-                both_hold_one.wait(DEADLINE_SECONDS)
+                both_have_one_lock.wait(DEADLINE_SECONDS)
             with connection.begin_nested() if in_savepoint else contextlib.nullcontext():
                 add_one(connection, second)
 
         state.store.transaction(work)
 
-    at_once(lambda: add(1, 2), lambda: add(2, 1))
+    run_concurrently(lambda: add(1, 2), lambda: add(2, 1))
     assert sorted(tries.values()) == [1, 2]
     assert numbers(state, counter) == [2, 2]
 
 
-def test_what_the_server_asks_to_be_done_again_is(
+def test_transient_errors_are_redone(
     state: AppState, counter: sa.Table, database_kind: str
 ) -> None:
-    """What passes by itself is redone, told by its code."""
-    for code in PASSING[database_kind]:
+    """A transaction is redone if the code of its error is that of a transient error."""
+    for code in TRANSIENT[database_kind]:
         tries = Counter[None]()
 
         def work(
@@ -112,10 +113,10 @@ def test_what_the_server_asks_to_be_done_again_is(
         assert numbers(state, counter) == [number + 1 for number in before]
 
 
-def test_what_would_fail_each_time_is_not_redone(
+def test_lasting_error_is_not_redone(
     state: AppState, counter: sa.Table, database_kind: str
 ) -> None:
-    """Another error is raised at once."""
+    """Any other error is raised at once."""
     tries = 0
 
     def work(connection: sa.Connection) -> None:
@@ -129,10 +130,10 @@ def test_what_would_fail_each_time_is_not_redone(
 
 
 @pytest.mark.on("mysql")
-def test_a_lock_that_is_held_for_long_is_waited_for_again(
+def test_lock_wait_timeout_is_redone(
     state: AppState, counter: sa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wait for a lock that the server gives up is redone, with all that was done before it."""
+    """A transaction that exceeds the server's lock wait timeout is redone as a whole."""
     monkeypatch.setattr("flask_bgjobs.store.dialects.mysql._LOCK_WAIT_SECONDS", 1)
     state.store.dispose()
     tried_again = threading.Event()
@@ -158,17 +159,17 @@ def test_a_lock_that_is_held_for_long_is_waited_for_again(
         state.store.transaction(work)
 
     held = threading.Event()
-    at_once(hold, wait)
+    run_concurrently(hold, wait)
     assert numbers(state, counter) == [1, 11]
 
 
 @pytest.mark.on("postgresql")
 @pytest.mark.parametrize("cuts", [1, 2])
-def test_a_transaction_that_was_cut_off_is_redone_once(
+def test_transaction_with_lost_connection_is_redone_once(
     state: AppState, counter: sa.Table, cuts: int
 ) -> None:
-    """Where the connection dies before the commit, the transaction is done again, once: what
-    fails twice in that way is an outage, and for the caller to wait out."""
+    """If the connection is lost before the commit, the transaction is redone once; a second loss is
+    raised."""
     tries = 0
 
     def work(connection: sa.Connection) -> int:
@@ -189,11 +190,11 @@ def test_a_transaction_that_was_cut_off_is_redone_once(
 
 
 @pytest.mark.on("postgresql")
-def test_a_settle_locks_rows_in_the_order_of_their_ids(
+def test_settle_locks_rows_in_order_of_ids(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bulk completion that waits for a job holds no later one, so that two of them, in whatever
-    order their outcomes came, never wait for each other."""
+    """A bulk completion that waits for a locked job holds no lock on a job with a higher id. So two
+    of them cannot deadlock, whatever the order of their outcomes."""
     monkeypatch.setattr(
         "flask_bgjobs.store.dialects.postgresql._LOCK_WAIT_SECONDS", DEADLINE_SECONDS
     )
@@ -201,7 +202,7 @@ def test_a_settle_locks_rows_in_the_order_of_their_ids(
     worker = register(state, "one")
     first, second = (run_background_job("tests.jobs.echo").id for _ in range(2))
     specs = {spec.id: spec for spec in state.store.claim(worker, 2)}
-    # In the table it now comes behind the second.
+    # The update moves the row behind the second in the table.
     state.store.mark_started(worker, [specs[first]])
     both = [(s, Outcome(s.id, s.attempt, OutcomeKind.COMPLETED)) for s in specs.values()]
     row = sa.select(Job.id).where(Job.id == sa.bindparam("id"))
@@ -209,14 +210,14 @@ def test_a_settle_locks_rows_in_the_order_of_their_ids(
         with state.store.engine.connect() as holder, holder.begin():
             holder.execute(row.with_for_update(), {"id": first})
             settled = threads.submit(store.complete, worker, both[::-1])
-            wait_until(lambda: _waits_for_a_lock(state), "the settle")
+            wait_until(lambda: _is_waiting_for_lock(state), "the settle")
             with state.store.engine.connect() as other, other.begin():
                 other.execute(row.with_for_update(nowait=True), {"id": second})
         assert len(settled.result(DEADLINE_SECONDS)) == 2
     store.dispose()
 
 
-def _waits_for_a_lock(state: AppState) -> bool:
+def _is_waiting_for_lock(state: AppState) -> bool:
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     with state.store.read() as connection:
         return bool(
@@ -225,10 +226,11 @@ def _waits_for_a_lock(state: AppState) -> bool:
 
 
 @pytest.mark.on("postgresql")
-def test_claims_where_the_server_isolates_strictly(
+def test_claims_with_serializable_isolation(
     app: Flask, state: AppState, make_app: Callable[..., Flask]
 ) -> None:
-    """``default_transaction_isolation = serializable`` keeps no worker from claiming, once each."""
+    """With ``default_transaction_isolation = serializable``, concurrent workers claim each job
+    once."""
     with app.extensions["sqlalchemy"].engine.begin() as connection:
         name = connection.exec_driver_sql("SELECT current_database()").scalar()
         connection.exec_driver_sql(
@@ -245,13 +247,14 @@ def test_claims_where_the_server_isolates_strictly(
             taken += [spec.id for spec in specs]
         return taken
 
-    taken = at_once(*(lambda s=store: claim_all(s) for store in stores))
+    taken = run_concurrently(*(lambda s=store: claim_all(s) for store in stores))
     assert sorted(job_id for each in taken for job_id in each) == ids
 
 
 @pytest.mark.on("postgresql")
-def test_a_lone_statement_that_was_cut_off_is_in_doubt(state: AppState, counter: sa.Table) -> None:
-    """It may have been done, so it is not redone."""
+def test_autocommit_with_lost_connection_is_in_doubt(state: AppState, counter: sa.Table) -> None:
+    """If the connection is lost in autocommit, a statement may have been committed, so it is not
+    redone."""
     tries = 0
 
     def work(connection: sa.Connection) -> None:
@@ -266,17 +269,17 @@ def test_a_lone_statement_that_was_cut_off_is_in_doubt(state: AppState, counter:
     assert numbers(state, counter) == [1, 1]
 
 
-def test_a_lone_statement_that_the_server_turned_away_is_redone(
+def test_transient_error_in_autocommit_is_redone(
     state: AppState, counter: sa.Table, database_kind: str
 ) -> None:
-    """What passes by itself is redone, as it was not done."""
+    """In autocommit, a transient error is redone, because the statement had no effect."""
     tries = 0
 
     def work(connection: sa.Connection) -> None:
         nonlocal tries
         tries += 1
         if tries == 1:
-            code = PASSING[database_kind][0]
+            code = TRANSIENT[database_kind][0]
             connection.exec_driver_sql(RAISE[database_kind].format(code))
         connection.execute(sa.update(counter).values(number=counter.c.number + 1))
 

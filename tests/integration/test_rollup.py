@@ -18,7 +18,7 @@ from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
 from flask_bgjobs.store.statements.rollup import Rollups
 from tests.conftest import wait_until
-from tests.integration.test_worker import working
+from tests.integration.test_worker import running_worker
 
 
 def _cell(begins_at: dt.datetime, bucket: int = 0, seconds: int = MINUTE) -> Cell:
@@ -92,7 +92,7 @@ def test_an_outage_loses_no_numbers(
     monkeypatch.setattr(Rollups, "add_to_rollup", fail_first)
     for _ in range(3):
         run_background_job("tests.jobs.echo", parameters=["x"])
-    with working(app):
+    with running_worker(app):
         wait_until(lambda: chart(state, state.store.clock()), "the numbers")
     assert chart(state, state.store.clock()).totals["completed"] == 3
 

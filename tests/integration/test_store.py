@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
-from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_sets
+from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_many
 from flask_bgjobs.job.records import JobSpec, Outcome, Report, Settled
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import Attempt, JobLog, Queue, Worker
@@ -26,7 +26,7 @@ from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import QueryTimeout, Selection, Store
 from flask_bgjobs.worker.rescue import Sweeper
 from flask_bgjobs.worker.worker import register
-from tests.conftest import EXPORT, stored, wait_until
+from tests.conftest import DEADLINE_SECONDS, EXPORT, stored, wait_until
 from tests.databases import END_CONNECTION, number_of, product_of
 
 
@@ -39,12 +39,12 @@ def enqueue(**options: Any) -> int:
     return run_background_job("tests.jobs.echo", **options).id
 
 
-def ended(spec: JobSpec, kind: OutcomeKind = OutcomeKind.COMPLETED, **more: Any) -> Outcome:
+def make_outcome(spec: JobSpec, kind: OutcomeKind = OutcomeKind.COMPLETED, **more: Any) -> Outcome:
     return Outcome(spec.id, spec.attempt, kind, wait_seconds=0.01, run_seconds=0.02, **more)
 
 
 def settle(store: Store, worker: int, spec: JobSpec, kind: OutcomeKind, **more: Any) -> Settled:
-    (settled,) = store.settle(worker, "one", [(spec, ended(spec, kind, **more))])
+    (settled,) = store.settle(worker, "one", [(spec, make_outcome(spec, kind, **more))])
     return settled
 
 
@@ -58,35 +58,36 @@ def execute(store: Store, statement: Any) -> None:
 
 
 class TestClaim:
-    def test_best_first(self, store: Store, worker: int) -> None:
-        """Higher priority first, and within one priority what was due first."""
+    def test_highest_priority_first(self, store: Store, worker: int) -> None:
+        """A claim returns jobs by priority, and within one priority by due time."""
         low, first, second, high = (enqueue(priority=p) for p in (-1, 2, 2, "high"))
         assert [spec.id for spec in store.claim(worker, 10)] == [high, first, second, low]
 
-    def test_due_first_within_a_priority(self, store: Store, worker: int) -> None:
-        """A delayed job that was due earlier runs before one that was enqueued earlier."""
+    def test_earliest_due_first_within_a_priority(self, store: Store, worker: int) -> None:
+        """A delayed job that was due earlier is claimed before a job that was enqueued earlier."""
         now = dt.datetime.now(dt.UTC)
         later = enqueue()
         earlier = enqueue(run_at=now - dt.timedelta(hours=1))
         assert store.promote() == 1
         assert [spec.id for spec in store.claim(worker, 10)] == [earlier, later]
 
-    def test_due_first_also_where_not_all_are_taken(self, store: Store, worker: int) -> None:
-        """Of a backlog the claim takes what was due first, not what was enqueued first."""
+    def test_earliest_due_first_in_small_claims(self, store: Store, worker: int) -> None:
+        """Claims of one job each take the jobs in the order of their due times, not in the order of
+        enqueuing."""
         later = enqueue()
         earlier = enqueue(run_at=dt.datetime.now(dt.UTC) - dt.timedelta(hours=1))
         store.promote()
         taken = [spec.id for _ in range(2) for spec in store.claim(worker, 1)]
         assert taken == [earlier, later]
 
-    def test_limit_and_no_job_twice(self, store: Store, worker: int) -> None:
-        """A claim takes no more than asked, and nothing that is claimed already."""
+    def test_limit_and_no_job_claimed_twice(self, store: Store, worker: int) -> None:
+        """A claim takes at most as many jobs as requested, and no job that is already claimed."""
         ids = [enqueue() for _ in range(5)]
         taken = [spec.id for _ in range(4) for spec in store.claim(worker, 2)]
         assert taken == ids
 
-    def test_attempt_rises_with_each_claim(self, store: Store, worker: int) -> None:
-        """``attempt`` counts claims."""
+    def test_attempt_counts_claims(self, store: Store, worker: int) -> None:
+        """``attempt`` increases by one with each claim."""
         enqueue()
         for attempt in (1, 2, 3):
             (spec,) = store.claim(worker, 1)
@@ -94,7 +95,8 @@ class TestClaim:
             settle(store, worker, spec, OutcomeKind.GIVEN_BACK)
 
     def test_queues_in_strict_order(self, store: Store, worker: int) -> None:
-        """A worker with a list of queues empties the first before it looks at the next."""
+        """A worker with a list of queues claims all jobs of the first before any job of the
+        next."""
         mail_low = enqueue(queue="mail", priority=-9)
         other = enqueue(queue="other", priority=9)
         default = enqueue()
@@ -103,18 +105,18 @@ class TestClaim:
         assert [spec.id for spec in store.claim(worker, 10)] == [other]
 
     @pytest.mark.parametrize("queues", [None, ["default"]])
-    def test_suspects_are_passed_over(
+    def test_claim_skips_suspects(
         self, store: Store, worker: int, queues: list[str] | None
     ) -> None:
-        """A worker that has an exclusive suspect claims all but suspects."""
+        """With ``suspects=False``, a claim takes all jobs except suspects."""
         ids = [enqueue() for _ in range(4)]
         execute(store, sa.update(Job).where(Job.id.in_(ids[:2])).values(suspect=True))
         specs = store.claim(worker, 3, queues, suspects=False)
         assert [spec.id for spec in specs] == ids[2:]
         assert [spec.id for spec in store.claim(worker, 3, queues)] == ids[:2]
 
-    def test_paused_queues_are_passed_over(self, store: Store, worker: int) -> None:
-        """Jobs of a paused queue stay; priority holds across the others."""
+    def test_claim_skips_paused_queues(self, store: Store, worker: int) -> None:
+        """A claim takes no job of a paused queue, and takes the other jobs by priority."""
         enqueue(queue="paused", priority=9)
         low, high = enqueue(queue="a", priority=1), enqueue(queue="b", priority=2)
         middle = enqueue(queue="a", priority=2)
@@ -125,20 +127,22 @@ class TestClaim:
         assert store.claim(worker, 10, ["paused"]) == []
 
     def test_delayed_jobs_are_not_claimed(self, store: Store, worker: int) -> None:
-        """What is not due cannot be claimed, by the database's clock."""
+        """A job that is not due yet by the database's clock cannot be claimed."""
         enqueue(delay=60)
         store.promote()
         assert store.claim(worker, 10) == []
 
-    def test_a_dead_worker_claims_nothing(self, store: Store, worker: int) -> None:
-        """A worker whose row is dead or gone cannot claim."""
+    def test_dead_worker_claims_nothing(self, store: Store, worker: int) -> None:
+        """A worker whose row is dead or missing cannot claim."""
         enqueue()
         execute(store, sa.update(Worker).values(status="dead"))
         assert store.claim(worker, 10) == []
         assert store.claim(worker + 1, 10) == []
 
-    def test_racing_claims_share_the_jobs(self, app: Flask, store: Store, state: AppState) -> None:
-        """Eight workers that claim at once get each job exactly once."""
+    def test_concurrent_claims_take_each_job_once(
+        self, app: Flask, store: Store, state: AppState
+    ) -> None:
+        """Eight workers that claim at the same time get each job exactly once."""
         ids = {enqueue() for _ in range(200)}
         taken: list[int] = []
 
@@ -154,15 +158,15 @@ class TestClaim:
             thread.join()
         assert sorted(taken) == sorted(ids)
 
-    def test_queue_names_are_kept(self, store: Store, worker: int) -> None:
-        """A queue that had work is known by name."""
+    def test_claim_registers_queue_names(self, store: Store, worker: int) -> None:
+        """After a claim, the queue of the job has a row."""
         enqueue(queue="mail")
         store.claim(worker, 10)
         assert [row.name for row in rows(store, Queue)] == ["mail"]
 
 
 def analyze(store: Store) -> None:
-    """Let the database count what it plans by."""
+    """Update the statistics that the database plans queries by."""
     execute(store, sa.text("ANALYZE TABLE bgjobs_job" if _is_mysql(store) else "ANALYZE"))
 
 
@@ -173,26 +177,25 @@ def _is_mysql(store: Store) -> bool:
 class TestPlans:
     @pytest.fixture
     def crowded(self, store: Store) -> Store:
-        """50,000 rows beside the few that are wanted: parked, finished and of low priority."""
+        """50,000 rows beside the few that a query needs: waiting, finished and low-priority
+        jobs."""
         for status in ("scheduled", "retrying", "completed", "failed", "pending"):
             _copy_job(store, status, 10_000)
         analyze(store)
         return store
 
     @pytest.mark.parametrize("queues", [None, ["default", "mail"]], ids=["all", "listed"])
-    def test_the_claim_reads_an_index_in_order(
+    def test_claim_reads_index_in_order(
         self, crowded: Store, queues: list[str] | None, worker: int
     ) -> None:
-        """The claim neither sorts nor scans, whatever lies beside its rows."""
+        """The claim neither sorts nor scans, whatever other rows the table has."""
         plan = _plans(crowded, lambda: crowded.claim(worker, 10, queues))
         assert "ix_bgjobs_job_claim" in plan
         assert not _scans(plan)
         assert not _sorts(plan)
 
-    def test_the_claim_beside_a_paused_queue_reads_indexes(
-        self, crowded: Store, worker: int
-    ) -> None:
-        """The claim passes over a paused queue without reading its rows."""
+    def test_claim_beside_paused_queue_reads_index(self, crowded: Store, worker: int) -> None:
+        """The claim skips a paused queue without reading its rows."""
         open_job = enqueue(queue="open")
         crowded.pause("default")
         taken: list[JobSpec] = []
@@ -201,8 +204,9 @@ class TestPlans:
         assert "ix_bgjobs_job_claim_queue" in plan
         assert not _scans(plan)
 
-    def test_a_claim_of_some_queues_steps_over_no_others(self, store: Store, worker: int) -> None:
-        """A backlog of other queues that nobody has counted is not read for a worker of one."""
+    def test_claim_of_one_queue_reads_no_other(self, store: Store, worker: int) -> None:
+        """A claim for one queue does not read a backlog of other queues, even without statistics
+        about it."""
         if store.engine.name == "postgresql":
             execute(store, sa.text("ALTER TABLE bgjobs_job SET (autovacuum_enabled = false)"))
         _copy_job(store, "pending", 1_000)
@@ -214,8 +218,9 @@ class TestPlans:
         assert not _sorts(plan)
 
     @pytest.mark.on("sqlite", "postgresql")
-    def test_a_job_stands_in_few_indexes(self, store: Store) -> None:
-        """Only jobs that wait are in the indexes of the claim, and only finished ones in theirs."""
+    def test_partial_indexes_hold_few_statuses(self, store: Store) -> None:
+        """The indexes for claims hold only waiting jobs, and the index of finished jobs only
+        those."""
         with store.read() as connection:
             found = sa.inspect(connection).get_indexes("bgjobs_job")
         where = {
@@ -234,8 +239,8 @@ class TestPlans:
             "finished": {"NULL"},
         }
 
-    def test_promotion_reads_an_index(self, crowded: Store) -> None:
-        """Finding what is due reads the index of due times."""
+    def test_promotion_reads_index(self, crowded: Store) -> None:
+        """The query for due jobs reads the index of due times."""
         execute(crowded, sa.text("UPDATE bgjobs_job SET run_at = '2999-01-01 00:00:00.000000'"))
         analyze(crowded)
         plan = _plans(crowded, lambda: (crowded.promote(), crowded.upcoming(60, 0.05)))
@@ -243,15 +248,15 @@ class TestPlans:
         assert not _scans(plan)
 
     @pytest.mark.on("mysql")
-    def test_promotion_of_many_reads_in_order(self, crowded: Store) -> None:
-        """Also where everything is due, the jobs that are moved first are not found by sorting."""
+    def test_promotion_of_many_jobs_does_not_sort(self, crowded: Store) -> None:
+        """Even if all jobs are due, the query for the first jobs to promote does not sort."""
         plan = _plans(crowded, lambda: crowded.transaction(crowded._promote_some))
         assert "ix_bgjobs_job_due" in plan
         assert not _sorts(plan)
 
     @pytest.mark.on("postgresql")
-    def test_the_claim_reads_in_order_without_statistics(self, store: Store, worker: int) -> None:
-        """A load that nobody has counted yet is not read and sorted as a whole."""
+    def test_claim_without_statistics_does_not_sort(self, store: Store, worker: int) -> None:
+        """A claim from many rows without statistics reads the index in order and does not sort."""
         execute(store, sa.text("ALTER TABLE bgjobs_job SET (autovacuum_enabled = false)"))
         _copy_job(store, "pending", 50_000)
         plan = _plans(store, lambda: store.claim(worker, 1_000))
@@ -259,24 +264,25 @@ class TestPlans:
         assert not _sorts(plan)
 
     @pytest.mark.parametrize("counted", [True, False], ids=["analyzed", "uncounted"])
-    def test_what_completed_is_found_by_its_id(
+    def test_bulk_completion_finds_jobs_by_id(
         self, crowded: Store, worker: int, counted: bool
     ) -> None:
-        """Completing in bulk looks for each job by its id, whatever is known of the table."""
+        """Completing in bulk finds each job by its id, with and without statistics."""
         batch = crowded.claim(worker, 300)
         if not counted and crowded.engine.name == "sqlite":
             execute(crowded, sa.text("DELETE FROM sqlite_stat1"))
             crowded.engine.dispose()
-        ended_batch = [(spec, ended(spec)) for spec in batch]
-        plan = _plans(crowded, lambda: crowded.complete(worker, ended_batch))
-        # As SQLite, PostgreSQL, and MySQL put it.
+        outcomes = [(spec, make_outcome(spec)) for spec in batch]
+        plan = _plans(crowded, lambda: crowded.complete(worker, outcomes))
+        # The terms of SQLite, PostgreSQL and MySQL.
         keys = ("USING INTEGER PRIMARY KEY", "bgjobs_job_pkey", "bgjobs_job PRIMARY")
         assert any(key in plan for key in keys)
         assert not _scans(plan)
 
     @pytest.mark.on("mysql")
-    def test_a_settle_locks_by_ids_alone(self, crowded: Store, worker: int) -> None:
-        """What a settle locks is found by its ids: here any other index locks what it passes."""
+    def test_settle_locks_jobs_by_id(self, crowded: Store, worker: int) -> None:
+        """A settle finds the rows to lock by their ids: on MySQL, reading another index would lock
+        more rows."""
         keys = [spec.key for spec in crowded.claim(worker, 300)]
         plan = _plans(
             crowded, lambda: crowded.transaction(lambda c: crowded.lock_running(c, worker, keys))
@@ -285,8 +291,8 @@ class TestPlans:
         assert not _scans(plan)
         assert not _sorts(plan)
 
-    def test_pruning_reads_an_index_in_order(self, crowded: Store) -> None:
-        """Finding what is old neither sorts nor scans, at the first batch and behind a cursor."""
+    def test_pruning_reads_index_in_order(self, crowded: Store) -> None:
+        """The query for old jobs neither sorts nor scans, in the first batch and after a cursor."""
         execute(crowded, sa.update(Job).values(finished_at=dt.datetime(2000, 1, 1)))
         analyze(crowded)
         retention = {JobStatus.COMPLETED: 60.0, JobStatus.FAILED: 60.0}
@@ -300,29 +306,30 @@ class TestPlans:
         assert not _scans(plan)
         assert not _sorts(plan)
 
-    def test_a_selection_reads_an_index(self, crowded: Store) -> None:
-        """The batches of a selection do not scan the table, whatever else is asked of them."""
+    def test_selection_does_not_scan(self, crowded: Store) -> None:
+        """The batches of a selection do not scan the table, with conditions on status, time and
+        queue."""
         statuses = (JobStatus.FAILED, JobStatus.PENDING)
         selection = Selection(statuses, until=crowded.clock(), queues=("default",))
         plan = _plans(crowded, lambda: next(crowded.selected_ids(selection, 10)))
         assert "bgjobs_job" in plan
         assert not _scans(plan)
 
-    # PostgreSQL reads an index alone only after a vacuum, and counts by a scan until then.
+    # PostgreSQL uses index-only scans only after a vacuum; until then it counts by a table scan.
     @pytest.mark.on("sqlite")
-    def test_the_numbers_of_operators_read_indexes(self, crowded: Store, state: AppState) -> None:
-        """No number that the command line shows makes the database read whole rows of all jobs."""
+    def test_statistics_read_indexes(self, crowded: Store, state: AppState) -> None:
+        """No number of ``flask bgjobs stats`` makes the database read whole rows of all jobs."""
         plan = _plans(crowded, lambda: stats_now(state))
         assert not _scans(plan)
         assert "ix_bgjobs_job_finished" in plan
 
 
 def _copy_job(store: Store, status: str, copies: int) -> None:
-    """Add rows of a status and of low priority."""
-    made = run_background_job("tests.jobs.echo")
+    """Add low-priority rows with a status."""
+    original = run_background_job("tests.jobs.echo")
     columns = [c.name for c in Job.__table__.c if c.name not in ("id", "status", "claim_rank")]
     names = ", ".join(columns)
-    # Multiplied, as MySQL recurses a thousand times at most.
+    # A product of small tables, because MySQL allows a recursion of at most 1,000 steps.
     numbers = (
         "WITH RECURSIVE d(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM d WHERE i < 99), "
         "n(i) AS (SELECT a.i * 500 + b.i * 5 + c.i FROM d AS a, d AS b, d AS c WHERE c.i < 5)"
@@ -331,13 +338,13 @@ def _copy_job(store: Store, status: str, copies: int) -> None:
         store,
         sa.text(
             f"INSERT INTO bgjobs_job (status, claim_rank, {names}) {numbers} SELECT '{status}', "
-            f"1000 + i, {names} FROM bgjobs_job, n WHERE id = {made.id} AND i < {copies}"
+            f"1000 + i, {names} FROM bgjobs_job, n WHERE id = {original.id} AND i < {copies}"
         ),
     )
 
 
 def _plans(store: Store, work: Callable[[], object]) -> str:
-    """The plans of every statement on the job table that ``work`` runs."""
+    """The query plans of all statements on the job table that ``work`` runs."""
     seen: list[tuple[str, Any]] = []
 
     def note(conn: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> None:
@@ -353,19 +360,19 @@ def _plans(store: Store, work: Callable[[], object]) -> str:
     with store.read() as connection:
         for statement, parameters in seen:
             plan = connection.exec_driver_sql(f"{explain} {statement}", parameters)
-            lines += [_line(row) for row in plan]
+            lines += [_plan_step(row) for row in plan]
     return "\n".join(lines)
 
 
-def _line(row: Any) -> str:
-    """A step of a plan; MySQL tells it in columns."""
+def _plan_step(row: Any) -> str:
+    """One step of a plan as text; MySQL returns it in columns."""
     if hasattr(row, "possible_keys"):
         return f"{row.type} {row.table} {row.key} {row.Extra}"
     return str(row[-1])
 
 
 def _scans(plan: str) -> bool:
-    """Whether whole rows of the table are read one after the other."""
+    """Whether the plan reads the whole table."""
     scans = ("SCAN bgjobs_job", "Seq Scan on bgjobs_job", "ALL bgjobs_job", "index bgjobs_job")
     return any(scan in plan for scan in scans)
 
@@ -376,7 +383,7 @@ def _sorts(plan: str) -> bool:
 
 class TestSettle:
     def test_completed(self, app: Flask, store: Store, worker: int) -> None:
-        """A completed job has result and times, no error, and no row of an attempt."""
+        """A completed job has a result and times, no error, and no attempt row."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         report = Report(progress=1.0, meta_json='{"a":1}', lines=("done",))
@@ -390,7 +397,7 @@ class TestSettle:
         assert [row.message for row in rows(store, JobLog)] == ["done"]
 
     def test_retry_then_failed(self, app: Flask, store: Store, worker: int) -> None:
-        """Retries are counted; the attempts that failed are kept; then the job is failed."""
+        """Retries are counted, each failed attempt has a row, and then the job is failed."""
         job_id = enqueue(retries=1, retry_delay=0)
         dues = []
         for expected in ("retrying", "failed"):
@@ -415,17 +422,15 @@ class TestSettle:
         ]
         assert [row.due_at for row in rows(store, Attempt)] == dues
 
-    def test_the_delay_is_by_the_databases_clock(
-        self, app: Flask, store: Store, worker: int
-    ) -> None:
-        """A retry is due its delay after the settle, by the database's clock."""
-        job_id = enqueue(retry_delay=30)
+    def test_retry_delay_uses_database_clock(self, app: Flask, store: Store, worker: int) -> None:
+        """A retry is due after its delay, counted from the settle by the database's clock."""
+        job_id = enqueue(retry_delay=3_600)
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.FAILED)
         with store.read() as connection:
             now = connection.execute(sa.select(store.now)).scalar_one()
         left = (stored(app, job_id).run_at - now).total_seconds()
-        assert 25 < left <= 30
+        assert 3_600 - DEADLINE_SECONDS < left <= 3_600
 
     @pytest.mark.parametrize(
         "change",
@@ -436,8 +441,9 @@ class TestSettle:
         ],
         ids=str,
     )
-    def test_the_fence(self, app: Flask, store: Store, worker: int, change: dict[str, Any]) -> None:
-        """A settle of another attempt, worker or status changes nothing: the lease is lost."""
+    def test_fence(self, app: Flask, store: Store, worker: int, change: dict[str, Any]) -> None:
+        """A settle of another attempt, worker or status changes nothing and reports a lost
+        lease."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         execute(store, sa.update(Job).values(**change))
@@ -448,8 +454,8 @@ class TestSettle:
         for column in Job.__mapper__.column_attrs:
             assert getattr(after, column.key) == getattr(before, column.key)
 
-    def test_the_fence_of_a_start(self, app: Flask, store: Store, worker: int) -> None:
-        """The start of an older attempt is not the start of the newest one."""
+    def test_fence_of_start(self, app: Flask, store: Store, worker: int) -> None:
+        """Marking an older attempt as started does not mark the newest one."""
         job_id = enqueue()
         (older,) = store.claim(worker, 1)
         settle(store, worker, older, OutcomeKind.GIVEN_BACK)
@@ -458,35 +464,36 @@ class TestSettle:
         assert stored(app, job_id).started_at is None
         assert store.mark_started(worker, [newer]) == ({job_id}, set())
 
-    def test_a_deleted_job_is_lost_and_the_others_are_settled(
+    def test_deleted_job_does_not_block_its_batch(
         self, app: Flask, store: Store, worker: int
     ) -> None:
-        """A row that was deleted while it ran does not keep the batch from being recorded."""
+        """If a running job's row was deleted, the other outcomes of the batch are still
+        recorded."""
         gone, kept = enqueue(), enqueue()
         specs = store.claim(worker, 2)
         execute(store, sa.delete(Job).where(Job.id == gone))
-        batch = [(spec, ended(spec, report=Report(lines=("x",)))) for spec in specs]
+        batch = [(spec, make_outcome(spec, report=Report(lines=("x",)))) for spec in specs]
         settled = store.settle(worker, "one", batch)
         assert [entry.status for entry in settled] == [None, "completed"]
         assert stored(app, kept).status == "completed"
         assert [row.job_id for row in rows(store, JobLog)] == [kept]
 
-    def test_ids_are_never_used_again(self, store: Store) -> None:
-        """The id of a deleted job is not given to the next one."""
+    def test_ids_are_never_reused(self, store: Store) -> None:
+        """The next job does not get the id of a deleted job."""
         last = enqueue()
         store.delete([last])
         assert enqueue() > last
 
     def test_snoozed(self, app: Flask, store: Store, worker: int) -> None:
-        """A snoozed job waits without having used a retry."""
+        """A snoozed job is scheduled again and uses no retry."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.SNOOZED, delay_seconds=60)
         job = stored(app, job_id)
         assert (job.status, job.retry_count) == ("scheduled", 0)
 
-    def test_the_key_is_held_until_the_end(self, store: Store, worker: int) -> None:
-        """A retrying job holds its unique key; a failed one does not."""
+    def test_unique_key_is_held_until_job_ends(self, store: Store, worker: int) -> None:
+        """A retrying job holds its unique key; a failed job does not."""
         first = enqueue(unique_key="k", retries=1, retry_delay=0)
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.FAILED)
@@ -497,15 +504,15 @@ class TestSettle:
         assert enqueue(unique_key="k") != first
 
     @pytest.mark.parametrize("kind", [OutcomeKind.COMPLETED, OutcomeKind.FAILED])
-    def test_what_another_id_claimed_is_lost(
+    def test_claims_under_an_earlier_worker_id_are_lost(
         self, state: AppState, store: Store, worker: int, kind: OutcomeKind
     ) -> None:
-        """A worker that has started over records nothing of what it claimed before, also where
-        the same attempt of a job with the same number runs under its new id."""
+        """A worker that has started over records no outcome of its earlier claims, even if the same
+        attempt number of the same job runs under its new id."""
         enqueue()
         (spec,) = store.claim(worker, 1)
         other = spec._replace(worker_id=worker + 1)
-        outcome = ended(other, kind)
+        outcome = make_outcome(other, kind)
         acts = {
             "settle": lambda: store.settle(worker, "one", [(other, outcome)]),
             "complete": lambda: store.complete(worker, [(other, outcome)]),
@@ -514,14 +521,18 @@ class TestSettle:
             assert [each.status for each in act()] == [None]
         assert [job.status for job in rows(store, Job)] == ["running"]
 
-    def test_complete_changes_what_is_ours(self, store: Store, worker: int) -> None:
-        """Of many that completed, only those that are still the worker's are recorded."""
+    def test_complete_records_only_own_jobs(self, store: Store, worker: int) -> None:
+        """Of many completed jobs, only those still claimed by the worker are recorded."""
         ids = [enqueue() for _ in range(4)]
         specs = store.claim(worker, 4)
-        store.settle(worker, "one", [(specs[1], ended(specs[1], OutcomeKind.FAILED_FINALLY))])
+        store.settle(
+            worker, "one", [(specs[1], make_outcome(specs[1], OutcomeKind.FAILED_FINALLY))]
+        )
         stale = specs[2]._replace(attempt=2)
         batch = [specs[0], specs[1], stale, specs[3]]
-        settled = store.complete(worker, [(spec, ended(spec, result_json="7")) for spec in batch])
+        settled = store.complete(
+            worker, [(spec, make_outcome(spec, result_json="7")) for spec in batch]
+        )
         assert [(each.job_id, each.status) for each in settled] == [
             (ids[0], "completed"),
             (ids[1], None),
@@ -534,28 +545,29 @@ class TestSettle:
         assert jobs[0].started_at - jobs[0].claimed_at == dt.timedelta(seconds=0.01)
         assert jobs[0].finished_at - jobs[0].started_at == dt.timedelta(seconds=0.02)
 
-    def test_ends_are_by_the_databases_clock(
+    def test_finish_times_use_database_clock(
         self, store: Store, worker: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Also where the code never ran: a worker's own clock may be years off."""
+        """Finish times come from the database's clock even if the code never ran: a worker's clock
+        may be wrong."""
         enqueue()
         (spec,) = store.claim(worker, 1)
         monkeypatch.setattr("flask_bgjobs.store.statements.settle.dt", None)
         store.settle(worker, "one", [(spec, Outcome(spec.id, 1, OutcomeKind.REFUSED))])
         (job,), (attempt,) = rows(store, Job), rows(store, Attempt)
-        for ended in (job, attempt):
-            assert dt.timedelta(0) <= ended.finished_at - job.created_at < dt.timedelta(minutes=1)
+        for row in (job, attempt):
+            assert dt.timedelta(0) <= row.finished_at - job.created_at < dt.timedelta(minutes=1)
 
 
 class TestCancel:
-    def test_waiting_jobs_at_once(self, app: Flask, store: Store) -> None:
+    def test_waiting_jobs_are_cancelled_at_once(self, app: Flask, store: Store) -> None:
         """Pending and scheduled jobs are cancelled at once."""
         ids = [enqueue(), enqueue(delay=60)]
         assert store.cancel(ids).done == ids
         assert {stored(app, job_id).status for job_id in ids} == {"cancelled"}
 
-    def test_a_running_job_is_asked(self, app: Flask, store: Store, worker: int) -> None:
-        """A running job is asked once, and stays running until its code has stopped."""
+    def test_running_job_gets_a_cancel_request(self, app: Flask, store: Store, worker: int) -> None:
+        """A running job gets one cancel request, and stays running until its code has stopped."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         assert store.cancel([job_id]).requested == [job_id]
@@ -578,10 +590,10 @@ class TestCancel:
             (OutcomeKind.GIVEN_BACK, "cancelled"),
         ],
     )
-    def test_the_outcome_tells(
+    def test_outcome_after_cancel_request(
         self, app: Flask, store: Store, worker: int, kind: OutcomeKind, status: str
     ) -> None:
-        """A job that was asked to stop is completed if it finished, and cancelled otherwise."""
+        """A job with a cancel request is completed if it finished, and cancelled otherwise."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         store.cancel([job_id])
@@ -589,7 +601,7 @@ class TestCancel:
         assert stored(app, job_id).status == status
 
     def test_finished_and_missing_jobs_are_skipped(self, store: Store, worker: int) -> None:
-        """What is finished or missing is skipped with the reason."""
+        """``cancel`` skips finished and missing jobs and returns the reason."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.COMPLETED)
@@ -597,9 +609,9 @@ class TestCancel:
         assert result.skipped == {job_id: "it is already completed", 999: "it does not exist"}
 
 
-class TestByHand:
-    def test_a_retry_starts_the_counts_over(self, app: Flask, store: Store, worker: int) -> None:
-        """A retry by hand sets retry and crash count to 0; ``attempt`` goes on."""
+class TestManualActions:
+    def test_manual_retry_resets_counts(self, app: Flask, store: Store, worker: int) -> None:
+        """A manual retry sets the retry and crash counts to 0; ``attempt`` is kept."""
         job_id = enqueue(retries=0)
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.FAILED)
@@ -608,15 +620,15 @@ class TestByHand:
         job = stored(app, job_id)
         assert (job.status, job.retry_count, job.crash_count, job.attempt) == ("pending", 0, 0, 1)
 
-    def test_a_completed_job_is_not_retried(self, store: Store, worker: int) -> None:
-        """A job that completed is left alone."""
+    def test_completed_job_is_not_retried(self, store: Store, worker: int) -> None:
+        """A manual retry skips a completed job."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.COMPLETED)
         assert store.retry([job_id]).skipped == {job_id: "it is completed"}
 
-    def test_delete_takes_everything_but_running_jobs(self, store: Store, worker: int) -> None:
-        """Deleting takes attempts and log lines along; a running job is skipped."""
+    def test_delete_skips_running_jobs(self, store: Store, worker: int) -> None:
+        """Deleting a job deletes its attempts and log lines; a running job is skipped."""
         failed = enqueue(retries=0)
         (spec,) = store.claim(worker, 1)
         settle(store, worker, spec, OutcomeKind.FAILED, report=Report(lines=("x",)))
@@ -627,8 +639,8 @@ class TestByHand:
         assert result.skipped == {running: "it is running; cancel it first"}
         assert rows(store, Attempt) == rows(store, JobLog) == []
 
-    def test_a_hosts_foreign_key_is_respected(self, store: Store) -> None:
-        """A job that another table refers to is skipped, and the others are deleted."""
+    def test_delete_respects_foreign_keys_of_host(self, store: Store) -> None:
+        """A job that another table refers to is skipped, and the other jobs are deleted."""
         execute(store, sa.text(EXPORT))
         held, free = enqueue(), enqueue()
         execute(store, sa.text(f"INSERT INTO export VALUES ({held})"))
@@ -638,10 +650,8 @@ class TestByHand:
 
 
 class TestRescue:
-    def test_jobs_of_a_dead_worker_are_freed_as_suspects(
-        self, app: Flask, store: Store, worker: int
-    ) -> None:
-        """A rescued job is pending again, a suspect, without having used a retry."""
+    def test_rescued_jobs_are_pending_suspects(self, app: Flask, store: Store, worker: int) -> None:
+        """A rescued job is pending and a suspect, and has used no retry."""
         job_id = enqueue()
         store.claim(worker, 1)
         assert [s.status for s in store.rescue(worker, 0)] == ["pending"]
@@ -654,15 +664,15 @@ class TestRescue:
         )
         assert [row.status for row in rows(store, Worker)] == ["dead"]
 
-    def test_a_worker_that_beats_in_between_is_left_alone(self, store: Store, worker: int) -> None:
-        """A heartbeat since the last look keeps the lease."""
+    def test_heartbeat_prevents_rescue(self, store: Store, worker: int) -> None:
+        """A worker with a heartbeat since the last look keeps its lease."""
         enqueue()
         store.claim(worker, 1)
         assert store.beat(worker)
         assert store.rescue(worker, 0) is None
 
-    def test_a_dead_row_cannot_beat_or_settle(self, app: Flask, store: Store, worker: int) -> None:
-        """After the rescue the old worker can neither beat nor record an outcome."""
+    def test_dead_worker_cannot_beat_or_settle(self, app: Flask, store: Store, worker: int) -> None:
+        """After a rescue, the old worker can neither renew its lease nor record an outcome."""
         job_id = enqueue()
         (spec,) = store.claim(worker, 1)
         store.rescue(worker, 0)
@@ -670,10 +680,10 @@ class TestRescue:
         assert settle(store, worker, spec, OutcomeKind.COMPLETED).status is None
         assert stored(app, job_id).status == "pending"
 
-    def test_three_proved_crashes_quarantine(
+    def test_third_proved_crash_fails_the_job(
         self, app: Flask, store: Store, state: AppState
     ) -> None:
-        """Only crashes after a committed start count; the third fails the job as crashed."""
+        """Only crashes after a committed start count, and the third fails the job as crashed."""
         job_id = enqueue()
         for crash in range(4):
             worker_id = register(state, f"w{crash}", concurrency=1)
@@ -688,8 +698,8 @@ class TestRescue:
     def test_several_started_suspects_are_not_blamed(
         self, app: Flask, store: Store, state: AppState
     ) -> None:
-        """Where several suspects had started nobody is blamed, and each runs without the others
-        next time; then the death of their worker proves it."""
+        """If several suspects had started, none is blamed. Each then runs without the others, and
+        if its worker dies again, that suspect is blamed."""
         ids = [enqueue() for _ in range(3)]
         for number in range(2):
             worker_id = register(state, f"w{number}", concurrency=1)
@@ -704,23 +714,23 @@ class TestRescue:
         store.rescue(worker_id, 0)
         assert [stored(app, spec.id).crash_count for spec in specs] == [1, 0, 0]
 
-    def test_a_suspect_given_back_is_still_lost_among_others(
+    def test_released_suspect_is_still_lost_among_others(
         self, app: Flask, store: Store, state: AppState
     ) -> None:
-        """It also runs with no other suspect beside it where a worker had claimed it, and had no
-        room."""
+        """A suspect that was lost among others still runs without other suspects after a worker
+        released it."""
         ids = [enqueue() for _ in range(2)]
         for number in range(2):
             worker_id = register(state, f"w{number}", concurrency=1)
             store.mark_started(worker_id, store.claim(worker_id, 2))
             store.rescue(worker_id, 0)
         worker_id = register(state, "w2", concurrency=1)
-        given_back = OutcomeKind.GIVEN_BACK
+        released = OutcomeKind.GIVEN_BACK
         specs = store.claim(worker_id, 2)
-        store.settle(worker_id, "w2", [(s, Outcome(s.id, s.attempt, given_back)) for s in specs])
+        store.settle(worker_id, "w2", [(s, Outcome(s.id, s.attempt, released)) for s in specs])
         assert store.lost_among_others(store.claim(worker_id, 2)) == set(ids)
 
-    def test_an_unstarted_suspect_is_not_blamed(
+    def test_unstarted_suspect_is_not_blamed(
         self, app: Flask, store: Store, state: AppState
     ) -> None:
         """A suspect that had not started when its worker died is not blamed."""
@@ -731,10 +741,11 @@ class TestRescue:
             store.rescue(worker_id, 0)
         assert (stored(app, job_id).status, stored(app, job_id).crash_count) == ("pending", 0)
 
-    def test_the_start_of_an_earlier_attempt_proves_no_crash(
+    def test_start_of_earlier_attempt_proves_no_crash(
         self, app: Flask, store: Store, state: AppState
     ) -> None:
-        """A job that had started once, and since then only died unstarted, is not blamed."""
+        """A job that started in an earlier attempt, but not in those that died since, is not
+        blamed."""
         job_id = enqueue()
         for number in range(5):
             worker_id = register(state, f"w{number}", concurrency=1)
@@ -744,20 +755,18 @@ class TestRescue:
             store.rescue(worker_id, 0)
         assert (stored(app, job_id).status, stored(app, job_id).crash_count) == ("pending", 0)
 
-    def test_a_cancelled_job_of_a_dead_worker_is_cancelled(
+    def test_cancel_request_survives_death_of_worker(
         self, app: Flask, store: Store, worker: int
     ) -> None:
-        """A cancel request survives the worker's death."""
+        """If its worker dies, a job with a cancel request is cancelled instead of rescued."""
         job_id = enqueue()
         store.claim(worker, 1)
         store.cancel([job_id])
         store.rescue(worker, 0)
         assert stored(app, job_id).status == "cancelled"
 
-    def test_the_sweeper_waits_for_a_lease_of_silence(
-        self, app: Flask, state: AppState, worker: int
-    ) -> None:
-        """A worker whose heartbeat does not change for one lease is dead."""
+    def test_sweeper_waits_for_one_lease(self, app: Flask, state: AppState, worker: int) -> None:
+        """A worker whose heartbeat does not change for one lease counts as dead."""
         store = state.store
         enqueue()
         store.claim(worker, 1)
@@ -767,10 +776,9 @@ class TestRescue:
         assert sweeper.sweep(0) == []
         assert len(wait_until(lambda: sweeper.sweep(0), "the rescue")) == 1
 
-    def test_a_worker_whose_process_is_gone_is_rescued_at_once(
-        self, state: AppState, worker: int
-    ) -> None:
-        """On the same host nobody waits for the lease of a process that is gone."""
+    def test_sweeper_rescues_missing_process_at_once(self, state: AppState, worker: int) -> None:
+        """On the same host, the jobs of a process that no longer exists are rescued without waiting
+        for the lease."""
         store = state.store
         enqueue()
         store.claim(worker, 1)
@@ -779,10 +787,10 @@ class TestRescue:
         execute(store, sa.update(Worker).values(process=gone))
         assert len(Sweeper(store, lease=3600).sweep(0)) == 1
 
-    def test_a_suspect_given_back_stays_one(
+    def test_released_suspect_stays_a_suspect(
         self, state: AppState, store: Store, worker: int
     ) -> None:
-        """A suspect that a stopping worker gives back is still run alone by the next."""
+        """A suspect that a stopping worker releases is still a suspect at its next claim."""
         enqueue()
         store.claim(worker, 1)
         store.rescue(worker, 0)
@@ -794,30 +802,30 @@ class TestRescue:
 
 
 class TestDue:
-    def test_promote_moves_what_is_due(self, app: Flask, store: Store) -> None:
-        """Only due jobs become pending."""
+    def test_promote_moves_due_jobs(self, app: Flask, store: Store) -> None:
+        """``promote`` makes only due jobs pending."""
         due = enqueue(run_at=dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1))
         later = enqueue(delay=60)
         assert store.promote() == 1
         assert stored(app, due).status == "pending"
         assert stored(app, later).status == "scheduled"
 
-    def test_upcoming_is_coarse(self, store: Store) -> None:
-        """Due times ahead are told once per step, and only within the horizon."""
-        for delay in (10, 10.01, 10.02, 30, 90):
+    def test_upcoming_returns_one_time_per_step(self, store: Store) -> None:
+        """``upcoming`` returns one due time per step, within the horizon."""
+        for delay in (1_000, 1_001, 1_002, 3_000, 9_000):
             enqueue(delay=delay)
-        near, far = store.upcoming(60, 0.5)
-        assert near == pytest.approx(10, abs=1)
-        assert far == pytest.approx(30, abs=1)
+        near, far = store.upcoming(6_000, 50)
+        assert near == pytest.approx(1_000, abs=100)
+        assert far == pytest.approx(3_000, abs=100)
 
 
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("waits_ms", [50, 5_000], ids=["redone", "waited for"])
-def test_a_lock_of_the_host_makes_nobody_fail(
+def test_enqueue_waits_for_write_lock_of_host(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, waits_ms: int
 ) -> None:
-    """While a host holds the write lock, our transactions wait for it, and are redone where
-    SQLite itself has waited for long enough."""
+    """While the host holds the write lock, transactions of flask-bgjobs wait, and are redone if
+    SQLite's own busy timeout ends first."""
     monkeypatch.setattr("flask_bgjobs.store.dialects.sqlite._BUSY_TIMEOUT_MS", waits_ms)
     app = make_app()
     with app.app_context():
@@ -828,23 +836,24 @@ def test_a_lock_of_the_host_makes_nobody_fail(
         assert stored(app, job).status == "pending"
 
 
-def test_the_default_store_is_found(app: Flask) -> None:
-    """The host's session can read jobs by the model."""
+def test_host_session_reads_jobs(app: Flask) -> None:
+    """The host's session can load jobs through the model."""
     job_id = enqueue()
     assert state_of(app).db.session.get(Job, job_id).id == job_id
 
 
 class TestInDoubt:
-    """A commit that got no answer: done or not, nobody can tell."""
+    """A commit without a reply may or may not have been done."""
 
     @pytest.mark.parametrize("was_done", [True, False])
-    def test_a_settle_is_looked_at_again(
+    def test_settle_in_doubt_is_checked_again(
         self, app: Flask, store: Store, worker: int, was_done: bool
     ) -> None:
-        """Asked again, a settle is what was recorded, or is recorded now; never a lost lease."""
+        """A repeated settle returns the recorded outcome or records it now, and never reports a
+        lost lease."""
         job_id = enqueue(retries=2)
         (spec,) = store.claim(worker, 1)
-        outcome = [(spec, ended(spec, OutcomeKind.FAILED, error="no"))]
+        outcome = [(spec, make_outcome(spec, OutcomeKind.FAILED, error="no"))]
         if was_done:
             store.settle(worker, "one", outcome)
         (settled,) = store.settle(worker, "one", outcome, {spec.key})
@@ -852,16 +861,16 @@ class TestInDoubt:
         assert stored(app, job_id).retry_count == 1
         assert len(rows(store, Attempt)) == 1
 
-    def test_a_lost_lease_stays_lost(self, store: Store, worker: int) -> None:
-        """After a rescue the outcome in doubt is not taken for recorded."""
+    def test_rescued_job_in_doubt_is_lost(self, store: Store, worker: int) -> None:
+        """After a rescue, an outcome in doubt is not reported as recorded."""
         enqueue()
         (spec,) = store.claim(worker, 1)
         store.rescue(worker, 0)
-        (settled,) = store.settle(worker, "one", [(spec, ended(spec))], {spec.key})
+        (settled,) = store.settle(worker, "one", [(spec, make_outcome(spec))], {spec.key})
         assert settled.status is None
 
-    def test_what_a_worker_holds_can_be_asked(self, store: Store, worker: int) -> None:
-        """The jobs of a claim that was never seen are found by the worker's id."""
+    def test_held_by_finds_claimed_jobs(self, store: Store, worker: int) -> None:
+        """The jobs of a claim without a reply can be found by the worker's id."""
         ids = [enqueue(), enqueue()]
         store.claim(worker, 10)
         assert [spec.id for spec in store.held_by(worker)] == ids
@@ -869,10 +878,10 @@ class TestInDoubt:
 
 
 class TestOrphans:
-    def test_jobs_of_a_deleted_worker_are_freed(
+    def test_jobs_of_deleted_worker_are_rescued(
         self, app: Flask, state: AppState, worker: int
     ) -> None:
-        """Somebody deleted a worker's row: its running jobs are freed by the next sweep."""
+        """If a worker's row was deleted, the next sweep rescues its running jobs."""
         store = state.store
         job_id = enqueue()
         store.claim(worker, 1)
@@ -881,8 +890,8 @@ class TestOrphans:
         job = stored(app, job_id)
         assert (job.status, job.suspect, job.retry_count) == ("pending", True, 0)
 
-    def test_jobs_of_living_workers_are_left_alone(self, store: Store, worker: int) -> None:
-        """A job whose worker lives is no orphan."""
+    def test_job_of_live_worker_is_no_orphan(self, store: Store, worker: int) -> None:
+        """A job whose worker is alive is not rescued as an orphan."""
         enqueue()
         store.claim(worker, 1)
         assert store.rescue_orphans() == []
@@ -890,12 +899,11 @@ class TestOrphans:
 
 @pytest.mark.on("postgresql", "mysql")
 class TestConcurrency:
-    """What only a database with many writers can get wrong."""
+    """Cases that need a database with several concurrent writers."""
 
-    def test_a_worker_that_claims_is_rescued_later(
-        self, app: Flask, store: Store, worker: int
-    ) -> None:
-        """While a claim is under way its worker is not rescued: its jobs would be missing."""
+    def test_claiming_worker_is_not_rescued(self, app: Flask, store: Store, worker: int) -> None:
+        """A worker is not rescued during its claim, because the rescue would miss the claimed
+        jobs."""
         job_id = enqueue()
         with store.engine.connect() as connection, connection.begin():
             store._claim(connection, worker, 1, None, (), True)
@@ -903,10 +911,10 @@ class TestConcurrency:
         assert [settled.job_id for settled in store.rescue(worker, 0) or ()] == [job_id]
         assert stored(app, job_id).status == "pending"
 
-    def test_a_rescue_waits_for_no_other_worker(
+    def test_rescue_does_not_wait_for_other_workers(
         self, store: Store, state: AppState, worker: int
     ) -> None:
-        """While another worker's job is locked, those of a dead worker are rescued."""
+        """While another worker's job is locked, the jobs of a dead worker are rescued."""
         others = enqueue()
         store.claim(register(state, "two"), 1)
         job_id = enqueue()
@@ -915,8 +923,8 @@ class TestConcurrency:
             connection.execute(sa.update(Job).where(Job.id == others).values(progress=0.5))
             assert [settled.job_id for settled in store.rescue(worker, 0)] == [job_id]
 
-    def test_promotion_passes_over_jobs_that_change(self, app: Flask, store: Store) -> None:
-        """A due job that is being cancelled is not made pending after all."""
+    def test_promotion_skips_changing_jobs(self, app: Flask, store: Store) -> None:
+        """A due job whose cancellation is not yet committed is not promoted."""
         job_id = enqueue(run_at=dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1))
         with store.engine.connect() as connection, connection.begin():
             connection.execute(sa.update(Job).values(status="cancelled"))
@@ -924,21 +932,21 @@ class TestConcurrency:
         assert store.promote() == 0
         assert stored(app, job_id).status == "cancelled"
 
-    def test_a_connection_that_the_server_closed_is_not_used(
-        self, app: Flask, store: Store
-    ) -> None:
-        """The first statement after a restart of the server succeeds, also a read."""
+    def test_connection_closed_by_server_is_replaced(self, app: Flask, store: Store) -> None:
+        """The first statement after the server closed the connection succeeds, also if it is a
+        read."""
         with store.engine.connect() as connection:
             number = number_of(connection)
             idle: Any = connection.connection.driver_connection
         with app.extensions["sqlalchemy"].engine.connect() as other:
             other.exec_driver_sql(END_CONNECTION[store.engine.name].format(number))
         descriptor = idle._sock.fileno() if _is_mysql(store) else idle.fileno()
-        wait_until(lambda: select.select([descriptor], [], [], 0)[0], "the server's farewell")
+        wait_until(lambda: select.select([descriptor], [], [], 0)[0], "the end of the connection")
         assert store.clock() is not None
 
-    def test_a_deadline_ends_the_waiting(self, store: Store, worker: int) -> None:
-        """A store with a deadline gives up what takes longer, and goes on with a new connection."""
+    def test_deadline_ends_a_wait_for_a_lock(self, store: Store, worker: int) -> None:
+        """A store with a deadline raises when a statement takes longer, and continues on a new
+        connection."""
         prompt = store.with_deadline(0.5)
         with store.engine.connect() as connection, connection.begin():
             connection.execute(sa.update(Worker).values(name="locked"))
@@ -947,8 +955,9 @@ class TestConcurrency:
         assert prompt.beat(worker)
         prompt.dispose()
 
-    def test_a_silent_transaction_is_ended_by_the_server(self, store: Store, worker: int) -> None:
-        """The locks of a worker that stalls within a transaction are free after its deadline."""
+    def test_server_ends_idle_transaction(self, store: Store, worker: int) -> None:
+        """If a worker stalls within a transaction, the server releases its locks after the
+        deadline."""
         stalled = store.with_deadline(1.0)
         connection = stalled.engine.connect()
         connection.execute(sa.update(Worker).values(name="locked"))
@@ -960,10 +969,11 @@ class TestConcurrency:
         stalled.dispose()
 
     @pytest.mark.on("postgresql")
-    def test_only_a_worker_changes_how_its_statements_are_planned(
+    def test_planner_settings_affect_only_worker_transactions(
         self, app: Flask, store: Store
     ) -> None:
-        """A worker's transactions never scan the table; nobody else's settings change."""
+        """A worker's transactions never scan the table; the planner settings of other connections
+        do not change."""
         shows = "SELECT current_setting('enable_seqscan'), current_setting('jit')"
 
         def settings(connection: sa.Connection) -> tuple[str, ...]:
@@ -971,21 +981,21 @@ class TestConcurrency:
 
         with app.extensions["sqlalchemy"].engine.connect() as connection:
             usual = settings(connection)
-        of_a_worker = store.with_deadline(5.0)
-        assert of_a_worker.transaction(settings) == ("off", "off")
-        # Also on the same connection, once the transaction has ended.
-        assert of_a_worker.autocommit(settings) == usual
+        worker_store = store.with_deadline(5.0)
+        assert worker_store.transaction(settings) == ("off", "off")
+        # The settings end with the transaction, also on the same connection.
+        assert worker_store.autocommit(settings) == usual
         assert store.transaction(settings) == usual
-        of_a_worker.dispose()
+        worker_store.dispose()
 
 
-def test_ten_thousand_failures_at_one_instant(store: Store, state: AppState, worker: int) -> None:
-    """The retries of 10,000 jobs that fail together are spread over the time that jitter allows,
-    and to wake up for them takes no more than one trigger per step of time."""
+def test_jitter_spreads_simultaneous_retries(store: Store, state: AppState, worker: int) -> None:
+    """The retries of 10,000 jobs that fail together are spread over the range of the jitter, and
+    waking up for them takes at most one trigger per step."""
     options = JobOptions(retries=1, retry_delay=30, jitter=0.5)
-    enqueue_sets(state, "tests.jobs.fail", None, [["no"]] * 10_000, options)
+    enqueue_many(state, "tests.jobs.fail", None, [["no"]] * 10_000, options)
     specs = store.claim(worker, 10_000)
-    settled = store.settle(worker, "one", [(s, ended(s, OutcomeKind.FAILED)) for s in specs])
+    settled = store.settle(worker, "one", [(s, make_outcome(s, OutcomeKind.FAILED)) for s in specs])
     assert collections.Counter(entry.status for entry in settled) == {"retrying": 10_000}
     with store.read() as connection:
         dues = connection.scalars(sa.select(Job.run_at)).all()
@@ -996,16 +1006,17 @@ def test_ten_thousand_failures_at_one_instant(store: Store, state: AppState, wor
 
 
 class TestReading:
-    def test_the_database_ends_what_takes_longer(self, store: Store) -> None:
-        """A query that takes longer is ended, and the connection is good for the next one."""
+    def test_database_ends_long_query(self, store: Store) -> None:
+        """The database ends a query that exceeds the limit, and the connection can run the next
+        query."""
         began = time.monotonic()
         with pytest.raises(QueryTimeout), store.reading(0.3), store.read() as connection:
             connection.exec_driver_sql(product_of(900, 900))
-        assert 0.3 <= time.monotonic() - began < 5
+        assert 0.3 <= time.monotonic() - began < DEADLINE_SECONDS
         assert rows(store, Job) == []
 
-    def test_each_query_has_its_own_time(self, store: Store) -> None:
-        """What lies between two queries is not counted, and nothing has a limit afterwards."""
+    def test_each_query_has_its_own_limit(self, store: Store) -> None:
+        """The time between two queries does not count, and after the block no limit remains."""
         with store.reading(0.5), store.read() as connection:
             connection.exec_driver_sql("SELECT 1")
             time.sleep(0.6)
@@ -1015,8 +1026,8 @@ class TestReading:
         with store.read() as connection:
             assert connection.exec_driver_sql(product_of(900)).scalar() == 900 * 900
 
-    def test_a_block_reads_from_one_connection(self, store: Store) -> None:
-        """All reads of a block share a connection, which is free again at its end."""
+    def test_block_reads_from_one_connection(self, store: Store) -> None:
+        """All reads of a block share one connection, which returns to the pool at its end."""
         with store.reading(1.0):
             with store.read() as first, store.read() as second:
                 assert first is second
@@ -1028,23 +1039,24 @@ class TestReading:
             assert one is not another
 
     @pytest.mark.on("mysql")
-    def test_a_connection_that_dies_is_not_used_again(self, store: Store) -> None:
-        """What was read is good; nobody gets a connection whose limit cannot be taken back."""
+    def test_dead_connection_is_not_reused(self, store: Store) -> None:
+        """If the connection dies after a read, the block ends without an error, and the connection
+        is not reused."""
         with store.reading(5.0), store.read() as connection:
             number = number_of(connection)
             with store.host_engine.connect() as other:
                 other.exec_driver_sql(END_CONNECTION["mysql"].format(number))
         assert rows(store, Job) == []
 
-    def test_a_block_goes_on_after_an_error(self, store: Store) -> None:
-        """What failed spoils nothing for what is read after it."""
+    def test_block_continues_after_an_error(self, store: Store) -> None:
+        """After a query that failed, the next query of the block succeeds."""
         with store.reading(1.0):
             with pytest.raises(sa.exc.DBAPIError), store.read() as connection:
                 connection.exec_driver_sql("SELECT nothing FROM nowhere")
             assert rows(store, Job) == []
 
-    def test_other_errors_stay_what_they_are(self, store: Store) -> None:
-        """Only what took too long is a QueryTimeout."""
+    def test_other_errors_are_not_timeouts(self, store: Store) -> None:
+        """A query that fails for another reason does not raise ``QueryTimeout``."""
         with (
             pytest.raises(sa.exc.DBAPIError) as raised,
             store.reading(1.0),
@@ -1054,10 +1066,10 @@ class TestReading:
         assert not isinstance(raised.value, QueryTimeout)
 
 
-def test_errors_of_our_engine_hide_parameters(app: Flask, store: Store, worker: int) -> None:
-    """An error that the log shows does not hold what jobs were given or have returned."""
+def test_database_errors_hide_parameters(app: Flask, store: Store, worker: int) -> None:
+    """The message of a database error does not contain parameters or results of jobs."""
     with pytest.raises(sa.exc.DBAPIError) as failure, store.engine.connect() as connection:
         connection.execute(sa.text("SELECT no_such_column, :secret"), {"secret": "hunter2"})
-    # What the driver says itself comes before it, and psycopg2 quotes the statement.
+    # The driver's own message comes before this mark, and psycopg2 quotes the statement in it.
     assert "hunter2" not in str(failure.value).partition("[SQL:")[2]
     assert "hide_parameters" in str(failure.value)

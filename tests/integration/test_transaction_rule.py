@@ -1,4 +1,4 @@
-"""The transaction rule, a test per sentence."""
+"""The transaction rule: a job joins uncommitted writes, and otherwise is saved at once."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from flask_bgjobs.enqueue import transactions
 from flask_bgjobs.operations.actions import delete, pause, retry
 from flask_bgjobs.state import AppState, state_of
 from tests import jobs
-from tests.conftest import count_jobs, stored, wait_until
+from tests.conftest import DEADLINE_SECONDS, count_jobs, stored, wait_until
 from tests.databases import END_CONNECTION, number_of
 
 
 class Shop:
-    """An app with a table of its own, its session and what was announced."""
+    """An app with a table, its session and the jobs announced by ``job_enqueued``."""
 
     def __init__(
         self, url: str, *, session_class: type[Session] = _HostSession, **config: Any
@@ -55,7 +55,7 @@ class Shop:
         self.db.init_app(self.app)
         BgJobs(self.app)
         self.announced: list[int] = []
-        # Blinker holds receivers weakly.
+        # Blinker keeps only weak references to receivers.
         self._receiver = lambda app, job: self.announced.append(job.id)
         job_enqueued.connect(self._receiver, self.app)
         with self.app.app_context():
@@ -69,8 +69,8 @@ class Shop:
         return run_background_job("tests.jobs.echo", parameters=[1], **options)
 
     def statement(self, kind: str) -> str:
-        """A statement as this database knows it."""
-        return _TEXTS[kind][self.db.engine.name == "mysql"]
+        """The SQL of a statement for this database."""
+        return _STATEMENTS[kind][self.db.engine.name == "mysql"]
 
     def exists(self, job: Any) -> bool:
         return state_of(self.app).store.get(job.id) is not None
@@ -88,14 +88,14 @@ def shop(database_url: str) -> Any:
 
 
 _WITH = "WITH x AS (SELECT name FROM purchase) "
-_TEXTS = {
+_STATEMENTS = {
     "WITH": (
         _WITH + "INSERT INTO purchase (name) SELECT name FROM x",
         _WITH + "SELECT name FROM x",
     ),
     "unknown": ("ANALYZE", "DO 1"),
 }
-"""Statements for SQLite and PostgreSQL, and such as MySQL and MariaDB have."""
+"""Each statement for SQLite and PostgreSQL, and for MySQL and MariaDB."""
 
 WRITES: dict[str, Callable[[Shop], Any]] = {
     "a pending object": lambda s: s.session.add(s.purchase(name="a")),
@@ -123,8 +123,9 @@ def _in_savepoint(shop: Shop, roll_back: bool = False) -> None:
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 class TestUncommittedWrites:
-    def test_the_job_lands_with_the_commit(self, shop: Shop, write: Callable[[Shop], Any]) -> None:
-        """A job joins a session that holds uncommitted writes, and lands with its commit."""
+    def test_job_is_saved_by_the_commit(self, shop: Shop, write: Callable[[Shop], Any]) -> None:
+        """A job joins a session with uncommitted writes, and is saved and announced by its
+        commit."""
         write(shop)
         job = shop.enqueue()
         assert not shop.exists(job)
@@ -133,10 +134,10 @@ class TestUncommittedWrites:
         assert shop.exists(job)
         assert shop.announced == [job.id]
 
-    def test_the_job_goes_with_the_rollback(
+    def test_rollback_removes_the_job(
         self, shop: Shop, write: Callable[[Shop], Any], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A joined job that is rolled back leaves no row, no signal, and a line at DEBUG."""
+        """After a rollback, a joined job has no row and no signal, and is logged at DEBUG."""
         caplog.set_level(logging.DEBUG, "flask_bgjobs")
         write(shop)
         job = shop.enqueue()
@@ -145,15 +146,17 @@ class TestUncommittedWrites:
         assert shop.announced == []
         assert f"Job {job.id} was lost with its transaction" in caplog.text
 
-    def test_a_later_job_is_saved_at_once(self, shop: Shop, write: Callable[[Shop], Any]) -> None:
-        """The mark of a write ends with the outermost commit."""
+    def test_job_after_the_commit_is_saved_at_once(
+        self, shop: Shop, write: Callable[[Shop], Any]
+    ) -> None:
+        """After the outermost commit, the session no longer counts as having writes."""
         write(shop)
         shop.session.commit()
         assert shop.exists(shop.enqueue())
 
 
-def test_a_clean_session_saves_at_once(shop: Shop) -> None:
-    """Without uncommitted writes the job is saved at once and announced."""
+def test_job_in_clean_session_is_saved_at_once(shop: Shop) -> None:
+    """Without uncommitted writes, the job is saved at once and announced."""
     job = shop.enqueue()
     assert shop.exists(job)
     assert shop.announced == [job.id]
@@ -170,8 +173,8 @@ def test_a_clean_session_saves_at_once(shop: Shop) -> None:
     ],
     ids=["ORM", "text", "an empty savepoint"],
 )
-def test_a_read_only_session_saves_at_once(shop: Shop, read: Callable[[Shop], Any]) -> None:
-    """A session that only read does not hold writes: its job needs no commit."""
+def test_job_in_read_only_session_is_saved_at_once(shop: Shop, read: Callable[[Shop], Any]) -> None:
+    """In a session that has only read, the job is saved at once and needs no commit."""
     read(shop)
     job = shop.enqueue()
     assert shop.exists(job)
@@ -179,8 +182,8 @@ def test_a_read_only_session_saves_at_once(shop: Shop, read: Callable[[Shop], An
     assert shop.exists(job)
 
 
-def test_an_unmodified_object_is_no_write(shop: Shop) -> None:
-    """An object set to the value that it has is not a change."""
+def test_unmodified_object_is_no_write(shop: Shop) -> None:
+    """Setting an attribute to its current value is not a write."""
     shop.session.add(shop.purchase(name="a"))
     shop.session.commit()
     order = shop.session.scalars(sa.select(shop.purchase)).one()
@@ -188,8 +191,8 @@ def test_an_unmodified_object_is_no_write(shop: Shop) -> None:
     assert shop.exists(shop.enqueue())
 
 
-def test_a_modified_object_is_a_write(shop: Shop) -> None:
-    """An unflushed change of a loaded object counts."""
+def test_modified_object_is_a_write(shop: Shop) -> None:
+    """An unflushed change of a loaded object is a write."""
     shop.session.add(shop.purchase(name="a"))
     shop.session.commit()
     shop.session.scalars(sa.select(shop.purchase)).one().name = "b"
@@ -198,7 +201,7 @@ def test_a_modified_object_is_a_write(shop: Shop) -> None:
 
 
 def test_session_none_never_joins(shop: Shop) -> None:
-    """With ``session=None`` the job is saved although the session holds writes."""
+    """With ``session=None``, the job is saved at once even if the session has writes."""
     shop.session.add(shop.purchase(name="a"))
     job = shop.enqueue(session=None)
     assert shop.exists(job)
@@ -207,8 +210,9 @@ def test_session_none_never_joins(shop: Shop) -> None:
 
 
 @pytest.mark.on("sqlite")
-def test_session_none_does_not_wait_for_its_own_writes(shop: Shop) -> None:
-    """On SQLite, saving beside one's own flushed write could only wait: it is refused at once."""
+def test_session_none_beside_own_writes_is_refused(shop: Shop) -> None:
+    """On SQLite, ``session=None`` beside a flushed write is refused at once, because it would wait
+    for its own session."""
     shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     with pytest.raises(InvalidJob, match="first, or let the job join"):
         shop.enqueue(session=None)
@@ -216,8 +220,8 @@ def test_session_none_does_not_wait_for_its_own_writes(shop: Shop) -> None:
     assert shop.exists(shop.enqueue(session=None))
 
 
-def test_a_given_session_is_always_joined(shop: Shop) -> None:
-    """``session=`` joins a session, whether or not it holds writes."""
+def test_given_session_is_always_joined(shop: Shop) -> None:
+    """With ``session=``, the job joins that session, with or without writes."""
     with Session(shop.db.engine) as session:
         job = shop.enqueue(session=session)
         assert not shop.exists(job)
@@ -229,16 +233,17 @@ def test_a_given_session_is_always_joined(shop: Shop) -> None:
     assert shop.announced == [job.id]
 
 
-def test_a_given_scoped_session_is_joined(shop: Shop) -> None:
-    """``session=db.session`` joins as well."""
+def test_given_scoped_session_is_joined(shop: Shop) -> None:
+    """With ``session=db.session``, the job joins that session."""
     job = shop.enqueue(session=shop.session)
     assert not shop.exists(job)
     shop.session.commit()
     assert shop.exists(job)
 
 
-def test_a_session_of_another_database_joins_on_the_tables_bind(shop: Shop, tmp_path: Any) -> None:
-    """A given session that is bound elsewhere inserts on the tables' own database."""
+def test_session_of_another_database_writes_to_jobs_database(shop: Shop, tmp_path: Any) -> None:
+    """If the given session is bound to another database, the job is inserted in the database of the
+    job tables."""
     other = sa.create_engine(f"sqlite:///{tmp_path / 'other.db'}")
     with Session(other) as session:
         job = shop.enqueue(session=session)
@@ -248,8 +253,9 @@ def test_a_session_of_another_database_joins_on_the_tables_bind(shop: Shop, tmp_
     assert shop.exists(job)
 
 
-def test_a_session_bound_to_a_connection_is_joined(shop: Shop) -> None:
-    """A session bound to a connection is joined: a commit of ours would be one of its own."""
+def test_session_bound_to_connection_is_joined(shop: Shop) -> None:
+    """A job joins a session that is bound to a connection: saving the job at once would commit that
+    connection."""
     with shop.db.engine.connect() as connection, Session(connection) as session:
         job = shop.enqueue(session=session)
         assert not shop.exists(job)
@@ -258,8 +264,9 @@ def test_a_session_bound_to_a_connection_is_joined(shop: Shop) -> None:
     assert shop.exists(job)
 
 
-def test_a_rolled_back_savepoint_takes_its_job(shop: Shop) -> None:
-    """A job enqueued in a savepoint goes with it; one enqueued before it stays."""
+def test_savepoint_rollback_removes_its_job(shop: Shop) -> None:
+    """A rollback to a savepoint removes the job enqueued in it, and keeps the job enqueued before
+    it."""
     shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     kept = shop.enqueue()
     nested = shop.session.begin_nested()
@@ -271,8 +278,8 @@ def test_a_rolled_back_savepoint_takes_its_job(shop: Shop) -> None:
     assert shop.announced == [kept.id]
 
 
-def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> None:
-    """``job_enqueued`` follows the outermost commit and not a savepoint's release."""
+def test_job_in_savepoint_is_announced_by_outermost_commit(shop: Shop) -> None:
+    """``job_enqueued`` is sent after the outermost commit, not after the release of a savepoint."""
     with shop.session.begin_nested():
         shop.session.execute(sa.insert(shop.purchase).values(name="a"))
         job = shop.enqueue()
@@ -281,9 +288,9 @@ def test_a_released_savepoint_announces_at_the_outermost_commit(shop: Shop) -> N
     assert shop.announced == [job.id]
 
 
-def test_a_released_savepoint_is_no_commit(shop: Shop) -> None:
-    """``wait`` and ``refresh`` of a job that joined in a savepoint raise after its release as
-    well, until the outermost commit."""
+def test_released_savepoint_is_no_commit(shop: Shop) -> None:
+    """``wait`` and ``refresh`` of a job that joined in a savepoint raise until the outermost
+    commit, also after the release."""
     with shop.session.begin_nested():
         shop.session.execute(sa.insert(shop.purchase).values(name="a"))
         job = shop.enqueue()
@@ -296,10 +303,11 @@ def test_a_released_savepoint_is_no_commit(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("end", ["rollback", "remove"])
-def test_a_released_savepoint_is_lost_with_its_transaction(shop: Shop, end: str) -> None:
-    """A job that joined in a savepoint is gone, and was never announced, when the transaction
-    around it is rolled back or closed after the release."""
-    # Before the savepoint: Python's driver of SQLite would take its release for a commit.
+def test_job_in_released_savepoint_is_lost_with_its_transaction(shop: Shop, end: str) -> None:
+    """If the outer transaction is rolled back or closed after the release, a job that joined in a
+    savepoint is removed and not announced."""
+    # Before the savepoint: sqlite3 commits at the release of a savepoint without an outer
+    # transaction.
     shop.session.execute(sa.insert(shop.purchase).values(name="a"))
     with shop.session.begin_nested():
         job = shop.enqueue()
@@ -308,8 +316,8 @@ def test_a_released_savepoint_is_lost_with_its_transaction(shop: Shop, end: str)
     assert not job.committed
 
 
-def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
-    """Closing a session without a commit loses the job, and warns: a commit was forgotten."""
+def test_closing_the_session_loses_the_job(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """If a session is closed without a commit, its job is lost, and a warning says so."""
     shop.session.add(shop.purchase(name="a"))
     job = shop.enqueue()
     shop.session.remove()
@@ -317,10 +325,10 @@ def test_a_closed_session_loses_its_job(shop: Shop, caplog: pytest.LogCaptureFix
     assert f"Job lost | Job: {job.id} | Class: tests.jobs.echo | " in caplog.text
 
 
-def test_a_savepoint_that_was_rolled_back_hides_no_lost_job(
+def test_lost_job_is_logged_after_savepoint_rollback(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The transaction around it went on, and its commit was forgotten."""
+    """A missing commit is logged even if a savepoint of the transaction was rolled back."""
     shop.session.add(shop.purchase(name="a"))
     job = shop.enqueue()
     shop.session.begin_nested().rollback()
@@ -338,10 +346,11 @@ def test_a_savepoint_that_was_rolled_back_hides_no_lost_job(
     ],
     ids=str,
 )
-def test_an_exception_is_no_forgotten_commit(
+def test_job_lost_by_an_exception_is_not_logged(
     shop: Shop, caplog: pytest.LogCaptureFixture, error: Exception, status: int, config: Any
 ) -> None:
-    """A request or a block that raised has lost its job by that."""
+    """A job lost because its request or ``with`` block raised an exception is not logged as a
+    missing commit."""
 
     @shop.app.route("/")
     def view() -> str:
@@ -349,11 +358,11 @@ def test_an_exception_is_no_forgotten_commit(
         shop.enqueue()
         raise error
 
-    def ask() -> None:
+    def send_request() -> None:
         with contextlib.suppress(LookupError):
             assert shop.app.test_client().get("/").status_code == status
 
-    def work() -> None:
+    def fail_in_block() -> None:
         with Session(shop.db.engine) as session:
             session.add(shop.purchase(name="a"))
             session.flush()
@@ -362,20 +371,21 @@ def test_an_exception_is_no_forgotten_commit(
 
     shop.app.register_error_handler(KeyError, lambda error: ("no", 400))
     shop.app.config.update(config)
-    # A request in this thread would share the context, and so the session, of the test.
-    thread = threading.Thread(target=ask)
+    # A request in this thread would share the test's context, and so its session.
+    thread = threading.Thread(target=send_request)
     thread.start()
     thread.join()
     with pytest.raises(LookupError):
-        work()
+        fail_in_block()
     assert count_jobs(shop.app) == 0
     assert "Job lost" not in caplog.text
 
 
-def test_a_commit_is_forgotten_also_while_an_exception_is_handled(
+def test_missing_commit_in_exception_handler_is_logged(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It has nothing to do with the transaction that began meanwhile, the first or a later one."""
+    """A missing commit in an ``except`` block is logged, because the exception did not end that
+    transaction."""
     shop.session.add(shop.purchase(name="a"))
     shop.enqueue()
     shop.session.commit()
@@ -389,9 +399,11 @@ def test_a_commit_is_forgotten_also_while_an_exception_is_handled(
 
 
 @pytest.mark.on("sqlite")
-def test_changes_do_not_wait_for_ones_own_writes(shop: Shop) -> None:
-    """On SQLite a session that has written keeps all others from writing: to wait for it would
-    last until the timeout of the database, and then fail."""
+def test_changes_beside_own_writes_are_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SQLite, a change of a job beside a flushed write is refused at once, because it would wait
+    for its own session until the database times out."""
+    monkeypatch.setattr("flask_bgjobs.store.dialects.sqlite._BUSY_TIMEOUT_MS", 600_000)
+    state_of(shop.app).store.dispose()
     job = shop.enqueue()
     shop.session.commit()
     shop.session.add(shop.purchase(name="a"))
@@ -405,14 +417,15 @@ def test_changes_do_not_wait_for_ones_own_writes(shop: Shop) -> None:
         began = time.monotonic()
         with pytest.raises(DatabaseUnusable, match="commit or roll back first"):
             change()
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < DEADLINE_SECONDS
     assert Job.get(job.id) is not None
     shop.session.commit()
     assert job.cancel().status == "cancelled"
 
 
-def test_a_job_is_read_by_its_id(shop: Shop) -> None:
-    """Outside the session, so that it is as it is now."""
+def test_job_get(shop: Shop) -> None:
+    """``Job.get`` returns the job with an id, ``None`` if it does not exist, and raises for
+    anything but an int."""
     job = shop.enqueue()
     shop.session.commit()
     found = Job.get(job.id)
@@ -425,8 +438,8 @@ def test_a_job_is_read_by_its_id(shop: Shop) -> None:
             Job.get(no_id)  # type: ignore[arg-type]  # what a type checker would refuse
 
 
-def test_jobs_are_found_by_what_their_attributes_say(shop: Shop) -> None:
-    """``name``, ``is_finished`` and ``is_cancelling`` may stand in queries."""
+def test_attributes_in_queries(shop: Shop) -> None:
+    """``name``, ``is_finished`` and ``is_cancelling`` can be used in queries."""
     job = shop.enqueue()
     other = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"])
     shop.session.commit()
@@ -443,16 +456,16 @@ def test_jobs_are_found_by_what_their_attributes_say(shop: Shop) -> None:
     assert ids(Job.is_cancelling) == []
 
 
-def test_joining_flushes(shop: Shop) -> None:
-    """Joining flushes first, so that the order has the id that the job is given next."""
+def test_joining_flushes_the_session(shop: Shop) -> None:
+    """Joining flushes the session first, so that new objects have ids to use as parameters."""
     order = shop.purchase(name="a")
     shop.session.add(order)
     shop.enqueue()
     assert order.id is not None
 
 
-def test_waiting_before_the_commit_raises(shop: Shop) -> None:
-    """``wait`` and ``refresh`` of a joined job raise until its transaction committed."""
+def test_wait_before_the_commit_raises(shop: Shop) -> None:
+    """``wait`` and ``refresh`` of a joined job raise until its transaction is committed."""
     shop.session.add(shop.purchase(name="a"))
     job = shop.enqueue()
     with pytest.raises(JobNotCommitted, match="has not committed"):
@@ -464,7 +477,8 @@ def test_waiting_before_the_commit_raises(shop: Shop) -> None:
 
 
 def test_unique_key_does_not_break_the_session(shop: Shop) -> None:
-    """A taken ``unique_key`` leaves the joined transaction usable, and gives the holder back."""
+    """If a ``unique_key`` is taken, enqueue returns the job that holds it, and the joined
+    transaction stays usable."""
     first = shop.enqueue(unique_key="k")
     shop.session.add(shop.purchase(name="a"))
     second = shop.enqueue(unique_key="k")
@@ -477,8 +491,9 @@ def test_unique_key_does_not_break_the_session(shop: Shop) -> None:
 
 @pytest.mark.on("postgresql", "mysql")
 @pytest.mark.parametrize("writes", [False, True])
-def test_a_connection_that_dies_is_told_as_it_is(shop: Shop, writes: bool) -> None:
-    """The host gets the error of its lost connection, and none of ours instead."""
+def test_lost_connection_raises_its_own_error(shop: Shop, writes: bool) -> None:
+    """If the host's connection is lost, the host gets the error of the driver, not one of
+    flask-bgjobs."""
     with pytest.raises(DBAPIError):
         _lose_connection(shop, writes)
 
@@ -490,11 +505,13 @@ def _lose_connection(shop: Shop, writes: bool) -> None:
             connection.execute(sa.insert(shop.purchase).values(name="lost"))
         with engine.connect() as other:
             other.exec_driver_sql(END_CONNECTION[engine.name].format(number_of(connection)))
-        wait_until(lambda: connection.exec_driver_sql("SELECT 1").scalar() is None, "the end")
+        wait_until(
+            lambda: connection.exec_driver_sql("SELECT 1").scalar() is None, "the lost connection"
+        )
 
 
-def test_in_memory_always_joins() -> None:
-    """On in-memory SQLite there is one connection, so that every job joins."""
+def test_every_job_in_memory_joins() -> None:
+    """In-memory SQLite has one connection, so every job joins."""
     shop = Shop("sqlite://")
     with shop.app.app_context():
         lost = shop.enqueue()
@@ -507,7 +524,8 @@ def test_in_memory_always_joins() -> None:
 
 @pytest.fixture
 def explicit(tmp_path: Any) -> Iterator[Shop]:
-    """A shop that begins each transaction by itself, as the documentation of SQLAlchemy advises."""
+    """A shop that begins each transaction explicitly, as the SQLAlchemy documentation recommends
+    for SQLite."""
     shop = Shop(f"sqlite:///{tmp_path / 'shop.db'}")
     with shop.app.app_context():
         engine = shop.db.engine
@@ -526,16 +544,17 @@ def explicit(tmp_path: Any) -> Iterator[Shop]:
     "statement",
     ["WITH one AS (SELECT 1) SELECT * FROM one", "PRAGMA user_version", "EXPLAIN SELECT 1"],
 )
-def test_changes_wait_for_nothing_that_is_not_locked(explicit: Shop, statement: str) -> None:
-    """What only looks like a write does not keep a job from being enqueued or cancelled."""
+def test_statements_without_a_lock_do_not_delay_changes(explicit: Shop, statement: str) -> None:
+    """After a statement that locks nothing, a job can be enqueued and cancelled."""
     assert "WAL mode is now on" in str(state_of(explicit.app).store.prepare(wal=True))
     explicit.session.execute(sa.text(statement)).all()
     job = run_background_job("tests.jobs.echo", session=None)
     assert job.cancel().status == "cancelled"
 
 
-def test_changes_do_not_wait_for_ones_own_reads_without_wal(explicit: Shop) -> None:
-    """There a reader keeps all others from committing."""
+def test_changes_beside_own_reads_without_wal_are_refused(explicit: Shop) -> None:
+    """Without WAL, a change of a job beside an open read is refused, because a reader blocks all
+    commits."""
     job = run_background_job("tests.jobs.echo", session=None)
     explicit.session.execute(sa.text("PRAGMA user_version")).all()
     for change in (job.cancel, lambda: run_background_job("tests.jobs.echo", session=None)):
@@ -545,10 +564,11 @@ def test_changes_do_not_wait_for_ones_own_reads_without_wal(explicit: Shop) -> N
     assert job.cancel().status == "cancelled"
 
 
-def test_a_commit_that_failed_leaves_no_transaction_open(
+def test_failed_commit_is_rolled_back_before_the_next_try(
     explicit: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next attempt began a transaction within it, on the same connection."""
+    """After a commit failed, its transaction is rolled back, so that the next try can begin one on
+    the same connection."""
     monkeypatch.setattr("flask_bgjobs.store.dialects.sqlite._BUSY_TIMEOUT_MS", 50)
     job = run_background_job("tests.jobs.echo", session=None)
     state_of(explicit.app).store.dispose()
@@ -561,8 +581,9 @@ def test_a_commit_that_failed_leaves_no_transaction_open(
     assert stored(explicit.app, job.id).status == "cancelled"
 
 
-def test_changes_in_memory_commit_nothing_of_the_hosts() -> None:
-    """As on a file, a cancel beside uncommitted writes is refused: all share one connection."""
+def test_cancel_in_memory_does_not_commit_writes_of_host() -> None:
+    """In memory, a cancel beside uncommitted writes is refused, because all sessions share one
+    connection."""
     shop = Shop("sqlite://")
     with shop.app.app_context():
         job = shop.enqueue()
@@ -578,7 +599,8 @@ def test_changes_in_memory_commit_nothing_of_the_hosts() -> None:
 
 
 def test_writes_on_another_bind_do_not_count(tmp_path: Any) -> None:
-    """There is no atomicity across binds: a write elsewhere does not make the job join."""
+    """A write on another bind does not make the job join, because no transaction spans two
+    binds."""
     shop = Shop(
         f"sqlite:///{tmp_path / 'main.db'}",
         SQLALCHEMY_BINDS={"jobs": f"sqlite:///{tmp_path / 'jobs.db'}"},
@@ -597,8 +619,9 @@ def test_writes_on_another_bind_do_not_count(tmp_path: Any) -> None:
         assert "bgjobs_job" in tables
 
 
-def test_a_job_on_a_bind_joins_with_session(tmp_path: Any) -> None:
-    """``session=`` joins the session's connection of the tables' own bind."""
+def test_given_session_joins_on_the_bind_of_the_tables(tmp_path: Any) -> None:
+    """With ``session=``, the job joins through the session's connection to the bind of the job
+    tables."""
     shop = Shop(
         f"sqlite:///{tmp_path / 'main.db'}",
         SQLALCHEMY_BINDS={"jobs": f"sqlite:///{tmp_path / 'jobs.db'}"},
@@ -611,16 +634,16 @@ def test_a_job_on_a_bind_joins_with_session(tmp_path: Any) -> None:
         assert shop.exists(job)
 
 
-def test_fifteen_threads_that_hold_sessions_never_wait_for_themselves(shop: Shop) -> None:
-    """15 threads that each hold a session, some with writes, enqueue without a time-out."""
-    together = threading.Barrier(15)
+def test_threads_with_open_sessions_do_not_deadlock(shop: Shop) -> None:
+    """15 threads with open sessions, some with writes, enqueue jobs without a timeout."""
+    barrier = threading.Barrier(15)
     failures: list[BaseException] = []
 
     def request(number: int) -> None:
         try:
             with shop.app.app_context():
                 shop.session.scalars(sa.select(shop.purchase)).all()
-                together.wait(timeout=30)
+                barrier.wait(timeout=30)
                 for _ in range(10):
                     if number % 3 == 0:
                         shop.session.execute(sa.insert(shop.purchase).values(name="a"))
@@ -640,11 +663,12 @@ def test_fifteen_threads_that_hold_sessions_never_wait_for_themselves(shop: Shop
     assert count_jobs(shop.app) == 150
 
 
-def test_a_session_at_the_address_of_one_that_is_gone_is_watched() -> None:
-    """The writes of each session are seen in a process that makes many apps."""
+def test_session_at_reused_address_is_watched() -> None:
+    """The writes of each session are noticed, even if it has the memory address of an earlier
+    one."""
     engine = sa.create_engine("sqlite://")
     for number in range(100):
-        # The one before is gone, and leaves its address to this one.
+        # The session before it was freed, so that this one may get its address.
         sessions = scoped_session(sessionmaker(engine))
         transactions.watch(engine)
         sessions.execute(sa.text("CREATE TABLE IF NOT EXISTS note (id INTEGER)"))
@@ -654,15 +678,15 @@ def test_a_session_at_the_address_of_one_that_is_gone_is_watched() -> None:
     engine.dispose()
 
 
-def test_a_receiver_that_raises_changes_nothing(
+def test_failing_receiver_does_not_affect_the_job(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A signal receiver that raises is logged; commit and job are not affected."""
+    """An exception in a signal receiver is logged; commit and job are not affected."""
 
-    def broken(app: Flask, job: Any) -> None:
+    def fail(app: Flask, job: Any) -> None:
         raise RuntimeError("receiver")
 
-    with job_enqueued.connected_to(broken, shop.app):
+    with job_enqueued.connected_to(fail, shop.app):
         shop.session.add(shop.purchase(name="a"))
         job = shop.enqueue()
         shop.session.commit()
@@ -670,15 +694,15 @@ def test_a_receiver_that_raises_changes_nothing(
     assert "raised; the job is not affected" in caplog.text
 
 
-def test_the_session_of_the_request_is_not_touched(state: AppState, app: Flask) -> None:
-    """Saving at once does not begin a transaction in the host's session."""
+def test_saving_at_once_leaves_host_session_unchanged(state: AppState, app: Flask) -> None:
+    """Saving a job at once does not begin a transaction in the host's session."""
     session = state.db.session()
     run_background_job("tests.jobs.echo")
     assert not session.in_transaction()
 
 
 class _RoutingSession(_HostSession):
-    """Reads from a replica and writes to the leader, as in SQLAlchemy's documentation."""
+    """Reads from a replica and writes to the leader, as in the SQLAlchemy documentation."""
 
     def get_bind(self, mapper: Any = None, clause: Any = None, **rest: Any) -> Any:
         if rest.get("bind") is not None:
@@ -689,10 +713,10 @@ class _RoutingSession(_HostSession):
 
 def _as_replica(url: str) -> str:
     """Another URL of the same database."""
-    made = sa.make_url(url)
+    parsed = sa.make_url(url)
     option = {"sqlite": {"timeout": "4"}, "postgresql": {"application_name": "replica"}}
-    options = option.get(made.get_backend_name(), {"charset": "utf8mb4"})
-    return made.update_query_dict(options).render_as_string(hide_password=False)
+    options = option.get(parsed.get_backend_name(), {"charset": "utf8mb4"})
+    return parsed.update_query_dict(options).render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -711,14 +735,15 @@ def routing(database_url: str) -> Iterator[Shop]:
             engine.dispose()
 
 
-class TestARoutingSession:
+class TestRoutingSession:
     @pytest.mark.parametrize("flushes", [False, True])
     @pytest.mark.parametrize("explicit", [False, True])
     @pytest.mark.parametrize("commits", [False, True])
-    def test_a_job_is_in_the_transaction_of_the_writes(
+    def test_job_joins_transaction_of_the_leader(
         self, routing: Shop, flushes: bool, explicit: bool, commits: bool
     ) -> None:
-        """Where ``get_bind`` answers a replica outside a flush, a job joins the leader's writes."""
+        """A job joins the writes on the leader even if ``get_bind`` returns a replica outside a
+        flush."""
         routing.session.scalars(sa.select(routing.purchase)).all()
         routing.session.rollback()
         routing.session.add(routing.purchase(name="a"))
@@ -729,13 +754,13 @@ class TestARoutingSession:
         (routing.session.commit if commits else routing.session.rollback)()
         assert routing.exists(job) is commits
 
-    def test_without_writes_a_job_is_saved_at_once(self, routing: Shop) -> None:
-        """A session that only read from the replica is not joined."""
+    def test_job_without_writes_is_saved_at_once(self, routing: Shop) -> None:
+        """A job does not join a session that has only read from the replica."""
         routing.session.scalars(sa.select(routing.purchase)).all()
         assert routing.exists(routing.enqueue())
 
-    def test_an_engine_of_its_own_for_the_leader(self, shop: Shop) -> None:
-        """Writes through another engine of the same database count as well."""
+    def test_writes_through_another_engine_count(self, shop: Shop) -> None:
+        """A job joins writes that use another engine of the same database."""
         leader = sa.create_engine(shop.db.engine.url)
         with Session(leader) as session:
             shop.db.session = scoped_session(lambda: session)
@@ -755,21 +780,21 @@ JOINS = (*FLUSH_EVENTS, *MAPPER_EVENTS, "before_commit")
 
 
 def _listen_once(shop: Shop, event: str, enqueue: Callable[[], Any]) -> list[Any]:
-    """Enqueue a job in an event; it is in the list afterwards."""
-    made: list[Any] = []
+    """Enqueue a job at the first occurrence of an event. The list then contains the job."""
+    enqueued: list[Any] = []
 
     def listener(*_: object) -> None:
-        if not made:
-            made.append(None)
-            made[0] = enqueue()
+        if not enqueued:
+            enqueued.append(None)
+            enqueued[0] = enqueue()
 
     target = shop.purchase if event in MAPPER_EVENTS else shop.session
     sa.event.listen(target, event, listener)
-    return made
+    return enqueued
 
 
-def _cause(shop: Shop, event: str) -> None:
-    """Leave the session with a change whose commit has the event in it."""
+def _prepare_change(shop: Shop, event: str) -> None:
+    """Leave the session with a change whose commit triggers the event."""
     bought = shop.purchase(name="a")
     shop.session.add(bought)
     if event.endswith(("_update", "_delete")):
@@ -780,64 +805,68 @@ def _cause(shop: Shop, event: str) -> None:
             bought.name = "b"
 
 
-class TestEventsOfTheSession:
+class TestSessionEvents:
     @pytest.mark.parametrize("event", JOINS)
     @pytest.mark.parametrize("explicit", [False, True])
-    def test_a_job_joins_the_flush(self, shop: Shop, event: str, explicit: bool) -> None:
-        """A job that is enqueued in a flush joins its transaction, and the commit succeeds."""
+    def test_job_in_a_flush_joins_its_transaction(
+        self, shop: Shop, event: str, explicit: bool
+    ) -> None:
+        """A job enqueued during a flush or before a commit joins the transaction, and the commit
+        succeeds."""
         options = {"session": shop.session} if explicit else {}
-        _cause(shop, event)
-        made = _listen_once(shop, event, lambda: shop.enqueue(**options))
+        _prepare_change(shop, event)
+        enqueued = _listen_once(shop, event, lambda: shop.enqueue(**options))
         shop.session.flush()
         if event != "before_commit":
-            assert not made[0].committed
+            assert not enqueued[0].committed
         shop.session.commit()
-        (job,) = made
+        (job,) = enqueued
         assert shop.exists(job)
         assert job.committed
         assert shop.announced == [job.id]
 
     @pytest.mark.parametrize("event", FLUSH_EVENTS + MAPPER_EVENTS)
-    def test_a_job_of_a_flush_goes_with_the_rollback(self, shop: Shop, event: str) -> None:
-        """A job that was enqueued in a flush is gone after a rollback."""
-        _cause(shop, event)
-        made = _listen_once(shop, event, shop.enqueue)
+    def test_rollback_removes_job_of_a_flush(self, shop: Shop, event: str) -> None:
+        """A rollback removes a job that was enqueued during a flush."""
+        _prepare_change(shop, event)
+        enqueued = _listen_once(shop, event, shop.enqueue)
         shop.session.flush()
         shop.session.rollback()
-        assert not shop.exists(made[0])
+        assert not shop.exists(enqueued[0])
         assert shop.announced == []
 
     @pytest.mark.parametrize("event", ["after_commit", "after_transaction_end"])
     @pytest.mark.parametrize("explicit", [False, True])
-    def test_after_the_commit_a_job_is_saved_by_itself(
+    def test_job_in_after_commit_is_saved_at_once(
         self, shop: Shop, event: str, explicit: bool
     ) -> None:
-        """In ``after_commit`` there is nothing to join: the job is saved at once."""
+        """In ``after_commit``, the job has no transaction to join and is saved at once."""
         options = {"session": shop.session} if explicit and event == "after_commit" else {}
         shop.session.add(shop.purchase(name="a"))
         shop.session.flush()
-        made = _listen_once(shop, event, lambda: shop.enqueue(**options))
+        enqueued = _listen_once(shop, event, lambda: shop.enqueue(**options))
         shop.session.commit()
         shop.session.rollback()
-        (job,) = made
+        (job,) = enqueued
         if event == "after_commit":
             assert shop.exists(job)
             assert shop.announced == [job.id]
 
     @pytest.mark.parametrize("flushed", [False, True])
-    def test_after_a_rollback_a_job_is_saved_by_itself(self, shop: Shop, flushed: bool) -> None:
-        """In ``after_rollback`` the job is saved at once, whatever was left unflushed."""
+    def test_job_in_after_rollback_is_saved_at_once(self, shop: Shop, flushed: bool) -> None:
+        """In ``after_rollback``, the job is saved at once, with and without unflushed objects."""
         shop.session.add(shop.purchase(name="a"))
         if flushed:
             shop.session.flush()
         else:
             shop.session.connection()
-        made = _listen_once(shop, "after_rollback", shop.enqueue)
+        enqueued = _listen_once(shop, "after_rollback", shop.enqueue)
         shop.session.rollback()
-        assert shop.exists(made[0])
+        assert shop.exists(enqueued[0])
 
-    def test_a_job_of_a_rolled_back_transaction_is_refused(self, shop: Shop) -> None:
-        """``session=`` of a session that was rolled back says what to pass instead."""
+    def test_given_session_in_after_rollback_is_refused(self, shop: Shop) -> None:
+        """In ``after_rollback``, ``session=`` is refused, and the error says to pass
+        ``session=None``."""
         refused: list[BaseException] = []
 
         def enqueue() -> None:
@@ -852,38 +881,39 @@ class TestEventsOfTheSession:
         assert refused
         assert count_jobs(shop.app) == 0
 
-    def test_after_a_failed_flush_a_job_is_saved_by_itself(self, shop: Shop) -> None:
-        """A flush that fails rolls back; a job about it is saved, and the session goes on."""
+    def test_job_after_a_failed_flush_is_saved_at_once(self, shop: Shop) -> None:
+        """A failed flush rolls back; a job enqueued then is saved at once, and the session stays
+        usable."""
         shop.session.add(shop.purchase(id=1, name="a"))
         shop.session.commit()
         shop.session.add(shop.purchase(id=1, name="b"))
-        made = _listen_once(shop, "after_rollback", shop.enqueue)
+        enqueued = _listen_once(shop, "after_rollback", shop.enqueue)
         with pytest.raises(DBAPIError):
             shop.session.flush()
         shop.session.rollback()
-        assert shop.exists(made[0])
+        assert shop.exists(enqueued[0])
 
     @pytest.mark.parametrize("event", ["after_commit", "after_rollback"])
     @pytest.mark.parametrize("commits", [False, True])
-    def test_when_a_savepoint_ends_a_job_is_part_of_the_transaction(
+    def test_job_at_the_end_of_a_savepoint_joins_outer_transaction(
         self, shop: Shop, event: str, commits: bool
     ) -> None:
-        """At the end of a savepoint a job joins the transaction around it."""
+        """A job enqueued at the end of a savepoint joins the outer transaction."""
         shop.session.add(shop.purchase(name="a"))
         shop.session.flush()
         nested = shop.session.begin_nested()
         shop.session.add(shop.purchase(name="b"))
         shop.session.flush()
-        made = _listen_once(shop, event, shop.enqueue)
+        enqueued = _listen_once(shop, event, shop.enqueue)
         (nested.commit if event == "after_commit" else nested.rollback)()
-        (job,) = made
+        (job,) = enqueued
         assert not job.committed
         (shop.session.commit if commits else shop.session.rollback)()
         assert shop.exists(job) is commits
         assert shop.announced == [job.id] * commits
 
-    def test_a_receiver_of_job_enqueued_may_enqueue(self, shop: Shop) -> None:
-        """A receiver that enqueues another job after the commit breaks nothing."""
+    def test_receiver_of_job_enqueued_can_enqueue(self, shop: Shop) -> None:
+        """A receiver of ``job_enqueued`` can enqueue another job after the commit."""
         second: list[Any] = []
 
         def receiver(_app: Flask, job: Any) -> None:
@@ -900,8 +930,8 @@ class TestEventsOfTheSession:
         assert shop.exists(second[0])
 
 
-class TestEventsOfASessionInMemory(TestEventsOfTheSession):
-    """The same where there is only one connection."""
+class TestSessionEventsInMemory(TestSessionEvents):
+    """The same tests on a database with a single connection."""
 
     @pytest.fixture
     def shop(self) -> Iterator[Shop]:
@@ -913,10 +943,10 @@ class TestEventsOfASessionInMemory(TestEventsOfTheSession):
 
 
 @pytest.mark.on("postgresql")
-def test_two_binds_of_one_url_may_look_at_two_schemas(empty_database_url: str) -> None:
-    """Beside a write on the host's bind, a job goes to the schema that its own bind looks at."""
+def test_binds_of_one_url_with_different_schemas(empty_database_url: str) -> None:
+    """Beside a write on the host's bind, a job is saved in the schema of its own bind."""
 
-    def looking_at(schema: str) -> dict[str, Any]:
+    def bind_to(schema: str) -> dict[str, Any]:
         return {
             "url": empty_database_url,
             "connect_args": {"options": f"-csearch_path={schema}"},
@@ -927,7 +957,7 @@ def test_two_binds_of_one_url_may_look_at_two_schemas(empty_database_url: str) -
         connection.exec_driver_sql("CREATE SCHEMA jobs")
     shop = Shop(
         empty_database_url,
-        SQLALCHEMY_BINDS={"jobs": looking_at("jobs")},
+        SQLALCHEMY_BINDS={"jobs": bind_to("jobs")},
         BGJOBS_BIND_KEY="jobs",
     )
     with shop.app.app_context():
@@ -944,9 +974,9 @@ def test_two_binds_of_one_url_may_look_at_two_schemas(empty_database_url: str) -
 
 
 @pytest.mark.on("postgresql")
-def test_two_binds_of_one_url_may_differ_in_other_ways(empty_database_url: str) -> None:
-    """Options that do not decide where a table is found make no other database: a job still joins
-    the transaction of the host's bind."""
+def test_binds_of_one_url_with_other_differences(empty_database_url: str) -> None:
+    """If two binds have the same schema and differ in other options, a job joins the transaction of
+    the host's bind."""
     bind = {
         "url": empty_database_url,
         "connect_args": {"options": "-c statement_timeout=60000"},
@@ -964,7 +994,8 @@ def test_two_binds_of_one_url_may_differ_in_other_ways(empty_database_url: str) 
 
 
 def test_two_binds_in_memory_are_two_databases() -> None:
-    """Beside a write on the host's bind, a job goes to the bind that has its tables."""
+    """Beside a write on the host's bind, a job is saved in the in-memory bind with the job
+    tables."""
     shop = Shop("sqlite://", SQLALCHEMY_BINDS={"jobs": "sqlite://"}, BGJOBS_BIND_KEY="jobs")
     with shop.app.app_context():
         shop.session.add(shop.purchase(name="a"))

@@ -16,7 +16,7 @@ from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.worker.listener import WakeUps
 from tests.conftest import wait_until
-from tests.integration.test_worker import working
+from tests.integration.test_worker import running_worker
 from tests.servers import PostgresServer
 
 SOON_SECONDS = 20
@@ -61,14 +61,14 @@ def listeners(app: Flask) -> list[int]:
 
 def test_a_job_saved_at_once(make_app: Callable[..., Flask], other: Flask) -> None:
     """Each job that another process saves is heard of."""
-    with working(deaf(make_app)):
+    with running_worker(deaf(make_app)):
         for number in range(3):
             ends_soon(other, enqueue_in(other, number))
 
 
 def test_a_job_that_joined_a_transaction(make_app: Callable[..., Flask], other: Flask) -> None:
     """A job is heard of when the transaction that it joined commits."""
-    with working(deaf(make_app)), other.app_context():
+    with running_worker(deaf(make_app)), other.app_context():
         session = other.extensions["sqlalchemy"].session
         job = run_background_job("tests.jobs.echo", parameters=[1], session=session)
         session.commit()
@@ -77,7 +77,7 @@ def test_a_job_that_joined_a_transaction(make_app: Callable[..., Flask], other: 
 
 def test_many_at_once(make_app: Callable[..., Flask], other: Flask) -> None:
     """All jobs of one call are heard of."""
-    with working(deaf(make_app)), other.app_context():
+    with running_worker(deaf(make_app)), other.app_context():
         state = state_of(other)
         jobs = enqueue(state, "tests.jobs.echo", None, [[n] for n in range(50)], NO_OPTIONS)
         assert [job.wait(SOON_SECONDS).result for job in jobs] == list(range(50))
@@ -85,7 +85,7 @@ def test_many_at_once(make_app: Callable[..., Flask], other: Flask) -> None:
 
 def test_a_delayed_job(make_app: Callable[..., Flask], other: Flask) -> None:
     """A job with a short delay is heard of as well, and the clock is set for it."""
-    with working(deaf(make_app)), other.app_context():
+    with running_worker(deaf(make_app)), other.app_context():
         job = run_background_job("tests.jobs.echo", parameters=[1], delay=0.5)
         assert job.wait(SOON_SECONDS).result == 1
 
@@ -93,7 +93,7 @@ def test_a_delayed_job(make_app: Callable[..., Flask], other: Flask) -> None:
 def test_a_retry_by_hand_and_a_resumed_queue(make_app: Callable[..., Flask], other: Flask) -> None:
     """What people make claimable again is heard of."""
     store = state_of(other).store
-    with working(deaf(make_app)), other.app_context():
+    with running_worker(deaf(make_app)), other.app_context():
         failed = run_background_job("tests.jobs.fail", retries=0)
         assert failed.wait(SOON_SECONDS).status == "failed"
         store.retry([failed.id])
@@ -111,7 +111,7 @@ def test_a_connection_that_is_cut_is_opened_again(
     make_app: Callable[..., Flask], other: Flask
 ) -> None:
     """A worker that can hear no more listens on a new connection, and looks what it missed."""
-    with working(deaf(make_app)):
+    with running_worker(deaf(make_app)):
         ends_soon(other, enqueue_in(other, 1))
         (pid,) = wait_until(lambda: listeners(other), "the listener")
         with state_of(other).store.host_engine.connect() as connection:
@@ -125,7 +125,7 @@ def test_a_two_phase_transaction_notifies_nobody(make_app: Callable[..., Flask])
     """A job may join a transaction that is prepared, which PostgreSQL allows no notification."""
     with PostgresServer(max_prepared_transactions="2") as server:
         app = make_app(database_url=server.url(server.create_database()))
-        with app.app_context(), working(app):
+        with app.app_context(), running_worker(app):
             session = sa.orm.Session(state_of(app).store.host_engine, twophase=True)
             job = run_background_job("tests.jobs.echo", parameters=[1], session=session)
             session.prepare()
