@@ -1,4 +1,4 @@
-"""Enqueueing by name and by decorator: what is stored, and what is refused."""
+"""Enqueueing by name and by decorator: which values are stored, and which are refused."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from tests.conftest import count_jobs, stored
 UTC = dt.UTC
 
 
-def test_the_call_of_the_model(app: Flask) -> None:
-    """The model's call enqueues: class, method, list of parameters, retries."""
+def test_positional_arguments(app: Flask) -> None:
+    """``run_background_job`` accepts class, method, parameters and retries as positional arguments,
+    and returns the job as it is stored."""
     job = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"], 3)
     assert isinstance(job, Job)
     assert (job.target, job.method, job.parameters) == (
@@ -49,8 +50,8 @@ def test_the_call_of_the_model(app: Flask) -> None:
         assert getattr(found, column.key) == getattr(job, column.key), column.key
 
 
-def test_an_enqueue_is_one_statement(app: Flask, state: AppState) -> None:
-    """A job of its own is one statement, which is its transaction: no round trip beside it."""
+def test_enqueue_is_one_statement(app: Flask, state: AppState) -> None:
+    """A job in its own transaction takes a single statement and no further round trip."""
     run_background_job("tests.jobs.echo")
     statements = []
 
@@ -64,10 +65,9 @@ def test_an_enqueue_is_one_statement(app: Flask, state: AppState) -> None:
 
 
 @pytest.mark.parametrize("joins", [True, False])
-def test_an_enqueue_without_tables_says_how_to_make_them(
-    empty_database_url: str, joins: bool
-) -> None:
-    """In one sentence, whether the job would join the session or not."""
+def test_enqueue_without_tables_names_the_command(empty_database_url: str, joins: bool) -> None:
+    """Without tables, the error names the command to create them in one sentence, with and without
+    a joined session."""
     app = build_app(empty_database_url)
     with app.app_context():
         session = app.extensions["sqlalchemy"].session
@@ -80,7 +80,7 @@ def test_an_enqueue_without_tables_says_how_to_make_them(
 
 
 def test_every_option_is_stored(app: Flask) -> None:
-    """Each option of the call is found in the row."""
+    """Each option of the call is stored in the row."""
     job = run_background_job(
         "tests.jobs.echo",
         parameters={"value": 7},
@@ -111,7 +111,7 @@ TICK = dt.timedelta(milliseconds=5)
 
 
 def test_run_at_is_stored_in_utc(app: Flask) -> None:
-    """A time with a zone is stored as that moment in UTC."""
+    """A time with a time zone is stored as the same moment in UTC."""
     zone = dt.timezone(dt.timedelta(hours=2))
     moment = dt.datetime.now(zone).replace(microsecond=123456) + dt.timedelta(hours=1)
     job = stored(app, run_background_job("tests.jobs.echo", run_at=moment))
@@ -119,7 +119,7 @@ def test_run_at_is_stored_in_utc(app: Flask) -> None:
 
 
 def test_parameters_round_trip(app: Flask) -> None:
-    """What JSON cannot say by itself comes back from the database the same."""
+    """Values that JSON cannot represent are read back from the database unchanged."""
     value = {
         "at": dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
         "day": dt.date(2026, 1, 2),
@@ -154,14 +154,15 @@ BAD_PARAMETERS = {
 
 @pytest.mark.parametrize(("parameters", "message"), BAD_PARAMETERS.values(), ids=BAD_PARAMETERS)
 def test_bad_parameters_are_refused(app: Flask, parameters: Any, message: str) -> None:
-    """Parameters that cannot be stored or do not fit are refused, and leave no row."""
+    """Parameters that cannot be stored, or do not fit the function, are refused and leave no
+    row."""
     with pytest.raises(InvalidJob, match=message):
         run_background_job("tests.jobs.echo", parameters=parameters)
     assert count_jobs(app) == 0
 
 
 def test_deep_and_self_containing_parameters_are_refused(app: Flask) -> None:
-    """100,000 levels, or a list that holds itself, are refused and do not crash."""
+    """A value 100,000 levels deep and a list that contains itself are refused without a crash."""
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -172,7 +173,7 @@ def test_deep_and_self_containing_parameters_are_refused(app: Flask) -> None:
     with pytest.raises(InvalidJob, match="contains itself"):
         run_background_job("tests.jobs.echo", parameters=[loop])
     while deep:
-        # Freed level by level: the interpreter would free it recursively.
+        # Free it level by level: the interpreter would recurse.
         deep = deep.pop()
     assert count_jobs(app) == 0
 
@@ -200,14 +201,14 @@ BAD_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
 def test_bad_options_are_refused(app: Flask, options: dict[str, Any]) -> None:
-    """An option that is not acceptable is refused with ``InvalidJob`` and leaves no row."""
+    """An invalid option is refused with ``InvalidJob`` and leaves no row."""
     with pytest.raises(InvalidJob):
         run_background_job("tests.jobs.echo", **options)
     assert count_jobs(app) == 0
 
 
-def test_negative_priority_is_fine(app: Flask) -> None:
-    """A negative priority is a low one."""
+def test_negative_priority_is_accepted(app: Flask) -> None:
+    """A negative priority is below the default."""
     assert stored(app, run_background_job("tests.jobs.echo", priority=-5)).claim_rank == 5
 
 
@@ -226,26 +227,27 @@ def test_negative_priority_is_fine(app: Flask) -> None:
         (None, None),
     ],
 )
-def test_what_is_not_allowed_is_refused_and_logged(
+def test_target_outside_allow_list_is_refused_and_logged(
     app: Flask, caplog: pytest.LogCaptureFixture, target: Any, method: Any
 ) -> None:
-    """A refusal raises, writes the model's log line, and leaves no row."""
+    """A target outside the allow-list raises, is logged, and leaves no row."""
     with pytest.raises(JobNotAllowed):
         run_background_job(target, method)
     assert "Unauthorized or invalid job class/method | Class:" in caplog.text
     assert count_jobs(app) == 0
 
 
-def test_a_taken_unique_key_gives_the_holder_back(app: Flask) -> None:
-    """While a job with the key is not finished, another enqueue inserts nothing."""
+def test_taken_unique_key_returns_the_holder(app: Flask) -> None:
+    """While an unfinished job holds the key, another enqueue returns that job and inserts
+    nothing."""
     first = run_background_job("tests.jobs.echo", unique_key="k", delay=60)
     second = run_background_job("tests.jobs.echo", unique_key="k")
     assert (second.id, second.deduplicated, first.deduplicated) == (first.id, True, False)
     assert count_jobs(app) == 1
 
 
-def test_a_finished_job_frees_its_key(app: Flask, state: AppState) -> None:
-    """A finished job keeps its ``unique_key`` to be read, and lets another one have it."""
+def test_finished_job_releases_its_unique_key(app: Flask, state: AppState) -> None:
+    """A finished job keeps its ``unique_key`` for reading, and another job can take it."""
     first = run_background_job("tests.jobs.echo", unique_key="k")
     state.store.cancel([first.id])
     second = run_background_job("tests.jobs.echo", unique_key="k")
@@ -253,8 +255,9 @@ def test_a_finished_job_frees_its_key(app: Flask, state: AppState) -> None:
     assert stored(app, first).unique_key == "k"
 
 
-def test_a_retry_takes_the_key_again_or_is_refused(app: Flask, state: AppState) -> None:
-    """A retry by hand is refused while another job holds the key, and takes it afterwards."""
+def test_manual_retry_needs_the_unique_key(app: Flask, state: AppState) -> None:
+    """A manual retry is refused while another job holds the key, and takes the key again when it is
+    free."""
     first = run_background_job("tests.jobs.echo", unique_key="k")
     state.store.cancel([first.id])
     second = run_background_job("tests.jobs.echo", unique_key="k")
@@ -264,8 +267,8 @@ def test_a_retry_takes_the_key_again_or_is_refused(app: Flask, state: AppState) 
     assert run_background_job("tests.jobs.echo", unique_key="k").id == first.id
 
 
-def test_racing_enqueues_with_one_key_make_one_job(app: Flask) -> None:
-    """Twenty threads with the same key make one job between them."""
+def test_concurrent_enqueues_with_one_key_create_one_job(app: Flask) -> None:
+    """Twenty threads that enqueue with the same key create one job."""
     ids: list[int] = []
 
     def enqueue() -> None:
@@ -282,15 +285,15 @@ def test_racing_enqueues_with_one_key_make_one_job(app: Flask) -> None:
     assert count_jobs(app) == 1
 
 
-def test_wait_says_what_to_look_at(app: Flask) -> None:
-    """``wait`` gives up after its time-out and says where to look."""
+def test_wait_timeout_names_the_queue(app: Flask) -> None:
+    """When ``wait`` times out, the error names the queue to check."""
     job = run_background_job("tests.jobs.echo", queue="mail")
     with pytest.raises(WaitTimeout, match="'mail'"):
         job.wait(timeout=0.05)
 
 
 def test_large_jobs_are_inserted_in_statements_of_limited_size(state: AppState) -> None:
-    """Many large jobs go into several statements of one transaction, in order."""
+    """Many large jobs are inserted in several statements, in order."""
     sizes = []
 
     def note(_c: Any, _k: Any, statement: str, parameters: Any, *_rest: Any) -> None:
@@ -300,9 +303,9 @@ def test_large_jobs_are_inserted_in_statements_of_limited_size(state: AppState) 
     sa.event.listen(state.store.engine, "before_cursor_execute", note)
     letters = [chr(ord("a") + n) for n in range(12)]
     sets = [[letter * 700_000] for letter in letters]
-    made = enqueue(state, "tests.jobs.echo", None, sets, JobOptions())
-    assert [job.parameters[0][0] for job in made] == letters
-    assert [job.id for job in made] == sorted({job.id for job in made})
+    jobs = enqueue(state, "tests.jobs.echo", None, sets, JobOptions())
+    assert [job.parameters[0][0] for job in jobs] == letters
+    assert [job.id for job in jobs] == sorted({job.id for job in jobs})
     assert len(sizes) > 1
     assert max(sizes) < 4 * 1024 * 1024
 
@@ -324,8 +327,8 @@ class TestDecorator:
             app.extensions["bgjobs"].store.dispose()
             db.engine.dispose()
 
-    def test_a_call_runs_here_and_enqueue_in_the_background(self, shop: BgJobs) -> None:
-        """The decorated function is still that function; ``enqueue`` makes a job of it."""
+    def test_decorated_function_can_be_called_and_enqueued(self, shop: BgJobs) -> None:
+        """Calling the decorated function runs it; ``enqueue`` creates a job."""
 
         @shop.job(name="double", queue="mail", retries=5, timeout=30)
         def double(number: int, *, by: int = 2) -> int:
@@ -340,8 +343,8 @@ class TestDecorator:
         assert double.enqueue(number=7).parameters == {"number": 7}
         assert double.enqueue(7, by=3).parameters == {"number": 7, "by": 3}
 
-    def test_using_overrides_and_keeps_the_rest(self, shop: BgJobs) -> None:
-        """``using`` changes what it names; ``None`` means the decorator's value."""
+    def test_using_overrides_decorator_options(self, shop: BgJobs) -> None:
+        """``using`` overrides the given options; ``None`` keeps the decorator's value."""
 
         @shop.job(name="one", queue="mail", delay=60, priority="high")
         def one(number: int) -> None: ...
@@ -352,7 +355,8 @@ class TestDecorator:
         assert one.using(run_at=later).enqueue(1).status == "scheduled"
 
     def test_enqueue_many_takes_a_session(self, shop: BgJobs) -> None:
-        """As ``using(session=…)`` does, which it goes before."""
+        """``session=`` of ``enqueue_many`` joins that session, and overrides
+        ``using(session=…)``."""
 
         @shop.job(name="shop.joined")
         def joined(value: int) -> int:
@@ -360,13 +364,14 @@ class TestDecorator:
 
         session = current_app.extensions["sqlalchemy"].session
         for job in (joined, joined.using(session=None)):
-            made = shop.enqueue_many(job, [(1,), (2,)], session=session)
-            assert [each.id for each in made] != []
+            enqueued = shop.enqueue_many(job, [(1,), (2,)], session=session)
+            assert [each.id for each in enqueued] != []
             session.rollback()
         assert count_jobs(current_app) == 0
 
-    def test_an_option_among_the_parameters_is_explained(self, shop: BgJobs) -> None:
-        """Where other queues take options, ours take parameters."""
+    def test_option_passed_as_parameter_is_explained(self, shop: BgJobs) -> None:
+        """If an option is passed as a parameter, as in other job queues, the error says where to
+        pass it."""
 
         @shop.job(name="shop.work")
         def work(number: int) -> None: ...
@@ -378,29 +383,31 @@ class TestDecorator:
             run_background_job("shop.work", [1])  # type: ignore[arg-type]  # the mistake
 
     @pytest.mark.parametrize("thing", [print, "shop.work", None], ids=repr)
-    def test_enqueue_many_of_anything_else_is_refused(self, shop: BgJobs, thing: Any) -> None:
-        """It says what it needs."""
+    def test_enqueue_many_needs_a_decorated_function(self, shop: BgJobs, thing: Any) -> None:
+        """For anything but a decorated function, the error of ``enqueue_many`` says that it needs
+        one."""
         with pytest.raises(InvalidJob, match=r"needs a function decorated with @bgjobs\.job"):
             shop.enqueue_many(thing, [(1,)])
 
     def test_enqueue_many_is_one_transaction_in_order(self, shop: BgJobs) -> None:
-        """Many jobs come back in order; when one is bad, none is enqueued."""
+        """``enqueue_many`` returns the jobs in order; if one is invalid, none is enqueued."""
 
         @shop.job(name="number")
         def number(value: int) -> None: ...
 
-        made = shop.enqueue_many(number.using(priority=2), [(n,) for n in range(2_500)])
-        assert [job.parameters for job in made] == [[n] for n in range(2_500)]
-        assert [job.id for job in made] == sorted(job.id for job in made)
-        assert {job.priority for job in made} == {2}
+        jobs = shop.enqueue_many(number.using(priority=2), [(n,) for n in range(2_500)])
+        assert [job.parameters for job in jobs] == [[n] for n in range(2_500)]
+        assert [job.id for job in jobs] == sorted(job.id for job in jobs)
+        assert {job.priority for job in jobs} == {2}
         with pytest.raises(InvalidJob):
             shop.enqueue_many(number, [(1,), (float("nan"),)])
         with pytest.raises(InvalidJob, match="one by one"):
             shop.enqueue_many(number.using(unique_key="k"), [(1,), (2,)])
         assert shop.enqueue_many(number, []) == []
 
-    def test_by_name_uses_the_decorators_options(self, shop: BgJobs) -> None:
-        """``run_background_job`` with a decorated name takes the decorator's options."""
+    def test_enqueue_by_name_uses_decorator_options(self, shop: BgJobs) -> None:
+        """``run_background_job`` with the name of a decorated function uses the decorator's
+        options."""
 
         @shop.job(name="named", queue="mail")
         def named() -> None: ...
@@ -409,7 +416,7 @@ class TestDecorator:
         assert run_background_job("named", queue="other").queue == "other"
 
     def test_bad_arguments_are_refused_at_enqueue(self, shop: BgJobs) -> None:
-        """A call that does not fit the function is refused when it is enqueued."""
+        """Arguments that do not fit the function are refused when the job is enqueued."""
 
         @shop.job(name="strict")
         def strict(a: int, /, b: int = 0) -> None: ...
@@ -418,8 +425,8 @@ class TestDecorator:
             with pytest.raises(InvalidJob):
                 strict.enqueue(*args, **kwargs)  # type: ignore[arg-type]  # wrong on purpose
 
-    def test_names_that_no_worker_could_find_need_name(self, shop: BgJobs) -> None:
-        """A function inside another one needs ``name=``, and no name is given twice."""
+    def test_nested_function_needs_a_unique_name(self, shop: BgJobs) -> None:
+        """A function inside another function needs ``name=``, and a name can be used only once."""
         with pytest.raises(ConfigError, match="name="):
 
             @shop.job
@@ -429,21 +436,21 @@ class TestDecorator:
         with pytest.raises(ConfigError, match="already"):
             shop.job(name="taken")(lambda: None)
 
-    def test_an_unknown_option_is_an_error(self, shop: BgJobs) -> None:
-        """A misspelt option is an error and not ignored."""
+    def test_unknown_option_raises(self, shop: BgJobs) -> None:
+        """A misspelt option raises instead of being ignored."""
         with pytest.raises(TypeError, match="retires"):
             shop.job(name="x", retires=3)  # type: ignore[call-overload]  # wrong on purpose
 
 
 def test_errors_are_bgjobs_errors() -> None:
-    """One ``except BgJobsError`` catches every refusal."""
+    """``except BgJobsError`` catches all these errors."""
     for error in (InvalidJob, JobNotAllowed, UniqueKeyTaken, WaitTimeout, ConfigError):
         assert issubclass(error, BgJobsError)
 
 
-def test_a_fork_does_not_share_connections(app: Flask) -> None:
-    """A child that was forked after the parent enqueued opens connections of its own."""
-    parents = run_background_job("tests.jobs.echo")
+def test_forked_child_opens_its_own_connections(app: Flask) -> None:
+    """A child process forked after the parent enqueued a job uses its own connections."""
+    parent_job = run_background_job("tests.jobs.echo")
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -457,12 +464,12 @@ def test_a_fork_does_not_share_connections(app: Flask) -> None:
     os.close(reader)
     os.close(writer)
     assert engine_id != id(app.extensions["bgjobs"].store.engine)
-    assert job_id == parents.id + 1
+    assert job_id == parent_job.id + 1
     assert stored(app, job_id).status == "pending"
 
 
-def test_outside_an_app_context_flask_says_so(make_app: Callable[..., Flask]) -> None:
-    """Without an application context the error is Flask's own."""
+def test_enqueue_outside_app_context_raises_flask_error(make_app: Callable[..., Flask]) -> None:
+    """Without an application context, Flask's own error is raised."""
     make_app()
     with pytest.raises(RuntimeError, match="application context"):
         run_background_job("tests.jobs.echo")

@@ -1,4 +1,4 @@
-"""Lists of jobs: every filter and order beside a plain reading of all rows, on each database."""
+"""Lists of jobs: each filter and order gives the same result as filtering all rows in Python."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
 
 START = dt.datetime(2026, 1, 1, 12)
-_ENDED = {status.value for status in FINAL}
+_FINAL = {status.value for status in FINAL}
 
 
 def _add(store: Store, number: int, seed: int = 3) -> None:
-    """Jobs of every status and of several queues, a second apart, with some at one moment."""
-    made = run_background_job("tests.jobs.echo", parameters=["x"])
+    """Add jobs of all statuses in several queues, created one second apart; some share other
+    times."""
+    template = run_background_job("tests.jobs.echo", parameters=["x"])
     chance = random.Random(seed)
     columns = {c.name: c for c in Job.__table__.c if c.name != "id"}
     with store.read() as connection:
-        row = connection.execute(sa.select(*columns.values()).where(Job.id == made.id)).one()
-    store.delete([made.id])
+        row = connection.execute(sa.select(*columns.values()).where(Job.id == template.id)).one()
+    store.delete([template.id])
     rows = []
     for index in range(number):
         status = chance.choice(list(JobStatus)).value
@@ -46,7 +47,7 @@ def _add(store: Store, number: int, seed: int = 3) -> None:
             "created_at": moment,
             "run_at": START + dt.timedelta(minutes=chance.randrange(5)),
             "finished_at": START + dt.timedelta(hours=chance.randrange(5))
-            if status in _ENDED
+            if status in _FINAL
             else None,
             "owner": chance.choice([None, "anna", "bert"]),
             "tags": chance.choice([None, '["a"]', '["a","b"]', '["A","bb"]']),
@@ -57,13 +58,13 @@ def _add(store: Store, number: int, seed: int = 3) -> None:
     store.transaction(lambda connection: connection.execute(sa.insert(Job.__table__), rows))
 
 
-def _all(store: Store) -> list[Any]:
+def _all_rows(store: Store) -> list[Any]:
     with store.read() as connection:
         return list(connection.execute(sa.select(Job.__table__)))
 
 
 def _pages(state: AppState, filters: JobFilters, per: int) -> list[int]:
-    """The ids of all pages, walked to the end; and back, which must give the same."""
+    """The ids on all pages, read to the end and back. Both directions must give the same pages."""
     down: list[list[int]] = []
     after = None
     while True:
@@ -99,8 +100,8 @@ def _expected(rows: list[Any], filters: JobFilters) -> list[int]:
 
 
 def _last_event(row: Any) -> dt.datetime:
-    when: dt.datetime = row.finished_at or row.claimed_at or row.created_at
-    return when
+    last: dt.datetime = row.finished_at or row.claimed_at or row.created_at
+    return last
 
 
 @pytest.mark.parametrize("sort", ORDERS)
@@ -132,31 +133,34 @@ def _last_event(row: Any) -> dt.datetime:
 def test_every_filter_in_every_order(
     app: Flask, state: AppState, store: Store, sort: str, changes: dict[str, Any]
 ) -> None:
-    """All pages together are what a plain reading finds, in its order, there and back."""
+    """All pages together contain the jobs that match the filters, in the right order, in both
+    directions."""
     _add(store, 150)
     filters = JobFilters(sort=sort, **changes)
-    expected = _expected(_all(store), filters)
+    expected = _expected(_all_rows(store), filters)
     assert _pages(state, filters, 7) == expected
     assert _pages(state, filters, 200) == expected
 
 
-def test_a_slow_answer_fills_its_page(
+def test_slow_database_still_fills_pages(
     app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Time that a busy database takes ends a search, but leaves out no job that was found."""
+    """If a search exceeds its time because the database is slow, the page still contains the jobs
+    that were found."""
     _add(store, 60)
     filters = JobFilters(sort="-due")
-    expected = _expected(_all(store), filters)
+    expected = _expected(_all_rows(store), filters)
     monkeypatch.setattr(listing, "_SEARCH_SECONDS", -1.0)
     assert _pages(state, filters, 7) == expected
     page = list_jobs(state, filters, per=7)
     assert (len(page.jobs), page.is_cut) == (7, False)
 
 
-def test_a_slow_search_is_stopped(
+def test_slow_search_continues_on_next_page(
     app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search whose time is over returns what it has found, and goes on from there."""
+    """A search that exceeds its time returns the jobs found so far, and the next page continues
+    from there."""
     _add(store, 60)
     monkeypatch.setattr(listing, "_SEARCH_SECONDS", -1.0)
     found: list[int] = []
@@ -169,31 +173,32 @@ def test_a_slow_search_is_stopped(
         if page.older is None:
             break
         after = page.older
-    assert found == _expected(_all(store), JobFilters(queues=("mail",)))
+    assert found == _expected(_all_rows(store), JobFilters(queues=("mail",)))
     assert cuts > 0
 
 
-def test_a_page_of_one_moment(app: Flask, state: AppState, store: Store) -> None:
-    """Jobs that ended in one microsecond are on pages of their own, none twice, none lost."""
+def test_jobs_with_equal_times_are_paged(app: Flask, state: AppState, store: Store) -> None:
+    """Jobs that finished in the same microsecond appear on exactly one page each."""
     _add(store, 40)
     moment = START.replace(microsecond=123_456)
     change = sa.update(Job).values(status="completed", finished_at=moment)
     store.transaction(lambda connection: connection.execute(change))
     for sort in ("finished", "-finished"):
         filters = JobFilters(sort=sort)
-        assert _pages(state, filters, 3) == _expected(_all(store), filters)
+        assert _pages(state, filters, 3) == _expected(_all_rows(store), filters)
 
 
 @pytest.mark.parametrize("sort", ["-created", "created", "-finished"])
-def test_a_search_reads_its_share_and_goes_on(
+def test_search_reads_limited_rows_per_page(
     app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch, sort: str
 ) -> None:
-    """What no index knows is looked for in a part of the rows; the next page searches on."""
+    """A filter without an index searches a limited number of rows per page; the next page continues
+    the search."""
     monkeypatch.setattr(listing, "SEARCHED_ROWS", 10)
     _add(store, 120)
     filters = JobFilters(sort=sort, queues=("mail",), statuses=("completed", "failed"))
     first = list_jobs(state, filters, per=50)
-    expected = _expected(_all(store), filters)
+    expected = _expected(_all_rows(store), filters)
     assert first.searches_on
     assert [row.id for row in first.jobs] == expected[: len(first.jobs)]
     assert len(first.jobs) < len(expected)
@@ -205,13 +210,14 @@ def test_a_search_reads_its_share_and_goes_on(
     assert found == expected
 
 
-def test_a_job_that_is_named_is_found_at_once(
+def test_job_id_is_found_beyond_the_search_limit(
     app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An id is found beyond the end of the search, and the search goes on from its end."""
+    """A search for an id finds it beyond the limit of searched rows, and continues from that
+    limit."""
     monkeypatch.setattr(listing, "SEARCHED_ROWS", 3)
     _add(store, 10)
-    ids = sorted(row.id for row in _all(store))
+    ids = sorted(row.id for row in _all_rows(store))
     page = list_jobs(state, JobFilters(q=f"{ids[0]},{ids[1]}"), per=1)
     assert [row.id for row in page.jobs] == [ids[1]]
     found = {ids[1]}
@@ -221,11 +227,11 @@ def test_a_job_that_is_named_is_found_at_once(
     assert found == {ids[0], ids[1]}
 
 
-class TestWords:
+class TestSearch:
     @pytest.fixture
     def ids(self, app: Flask, state: AppState) -> dict[str, int]:
-        """A few jobs with something to find, by a name for each."""
-        made = {
+        """Jobs with searchable values, by a short name."""
+        jobs = {
             "order": run_background_job(
                 "tests.jobs.echo",
                 parameters={"value": {"order": {"id": 7, "ok": True, "at": START}}},
@@ -245,7 +251,7 @@ class TestWords:
             .values(status="failed", error="Timeout: it timed out", worker_id=12)
         )
         state.store.transaction(lambda connection: connection.execute(change))
-        return {**{name: job.id for name, job in made.items()}, "failed": failed.id}
+        return {**{name: job.id for name, job in jobs.items()}, "failed": failed.id}
 
     @pytest.mark.parametrize(
         ("q", "names"),
@@ -279,15 +285,15 @@ class TestWords:
             ("job:login", {"secret"}),
         ],
     )
-    def test_words_find(
+    def test_search_fields(
         self, state: AppState, ids: dict[str, int], q: str, names: set[str]
     ) -> None:
-        """Each field finds what it names, and nothing finds what is masked."""
+        """Each search term finds the jobs with that value, and no term finds a masked value."""
         found = {row.id for row in list_jobs(state, JobFilters(q=q)).jobs}
         assert found == {ids[name] for name in names}
 
-    def test_ids_find(self, state: AppState, ids: dict[str, int]) -> None:
-        """A job is found by its id, with or without a word before it."""
+    def test_search_by_id(self, state: AppState, ids: dict[str, int]) -> None:
+        """A search by id finds the job, with and without the prefix ``id:``."""
         order, secret = ids["order"], ids["secret"]
         for q in (f"id:{order}", f"#{order}", f"id:#{order},{order}"):
             assert order in {row.id for row in list_jobs(state, JobFilters(q=q)).jobs}
@@ -295,21 +301,21 @@ class TestWords:
         assert {row.id for row in both} == {order, secret}
         assert list_jobs(state, JobFilters(q="id:9223372036854775807")).jobs == []
 
-    def test_exact_names(self, state: AppState, ids: dict[str, int]) -> None:
-        """The filter by a name takes the whole name."""
+    def test_job_filter_matches_whole_name(self, state: AppState, ids: dict[str, int]) -> None:
+        """The ``job`` filter matches only the whole name."""
         assert len(list_jobs(state, JobFilters(job="tests.jobs.echo")).jobs) == 4
         assert list_jobs(state, JobFilters(job="tests.jobs")).jobs == []
 
 
 @pytest.mark.parametrize("sort", ["-created", "-finished"])
 @pytest.mark.parametrize("cursor", ["", "x", "eDox", "é", "a" * 500, "OTk5" * 7])
-def test_a_cursor_that_is_none(app: Flask, state: AppState, cursor: str, sort: str) -> None:
-    """A cursor that nobody made is refused."""
+def test_invalid_cursor_is_refused(app: Flask, state: AppState, cursor: str, sort: str) -> None:
+    """An invalid cursor is refused."""
     with pytest.raises(InvalidCursor):
         list_jobs(state, JobFilters(sort=sort), after=cursor)
 
 
-def test_a_cursor_of_another_list(app: Flask, state: AppState, store: Store) -> None:
+def test_cursor_of_another_order_is_refused(app: Flask, state: AppState, store: Store) -> None:
     """A cursor of a list in another order is refused."""
     _add(store, 40)
     for mine, other in (("-created", "finished"), ("-finished", "created")):
@@ -326,7 +332,7 @@ def test_a_cursor_of_another_list(app: Flask, state: AppState, store: Store) -> 
         ({"q": "colour:red"}, InvalidSearch),
     ],
 )
-def test_filters_that_are_none(changes: dict[str, Any], error: type[Exception]) -> None:
-    """What cannot be asked for is refused at once."""
+def test_invalid_filters_are_refused(changes: dict[str, Any], error: type[Exception]) -> None:
+    """An unknown status, order or search field is refused at once."""
     with pytest.raises(error):
         JobFilters(**changes)

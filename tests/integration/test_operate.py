@@ -1,4 +1,4 @@
-"""The operator's commands: numbers, queues, workers, prune, health, and many jobs at once."""
+"""The operator's commands: statistics, queues, workers, prune, health, and changes of many jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flask_bgjobs.models import Queue, Worker
 from flask_bgjobs.operations import actions
 from flask_bgjobs.operations.queries import queue_stats, service_now
 from flask_bgjobs.options import JobOptions
-from flask_bgjobs.registry import Decorated
+from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.signals import job_cancelled
 from flask_bgjobs.state import AppState
 from flask_bgjobs.testing import drain
@@ -48,27 +48,28 @@ def change(state: AppState, statement: Any) -> None:
 
 
 def silence(state: AppState, worker_id: int, seconds: float = 3_600) -> None:
-    """Let a worker's last heartbeat be long ago."""
+    """Set a worker's last heartbeat to a long time ago."""
     long_ago = state.store.after(sa.literal(-seconds))
     change(state, sa.update(Worker).where(Worker.id == worker_id).values(heartbeat_at=long_ago))
 
 
-def with_status(state: AppState, *statuses: str) -> list[int]:
+def ids_with_status(state: AppState, *statuses: str) -> list[int]:
     statement = sa.select(Job.id).where(Job.status.in_(statuses)).order_by(Job.id)
     with state.store.read() as connection:
         return list(connection.scalars(statement))
 
 
-def read(run: Any, *words: str, code: int = 0) -> Any:
+def run_json(run: Any, *words: str, code: int = 0) -> Any:
     return json.loads(run(*words, "--json", code=code))
 
 
-# Numbers
+# Statistics
 
 
 @pytest.mark.parametrize("most", [1, None])
-def test_the_oldest_is_one_that_others_overtake(state: AppState, most: int | None) -> None:
-    """A queue's oldest pending job is told, whatever its priority and however few are counted."""
+def test_oldest_pending_job_at_any_priority(state: AppState, most: int | None) -> None:
+    """The time of a queue's oldest pending job is correct at any priority, also if few jobs are
+    counted."""
     chance = random.Random(11)
     now = service_now(state).now
     oldest: dict[str, dt.datetime] = {}
@@ -84,7 +85,7 @@ def test_the_oldest_is_one_that_others_overtake(state: AppState, most: int | Non
 
 
 def test_stats(state: AppState, run: Any) -> None:
-    """``stats`` counts jobs by status and queue, what the last hour brought, and workers."""
+    """``stats`` counts jobs by status and queue, jobs finished in the last hour, and workers."""
     add(state, 2, queue="mail", run_at=state.store.after(sa.literal(-120.0)))
     add(state, 1, queue="mail", status="scheduled")
     add(state, 1, status="running")
@@ -93,7 +94,7 @@ def test_stats(state: AppState, run: Any) -> None:
     add(state, 1, status="failed", age=3_000)
     register(state, "alive")
     silence(state, register(state, "silent"))
-    data = read(run, "stats")
+    data = run_json(run, "stats")
     assert data["jobs"] == {
         "scheduled": 1,
         "pending": 2,
@@ -117,15 +118,15 @@ def test_stats(state: AppState, run: Any) -> None:
 
 
 def test_stats_of_an_empty_database(run: Any) -> None:
-    """Without any job all numbers are 0."""
-    assert set(read(run, "stats")["jobs"].values()) == {0}
+    """In an empty database, all numbers are 0."""
+    assert set(run_json(run, "stats")["jobs"].values()) == {0}
     assert "Workers: 0 alive, 0 silent" in run("stats")
     assert run("queues") == "No queues yet\n"
     assert run("workers") == "No workers\n"
 
 
 def test_queues(state: AppState, run: Any) -> None:
-    """``queues`` says what each queue holds, since when it is paused, and who serves it."""
+    """``queues`` shows the jobs and workers of each queue, and since when it is paused."""
     for status in ("pending", "scheduled", "retrying", "running", "completed"):
         add(state, 1, queue="mail", status=status)
     add(state, 2, queue="low")
@@ -133,7 +134,7 @@ def test_queues(state: AppState, run: Any) -> None:
     register(state, "mailer", queues=["mail"])
     silence(state, register(state, "silent", queues=["low"]))
     run("pause", "low")
-    low, mail = read(run, "queues")
+    low, mail = run_json(run, "queues")
     numbers = ("pending", "scheduled", "retrying", "running", "workers")
     assert [mail[key] for key in ("name", *numbers)] == ["mail", 1, 1, 1, 1, 2]
     assert [low[key] for key in ("name", *numbers)] == ["low", 2, 0, 0, 0, 1]
@@ -145,13 +146,13 @@ def test_queues(state: AppState, run: Any) -> None:
 
 
 def test_workers(state: AppState, run: Any) -> None:
-    """``workers`` shows who lives and who is silent, and with ``--all`` who has ended."""
+    """``workers`` shows live and silent workers, and with ``--all`` also stopped ones."""
     first = register(state, "first", concurrency=4, queues=["mail", "low"])
     silent, stopped = register(state, "second"), register(state, "third")
     add(state, 3, status="running", worker_id=first)
     silence(state, silent)
     state.store.stop_worker(stopped)
-    found = read(run, "workers")
+    found = run_json(run, "workers")
     assert [(each["name"], each["status"]) for each in found] == [
         ("second", "silent"),
         ("first", "alive"),
@@ -159,7 +160,7 @@ def test_workers(state: AppState, run: Any) -> None:
     assert (found[1]["queues"], found[1]["concurrency"]) == (["mail", "low"], 4)
     assert (found[1]["running"], found[0]["running"]) == (3, 0)
     assert found[0]["heartbeat_age_seconds"] >= 3_600
-    assert [each["status"] for each in read(run, "workers", "--all")][2:] == ["stopped"]
+    assert [each["status"] for each in run_json(run, "workers", "--all")][2:] == ["stopped"]
     output = run("workers", "--all")
     for text in ("mail,low", "1 h ago", "silent", "stopped"):
         assert text in output
@@ -168,8 +169,8 @@ def test_workers(state: AppState, run: Any) -> None:
 # Pause and resume
 
 
-def test_a_paused_queue_is_not_claimed(state: AppState, run: Any) -> None:
-    """No worker claims from a paused queue, until it is resumed."""
+def test_paused_queue_is_not_claimed(state: AppState, run: Any) -> None:
+    """No worker claims from a paused queue until it is resumed."""
     (job_id,) = add(state, 1, queue="mail")
     worker = register(state, "one")
     assert run("pause", "mail") == "Queue mail paused\n"
@@ -180,8 +181,8 @@ def test_a_paused_queue_is_not_claimed(state: AppState, run: Any) -> None:
     assert [spec.id for spec in state.store.claim(worker, 10)] == [job_id]
 
 
-def test_pausing_again_keeps_the_time(state: AppState) -> None:
-    """A second pause does not make a queue look as if it had been paused just now."""
+def test_second_pause_keeps_the_time(state: AppState) -> None:
+    """Pausing a paused queue again does not change the time of the pause."""
     assert actions.pause(state, "default") is True
     long_ago = state.store.after(sa.literal(-DAY))
     change(state, sa.update(Queue).values(paused_at=long_ago))
@@ -193,27 +194,27 @@ def test_pausing_again_keeps_the_time(state: AppState) -> None:
 
 @pytest.mark.parametrize("status", ["pending", "scheduled", "retrying"])
 def test_queues_of_waiting_jobs_are_known(state: AppState, status: str) -> None:
-    """A queue can be paused while a job waits in it, or the configuration names it."""
+    """A queue can be paused if a job waits in it, or if it is the default queue."""
     add(state, 1, queue="mail", status=status)
     assert actions.pause(state, "mail")
     assert actions.pause(state, "default")
 
 
-def test_queues_that_had_work_are_known(state: AppState, run: Any) -> None:
-    """A queue of which a worker has taken a job can be paused for ever after."""
+def test_queues_of_claimed_jobs_are_known(state: AppState, run: Any) -> None:
+    """A queue can still be paused after its last job was claimed and finished."""
     run_background_job("tests.jobs.echo", queue="mail")
     run("worker", "--burst")
     assert actions.pause(state, "mail")
 
 
 def test_configured_queues_are_known(make_app: Callable[..., Flask]) -> None:
-    """A queue of BGJOBS_QUEUES can be paused before it has had a job."""
+    """A queue of BGJOBS_QUEUES can be paused before its first job."""
     app = make_app(BGJOBS_QUEUES=["urgent"])
     assert actions.pause(app.extensions["bgjobs"], "urgent")
 
 
 def test_unknown_queues_are_refused(state: AppState, run: Any) -> None:
-    """A queue that nothing knows is an error with a suggestion, and no row is made of it."""
+    """For an unknown queue, ``pause`` and ``resume`` fail with a suggestion and create no row."""
     add(state, 1, queue="mail")
     for command in ("pause", "resume"):
         assert "did you mean 'mail'?" in run(command, "mial", code=1)
@@ -227,42 +228,43 @@ def test_unknown_queues_are_refused(state: AppState, run: Any) -> None:
 # Prune
 
 
-def test_prune_goes_by_the_retention(app: Flask, state: AppState, run: Any) -> None:
-    """``prune`` says how many jobs it would delete, and deletes them when told yes."""
+def test_prune_follows_the_retention(app: Flask, state: AppState, run: Any) -> None:
+    """``prune`` shows how many jobs it would delete by BGJOBS_RETENTION, and deletes them after
+    confirmation."""
     add(state, 2, status="completed", age=8 * DAY)
     add(state, 1, status="failed", age=8 * DAY)
     assert "Permanently delete 2 jobs? [y/N]" in run("prune", answer="n\n", code=1)
     assert count_jobs(app) == 3
     assert run("prune", answer="y\n").endswith("2 jobs deleted, 0 referenced by other tables\n")
     assert run("prune") == "0 jobs deleted, 0 referenced by other tables\n"
-    assert with_status(state, "failed") == [3]
+    assert ids_with_status(state, "failed") == [3]
 
 
 def test_prune_by_status_and_age(app: Flask, state: AppState, run: Any) -> None:
-    """``--status`` and ``--older-than`` stand above the configuration."""
+    """``--status`` and ``--older-than`` override the configuration."""
     for status in ("completed", "failed", "cancelled"):
         add(state, 1, status=status, age=2 * DAY)
         add(state, 1, status=status, age=3_600)
     words = ("--status", "failed", "--status", "cancelled", "--older-than", "1d", "--yes")
     assert run("prune", *words) == "2 jobs deleted, 0 referenced by other tables\n"
-    assert len(with_status(state, "completed")) == 2
+    assert len(ids_with_status(state, "completed")) == 2
     assert run("prune", "--older-than", "1h", "--yes").startswith("4 jobs deleted")
     assert count_jobs(app) == 0
 
 
-def test_prune_leaves_what_a_host_holds(app: Flask, state: AppState, run: Any) -> None:
-    """Jobs that a host's foreign key holds are counted and stay; a thousand others go."""
+def test_prune_keeps_jobs_with_foreign_keys(app: Flask, state: AppState, run: Any) -> None:
+    """Jobs that another table refers to are counted and kept; a thousand others are deleted."""
     held = add(state, 3, status="completed", age=8 * DAY)
     add(state, 1_001, status="completed", age=8 * DAY)
     change(state, sa.text(EXPORT))
     for job_id in held:
         change(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
     assert run("prune", "--yes") == "1,001 jobs deleted, 3 referenced by other tables\n"
-    assert with_status(state, "completed") == held
+    assert ids_with_status(state, "completed") == held
 
 
-def test_prune_keeps_for_ever(make_app: Callable[..., Flask]) -> None:
-    """Where BGJOBS_RETENTION is ``None``, only an age on the command line deletes anything."""
+def test_prune_without_retention(make_app: Callable[..., Flask]) -> None:
+    """If BGJOBS_RETENTION is ``None``, ``prune`` deletes jobs only with ``--older-than``."""
     app = make_app(BGJOBS_RETENTION=None)
     with app.app_context():
         add(app.extensions["bgjobs"], 1, status="completed", age=999 * DAY)
@@ -274,44 +276,44 @@ def test_prune_keeps_for_ever(make_app: Callable[..., Flask]) -> None:
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "-7d", "7w", "soon", "1e9d", ""])
-def test_nonsense_is_no_duration(state: AppState, run: Any, text: str) -> None:
-    """What is no duration ends with exit code 2, and deletes nothing."""
+def test_invalid_duration_is_refused(state: AppState, run: Any, text: str) -> None:
+    """An invalid duration ends with exit code 2 and deletes nothing."""
     add(state, 1, status="completed", age=8 * DAY)
     assert "not '" in run("prune", "--yes", "--older-than", text, code=2)
     run("delete", "--yes", "--since", text, code=2)
-    assert with_status(state, "completed") == [1]
+    assert ids_with_status(state, "completed") == [1]
 
 
 # Health
 
 
 def test_health(state: AppState, run: Any) -> None:
-    """``health`` is exit code 0 while a worker is alive, and names work that nobody serves."""
+    """``health`` exits with 0 while a worker is alive, and names queues that no worker serves."""
     assert run("health", code=1).startswith("Not healthy: no worker is alive")
     worker = register(state, "one", queues=["default"])
     assert run("health") == "Healthy: 1 worker alive\n"
     add(state, 1, queue="mail")
     assert run("health") == "Healthy: 1 worker alive; no live worker serves mail\n"
-    data = read(run, "health")
+    data = run_json(run, "health")
     assert (data["healthy"], data["database"], data["alive"]) == (True, True, 1)
     assert data["unserved"] == ["mail"]
     silence(state, worker)
     assert "no worker is alive" in run("health", code=1)
-    data = read(run, "health", code=1)
+    data = run_json(run, "health", code=1)
     assert (data["healthy"], data["database"], data["silent"]) == (False, True, 1)
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [(None, "then `flask db upgrade`"), ("sqlite:////nowhere/at/all.db", "unable to open")],
 )
-def test_health_without_a_database(empty_database_url: str, url: str | None, said: str) -> None:
-    """A database that does not answer is one sentence and exit code 1, in JSON as well."""
+def test_health_without_database(empty_database_url: str, url: str | None, message: str) -> None:
+    """If the database cannot be used, ``health`` prints one sentence or JSON, and exits with 1."""
     app = build_app(url or empty_database_url)
     result = app.test_cli_runner().invoke(args=["bgjobs", "health"])
     assert result.exit_code == 1
     assert result.output.startswith("Not healthy: ")
-    assert said in result.output
+    assert message in result.output
     assert result.output.count("\n") == 1
     result = app.test_cli_runner().invoke(args=["bgjobs", "health", "--json"])
     assert result.exit_code == 1
@@ -326,28 +328,29 @@ def test_health_without_a_database(empty_database_url: str, url: str | None, sai
 
 
 def test_cancel_many(state: AppState, run: Any) -> None:
-    """A selection is counted, confirmed, and cancelled in batches; running jobs are asked."""
+    """``cancel`` counts the selected jobs, asks for confirmation, and cancels in batches; running
+    jobs get a cancel request."""
     waiting = add(state, 1_200, queue="mail")
     running = add(state, 3, queue="mail", status="running")
     add(state, 1, queue="mail", status="completed")
     others = add(state, 2)
-    heard: list[int] = []
+    signalled: list[int] = []
 
-    def hear(sender: object, job: Job) -> None:
-        heard.append(job.id)
+    def note(sender: object, job: Job) -> None:
+        signalled.append(job.id)
 
-    with job_cancelled.connected_to(hear):
+    with job_cancelled.connected_to(note):
         assert "Cancel 1,203 jobs? [y/N]" in run("cancel", "--queue", "mail", answer="n\n", code=1)
-        assert with_status(state, "cancelled") == heard == []
+        assert ids_with_status(state, "cancelled") == signalled == []
         output = run("cancel", "--queue", "mail", "--yes")
     assert output == "1,200 jobs cancelled, 3 asked to stop\n"
-    assert with_status(state, "cancelled") == heard == waiting
-    assert with_status(state, "pending") == others
+    assert ids_with_status(state, "cancelled") == signalled == waiting
+    assert ids_with_status(state, "pending") == others
     assert all(job.is_cancelling for job in state.store.get_many(running))
 
 
 def test_retry_many(app: Flask, state: AppState, run: Any) -> None:
-    """Each selected job is run again once, also when it fails again at once."""
+    """``retry`` makes each selected job pending, and skips a job whose unique key is taken."""
     for _ in range(3):
         run_background_job("tests.jobs.fail", retries=0)
     drain(app)
@@ -357,25 +360,25 @@ def test_retry_many(app: Flask, state: AppState, run: Any) -> None:
     output = run("retry", "--status", "failed", "--yes")
     assert "3 jobs pending again, 1 skipped\n" in output
     assert "1 job skipped: another job holds its unique_key" in output
-    assert with_status(state, "pending") == [1, 2, 3]
+    assert ids_with_status(state, "pending") == [1, 2, 3]
     assert "1 skipped" in run("retry", "--status", "failed", "--yes", code=1)
     assert stored(app, key).status == "failed"
 
 
 @pytest.mark.parametrize("becomes", ["failed", "retrying"])
-def test_a_retried_job_that_fails_at_once_is_not_met_again(
+def test_job_that_fails_during_the_command_is_retried_once(
     state: AppState, monkeypatch: pytest.MonkeyPatch, run: Any, becomes: str
 ) -> None:
-    """A job that failed after the command began is not retried by it a second time."""
+    """A job that fails again while the command runs is not retried a second time."""
     add(state, 3, status="retrying")
     add(state, 3, status="failed")
-    times: list[int] = []
+    retried: list[int] = []
 
     retry = state.store.retry
 
     def retry_and_fail(ids: list[int], by: object) -> Any:
         result = retry(ids, by)
-        times.extend(ids)
+        retried.extend(ids)
         ended = state.store.after(sa.literal(1.0)) if becomes == "failed" else None
         failed = {"status": becomes, "finished_at": ended}
         change(state, sa.update(Job).where(Job.id.in_(ids)).values(**failed))
@@ -384,11 +387,12 @@ def test_a_retried_job_that_fails_at_once_is_not_met_again(
     monkeypatch.setattr(actions, "_BATCH_JOBS", 2)
     monkeypatch.setattr(state.store, "retry", retry_and_fail)
     run("retry", "--status", "failed", "--status", "retrying", "--yes")
-    assert sorted(times) == [1, 2, 3, 4, 5, 6]
+    assert sorted(retried) == [1, 2, 3, 4, 5, 6]
 
 
 def test_delete_many(app: Flask, state: AppState, run: Any) -> None:
-    """``delete`` takes all but running jobs, and goes on behind those that it cannot delete."""
+    """``delete`` deletes all jobs but running ones, and continues after jobs that it cannot
+    delete."""
     running = add(state, 1, status="running")
     held = add(state, 2, status="failed")
     add(state, 1_100, status="failed")
@@ -399,11 +403,11 @@ def test_delete_many(app: Flask, state: AppState, run: Any) -> None:
     output = run("delete", "--queue", "default", "--yes")
     assert output.startswith("1,102 jobs deleted, 2 skipped\n")
     assert "2 jobs skipped: a row of another table refers to it" in output
-    assert sorted(with_status(state, *JobStatus)) == running + held
+    assert sorted(ids_with_status(state, *JobStatus)) == running + held
 
 
-def test_selections_narrow(app: Flask, state: AppState, run: Any) -> None:
-    """Status, queue, target and times each leave jobs out, and hold together."""
+def test_selection_options_combine(app: Flask, state: AppState, run: Any) -> None:
+    """Status, queue, target and times all apply together."""
     wanted = add(state, 1, status="failed", age=7_200, queue="mail", target="a.B", method="c")
     add(state, 1, status="failed", age=7_200, queue="mail", target="a.B", method="d")
     add(state, 1, status="failed", age=7_200, queue="low", target="a.B", method="c")
@@ -413,34 +417,36 @@ def test_selections_narrow(app: Flask, state: AppState, run: Any) -> None:
     words = ["--status", "failed", "--queue", "mail", "--target", "a.B.c"]
     times = ["--since", "3h", "--until", "1h"]
     assert run("retry", *words, *times, "--yes") == "1 job pending again\n"
-    assert with_status(state, "pending") == wanted
+    assert ids_with_status(state, "pending") == wanted
     assert run("retry", *words, *times, "--yes") == "No jobs match\n"
     assert run("delete", "--target", "a.B", "--yes") == "6 jobs deleted\n"
 
 
-def test_jobs_are_chosen_by_their_exception(state: AppState, run: Any) -> None:
-    """By the class of the last one, as it is spelled; to list and to change."""
+def test_selection_by_exception(state: AppState, run: Any) -> None:
+    """``--error`` selects jobs by the exact class of their last exception, in ``list`` and in
+    ``retry``."""
     ids = add(state, 2, status="failed", error_type="ValueError", error="ValueError: no")
     add(state, 1, status="failed", error_type="valueerror", error="valueerror: no")
     add(state, 1, status="failed", error_type="KeyError", error="KeyError: ValueError")
     listed = json.loads(run("list", "--error", "ValueError", "--json"))
     assert sorted(job["id"] for job in listed) == ids
     assert run("retry", "--error", "ValueError", "--yes") == "2 jobs pending again\n"
-    assert with_status(state, "pending") == ids
+    assert ids_with_status(state, "pending") == ids
     assert run("retry", "--error", "OSError", "--yes") == "No jobs match\n"
 
 
-def test_times_are_of_the_newest_attempt(state: AppState, run: Any) -> None:
-    """Of a job that was tried and has not ended."""
+def test_times_apply_to_the_newest_attempt(state: AppState, run: Any) -> None:
+    """For an unfinished job that has run, ``--since`` applies to its newest attempt."""
     (tried,), (untried,) = add(state, 1, age=DAY, status="retrying"), add(state, 1, age=DAY)
     change(state, sa.update(Job).where(Job.id == tried).values(claimed_at=state.store.now))
     assert run("cancel", "--since", "1h", "--yes") == "1 job cancelled\n"
-    assert with_status(state, "cancelled") == [tried]
-    assert with_status(state, "pending") == [untried]
+    assert ids_with_status(state, "cancelled") == [tried]
+    assert ids_with_status(state, "pending") == [untried]
 
 
-def test_times_are_of_the_end_or_of_the_enqueue(state: AppState, run: Any) -> None:
-    """Finished jobs are chosen by their end, others by their enqueue, in UTC or as it says."""
+def test_times_apply_to_finish_or_enqueue(state: AppState, run: Any) -> None:
+    """``--since`` and ``--until`` apply to the finish of finished jobs and to the enqueue of
+    others, in UTC unless they give an offset."""
     (finished,), (waiting,) = add(state, 1, status="failed"), add(state, 1)
     half_past = dt.datetime(2020, 1, 2, 12, 30)
     for job_id, column in ((finished, Job.finished_at), (waiting, Job.created_at)):
@@ -455,25 +461,25 @@ def test_times_are_of_the_end_or_of_the_enqueue(state: AppState, run: Any) -> No
 
 @pytest.mark.parametrize("command", ["retry", "cancel", "delete"])
 def test_ids_or_a_selection(state: AppState, run: Any, command: str) -> None:
-    """Neither ids nor a selection, and both at once, are wrong usage that says what to do."""
+    """With neither ids nor a selection, or with both, the command exits with a usage error."""
     add(state)
     for words in ([], ["1", "--queue", "default"], ["--yes"]):
         output = run(command, *words, code=2)
         assert "give either the ids of jobs, or a selection with --status" in output
-    assert with_status(state, "pending") == [1]
+    assert ids_with_status(state, "pending") == [1]
 
 
 @pytest.mark.parametrize(
     ("command", "status"),
     [("retry", "completed"), ("retry", "running"), ("cancel", "failed"), ("delete", "running")],
 )
-def test_a_status_that_the_verb_cannot_act_on(run: Any, command: str, status: str) -> None:
-    """Only statuses that the command can change may be chosen."""
+def test_status_outside_the_command_is_refused(run: Any, command: str, status: str) -> None:
+    """A command accepts only statuses that it can change."""
     assert "is not one of" in run(command, "--status", status, "--yes", code=2)
 
 
-def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bar is drawn where somebody sees it, and nothing of it is written elsewhere."""
+def test_progress_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The progress bar is written only to a terminal."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -487,10 +493,9 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(stream.getvalue()) is is_drawn
 
 
-def test_a_queue_of_a_decorator_can_be_paused_before_its_first_job(
-    state: AppState, run: Any
-) -> None:
-    """So that its jobs wait from the beginning."""
+def test_queue_of_decorator_can_be_paused_before_first_job(state: AppState, run: Any) -> None:
+    """The queue of a decorated function can be paused before its first job."""
     options = JobOptions(queue="reports")
-    state.registry._decorated["shop.report"] = Decorated(print, options)  # type: ignore[index]
+    decorated = {"shop.report": Decorated(print, options)}
+    state.registry = Registry(state.config.allowed_jobs, decorated)
     assert run("pause", "reports") == "Queue reports paused\n"

@@ -1,14 +1,14 @@
 """The life of a job as a state machine: no order of events breaks a promise.
 
-Hypothesis lets two workers, an operator and a clock do things to jobs in any order, against the
-real store, and a model says what must be in the tables after each step. The rules of the model are
-those of "The life of a job" in the documentation, written anew.
+Hypothesis runs two workers, an operator and a clock on the real store, in random order. A model
+says which rows the tables must contain after each step. It implements "The life of a job" in the
+documentation independently of the source.
 
-A walk that never comes to the interesting places proves nothing: what it has reached is counted,
-and a store without its fence must be found out.
+A run that never reaches the critical states proves nothing. So the tests count which states each
+run reaches, and check that the run fails on a store without its fence.
 
-``BGJOBS_STATE_EXAMPLES=2000`` tries more orders than the 100 of a usual run; on servers it is a
-quarter of that number.
+``BGJOBS_STATE_EXAMPLES=2000`` runs more examples than the usual 100; on servers, a quarter of that
+number.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from hypothesis.stateful import (
 from flask_bgjobs import run_background_job
 from flask_bgjobs.job.records import JobSpec, Key, Outcome
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
-from flask_bgjobs.models import Attempt, Base, Job, Worker
+from flask_bgjobs.models import Attempt, Base, Job, Queue, Worker
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store.transitions import MOVES, Move
 from flask_bgjobs.worker.worker import register
 
 _EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "100"))
 _FEWER_ON_SERVERS = 4
-"""There a step takes several times as long."""
+"""Divisor for servers, where a step takes several times as long."""
 _STEPS = 50
 _CANARY_EXAMPLES = 300
-"""A usual run finds the missing fence within the first few."""
+"""The missing fence is usually detected by one of the first examples."""
 _LONG = 3600.0
-"""Seconds: what waits so long becomes due only when the clock is moved."""
+"""Seconds. A job with this delay becomes due only if a test changes its time."""
 _MAX_CRASHES = 3
 
 _REACHED_PER_EXAMPLE = {
@@ -69,19 +69,19 @@ _REACHED_PER_EXAMPLE = {
     "pauses that held jobs back": 0.02,
     "lost among in a rescue": 0.02,
 }
-"""How often a walk must come to what matters, on average; a usual one does several times more."""
+"""How often an example must reach each state on average; usually it is several times as often."""
 
 _ACTIVE = {"scheduled", "pending", "running", "retrying"}
 _WITH_A_TIME = {"scheduled", "retrying"}
 _WAITING = _ACTIVE - {"running"}
 _WITHOUT_A_ROW = {"completed", "given back", "snoozed"}
-"""Outcomes of attempts of which no row is kept."""
+"""Outcomes of attempts that leave no row."""
 
 _QUEUES = ("a", "b")
 _names = st.sampled_from(_QUEUES)
 _workers = st.integers(0, 1)
 _picks = st.integers(0, 1_000)
-"""Chooses one of what there is; hypothesis shrinks it to the first."""
+"""Picks an element of a list; Hypothesis shrinks it to the first."""
 _ends = st.sampled_from(["silent", "silent", "deleted", "deleted", "stopped"])
 _kinds = st.sampled_from([*OutcomeKind, *[OutcomeKind.GIVEN_BACK] * 3])
 _new_jobs = st.fixed_dictionaries(
@@ -107,7 +107,7 @@ _turns = st.fixed_dictionaries(
 
 @dataclasses.dataclass
 class _Job:
-    """What the model knows of a job."""
+    """The model of a job."""
 
     id: int
     queue: str
@@ -130,7 +130,7 @@ class _Job:
         return (self.status, self.worker, self.attempt) == ("running", worker_id, attempt)
 
     def end(self, kind: str) -> None:
-        """What an outcome makes of it."""
+        """Apply the outcome of an attempt."""
         was_suspect, self.suspect = self.suspect, False
         if kind == "completed":
             self.status = "completed"
@@ -158,31 +158,30 @@ class _Job:
 
 @dataclasses.dataclass
 class _Worker:
-    """What the model knows of a living worker."""
+    """The model of a live worker."""
 
     id: int
     beats: int = 0
     unseen: set[int] = dataclasses.field(default_factory=set)
-    """The jobs that it claimed by a commit without an answer."""
+    """The jobs that it claimed by a commit without a reply."""
 
 
 class LifeOfJobs(RuleBasedStateMachine):
-    """Everything that can be done to jobs, in any order."""
+    """All operations on jobs, in random order."""
 
     def __init__(self, state: AppState, reached: collections.Counter[str]) -> None:
         super().__init__()
         self.state, self.store, self.reached = state, state.store, reached
         self.store.transaction(_empty)
-        self.store._known_queues.clear()
         self.jobs: dict[int, _Job] = {}
         self.last_id = 0
         self.paused: set[str] = set()
         self.claims: list[tuple[int, JobSpec]] = []
-        """Worker and spec of every claim that was seen, also of those that are long over."""
+        """Worker and spec of every claim with a reply, including claims of earlier attempts."""
         self.ended: list[tuple[int, int, str]] = []
-        """Job, attempt and outcome, of the attempts of which a row is kept."""
+        """Job, attempt and outcome of the attempts that have a row."""
         self.rows: dict[int, str] = {}
-        """The status of every worker that there is and was."""
+        """The status of every worker, by id."""
         self.workers = [self._new_worker(), self._new_worker()]
 
     @initialize(
@@ -200,7 +199,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         ends: tuple[str, str],
         pause: str | None,
     ) -> None:
-        """With work under way, workers that died over it, and perhaps a paused queue."""
+        """Start with running jobs, dead workers and possibly a paused queue."""
         for job in jobs:
             self._enqueue(**job)
         for turns, end in zip((before, after), ends, strict=True):
@@ -210,13 +209,13 @@ class LifeOfJobs(RuleBasedStateMachine):
             if pause is not None:
                 self._pause_or_resume(pause, pause not in self.paused)
 
-    # Who enqueues
+    # Enqueue
 
     @rule(job=_new_jobs)
     def enqueue(self, job: dict[str, Any]) -> None:
         self._enqueue(**job)
 
-    # Who works
+    # Work
 
     @rule(turn=_turns)
     def turn(self, turn: dict[str, Any]) -> None:
@@ -225,39 +224,41 @@ class LifeOfJobs(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(pick=_picks)
     def mark_started(self, pick: int) -> None:
-        """Also late."""
+        """Mark any claimed job as started, also one of an earlier attempt."""
         worker_id, spec = self.claims[-1 - pick % len(self.claims)]
         self._mark_started(worker_id, [spec])
 
     @precondition(lambda self: self._late())
     @rule(pick=_picks, kind=_kinds, in_doubt=st.booleans())
     def settle_late(self, pick: int, kind: OutcomeKind, in_doubt: bool) -> None:
-        """Rather what runs again meanwhile: there a late outcome would do harm."""
+        """Settle an earlier attempt, preferably of a job that runs again, where recording it would
+        do harm."""
         late = self._late()
         candidates = [each for each in late if self._runs_again(*each)] or late
         self._settle_late(*candidates[pick % len(candidates)], kind, in_doubt)
 
     @precondition(lambda self: any(worker.unseen for worker in self.workers))
     @rule()
-    def give_back_unseen(self) -> None:
-        """What a worker holds and does not know of is given back, and nothing else."""
+    def release_unseen(self) -> None:
+        """Claims without a reply are found and released, and no other job is."""
         for worker in self.workers:
             known = {spec.key for owner, spec in self.claims if owner == worker.id}
             unseen = [s for s in self.store.held_by(worker.id) if s.key not in known]
             assert {spec.id for spec in unseen} == worker.unseen
             outcomes = [(spec, _outcome(spec, OutcomeKind.GIVEN_BACK)) for spec in unseen]
-            expected = [self._settled(worker.id, spec, "given back") for spec in unseen]
+            expected = [self._expected_status(worker.id, spec, "given back") for spec in unseen]
             settled = self.store.settle(worker.id, "one", outcomes)
             assert [each.status for each in settled] == expected
             worker.unseen.clear()
             self.claims += [(worker.id, spec) for spec in unseen]
             self._reach("claims given back unseen", bool(unseen))
 
-    # Who lives
+    # Live and die
 
     @rule(which=_workers)
     def live(self, which: int) -> None:
-        """Beat, see what is its own, and be left alone by somebody who saw an older heartbeat."""
+        """A worker renews its lease and observes its own jobs; a rescue based on an older heartbeat
+        fails."""
         worker = self.workers[which]
         assert self.store.beat(worker.id)
         worker.beats += 1
@@ -275,7 +276,8 @@ class LifeOfJobs(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rows) > len(self.workers))
     @rule(pick=_picks)
     def come_back(self, pick: int) -> None:
-        """Who is dead or stopped can neither beat nor claim, and cannot die again."""
+        """A dead or stopped worker can neither renew its lease nor claim, and is not rescued
+        again."""
         gone = [worker_id for worker_id, status in self.rows.items() if status != "alive"]
         worker_id = gone[pick % len(gone)]
         (beats,) = (row.beats for row in self._rows(Worker) if row.id == worker_id)
@@ -283,7 +285,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         assert self.store.claim(worker_id, 10) == []
         assert self.store.rescue(worker_id, beats) is None
 
-    # Who operates
+    # Operate
 
     @precondition(lambda self: self.jobs)
     @rule(pick=_picks, act=st.sampled_from(["pause", "resume", "cancel", "retry", "delete"]))
@@ -300,7 +302,7 @@ class LifeOfJobs(RuleBasedStateMachine):
     @precondition(lambda self: self._any(*_WITH_A_TIME))
     @rule(pick=_picks, promote=st.sampled_from([True, True, False]))
     def time_passes(self, pick: int, promote: bool) -> None:
-        """A job that waits for its time has waited for long enough."""
+        """A waiting job becomes due."""
         waiting = [job for job in self.jobs.values() if job.status in _WITH_A_TIME]
         job = waiting[pick % len(waiting)]
         due = self.store.after(sa.literal(-1.0))
@@ -309,23 +311,23 @@ class LifeOfJobs(RuleBasedStateMachine):
         if promote:
             self._promote()
 
-    # What must be true
+    # Invariants
 
     @invariant()
-    def the_tables_are_as_the_model(self) -> None:
+    def tables_match_the_model(self) -> None:
         jobs, attempts, workers = self._tables(Job, Attempt, Worker)
-        assert {row.id: _seen(row) for row in jobs} == {
+        assert {row.id: _actual(row) for row in jobs} == {
             job.id: _expected(job) for job in self.jobs.values()
         }
         assert sorted((row.job_id, row.attempt, row.outcome) for row in attempts) == sorted(
             self.ended
         ), "each attempt has one outcome"
         assert {row.id: row.status for row in workers} == self.rows
-        living = {worker.id for worker in self.workers}
-        assert {row.worker_id for row in jobs if row.status == "running"} <= living
+        live = {worker.id for worker in self.workers}
+        assert {row.worker_id for row in jobs if row.status == "running"} <= live
 
     def teardown(self) -> None:
-        """Whatever has happened: with a worker and time, every job comes to an end."""
+        """With a worker and enough time, every job finishes, whatever happened before."""
         for name in self.paused:
             self.store.resume(name)
         for worker in self.workers:
@@ -347,7 +349,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         if key is not None and holder is not None:
             assert (job.id, job.deduplicated) == (holder.id, True)
             return
-        assert job.id > self.last_id, "an id was used again"
+        assert job.id > self.last_id, "an id was reused"
         self.last_id = job.id
         self.jobs[job.id] = _Job(
             job.id,
@@ -368,9 +370,9 @@ class LifeOfJobs(RuleBasedStateMachine):
         seen: bool,
         start: bool,
     ) -> None:
-        """As a worker's: settle some of what it runs, claim, and start what was claimed.
+        """One turn of a worker: settle some running jobs, claim, and start the claimed jobs.
 
-        Code that could not be stopped may go on, and end, when the same worker runs its job again.
+        Code that could not be stopped may still end while the same worker runs its job again.
         """
         worker = self.workers[which]
         running = [
@@ -381,7 +383,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         self._settle(worker, running[: len(kinds)], kinds)
         specs = self._claim(worker, limit, queues)
         if not seen:
-            # The commit got no answer.
+            # The commit got no reply.
             worker.unseen |= {spec.id for spec in specs}
             return
         self.claims += [(worker.id, spec) for spec in specs]
@@ -394,12 +396,12 @@ class LifeOfJobs(RuleBasedStateMachine):
     def _settle(
         self, worker: _Worker, specs: Sequence[JobSpec], kinds: Sequence[OutcomeKind]
     ) -> None:
-        """And again, as after a commit without an answer: what was recorded, once."""
+        """Settle twice, as after a commit without a reply: both calls return the same outcomes."""
         batch = [
             (spec, self._possible(spec, kind)) for spec, kind in zip(specs, kinds, strict=False)
         ]
         outcomes = [(spec, _outcome(spec, kind)) for spec, kind in batch]
-        expected = [self._settled(worker.id, spec, kind.value) for spec, kind in batch]
+        expected = [self._expected_status(worker.id, spec, kind.value) for spec, kind in batch]
         for in_doubt in (set(), {spec.key for spec in specs}):
             assert self._record(worker.id, outcomes, in_doubt) == expected
         self.reached["outcomes recorded"] += len(batch)
@@ -410,7 +412,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         outcomes: Sequence[tuple[JobSpec, Outcome]],
         in_doubt: Collection[Key] = (),
     ) -> list[JobStatus | None]:
-        """What became of the jobs, recorded as a worker does it: in bulk where all completed."""
+        """The new statuses, recorded as a worker does it: in bulk if all jobs completed."""
         if in_doubt or any(outcome.kind is not OutcomeKind.COMPLETED for _, outcome in outcomes):
             settled = self.store.settle(worker_id, "one", outcomes, in_doubt)
         else:
@@ -421,7 +423,7 @@ class LifeOfJobs(RuleBasedStateMachine):
     def _settle_late(
         self, worker_id: int, spec: JobSpec, kind: OutcomeKind, in_doubt: bool = False
     ) -> None:
-        # A living worker's outcome in doubt is one that it has recorded itself.
+        # An outcome in doubt of a live worker would be one that it has recorded itself.
         doubts = {spec.key} if in_doubt and self.rows.get(worker_id) != "alive" else set()
         (status,) = self._record(worker_id, [(spec, _outcome(spec, kind))], doubts)
         assert status is None, "a late outcome was recorded"
@@ -454,35 +456,35 @@ class LifeOfJobs(RuleBasedStateMachine):
         self._reach("late starts refused", any(self._runs_again(worker_id, s) for s in late))
 
     def _die(self, which: int, end: str) -> None:
-        """And another one takes its place."""
+        """A worker dies, and a new one replaces it."""
         worker = self.workers[which]
-        ends = {"silent": self._rescue, "deleted": self._lose_the_row, "stopped": self._stop}
+        ends = {"silent": self._rescue, "deleted": self._lose_row, "stopped": self._stop}
         if ends[end](worker):
             self.workers[which] = self._new_worker()
 
     def _rescue(self, worker: _Worker) -> bool:
-        self._freed(self._held(worker.id), self.store.rescue(worker.id, worker.beats) or [])
+        self._check_rescued(self._held(worker.id), self.store.rescue(worker.id, worker.beats) or [])
         self.rows[worker.id] = "dead"
         return True
 
-    def _lose_the_row(self, worker: _Worker) -> bool:
-        """Somebody deletes a worker's row: its jobs are nobody's, and freed."""
+    def _lose_row(self, worker: _Worker) -> bool:
+        """A worker's row is deleted, and its jobs are rescued as orphans."""
         held = self._held(worker.id)
         self._execute(sa.delete(Worker).where(Worker.id == worker.id))
-        self._freed(held, self.store.rescue_orphans())
+        self._check_rescued(held, self.store.rescue_orphans())
         self._reach("orphans freed", bool(held))
         del self.rows[worker.id]
         return True
 
     def _stop(self, worker: _Worker) -> bool:
-        """Cleanly only with nothing left to it; else it stays, to be found silent."""
+        """A worker without jobs stops; a worker with jobs keeps its row, to be rescued later."""
         self.store.stop_worker(worker.id)
         if self._held(worker.id):
             return False
         self.rows[worker.id] = "stopped"
         return True
 
-    def _freed(self, held: Iterable[_Job], settled: Iterable[Any]) -> None:
+    def _check_rescued(self, held: Iterable[_Job], settled: Iterable[Any]) -> None:
         assert {each.job_id for each in settled} == {job.id for job in held}
         held = list(held)
         started = [job for job in held if job.suspect and job.started]
@@ -530,7 +532,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         for job in due:
             job.status = "pending"
 
-    # Help
+    # Helpers
 
     def _new_worker(self) -> _Worker:
         worker = _Worker(register(self.state, "one"))
@@ -557,8 +559,8 @@ class LifeOfJobs(RuleBasedStateMachine):
         return [each for each in self.claims if not self._is_current(*each)]
 
     def _possible(self, spec: JobSpec, kind: OutcomeKind) -> OutcomeKind:
-        """A suspect that has started ends by itself: whether code that was stopped can be blamed
-        later is left open."""
+        """``kind``, but ``COMPLETED`` for the release of a started suspect: whether such a suspect
+        can be blamed later is not specified."""
         job = self.jobs[spec.id]
         is_open = job.suspect and job.started and kind is OutcomeKind.GIVEN_BACK
         return OutcomeKind.COMPLETED if is_open else kind
@@ -573,8 +575,8 @@ class LifeOfJobs(RuleBasedStateMachine):
             return pending
         return [job for queue in queues for job in pending if job.queue == queue]
 
-    def _settled(self, worker_id: int, spec: JobSpec, kind: str) -> str:
-        """The status that the settle of an attempt must lead to."""
+    def _expected_status(self, worker_id: int, spec: JobSpec, kind: str) -> str:
+        """The status to which a settle of this attempt must lead."""
         job = self.jobs[spec.id]
         assert self._is_current(worker_id, spec)
         is_given_back = kind == "given back" and job.suspect and not job.cancelling
@@ -604,7 +606,10 @@ class LifeOfJobs(RuleBasedStateMachine):
 
 def _empty(connection: sa.Connection) -> None:
     for table in Base.metadata.sorted_tables:
-        connection.execute(sa.delete(table))
+        # The store remembers which queues are registered.
+        if table is not Queue.__table__:
+            connection.execute(sa.delete(table))
+    connection.execute(sa.update(Queue).values(paused_at=None))
 
 
 def _outcome(spec: JobSpec, kind: OutcomeKind) -> Outcome:
@@ -616,8 +621,8 @@ def _outcome(spec: JobSpec, kind: OutcomeKind) -> Outcome:
     )
 
 
-def _seen(row: Any) -> tuple[Any, ...]:
-    """What is compared of a row."""
+def _actual(row: Any) -> tuple[Any, ...]:
+    """The values of a row to compare."""
     return (
         row.status,
         row.attempt,
@@ -645,20 +650,20 @@ def _expected(job: _Job) -> tuple[Any, ...]:
     )
 
 
-class Watch:
-    """Sees, around each statement that writes, from where to where jobs went."""
+class MoveRecorder:
+    """Records the status changes of jobs by each statement that writes."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str | None, str | None]] = set()
         self._before: dict[int, str] = {}
-        self._is_looking = False
+        self._is_reading = False
 
     def note_before(self, connection: sa.Connection, _cursor: Any, statement: str, *_: Any) -> None:
-        if not self._is_looking and _writes_jobs(statement):
+        if not self._is_reading and _writes_jobs(statement):
             self._before = self._statuses(connection)
 
     def note_after(self, connection: sa.Connection, _cursor: Any, statement: str, *_: Any) -> None:
-        if self._is_looking or not _writes_jobs(statement):
+        if self._is_reading or not _writes_jobs(statement):
             return
         after = self._statuses(connection)
         for job_id in self._before.keys() | after.keys():
@@ -668,49 +673,49 @@ class Watch:
                 self.seen.add(move)
 
     def _statuses(self, connection: sa.Connection) -> dict[int, str]:
-        self._is_looking = True
+        self._is_reading = True
         try:
             rows = connection.execute(sa.select(Job.id, Job.status))
             return {row.id: row.status for row in rows}
         finally:
-            self._is_looking = False
+            self._is_reading = False
 
 
 def _writes_jobs(statement: str) -> bool:
-    # The one that empties the table between two walks has no condition.
+    # The statement that empties the table between two examples has no condition.
     is_empty = "DELETE" in statement and "WHERE" not in statement
     return "bgjobs_job" in statement and not statement.startswith("SELECT") and not is_empty
 
 
-def _pairs(move: Move) -> set[tuple[str | None, str | None]]:
+def _status_pairs(move: Move) -> set[tuple[str | None, str | None]]:
     return set(itertools.product(move.sources or [None], move.targets or [None]))
 
 
-_MOVES = set().union(*map(_pairs, MOVES.values()))
+_MOVES = set().union(*map(_status_pairs, MOVES.values()))
 
 
 @pytest.fixture
-def watch(state: AppState) -> Iterator[Watch]:
-    """Watches the moves of jobs."""
-    watch, engine = Watch(), state.store.engine
+def moves(state: AppState) -> Iterator[MoveRecorder]:
+    """Records the status changes of jobs during the test."""
+    recorder, engine = MoveRecorder(), state.store.engine
     listeners = {
-        "before_cursor_execute": watch.note_before,
-        "after_cursor_execute": watch.note_after,
+        "before_cursor_execute": recorder.note_before,
+        "after_cursor_execute": recorder.note_after,
     }
     for name, listener in listeners.items():
         sa.event.listen(engine, name, listener)
-    yield watch
+    yield recorder
     for name, listener in listeners.items():
         sa.event.remove(engine, name, listener)
 
 
 @pytest.fixture
-def walk(state: AppState) -> Callable[..., collections.Counter[str]]:
-    """Lets everything happen to jobs in many orders; how often it came to what."""
+def run_machine(state: AppState) -> Callable[..., collections.Counter[str]]:
+    """Runs the state machine, and returns how often it reached each state."""
 
-    def walk(examples: int, **more: Any) -> collections.Counter[str]:
+    def run_machine(examples: int, **more: Any) -> collections.Counter[str]:
         reached: collections.Counter[str] = collections.Counter()
-        # As a worker does; it is also quicker.
+        # As a worker does. It is also faster.
         state.store.prepare(wal=True)
         run_state_machine_as_test(
             lambda: LifeOfJobs(state, reached),
@@ -725,30 +730,31 @@ def walk(state: AppState) -> Callable[..., collections.Counter[str]]:
         )
         return reached
 
-    return walk
+    return run_machine
 
 
 def test_no_order_of_events_breaks_a_promise(
-    app: Flask, database_kind: str, walk: Callable[..., collections.Counter[str]], watch: Watch
+    app: Flask,
+    database_kind: str,
+    run_machine: Callable[..., collections.Counter[str]],
+    moves: MoveRecorder,
 ) -> None:
-    """Whatever two workers, an operator and a clock do, the tables hold what is promised; and the
-    walk has come to the places where promises could break. No statement moves a job otherwise than
-    :mod:`flask_bgjobs.store.transitions` says."""
+    """Whatever two workers, an operator and a clock do, the tables match the model, each critical
+    state is reached, and each status change is listed in :mod:`flask_bgjobs.store.transitions`."""
     examples = _EXAMPLES if database_kind == "sqlite" else _EXAMPLES // _FEWER_ON_SERVERS
-    reached = walk(examples)
-    seldom = {
-        what: (reached[what], least * examples)
-        for what, least in _REACHED_PER_EXAMPLE.items()
-        if reached[what] < math.floor(least * examples)
+    reached = run_machine(examples)
+    rarely_reached = {
+        what: (reached[what], minimum * examples)
+        for what, minimum in _REACHED_PER_EXAMPLE.items()
+        if reached[what] < math.floor(minimum * examples)
     }
-    assert seldom == {}
-    assert [name for name, move in MOVES.items() if not watch.seen & _pairs(move)] == []
+    assert rarely_reached == {}
+    assert [name for name, move in MOVES.items() if not moves.seen & _status_pairs(move)] == []
 
 
-def test_a_move_that_is_not_in_the_table_is_found_out(
-    app: Flask, state: AppState, watch: Watch
-) -> None:
-    """Such as a job that ran although it had completed."""
+def test_unlisted_move_is_detected(app: Flask, state: AppState, moves: MoveRecorder) -> None:
+    """The recorder detects a status change that is not listed, such as from completed to
+    running."""
     job = run_background_job("tests.jobs.echo")
     change = sa.update(Job).where(Job.id == job.id)
     state.store.transaction(lambda c: c.execute(change.values(status="running")))
@@ -757,17 +763,17 @@ def test_a_move_that_is_not_in_the_table_is_found_out(
         state.store.transaction(lambda c: c.execute(change.values(status="running")))
 
 
-def test_a_store_without_its_fence_is_found_out(
+def test_store_without_fence_is_detected(
     app: Flask,
     state: AppState,
-    walk: Callable[..., collections.Counter[str]],
+    run_machine: Callable[..., collections.Counter[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where a settle takes any attempt of a job that its worker runs for the newest one, the walk
-    fails: it can see what the fence is for."""
+    """If a settle of an earlier attempt is taken for the newest one, the run fails: it can detect a
+    missing fence."""
     settle, complete = type(state.store).settle, type(state.store).complete
 
-    def forged(store: Any, worker_id: int, finished: Any) -> Any:
+    def with_newest_attempt(store: Any, worker_id: int, finished: Any) -> Any:
         newest = {spec.id: spec.attempt for spec in store.held_by(worker_id)}
         for spec, outcome in finished:
             attempt = newest.get(spec.id, spec.attempt)
@@ -776,15 +782,17 @@ def test_a_store_without_its_fence_is_found_out(
     def unfenced_settle(
         store: Any, worker_id: int, name: str, finished: Any, in_doubt: Any = ()
     ) -> Any:
-        settled = settle(store, worker_id, name, list(forged(store, worker_id, finished)), in_doubt)
+        settled = settle(
+            store, worker_id, name, list(with_newest_attempt(store, worker_id, finished)), in_doubt
+        )
         return [each._replace(spec=spec) for each, (spec, _) in zip(settled, finished, strict=True)]
 
     def unfenced_complete(store: Any, worker_id: int, finished: Any) -> Any:
         finished = sorted(finished, key=lambda each: each[0].id)
-        settled = complete(store, worker_id, list(forged(store, worker_id, finished)))
+        settled = complete(store, worker_id, list(with_newest_attempt(store, worker_id, finished)))
         return [each._replace(spec=spec) for each, (spec, _) in zip(settled, finished, strict=True)]
 
     monkeypatch.setattr(type(state.store), "settle", unfenced_settle)
     monkeypatch.setattr(type(state.store), "complete", unfenced_complete)
     with pytest.raises(AssertionError, match="a late outcome was recorded"):
-        walk(_CANARY_EXAMPLES, phases=[Phase.generate], database=None)
+        run_machine(_CANARY_EXAMPLES, phases=[Phase.generate], database=None)
