@@ -1,4 +1,4 @@
-"""Who may see and change what through the dashboard."""
+"""Access to the dashboard: who can see and change what."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPEN = {"bgjobs.static", "bgjobs.healthz"}
 
 
 def addresses(host: Host, job_id: int) -> list[tuple[str, str]]:
-    """Method and path of everything that the blueprint answers to who may see it."""
+    """Method and path of all routes of the blueprint that need a right."""
     found = []
     with host.app.test_request_context():
         for rule in host.app.url_map.iter_rules():
@@ -55,8 +55,8 @@ def sweep(host: Host, job_id: int, **fields: Any) -> dict[tuple[str, str], int]:
     }
 
 
-def test_the_sweep_sees_every_page(make_host: MakeHost) -> None:
-    """The addresses that the other tests try are all that the blueprint has for some only."""
+def test_sweep_covers_every_route(make_host: MakeHost) -> None:
+    """The routes that the other tests try are all routes of the blueprint that need a right."""
     host = make_host()
     endpoints = {rule.endpoint for rule in host.app.url_map.iter_rules()}
     assert endpoints >= OPEN
@@ -98,8 +98,8 @@ def test_the_sweep_sees_every_page(make_host: MakeHost) -> None:
     }
 
 
-def test_it_is_closed_until_an_authorizer_is_registered(make_host: MakeHost) -> None:
-    """Without an authorizer everything is 403, and the page says what to write."""
+def test_dashboard_without_authorizer_is_closed(make_host: MakeHost) -> None:
+    """Without an authorizer, every route answers 403, and the page names the decorator to use."""
     host = make_host(authorizer=None)
     job_id = host.add()
     assert set(sweep(host, job_id).values()) == {403}
@@ -107,18 +107,18 @@ def test_it_is_closed_until_an_authorizer_is_registered(make_host: MakeHost) -> 
     assert host.job(job_id).status == "pending"
 
 
-def test_an_authorizer_that_refuses_closes_everything(make_host: MakeHost) -> None:
-    """A falsy answer is 403 for every page and every change."""
+def test_falsy_answer_of_authorizer_closes_everything(make_host: MakeHost) -> None:
+    """If the authorizer returns a falsy value, every page and every change answers 403."""
     host = make_host(authorizer=lambda action, job: None)
     assert set(sweep(host, host.add()).values()) == {403}
     assert "authorize_dashboard" not in host.get("/", 403)
 
 
-def test_a_gate_of_the_host_answers_by_itself(
+def test_host_can_refuse_before_the_authorizer(
     make_host: MakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What runs before each request may refuse; the authorizer is not asked about a visitor that
-    the host does not know yet."""
+    """If a ``before_request`` function of the host refuses a request, the authorizer is not called,
+    because the host does not know the visitor yet."""
     asked: list[str] = []
 
     def allow(action: str, job: Job | None) -> bool:
@@ -140,8 +140,9 @@ def test_a_gate_of_the_host_answers_by_itself(
 
 
 @pytest.mark.parametrize("protected", [True, False])
-def test_an_expired_token_leads_back_to_the_page(make_host: MakeHost, protected: bool) -> None:
-    """Also where the host's own protection notices it, before the authorizer is asked."""
+def test_expired_token_links_back_to_the_page(make_host: MakeHost, protected: bool) -> None:
+    """The error page for an expired token links to the form's page, also if the host's CSRFProtect
+    refuses the token before the authorizer is called."""
     asked: list[str] = []
 
     def allow(action: str, job: Job | None) -> bool:
@@ -158,8 +159,9 @@ def test_an_expired_token_leads_back_to_the_page(make_host: MakeHost, protected:
 
 
 @pytest.mark.parametrize("kind", [CSRFError, 400])
-def test_a_refusal_of_the_host_has_the_page_of_the_host(make_host: MakeHost, kind: Any) -> None:
-    """Flask would ask the handlers of the dashboard alone."""
+def test_error_handler_of_host_answers_its_own_refusal(make_host: MakeHost, kind: Any) -> None:
+    """If the host's CSRFProtect refuses a request, the host's own error handler answers, although
+    Flask would prefer the dashboard's."""
     host = make_host()
     CSRFProtect(host.app)
     host.app.register_error_handler(kind, lambda error: ("Too late.", 400))
@@ -172,10 +174,11 @@ def _send_old_token(host: Host) -> Any:
 
 
 @pytest.mark.on("postgresql")
-def test_a_query_of_the_authorizer_that_fails_spoils_nothing(
+def test_failed_query_in_authorizer_is_rolled_back(
     make_host: MakeHost, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """PostgreSQL refuses an owner that is no number, and then the rest of the transaction."""
+    """After a query in the authorizer failed, its transaction is rolled back: PostgreSQL would
+    refuse all later statements."""
 
     def allow(action: str, job: Job | None) -> bool:
         owner = {"owner": "7" if job is None else job.owner}
@@ -190,8 +193,9 @@ def test_a_query_of_the_authorizer_that_fails_spoils_nothing(
     assert caplog.text.count("Figures hidden") == 1
 
 
-def test_an_authorizer_that_finds_nothing_rolls_nothing_back(make_host: MakeHost) -> None:
-    """No statement has failed; what the host has changed in this request is still there."""
+def test_exception_without_failed_statement_keeps_the_transaction(make_host: MakeHost) -> None:
+    """If the authorizer raises without a failed statement, uncommitted changes of the host are
+    kept."""
     left: list[int] = []
 
     def allow(action: str, job: Job | None) -> bool:
@@ -217,10 +221,10 @@ def test_an_authorizer_that_finds_nothing_rolls_nothing_back(make_host: MakeHost
     assert left == [1]
 
 
-def test_an_authorizer_that_raises_is_asked_once(
+def test_failing_authorizer_is_called_once_per_request(
     make_host: MakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not again for each link of the page that refuses."""
+    """An authorizer that raises is called once, and not again for the links of the error page."""
     asked: list[str] = []
 
     def fail(action: str, job: Job | None) -> bool:
@@ -235,14 +239,14 @@ def test_an_authorizer_that_raises_is_asked_once(
 
 
 class _Answer:
-    """An answer of a class of its own, which is true as most objects are."""
+    """An object of a class without ``__bool__``, which is therefore truthy."""
 
 
-async def _later() -> bool:
+async def _coroutine() -> bool:
     return True
 
 
-def _some() -> Iterator[bool]:
+def _generator() -> Iterator[bool]:
     yield True
 
 
@@ -256,8 +260,8 @@ def _some() -> Iterator[bool]:
         (lambda: [False], True),
         (lambda: lambda: False, True),
         (_Answer, True),
-        (_later, True),
-        (_some, True),
+        (_coroutine, True),
+        (_generator, True),
         (lambda: (True, "reason"), True),
     ],
     ids=[
@@ -273,18 +277,19 @@ def _some() -> Iterator[bool]:
         "tuple",
     ],
 )
-def test_only_true_means_yes(
+def test_only_true_grants_access(
     make_host: MakeHost,
     caplog: pytest.LogCaptureFixture,
     answer: Callable[[], object],
     is_mistake: bool,
 ) -> None:
-    """Whatever else an authorizer returns closes everything, and the log says what it was."""
+    """Any other value that an authorizer returns closes everything, and truthy values are
+    logged."""
     host = make_host(authorizer=lambda action, job: answer())
     with caplog.at_level(logging.ERROR):
         assert set(sweep(host, host.add()).values()) == {403}
-    said = {record.getMessage().partition("; ")[2] for record in caplog.records}
-    assert said == ({"only True allows anything"} if is_mistake else set())
+    logged = {record.getMessage().partition("; ")[2] for record in caplog.records}
+    assert logged == ({"only True allows anything"} if is_mistake else set())
 
 
 class _AsyncCallable:
@@ -324,23 +329,26 @@ def _wraps_async(*args: Any) -> Any:
         (lambda: True, r"calls its function with 2 arguments, but .*<lambda> takes \(\)"),
     ],
 )
-def test_an_authorizer_that_cannot_answer_is_refused(authorizer: Any, sentence: str) -> None:
-    """Its mistake is told when it is registered, and the dashboard stays closed."""
-    bgjobs = BgJobs()
+def test_unusable_authorizer_is_refused(
+    make_host: MakeHost, authorizer: Any, sentence: str
+) -> None:
+    """An unusable authorizer raises when it is registered, and the dashboard stays closed."""
+    host = make_host(authorizer=None)
     with pytest.raises(ConfigError, match=f"^authorize_dashboard .*{sentence}"):
-        bgjobs.authorize_dashboard(authorizer)
-    assert bgjobs._authorizer is None
+        host.bgjobs.authorize_dashboard(authorizer)
+    assert "@bgjobs.authorize_dashboard" in host.get("/", 403)
 
 
-@pytest.mark.parametrize("identifier", [_later, _some, str, lambda user: user, "anna"])
-def test_an_identifier_that_cannot_answer_is_refused(identifier: Any) -> None:
-    """The function that names visitors is checked in the same way."""
+@pytest.mark.parametrize("identifier", [_coroutine, _generator, str, lambda user: user, "anna"])
+def test_unusable_identifier_is_refused(identifier: Any) -> None:
+    """An unusable ``identify_visitor`` function raises when it is registered."""
     with pytest.raises(ConfigError, match=r"^identify_visitor (needs|calls)"):
         BgJobs().identify_visitor(identifier)
 
 
-def test_hooks_of_other_shapes_are_taken() -> None:
-    """Methods, partials and callable objects are fine, and more parameters with defaults."""
+def test_callables_of_all_kinds_are_accepted() -> None:
+    """Methods, partials and callable objects are accepted, also with more parameters that have
+    defaults."""
 
     class Rules:
         def allow(self, action: str, job: object) -> bool:
@@ -354,11 +362,13 @@ def test_hooks_of_other_shapes_are_taken() -> None:
         assert bgjobs.authorize_dashboard(authorizer) is authorizer
 
 
-@pytest.mark.parametrize("name", [lambda: ["anna"], lambda: _later()], ids=["list", "coroutine"])
-def test_a_name_that_is_no_text_changes_nothing(
+@pytest.mark.parametrize(
+    "name", [lambda: ["anna"], lambda: _coroutine()], ids=["list", "coroutine"]
+)
+def test_visitor_name_must_be_a_string(
     make_host: MakeHost, caplog: pytest.LogCaptureFixture, name: Callable[[], Any]
 ) -> None:
-    """A change without the name of who made it is not made."""
+    """If ``identify_visitor`` returns anything but a string, the change is not made."""
     host = make_host()
     host.app.config["PROPAGATE_EXCEPTIONS"] = False
     host.bgjobs.identify_visitor(name)
@@ -368,9 +378,9 @@ def test_a_name_that_is_no_text_changes_nothing(
     assert "identify_visitor returned" in caplog.text
 
 
-def test_the_authorizer_may_answer_by_itself(make_host: MakeHost) -> None:
-    """What it aborts with is the answer: a challenge of basic auth, or a redirect to a login page;
-    a script gets 401 instead of that page."""
+def test_authorizer_can_abort_with_its_own_response(make_host: MakeHost) -> None:
+    """The authorizer can abort with a response, such as a basic auth challenge or a redirect to a
+    login page; scripts get 401 instead of the redirect."""
     challenge = {"WWW-Authenticate": 'Basic realm="jobs"'}
     answers: dict[str, Callable[[], Any]] = {
         "basic": lambda: flask.abort(401, response=flask.Response("who?", 401, challenge)),
@@ -395,22 +405,23 @@ def test_the_authorizer_may_answer_by_itself(make_host: MakeHost) -> None:
     assert host.job(job_id).status == "pending"
 
 
-def test_an_authorizer_that_raises_closes_everything(
+def test_failing_authorizer_closes_everything(
     make_host: MakeHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An authorizer that raises allows nothing, and its error is in the log."""
+    """An authorizer that raises grants no access, and its error is logged."""
 
-    def broken(action: str, job: object) -> bool:
+    def fail(action: str, job: object) -> bool:
         raise RuntimeError("no user table")
 
-    host = make_host(authorizer=broken)
+    host = make_host(authorizer=fail)
     with caplog.at_level(logging.ERROR):
         assert set(sweep(host, host.add()).values()) == {403}
     assert "no user table" in caplog.text
 
 
-def test_a_viewer_sees_but_changes_nothing(make_host: MakeHost) -> None:
-    """Who may only view gets the pages without buttons, and 403 for each change."""
+def test_viewer_cannot_change_anything(make_host: MakeHost) -> None:
+    """A visitor with only the ``view`` right gets pages without buttons, and 403 for each
+    change."""
     host = make_host(authorizer=lambda action, job: action == "view")
     job_id = host.add()
     answers = sweep(host, job_id, csrf_token=host.token())
@@ -423,8 +434,8 @@ def test_a_viewer_sees_but_changes_nothing(make_host: MakeHost) -> None:
     assert host.job(job_id).status == "pending"
 
 
-def test_each_action_is_asked_for_by_its_name_and_job(make_host: MakeHost) -> None:
-    """The authorizer is asked for the very action and job that a POST is about."""
+def test_authorizer_gets_action_and_job(make_host: MakeHost) -> None:
+    """For a POST, the authorizer is called with the requested action and job."""
     asked: list[tuple[str, int | None]] = []
 
     def allow(action: str, job: Any) -> bool:
@@ -438,8 +449,8 @@ def test_each_action_is_asked_for_by_its_name_and_job(make_host: MakeHost) -> No
     assert host.job(job_id).status == "pending"
 
 
-def test_a_public_dashboard_opens_the_views_only(make_host: MakeHost) -> None:
-    """BGJOBS_DASHBOARD_PUBLIC lets anybody view, and nobody change anything."""
+def test_public_dashboard_is_read_only(make_host: MakeHost) -> None:
+    """With BGJOBS_DASHBOARD_PUBLIC, every visitor can view, and no visitor can change anything."""
     host = make_host(authorizer=None, BGJOBS_DASHBOARD_PUBLIC=True)
     job_id = host.add()
     answers = sweep(host, job_id, csrf_token=host.token())
@@ -463,7 +474,7 @@ def test_a_public_dashboard_opens_the_views_only(make_host: MakeHost) -> None:
 
 
 def test_read_only_refuses_every_change(make_host: MakeHost) -> None:
-    """BGJOBS_READ_ONLY refuses changes whatever the authorizer says."""
+    """BGJOBS_READ_ONLY refuses changes even if the authorizer allows them."""
     host = make_host(BGJOBS_READ_ONLY=True)
     job_id = host.add()
     token = host.token()
@@ -476,8 +487,9 @@ def test_read_only_refuses_every_change(make_host: MakeHost) -> None:
     assert host.job(job_id).status == "pending"
 
 
-def test_a_hidden_job_looks_like_one_that_does_not_exist(make_host: MakeHost) -> None:
-    """Who may not view a job cannot tell it from a missing one, in pages, POSTs and lists."""
+def test_hidden_job_looks_like_a_missing_job(make_host: MakeHost) -> None:
+    """A visitor without access to a job cannot distinguish it from a missing job, in pages, POSTs
+    and lists."""
     host = make_host(authorizer=lambda action, job: job is None or job.owner == "me")
     hidden, mine = host.add(id=4710, owner="you"), host.add(owner="me")
     for owner in ("you", "me"):
@@ -497,8 +509,9 @@ def test_a_hidden_job_looks_like_one_that_does_not_exist(make_host: MakeHost) ->
     assert host.job(hidden).status == "pending"
 
 
-def test_who_may_not_view_gets_403_for_any_id(make_host: MakeHost) -> None:
-    """An existing and a missing id answer the same to who may not view at all."""
+def test_visitor_without_view_right_gets_403_for_any_id(make_host: MakeHost) -> None:
+    """For a visitor without the ``view`` right, an existing and a missing id give the same
+    answer."""
     host = make_host(authorizer=lambda action, job: False)
     job_id = host.add()
     assert host.get(f"/job/{job_id}", 403) == host.get("/job/4711", 403)
@@ -525,9 +538,9 @@ def only_users(action: str, job: object) -> bool:
     return bool(flask_login.current_user.is_authenticated)
 
 
-def test_an_anonymous_visitor_is_sent_to_the_login_view(make_host: MakeHost) -> None:
-    """With Flask-Login and an authorizer, anonymous visitors are sent to log in; programs that ask
-    the API are told so."""
+def test_anonymous_visitor_is_redirected_to_login(make_host: MakeHost) -> None:
+    """With Flask-Login and an authorizer, anonymous visitors are redirected to the login view; the
+    API answers 401."""
     host = make_host(authorizer=only_users)
     with_login(host)
     job_id = host.add()
@@ -544,9 +557,9 @@ def test_an_anonymous_visitor_is_sent_to_the_login_view(make_host: MakeHost) -> 
 
 
 @pytest.mark.parametrize("in_session", [False, True])
-def test_a_login_after_a_form_leads_back_to_its_page(make_host: MakeHost, in_session: bool) -> None:
-    """Who was logged out meanwhile and sends a form gets back to the page with it: a browser cannot
-    open the address that the form was sent to."""
+def test_login_after_a_form_leads_back_to_its_page(make_host: MakeHost, in_session: bool) -> None:
+    """If a logged-out visitor sends a form, the login leads back to the page of the form: a browser
+    cannot open the form's POST address."""
     host = make_host(authorizer=only_users, USE_SESSION_FOR_NEXT=in_session)
     with_login(host)
     page = "/jobs/list?status=failed&q=a+b"
@@ -558,14 +571,14 @@ def test_a_login_after_a_form_leads_back_to_its_page(make_host: MakeHost, in_ses
             assert session["next"] == page
     else:
         assert parse_qs(urlsplit(answer.headers["Location"]).query)["next"] == [page]
-    # One that can be opened is what the visitor asked for.
+    # This address can also be opened with GET, so the login leads to it.
     answer = host.client.post("/jobs/dispatch")
     if not in_session:
         assert answer.headers["Location"] == "/login?next=%2Fjobs%2Fdispatch"
 
 
-def test_a_lost_cookie_leads_to_a_fresh_form(make_host: MakeHost) -> None:
-    """A form whose session has gone is refused, with a link to the page that sends a new one."""
+def test_lost_session_links_to_a_fresh_form(make_host: MakeHost) -> None:
+    """A form without its session is refused, with a link to its page, whose new form works."""
     host = make_host()
     page = "/jobs/list?status=pending"
     token = host.token()
@@ -578,16 +591,17 @@ def test_a_lost_cookie_leads_to_a_fresh_form(make_host: MakeHost) -> None:
     assert host.client.post(path, data={**form, "csrf_token": host.token()}).status_code == 303
 
 
-def test_a_fragment_or_json_request_of_nobody_is_401(make_host: MakeHost) -> None:
-    """A script that polls after the logout gets 401, no login page in its table."""
+def test_script_without_login_gets_401(make_host: MakeHost) -> None:
+    """A script that polls after the logout gets 401 and no login page."""
     host = make_host(authorizer=only_users)
     with_login(host)
     host.get("/list", 401, headers={"X-Bgjobs-Fragment": "1"})
     host.get("/list", 401, headers={"Accept": "application/json"})
 
 
-def test_without_an_authorizer_even_flask_login_gets_403(make_host: MakeHost) -> None:
-    """Nobody is sent to log in when no login could open the dashboard."""
+def test_no_login_redirect_without_authorizer(make_host: MakeHost) -> None:
+    """Without an authorizer, visitors get 403 and no redirect, because no login could open the
+    dashboard."""
     host = make_host(authorizer=None)
     with_login(host)
     host.get("/list", 403)
@@ -596,8 +610,8 @@ def test_without_an_authorizer_even_flask_login_gets_403(make_host: MakeHost) ->
 
 
 @pytest.mark.parametrize("token", [None, "", "nonsense", "IjEi.Zz.zz"])
-def test_a_change_needs_a_valid_token(make_host: MakeHost, token: str | None) -> None:
-    """A missing or wrong token is a 400 page, and nothing changes."""
+def test_change_needs_a_valid_token(make_host: MakeHost, token: str | None) -> None:
+    """With a missing or wrong token, a change answers 400, and nothing changes."""
     host = make_host()
     job_id = host.add()
     host.get("/list")
@@ -610,8 +624,8 @@ def test_a_change_needs_a_valid_token(make_host: MakeHost, token: str | None) ->
     assert host.count() == 1
 
 
-def test_the_token_of_another_session_is_refused(make_host: MakeHost) -> None:
-    """A token works only in the session that it was made for."""
+def test_token_of_another_session_is_refused(make_host: MakeHost) -> None:
+    """A token is valid only in its own session."""
     host = make_host()
     job_id = host.add()
     token = host.token()
@@ -622,8 +636,8 @@ def test_the_token_of_another_session_is_refused(make_host: MakeHost) -> None:
     assert host.job(job_id).status == "pending"
 
 
-def test_an_expired_token_is_refused(make_host: MakeHost) -> None:
-    """A token older than WTF_CSRF_TIME_LIMIT is a 400 page."""
+def test_expired_token_is_refused(make_host: MakeHost) -> None:
+    """A token older than WTF_CSRF_TIME_LIMIT is answered with a 400 page."""
     host = make_host(WTF_CSRF_TIME_LIMIT=-1)
     job_id = host.add()
     answer = host.post(f"/job/{job_id}/cancel")
@@ -632,8 +646,8 @@ def test_an_expired_token_is_refused(make_host: MakeHost) -> None:
     assert host.job(job_id).status == "pending"
 
 
-def test_a_request_from_another_site_is_refused(make_host: MakeHost) -> None:
-    """Sec-Fetch-Site: cross-site is refused even with a valid token."""
+def test_cross_site_request_is_refused(make_host: MakeHost) -> None:
+    """A request with ``Sec-Fetch-Site: cross-site`` is refused even with a valid token."""
     host = make_host()
     job_id = host.add()
     answer = host.client.post(
@@ -647,10 +661,10 @@ def test_a_request_from_another_site_is_refused(make_host: MakeHost) -> None:
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("protected", [True, False])
-def test_the_check_does_not_depend_on_the_host(
+def test_csrf_check_is_independent_of_the_host(
     make_host: MakeHost, protected: bool, enabled: bool
 ) -> None:
-    """With the host's CSRFProtect on, off or absent, the same token is asked for."""
+    """The dashboard requires the same token with the host's CSRFProtect on, off or absent."""
     host = make_host(WTF_CSRF_ENABLED=enabled)
     if protected:
         CSRFProtect(host.app)
@@ -661,8 +675,8 @@ def test_the_check_does_not_depend_on_the_host(
     assert host.job(job_id).status == "cancelled"
 
 
-def test_the_token_may_come_in_a_header(make_host: MakeHost) -> None:
-    """Scripts send the token as X-CSRFToken."""
+def test_token_in_a_header(make_host: MakeHost) -> None:
+    """Scripts can send the token as X-CSRFToken."""
     host = make_host()
     job_id = host.add()
     headers = {"X-CSRFToken": host.token()}
@@ -671,7 +685,7 @@ def test_the_token_may_come_in_a_header(make_host: MakeHost) -> None:
 
 
 def test_no_get_changes_anything(make_host: MakeHost) -> None:
-    """A GET on an action is 405, and every page leaves all rows as they are."""
+    """A GET on an action answers 405, and no page changes a job."""
     host = make_host()
     job_id = host.add()
     for verb in ("cancel", "retry", "delete"):
@@ -682,8 +696,8 @@ def test_no_get_changes_anything(make_host: MakeHost) -> None:
     assert host.count() == 1
 
 
-def test_without_a_secret_key_pages_are_shown_and_changes_refused(make_host: MakeHost) -> None:
-    """An app without SECRET_KEY shows its jobs and says what changes need."""
+def test_app_without_secret_key_is_read_only(make_host: MakeHost) -> None:
+    """Without SECRET_KEY, an app shows its jobs, and pages say what changes need."""
     host = make_host(SECRET_KEY=None)
     job_id = host.add()
     for path in ("/", "/list", f"/job/{job_id}", "/dispatch"):
@@ -695,8 +709,8 @@ def test_without_a_secret_key_pages_are_shown_and_changes_refused(make_host: Mak
     assert host.job(job_id).status == "pending"
 
 
-def test_pages_carry_strict_headers(make_host: MakeHost) -> None:
-    """Pages, errors included, forbid inline script, framing and caching."""
+def test_pages_send_strict_headers(make_host: MakeHost) -> None:
+    """The headers of pages, including error pages, forbid inline scripts, framing and caching."""
     host = make_host()
     for path, status in (("/list", 200), ("/job/4711", 404)):
         headers = host.client.get(PREFIX + path).headers
@@ -707,8 +721,8 @@ def test_pages_carry_strict_headers(make_host: MakeHost) -> None:
         assert headers["Cache-Control"] == "no-store"
 
 
-def test_headers_of_the_host_win(make_host: MakeHost) -> None:
-    """A header that the host sets is left as the host wants it."""
+def test_headers_of_the_host_take_precedence(make_host: MakeHost) -> None:
+    """A header set by the host is not replaced."""
     host = make_host()
 
     @host.app.after_request
@@ -735,36 +749,36 @@ def test_headers_of_the_host_win(make_host: MakeHost) -> None:
         "",
     ],
 )
-def test_a_foreign_next_is_ignored(make_host: MakeHost, wanted: str) -> None:
-    """After a change the visitor goes only to a page of this dashboard."""
+def test_next_outside_the_dashboard_is_ignored(make_host: MakeHost, wanted: str) -> None:
+    """After a change, the visitor is redirected only to pages of this dashboard."""
     host = make_host()
     answer = host.post(f"/job/{host.add()}/cancel", next=wanted)
     assert answer.headers["Location"] == "/jobs/list"
 
 
-def test_next_brings_back_to_the_filtered_list(make_host: MakeHost) -> None:
-    """After a change the filters are kept."""
+def test_next_leads_back_to_the_filtered_list(make_host: MakeHost) -> None:
+    """After a change, the visitor is back on the list with its filters."""
     host = make_host()
     answer = host.post(f"/job/{host.add()}/cancel", next="/jobs/list?status=pending&q=a%20b")
     assert answer.headers["Location"] == "/jobs/list?status=pending&q=a%20b"
 
 
-def test_a_foreign_host_header_names_no_address(make_host: MakeHost) -> None:
-    """Links and redirects do not repeat a forged Host header."""
+def test_forged_host_header_is_not_repeated(make_host: MakeHost) -> None:
+    """A page does not contain the host name of a forged Host header."""
     host = make_host()
     host.add()
     page = host.get("/list", headers={"Host": "evil.example"})
     assert "evil.example" not in page
 
 
-def test_static_files_need_no_login(make_host: MakeHost) -> None:
-    """The page that says no is styled too."""
+def test_static_files_need_no_rights(make_host: MakeHost) -> None:
+    """Static files need no authorizer, so that the 403 page has its styles."""
     host = make_host(authorizer=None)
     assert "--bgj-line" in host.get("/static/bgjobs.css", buffered=True)
 
 
-def test_the_allow_list_is_checked_by_the_server(make_host: MakeHost) -> None:
-    """A name that is not on the form is refused when it is sent anyway."""
+def test_dispatch_checks_the_allow_list(make_host: MakeHost) -> None:
+    """A job name that the form does not offer is refused when it is posted."""
     host = make_host(BGJOBS_ALLOWED_JOBS={SAMPLE: ["execute"]})
     for forged in ("os.system", f"{SAMPLE}:__init__", f"{SAMPLE}:other", "a b", ":", "é"):
         answer = host.post("/dispatch", job=forged, parameters='["x"]')

@@ -94,7 +94,7 @@ def test_axe_finds_nothing(full: Host, open_page: Browsing, width: int, scheme: 
     for name, path in PAGES.items():
         page.goto(open_page.address + path)
         found += problems(page, name)
-    open_page.forget_answers(400, 404)
+    open_page.forget_responses(400, 404)
     assert found == []
 
 
@@ -163,7 +163,7 @@ def test_a_screen_reader_is_told(full: Host, open_page: Browsing, name: str, pat
     """
     page = open_page(path)
     tree = _without_times(page.locator("body").aria_snapshot())
-    open_page.forget_answers(400, 404)
+    open_page.forget_responses(400, 404)
     file = _SNAPSHOTS / f"{name}.yml"
     if _UPDATES:
         file.parent.mkdir(exist_ok=True)

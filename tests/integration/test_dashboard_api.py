@@ -1,4 +1,4 @@
-"""The JSON API: that it keeps to its description, its rights and its masks."""
+"""The JSON API: its OpenAPI description, its access rights and its masked values."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def post(host: Host, path: str, body: Any = None, code: int = 200) -> Any:
     return answer.json
 
 
-def filled(host: Host) -> Host:
-    """Something of everything that the API can tell of."""
+def populated_host(host: Host) -> Host:
+    """A host with a row of each kind that the API returns."""
     for status in ("pending", "scheduled", "retrying", "running", "completed", "cancelled"):
         host.add(status=status)
     failed = host.add(
@@ -79,9 +79,9 @@ OPERATIONS = [(path, method) for path, each in DESCRIPTION["paths"].items() for 
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_it_keeps_to_its_description(make_host: MakeHost, path: str, method: str) -> None:
-    """Whatever is asked of it, the API answers with a code and a body that it describes."""
-    host = filled(make_host())
+def test_api_conforms_to_its_description(make_host: MakeHost, path: str, method: str) -> None:
+    """For any request, the API answers with a status and a body of its OpenAPI description."""
+    host = populated_host(make_host())
     schema = schemathesis.openapi.from_wsgi(f"{API}/openapi.json", host.app)
     schema.config.update(base_url=f"http://localhost{API}")
     token = host.client.get(f"{API}/stats").headers["X-CSRFToken"]
@@ -103,8 +103,9 @@ def test_it_keeps_to_its_description(make_host: MakeHost, path: str, method: str
     check()
 
 
-def test_the_description_is_served(host: Host) -> None:
-    """The description that the package holds can be read where the API is, at any prefix."""
+def test_description_is_served(host: Host) -> None:
+    """The API serves its OpenAPI description at any prefix, and the description lists all
+    routes."""
     description = get(host, "/openapi.json")
     assert description["openapi"].startswith("3.1")
     assert description["servers"] == [{"url": "."}]
@@ -127,9 +128,9 @@ def test_the_description_is_served(host: Host) -> None:
     assert plain == {(method, path.removesuffix("/{verb}")) for method, path in described}
 
 
-def test_each_refusal_is_described() -> None:
-    """Every operation describes what it answers to bad input, to strangers and without a database,
-    and the statuses are those of jobs."""
+def test_each_error_status_is_described() -> None:
+    """Every operation describes its answers to bad input, missing rights and a missing database,
+    and the schema lists all statuses of jobs."""
     for path, method in OPERATIONS:
         responses = DESCRIPTION["paths"][path][method]["responses"]
         assert {"400", "401", "403", "503"} <= set(responses), (path, method)
@@ -138,13 +139,13 @@ def test_each_refusal_is_described() -> None:
 
 
 @pytest.mark.parametrize("path", ["/stats?period=2h", "/queues?x=1", "/workers?ended=2"])
-def test_unknown_values_are_400(host: Host, path: str) -> None:
-    """Reading anything with a parameter or a value that it does not have is refused."""
+def test_unknown_parameters_are_400(host: Host, path: str) -> None:
+    """An unknown parameter, or an unknown value of a parameter, is answered with 400."""
     assert get(host, path, 400)["error"]["status"] == 400
 
 
-def test_jobs_are_listed_as_filtered(host: Host) -> None:
-    """The API takes the filters of the list, and gives its cursors."""
+def test_list_with_filters_and_cursors(host: Host) -> None:
+    """The list of jobs accepts the filters of the list page, and returns cursors."""
     ids = [host.add(queue="mail") for _ in range(5)]
     host.add(queue="other")
     page = get(host, "/jobs?queue=mail&per=2")
@@ -157,15 +158,16 @@ def test_jobs_are_listed_as_filtered(host: Host) -> None:
 @pytest.mark.parametrize(
     "query", ["status=nope", "sort=name", "q=colour:red", "after=x", "since=tomorrow"]
 )
-def test_what_makes_no_sense_is_400(host: Host, query: str) -> None:
-    """A filter that makes no sense is refused with the reason, as JSON."""
+def test_invalid_filters_are_400(host: Host, query: str) -> None:
+    """An invalid filter is answered with 400 and the reason as JSON."""
     error = get(host, f"/jobs?{query}", 400)["error"]
     assert error["status"] == 400
     assert error["message"]
 
 
-def test_a_job_with_all_that_is_known(host: Host) -> None:
-    """One job has its attempts, lines and reasons, and is not there where it is missing."""
+def test_job_with_attempts_and_log(host: Host) -> None:
+    """A job is returned with its attempts, its log and the reason why it is not running; a missing
+    job is a 404."""
     job_id = host.add(queue="mail")
     host.add_attempt(job_id, error="E: x", error_type="E")
     host.add_line(job_id, "a line")
@@ -178,7 +180,7 @@ def test_a_job_with_all_that_is_known(host: Host) -> None:
 
 
 def test_secrets_are_masked(host: Host) -> None:
-    """What is masked on the pages is masked here."""
+    """Values that the pages mask are masked in the API, too."""
     job_id = host.add(
         target=RECEIPT,
         method=None,
@@ -195,8 +197,8 @@ def test_secrets_are_masked(host: Host) -> None:
     assert get(host, f"/jobs?q={SECRET}")["jobs"] == []
 
 
-def test_jobs_are_changed(host: Host) -> None:
-    """Verbs do what buttons do; what cannot be done is a conflict."""
+def test_changes_of_a_job(host: Host) -> None:
+    """Actions change jobs like the buttons do; an impossible action is a 409."""
     job_id = host.add()
     assert post(host, f"/jobs/{job_id}/cancel") == {
         "id": job_id,
@@ -213,8 +215,8 @@ def test_jobs_are_changed(host: Host) -> None:
     assert get(host, "/audit")["entries"][0]["source"] == "api"
 
 
-def test_a_job_is_dispatched(host: Host) -> None:
-    """A job is enqueued as run_background_job would, and the trail says by whom."""
+def test_dispatch(host: Host) -> None:
+    """A dispatched job is stored with its options, and the audit trail records the dispatch."""
     body = {
         "target": SAMPLE,
         "method": "execute",
@@ -224,8 +226,8 @@ def test_a_job_is_dispatched(host: Host) -> None:
         "run_at": "2030-01-01T00:00:00+02:00",
         "tags": ["a"],
     }
-    made = post(host, "/jobs", body, 201)
-    job = host.job(made["id"])
+    dispatched = post(host, "/jobs", body, 201)
+    job = host.job(dispatched["id"])
     assert (job.parameters, job.priority, job.queue) == ({"message": "Hi", "times": 2}, 3, "mail")
     assert job.run_at.isoformat() == "2029-12-31T22:00:00"
     assert job.tags == ["a"]
@@ -252,14 +254,15 @@ def test_a_job_is_dispatched(host: Host) -> None:
         ({"target": SAMPLE, "method": "execute", "parameters": ["\ud800"]}, 400),
     ],
 )
-def test_what_cannot_be_dispatched(host: Host, body: Any, code: int) -> None:
-    """What may not run, or makes no sense, leaves no job."""
+def test_invalid_dispatch_creates_no_job(host: Host, body: Any, code: int) -> None:
+    """A job outside the allow-list, or with an invalid body, is refused and not created."""
     assert post(host, "/jobs", body, code)["error"]["message"]
     assert host.count() == 0
 
 
-def test_a_job_that_is_there_already_is_not_dispatched_again(host: Host) -> None:
-    """With a key that is taken, the job that has it is given back, and the trail says nothing."""
+def test_dispatch_with_taken_unique_key(host: Host) -> None:
+    """If the unique key is taken, the job that holds it is returned, and the audit trail has no
+    second entry."""
     dispatch = {"target": SAMPLE, "method": "execute", "parameters": ["x"], "unique_key": "k"}
     first, second = (post(host, "/jobs", dispatch, 201) for _ in range(2))
     assert (first["id"], first["deduplicated"]) == (second["id"], False)
@@ -267,8 +270,8 @@ def test_a_job_that_is_there_already_is_not_dispatched_again(host: Host) -> None
     assert len(get(host, "/audit")["entries"]) == 1
 
 
-def test_who_cannot_be_named_dispatches_nothing(host: Host) -> None:
-    """Where the host's own function fails, no job is left behind that nobody has dispatched."""
+def test_failing_identifier_prevents_dispatch(host: Host) -> None:
+    """If the host's ``identify_visitor`` function raises, no job is created."""
     host.bgjobs.identify_visitor(lambda: str(1 / 0))
     token = host.client.get(f"{API}/stats").headers["X-CSRFToken"]
     body = {"target": SAMPLE, "method": "execute", "parameters": ["x"]}
@@ -278,8 +281,8 @@ def test_who_cannot_be_named_dispatches_nothing(host: Host) -> None:
     assert host.count() == 0
 
 
-def test_nested_nonsense_is_400(host: Host) -> None:
-    """JSON that is nested beyond all reason is refused."""
+def test_deeply_nested_json_is_400(host: Host) -> None:
+    """JSON with 100,000 levels is answered with 400."""
     token = host.client.get(f"{API}/stats").headers["X-CSRFToken"]
     deep = '{"target": "x", "parameters": ' + "[" * 100_000 + "]" * 100_000 + "}"
     headers = {"X-CSRFToken": token, "Content-Type": "application/json"}
@@ -287,8 +290,9 @@ def test_nested_nonsense_is_400(host: Host) -> None:
     assert answer.status_code == 400
 
 
-def test_a_retry_that_was_the_last_is_an_error(host: Host) -> None:
-    """A job that asked for one retry more than it had has failed; one that got it has not."""
+def test_retry_without_retries_left_is_an_error(host: Host) -> None:
+    """A job that raised ``Retry`` without retries left is listed as an error; a job that got its
+    retry is not."""
     for status, attempt in (("failed", 1), ("completed", 2)):
         job_id = host.add(status=status, attempt=attempt, finished_at=now())
         host.add_attempt(job_id, error_type="Retry", error="Retry")
@@ -299,8 +303,9 @@ def test_a_retry_that_was_the_last_is_an_error(host: Host) -> None:
     assert (group["error_type"], group["attempts"], group["last_job_id"]) == ("Retry", 1, 1)
 
 
-def test_queues_and_workers_are_changed(host: Host) -> None:
-    """Queues are paused, workers drained; what does not exist is said."""
+def test_pause_and_drain(host: Host) -> None:
+    """Queues can be paused and workers drained; an unknown queue is a 404, and an invalid value a
+    400."""
     host.add(queue="mail")
     host.add_worker()
     assert post(host, "/queues/pause", {"queue": "mail"}) == {"queue": "mail", "changed": True}
@@ -315,14 +320,14 @@ def test_queues_and_workers_are_changed(host: Host) -> None:
 
 
 class TestRights:
-    def test_it_is_closed_until_somebody_may(self, make_host: MakeHost) -> None:
-        """Without an authorizer everything is 403, as JSON."""
+    def test_api_without_authorizer_is_closed(self, make_host: MakeHost) -> None:
+        """Without an authorizer, the API answers 403 as JSON."""
         host = make_host(authorizer=None)
         for path in ("/stats", "/jobs", "/openapi.json", "/audit"):
             assert get(host, path, 403)["error"]["status"] == 403
 
-    def test_a_change_needs_the_token(self, host: Host) -> None:
-        """Without the token, or with that of another session, nothing is changed."""
+    def test_change_needs_a_valid_token(self, host: Host) -> None:
+        """Without a token, or with the token of another session, nothing changes."""
         job_id = host.add()
         for headers in ({}, {"X-CSRFToken": "x"}):
             answer = host.client.post(f"{API}/jobs/{job_id}/cancel", headers=headers)
@@ -334,8 +339,8 @@ class TestRights:
         assert answer.status_code == 400
         assert host.job(job_id).status == "pending"
 
-    def test_each_change_is_asked_for(self, make_host: MakeHost) -> None:
-        """Who may only view changes nothing here either."""
+    def test_viewer_cannot_change_anything(self, make_host: MakeHost) -> None:
+        """A visitor with only the ``view`` right gets 403 for each change."""
         host = make_host(authorizer=lambda action, job: action == "view")
         job_id = host.add()
         host.add_worker()
@@ -347,7 +352,7 @@ class TestRights:
         assert host.job(job_id).status == "pending"
 
     def test_hidden_jobs_are_missing(self, make_host: MakeHost) -> None:
-        """Who may not see a job finds it in no list, and no error tells of it."""
+        """A job that the visitor may not view is in no list, and no error message reveals it."""
         host = make_host(authorizer=lambda action, job: job is None or job.owner == "me")
         hidden = host.add(owner="you", status="failed", error="E: yours", error_type="E")
         host.add_attempt(hidden, error="E: yours", error_type="E")
@@ -360,7 +365,7 @@ class TestRights:
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("/jobs?statsu=failed", "there is no parameter 'statsu'; the parameters are after, before"),
         ("/jobs?per=0", "per must be 1 to 200, and not '0'"),
@@ -369,13 +374,14 @@ class TestRights:
         ("/queues?period=1h", "there is no parameter 'period'; there are none"),
     ],
 )
-def test_a_parameter_that_would_be_overlooked_is_refused(host: Host, path: str, says: str) -> None:
-    """Who misspells a filter must not get every job."""
-    assert says in json.loads(host.get(f"/api/v1{path}", 400))["error"]["message"]
+def test_error_names_an_unknown_parameter(host: Host, path: str, message: str) -> None:
+    """A misspelt filter is refused instead of returning all jobs, and the error lists the
+    parameters."""
+    assert message in json.loads(host.get(f"/api/v1{path}", 400))["error"]["message"]
 
 
-def test_a_job_that_is_not_there_is_told_in_words(host: Host) -> None:
-    """404 speaks of the job, not of an address."""
+def test_missing_job_has_its_own_message(host: Host) -> None:
+    """The message of a 404 is about the job, not about the address."""
     error = json.loads(host.get("/api/v1/jobs/99", 404))["error"]
     assert error["message"] == "there is no such job, or you may not see it"
 
@@ -399,10 +405,10 @@ def test_a_job_that_is_not_there_is_told_in_words(host: Host) -> None:
     ],
     ids=lambda sent: ",".join(key[:9] for key in sent) if isinstance(sent, dict) else "",
 )
-def test_a_refusal_does_not_repeat_what_is_long(
+def test_errors_do_not_repeat_long_input(
     host: Host, caplog: pytest.LogCaptureFixture, sent: Any
 ) -> None:
-    """Neither the answer nor the log holds a megabyte because somebody has sent one."""
+    """If a request has a million characters, neither the answer nor the log repeats them."""
     answer = host.client.post(
         f"{PREFIX}/api/v1/jobs", json=sent, headers={"X-CSRFToken": host.token()}
     )

@@ -75,38 +75,38 @@ def address(host: Host) -> Iterator[str]:
 
 
 class Browsing:
-    """Opens pages of the dashboard, and collects whatever is wrong with them."""
+    """Opens pages of the dashboard, and collects all errors of the browser."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self._browser = browser
         self.address = address
         self._contexts: list[Any] = []
-        self.troubles: list[str] = []
+        self.problems: list[str] = []
         """Violations of the policy, console messages, and requests to other hosts."""
 
     def __call__(self, path: str, **options: Any) -> Any:
-        """A page in a context of its own."""
+        """A page in a browser context of its own."""
         context = self._browser.new_context(**options)
         self._contexts.append(context)
-        context.expose_binding("violated", lambda _, text: self.troubles.append(text))
+        context.expose_binding("violated", lambda _, text: self.problems.append(text))
         context.add_init_script(LISTEN)
         context.add_init_script(QUICKEN)
         page = context.new_page()
         page.set_default_timeout(DEADLINE_MS)
-        page.on("console", lambda message: self.troubles.append(message.text))
-        page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        page.on("request", self._note_foreign)
+        page.on("console", lambda message: self.problems.append(message.text))
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", self._note_foreign_request)
         page.goto(self.address + path)
         return page
 
-    def _note_foreign(self, request: Any) -> None:
+    def _note_foreign_request(self, request: Any) -> None:
         if not request.url.startswith(self.address):
-            self.troubles.append(request.url)
+            self.problems.append(request.url)
 
-    def forget_answers(self, *codes: int) -> None:
-        """Forget that the browser wrote down answers with these codes."""
+    def forget_responses(self, *codes: int) -> None:
+        """Forget the browser's messages about responses with these status codes."""
         written = tuple(f"status of {code} " for code in codes)
-        self.troubles[:] = [each for each in self.troubles if not any(w in each for w in written)]
+        self.problems[:] = [each for each in self.problems if not any(w in each for w in written)]
 
     def close(self) -> None:
         for context in self._contexts:
@@ -115,15 +115,17 @@ class Browsing:
 
 @pytest.fixture
 def open_page(browser: Any, address: str) -> Iterator[Browsing]:
-    """Opens pages; in the end nothing may have been blocked, logged or asked of other hosts."""
+    """Opens pages. The test fails if the browser blocked, logged or requested anything
+    unexpected."""
     browsing = Browsing(browser, address)
     yield browsing
     browsing.close()
-    assert browsing.troubles == []
+    assert browsing.problems == []
 
 
-def test_pages_run_clean_under_the_policy(host: Host, open_page: Browsing) -> None:
-    """No page breaks the policy, logs an error or asks another host for anything."""
+def test_pages_comply_with_the_policy(host: Host, open_page: Browsing) -> None:
+    """No page violates the Content-Security-Policy, logs an error or sends a request to another
+    host."""
     job_id = host.add(status="failed", error="ValueError: x", progress=0.3)
     host.add_attempt(job_id, error="ValueError: x", traceback="Traceback …")
     host.add_worker()
@@ -135,8 +137,8 @@ def test_pages_run_clean_under_the_policy(host: Host, open_page: Browsing) -> No
         page.wait_for_function("document.documentElement.dataset.bsTheme")
 
 
-def test_a_layout_without_bootstrap_keeps_its_looks(host: Host, open_page: Browsing) -> None:
-    """Our part of the page has its own, and the host's elements have theirs."""
+def test_layout_without_bootstrap_keeps_its_styles(host: Host, open_page: Browsing) -> None:
+    """The styles of the dashboard and of the host's layout do not affect each other."""
     object.__setattr__(host.state.config, "base_template", "site.html")
     css = "* { padding: 0 } nav { background: teal } button { border: 3px dotted red }"
     host.app.add_url_rule("/jobs-site.css", "css", lambda: Response(css, mimetype="text/css"))
@@ -168,8 +170,8 @@ def _cell(host: Host, outcome: str) -> Cell:
                 outcome, RUN, 12)  # fmt: skip
 
 
-def test_the_watch_for_violations_works(open_page: Browsing) -> None:
-    """Inline script is blocked, and seen: the other tests would notice."""
+def test_violations_are_noticed(open_page: Browsing) -> None:
+    """An inline script is blocked and noticed, so the other tests can fail."""
     page = open_page("/list")
     page.evaluate(
         "() => { const script = document.createElement('script');"
@@ -177,12 +179,12 @@ def test_the_watch_for_violations_works(open_page: Browsing) -> None:
     )
     page.wait_for_timeout(100)
     assert page.evaluate("window.bad") is None
-    assert any(trouble.startswith("violation of script-src") for trouble in open_page.troubles)
-    open_page.troubles.clear()
+    assert any(problem.startswith("violation of script-src") for problem in open_page.problems)
+    open_page.problems.clear()
 
 
-def test_the_list_follows_the_jobs(host: Host, open_page: Browsing) -> None:
-    """A list that is open shows new jobs and new statuses by itself."""
+def test_list_refreshes(host: Host, open_page: Browsing) -> None:
+    """An open list shows new jobs and new statuses without a reload."""
     host.add(status="running", attempt=1)
     page = open_page("/list")
     page.wait_for_selector("#job-1 .bgj-running")
@@ -193,8 +195,8 @@ def test_the_list_follows_the_jobs(host: Host, open_page: Browsing) -> None:
     page.wait_for_selector("#job-1 .bgj-cancelling")
 
 
-def test_a_deeper_page_tells_of_new_jobs(host: Host, open_page: Browsing) -> None:
-    """It stands still, and its link leads to the first page, where they are."""
+def test_later_page_links_to_new_jobs(host: Host, open_page: Browsing) -> None:
+    """A later page of the list does not move, and links to the new jobs on the first page."""
     host.add(count=4)
     page = open_page("/list?per=2")
     page.click("text=Next page")
@@ -205,8 +207,8 @@ def test_a_deeper_page_tells_of_new_jobs(host: Host, open_page: Browsing) -> Non
     assert page.url.endswith("/list?per=2")
 
 
-def test_a_refresh_keeps_what_the_visitor_is_doing(host: Host, open_page: Browsing) -> None:
-    """Typed text, focus and open details outlive a refresh."""
+def test_refresh_keeps_input_and_focus(host: Host, open_page: Browsing) -> None:
+    """A refresh keeps typed text, focus and open details."""
     job_id = host.add(status="failed", error="E: x")
     host.add_attempt(job_id, error="E: x", traceback="Traceback …")
     page = open_page("/list")
@@ -231,8 +233,8 @@ def test_a_refresh_keeps_what_the_visitor_is_doing(host: Host, open_page: Browsi
     assert not page.evaluate("document.querySelector('.bgj-attempts details').open")
 
 
-def test_a_refresh_does_not_choose_another_queue(host: Host, open_page: Browsing) -> None:
-    """A queue that appears before others in the filter takes no box from them."""
+def test_refresh_keeps_selected_queues(host: Host, open_page: Browsing) -> None:
+    """If a new queue appears in the filter, the same queues stay selected."""
     host.add(queue="mail")
     page = open_page("/list")
     page.click("#bgjobs-by-queue summary")
@@ -243,9 +245,8 @@ def test_a_refresh_does_not_choose_another_queue(host: Host, open_page: Browsing
     assert page.evaluate(chosen) == ["mail"]
 
 
-def test_a_text_is_copied(host: Host, open_page: Browsing) -> None:
-    """A button copies the masked parameters as they are shown; where that is not allowed, it
-    selects them."""
+def test_copy_button(host: Host, open_page: Browsing) -> None:
+    """A button copies the masked parameters; if the clipboard is not available, it selects them."""
     job_id = host.add(parameters_json='{"order_id": 7, "password": "hunter2"}')
     page = open_page(f"/job/{job_id}")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -263,20 +264,20 @@ def test_a_text_is_copied(host: Host, open_page: Browsing) -> None:
     page.wait_for_function("getSelection().toString().includes('order_id')")
 
 
-def test_a_page_that_cannot_be_refreshed_says_so(host: Host, open_page: Browsing) -> None:
-    """Old figures do not look like new ones; when the server answers again the note is gone."""
+def test_failed_refresh_is_shown(host: Host, open_page: Browsing) -> None:
+    """If the server does not answer, the page says so until it answers again."""
     host.add()
     page = open_page("/list")
     page.route("**/list", lambda route: route.fulfill(status=500))
     note = page.locator("[data-bgjobs-fresh]")
     playwright_api.expect(note).to_contain_text("the server does not answer", timeout=30_000)
-    open_page.forget_answers(500)
+    open_page.forget_responses(500)
     page.unroute("**/list")
     playwright_api.expect(note).to_be_empty(timeout=30_000)
 
 
-def test_chosen_rows_are_counted(host: Host, open_page: Browsing) -> None:
-    """The visitor sees how many are chosen, and that the page stands still meanwhile."""
+def test_selected_rows_are_counted(host: Host, open_page: Browsing) -> None:
+    """The page shows the number of selected rows, and that it is not refreshed meanwhile."""
     host.add(count=3)
     page = open_page("/list")
     number, note = page.locator("[data-bgjobs-chosen]"), page.locator("[data-bgjobs-fresh]")
@@ -292,7 +293,7 @@ def test_chosen_rows_are_counted(host: Host, open_page: Browsing) -> None:
 
 
 def test_escape_closes_a_menu(host: Host, open_page: Browsing) -> None:
-    """Without a mouse a menu is left by Escape, and the focus is where it was opened."""
+    """Escape closes a menu, and the focus returns to the element that opened it."""
     host.add()
     page = open_page("/list")
     page.focus("#bgjobs-by-status summary")
@@ -303,8 +304,8 @@ def test_escape_closes_a_menu(host: Host, open_page: Browsing) -> None:
     assert page.evaluate("document.activeElement.parentElement.id") == "bgjobs-by-status"
 
 
-def test_the_keys_are_told(host: Host, open_page: Browsing) -> None:
-    """A button on each page shows the keys; rows without a link are reached by them as well."""
+def test_keyboard_shortcuts_are_listed(host: Host, open_page: Browsing) -> None:
+    """A button lists the keyboard shortcuts, which also reach rows without a link."""
     for name in ("first", "second"):
         host.add_worker(name, status="stopped")
     page = open_page("/workers?ended=1")
@@ -315,14 +316,14 @@ def test_the_keys_are_told(host: Host, open_page: Browsing) -> None:
     for _ in range(2):
         page.keyboard.press("j")
     assert page.evaluate("document.activeElement.id") == "worker-2"
-    # The place in the table outlives a refresh.
+    # A refresh keeps the focus in the table.
     host.add_worker("third", status="stopped")
     page.wait_for_selector("#worker-3")
     assert page.evaluate("document.activeElement.id") == "worker-2"
 
 
-def test_times_are_in_the_visitors_zone(host: Host, open_page: Browsing) -> None:
-    """What the server writes in UTC is read in the zone of the browser."""
+def test_times_are_in_local_time_zone(host: Host, open_page: Browsing) -> None:
+    """Times are shown in the browser's time zone."""
     moment = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
     job_id = host.add(created_at=moment, run_at=moment)
     page = open_page(f"/job/{job_id}", timezone_id="America/New_York")
@@ -333,8 +334,8 @@ def test_times_are_in_the_visitors_zone(host: Host, open_page: Browsing) -> None
     assert title.startswith("2026-01-01 22:04:05")
 
 
-def test_selected_text_is_left_alone(host: Host, open_page: Browsing) -> None:
-    """While text is selected in the page, nothing moves; afterwards it goes on."""
+def test_text_selection_pauses_the_refresh(host: Host, open_page: Browsing) -> None:
+    """While text is selected, the page is not refreshed; afterwards it is."""
     host.add()
     page = open_page("/list")
     page.evaluate("getSelection().selectAllChildren(document.querySelector('#job-1'))")
@@ -345,7 +346,7 @@ def test_selected_text_is_left_alone(host: Host, open_page: Browsing) -> None:
     page.wait_for_selector("#job-2")
 
 
-def test_a_button_acts_and_comes_back(host: Host, open_page: Browsing) -> None:
+def test_button_in_a_refreshed_list(host: Host, open_page: Browsing) -> None:
     """Buttons of a refreshed list work, and lead back to the filtered list."""
     host.add()
     page = open_page("/list?status=pending")
@@ -356,8 +357,8 @@ def test_a_button_acts_and_comes_back(host: Host, open_page: Browsing) -> None:
     assert host.job(2).status == "cancelled"
 
 
-def test_everything_works_without_script(host: Host, open_page: Browsing) -> None:
-    """Filter, dispatch and delete need no JavaScript."""
+def test_dashboard_works_without_javascript(host: Host, open_page: Browsing) -> None:
+    """Filter, dispatch and delete work without JavaScript."""
     host.add(queue="mail")
     page = open_page("/list", java_script_enabled=False)
     page.click('summary:has-text("Queue")')
@@ -375,8 +376,8 @@ def test_everything_works_without_script(host: Host, open_page: Browsing) -> Non
     assert host.count() == 1
 
 
-def test_many_jobs_are_changed_after_a_question(host: Host, open_page: Browsing) -> None:
-    """Choosing rows stops the refresh; the question is a dialog, and Escape leaves it."""
+def test_bulk_change_is_confirmed_in_a_dialog(host: Host, open_page: Browsing) -> None:
+    """Selecting rows pauses the refresh; the confirmation is a dialog, and Escape closes it."""
     host.add(3)
     page = open_page("/list")
     page.check('[aria-label="Select job 2"]')
@@ -398,8 +399,8 @@ def test_many_jobs_are_changed_after_a_question(host: Host, open_page: Browsing)
     assert host.count() == 2
 
 
-def test_rows_stay_under_a_pointer_that_aims(host: Host, open_page: Browsing) -> None:
-    """While the pointer is on a row's button no refresh moves another row under it."""
+def test_pointer_on_a_button_pauses_the_refresh(host: Host, open_page: Browsing) -> None:
+    """While the pointer is on a row's button, a refresh does not move the row."""
     host.add(2)
     page = open_page("/list")
     button = page.locator("#job-1 .bgj-actions button")
@@ -420,8 +421,8 @@ def test_rows_stay_under_a_pointer_that_aims(host: Host, open_page: Browsing) ->
     page.wait_for_selector("text=Not refreshed", state="detached")
 
 
-def test_a_finger_stops_no_refresh(host: Host, open_page: Browsing) -> None:
-    """What was touched last looks as if a pointer were on it."""
+def test_touch_does_not_pause_the_refresh(host: Host, open_page: Browsing) -> None:
+    """A touched element counts as hovered in the browser, but does not pause the refresh."""
     host.add(2)
     page = open_page("/list", has_touch=True)
     box = page.locator('[aria-label="Select job 1"]')
@@ -433,8 +434,9 @@ def test_a_finger_stops_no_refresh(host: Host, open_page: Browsing) -> None:
     page.wait_for_selector("#job-3")
 
 
-def test_a_press_that_never_ends_stops_no_refresh(host: Host, open_page: Browsing) -> None:
-    """Such as one that has opened the menu of the browser."""
+def test_unfinished_press_does_not_pause_the_refresh(host: Host, open_page: Browsing) -> None:
+    """A press that opens the browser's context menu, and so never ends, does not pause the
+    refresh."""
     host.add(2)
     page = open_page("/list")
     page.dispatch_event("h1", "pointerdown", {"bubbles": True})
@@ -444,8 +446,8 @@ def test_a_press_that_never_ends_stops_no_refresh(host: Host, open_page: Browsin
 
 
 @pytest.mark.parametrize("width", [1280, 320])
-def test_choosing_moves_nothing(host: Host, open_page: Browsing, width: int) -> None:
-    """The second click of somebody who chooses rows hits what the first one would have."""
+def test_selecting_a_row_moves_nothing(host: Host, open_page: Browsing, width: int) -> None:
+    """Selecting a row moves no button and no row, so that the next click hits its target."""
     host.add(3)
     page = open_page("/list", viewport={"width": width, "height": 900})
     watched = "#bgjobs-bulk button, #bgjobs-bulk label, #job-1, #job-2"
@@ -459,8 +461,8 @@ def test_choosing_moves_nothing(host: Host, open_page: Browsing, width: int) -> 
     assert page.evaluate(places) == before
 
 
-def test_times_of_filters_are_the_visitors(host: Host, open_page: Browsing) -> None:
-    """They are shown in the zone in which all other times are, and sent in UTC."""
+def test_filter_times_are_in_local_time_zone(host: Host, open_page: Browsing) -> None:
+    """Filter times are shown in the browser's time zone and sent in UTC."""
     host.add(created_at=dt.datetime(2026, 6, 1, 12, 30))
     page = open_page("/list?since=2026-06-01T12:00:00", timezone_id="Asia/Tokyo")
     page.click("#bgjobs-by-more summary")
@@ -485,10 +487,11 @@ def test_times_of_filters_are_the_visitors(host: Host, open_page: Browsing) -> N
         ("0001-01-01T12:00:00", "0999-06-01T00:00:00", None),
     ],
 )
-def test_times_that_were_not_changed_stay(
+def test_unchanged_filter_times_are_kept(
     host: Host, open_page: Browsing, since: str, until: str, shown: str | None
 ) -> None:
-    """In the hour that a zone has twice, the clock alone does not say which one is meant."""
+    """Unchanged filter times are sent as they were, also in the hour that occurs twice when clocks
+    are set back."""
     host.add()
     page = open_page(f"/list?since={since}&until={until}", timezone_id="Europe/Berlin")
     page.click("#bgjobs-by-more summary")
@@ -500,8 +503,8 @@ def test_times_that_were_not_changed_stay(
     assert f"since={since.replace(':', '%3A')}&until={until.replace(':', '%3A')}" in page.url
 
 
-def test_this_page_is_chosen_at_once(host: Host, open_page: Browsing) -> None:
-    """One box chooses all rows of the page, and frees them again."""
+def test_select_all_rows_of_the_page(host: Host, open_page: Browsing) -> None:
+    """One checkbox selects and deselects all rows of the page."""
     host.add(4)
     page = open_page("/list")
     page.check("[data-bgjobs-all]")
@@ -513,8 +516,8 @@ def test_this_page_is_chosen_at_once(host: Host, open_page: Browsing) -> None:
     assert page.is_visible("[data-bgjobs-all]")
 
 
-def test_many_jobs_are_changed_without_script(host: Host, open_page: Browsing) -> None:
-    """Without JavaScript the question is a page of its own."""
+def test_bulk_change_without_javascript(host: Host, open_page: Browsing) -> None:
+    """Without JavaScript, the confirmation is a separate page."""
     host.add(2)
     page = open_page("/list", java_script_enabled=False)
     page.check('[aria-label="Select job 1"]')
@@ -525,8 +528,8 @@ def test_many_jobs_are_changed_without_script(host: Host, open_page: Browsing) -
     assert [host.job(each).status for each in (1, 2)] == ["cancelled", "pending"]
 
 
-def test_the_keyboard_is_enough(host: Host, open_page: Browsing) -> None:
-    """Keys go to the search box and through the rows, choose, and tell what they do."""
+def test_keyboard_shortcuts(host: Host, open_page: Browsing) -> None:
+    """Keys move to the search box and through the rows, select a row, and list the shortcuts."""
     host.add(3)
     page = open_page("/list")
     page.keyboard.press("/")
@@ -543,8 +546,8 @@ def test_the_keyboard_is_enough(host: Host, open_page: Browsing) -> None:
     page.wait_for_selector("dialog[open] >> text=go to the search box")
 
 
-def test_how_often_is_the_visitors_choice(host: Host, open_page: Browsing) -> None:
-    """The interval is chosen on the page, kept for the next one, and may be never."""
+def test_refresh_interval_is_kept(host: Host, open_page: Browsing) -> None:
+    """The refresh interval can be set on the page, also to never, and is kept for the next page."""
     page = open_page("/list")
     page.select_option("[data-bgjobs-interval]", "0")
     page.wait_for_timeout(500)
@@ -556,14 +559,14 @@ def test_how_often_is_the_visitors_choice(host: Host, open_page: Browsing) -> No
     assert page.input_value("[data-bgjobs-interval]") == "0"
 
 
-def test_who_is_logged_out_is_told(host: Host, open_page: Browsing) -> None:
-    """A page that is open when the right to see it ends shows that by itself."""
+def test_open_page_shows_lost_rights(host: Host, open_page: Browsing) -> None:
+    """If the visitor loses the right to see an open page, the page says so."""
     host.add()
     page = open_page("/list")
     host.bgjobs.authorize_dashboard(lambda action, job: False)
     page.wait_for_selector("text=You are not allowed to do this.")
-    # The browser itself writes down the answers with 403.
-    open_page.troubles.clear()
+    # The browser logs the responses with 403.
+    open_page.problems.clear()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])

@@ -1,4 +1,4 @@
-"""Changing many jobs at once, queues and workers; and that all of it stands in the audit trail."""
+"""Changes of many jobs, of queues and of workers, and their entries in the audit trail."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def host(make_host: MakeHost) -> Host:
     return make_host()
 
 
-def trail(host: Host) -> list[Any]:
+def audit_entries(host: Host) -> list[Any]:
     with host.state.store.read() as connection:
         return list(connection.execute(sa.select(AuditEntry.__table__).order_by(AuditEntry.id)))
 
 
-def fields(page: str) -> list[tuple[str, str]]:
-    """The hidden fields of the question, as the browser would send them."""
+def hidden_fields(page: str) -> list[tuple[str, str]]:
+    """The hidden fields of the confirmation form, as a browser would send them."""
     form = page.split('aria-labelledby="bgjobs-question"')[1].split("</form>")[0]
     found = re.findall(r'type="hidden" name="([^"]+)" value="([^"]*)"', form)
     return [(name, html.unescape(value)) for name, value in found]
@@ -35,101 +35,110 @@ def fields(page: str) -> list[tuple[str, str]]:
 def send(host: Host, path: str, data: list[tuple[str, Any]], code: int) -> str:
     from werkzeug.datastructures import MultiDict
 
-    answer = host.client.post(PREFIX + path, data=MultiDict(data))
-    assert answer.status_code == code, answer.text
-    return answer.text
+    response = host.client.post(PREFIX + path, data=MultiDict(data))
+    assert response.status_code == code, response.text
+    return response.text
 
 
-def ask(host: Host, verb: str, *data: tuple[str, Any]) -> str:
+def open_confirmation(host: Host, verb: str, *data: tuple[str, Any]) -> str:
     return send(host, f"/bulk/{verb}", [("csrf_token", host.token()), *data], 200)
 
 
-def answer(host: Host, verb: str, question: str, **more: Any) -> str:
-    """The page that follows when the question is answered."""
-    send(host, f"/bulk/{verb}", [*fields(question), *more.items()], 303)
+def confirm(host: Host, verb: str, confirmation: str, **more: Any) -> str:
+    """The page shown after the form was confirmed."""
+    send(host, f"/bulk/{verb}", [*hidden_fields(confirmation), *more.items()], 303)
     return host.get("/list")
 
 
-def test_chosen_jobs_are_changed_after_a_question(host: Host) -> None:
-    """The question names verb and number; nothing happens until it is answered."""
+def test_selected_jobs_are_changed_after_confirmation(host: Host) -> None:
+    """The confirmation names the action and the number of jobs; nothing changes before it is
+    sent."""
     ids = [host.add() for _ in range(3)]
     done = host.add(status="completed")
-    question = ask(host, "cancel", *(("id", each) for each in (*ids, done)))
-    assert "Cancel 4 jobs?" in question
+    confirmation = open_confirmation(host, "cancel", *(("id", each) for each in (*ids, done)))
+    assert "Cancel 4 jobs?" in confirmation
     assert [host.job(each).status for each in ids] == ["pending"] * 3
-    page = answer(host, "cancel", question)
+    page = confirm(host, "cancel", confirmation)
     assert "3 cancelled, 1 skipped." in page
     assert "1 skipped: it is already completed." in page
     assert {host.job(each).status for each in ids} == {"cancelled"}
-    (entry,) = trail(host)
+    (entry,) = audit_entries(host)
     assert (entry.action, entry.result, entry.reason) == ("cancel", "3 cancelled, 1 skipped", None)
 
 
-def test_to_delete_takes_the_number(host: Host) -> None:
-    """To delete, the number of jobs has to be typed; a wrong one changes nothing."""
+def test_delete_requires_the_number(host: Host) -> None:
+    """To delete jobs, their number must be typed; with a wrong number nothing changes."""
     ids = [host.add(status="failed") for _ in range(2)]
-    question = ask(host, "delete", *(("id", each) for each in ids))
-    assert "Type <strong>2</strong>" in question
+    confirmation = open_confirmation(host, "delete", *(("id", each) for each in ids))
+    assert "Type <strong>2</strong>" in confirmation
     for wrong in ("", "3", "two"):
-        page = send(host, "/bulk/delete", [*fields(question), ("typed", wrong)], 400)
+        page = send(host, "/bulk/delete", [*hidden_fields(confirmation), ("typed", wrong)], 400)
         typed = f"{wrong}, not 2" if wrong else "no number"
         assert f"You typed {typed}: nothing was changed." in page
     assert host.count() == 2
-    answer(host, "delete", question, typed=" 2 ")
+    confirm(host, "delete", confirmation, typed=" 2 ")
     assert host.count() == 0
 
 
-def test_more_than_a_hundred_take_the_number(host: Host) -> None:
-    """Up to a hundred jobs are cancelled by a click, more by their number."""
+def test_more_than_100_jobs_require_the_number(host: Host) -> None:
+    """Up to 100 jobs are cancelled with one click; for more, their number must be typed."""
     host.add(100)
-    assert "typed" not in ask(host, "cancel", ("all", 1))
+    assert "typed" not in open_confirmation(host, "cancel", ("all", 1))
     host.add(1)
-    assert 'name="typed"' in ask(host, "cancel", ("all", 1))
+    assert 'name="typed"' in open_confirmation(host, "cancel", ("all", 1))
 
 
-def test_all_that_match_are_frozen(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that matched when it was asked are changed, in chunks, and none that came later."""
+def test_selection_is_fixed_at_the_confirmation(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All jobs that matched when the confirmation was opened are changed, in batches, and no later
+    ones."""
     monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
     wanted = [host.add(status="failed", queue="mail") for _ in range(5)]
     others = [host.add(status="failed"), host.add(queue="mail")]
-    question = ask(host, "retry", ("all", 1), ("status", "failed"), ("queue", "mail"))
-    assert "Retry 5 jobs?" in question
-    assert "status:failed queue:mail" in question
+    confirmation = open_confirmation(
+        host, "retry", ("all", 1), ("status", "failed"), ("queue", "mail")
+    )
+    assert "Retry 5 jobs?" in confirmation
+    assert "status:failed queue:mail" in confirmation
     later = host.add(status="failed", queue="mail")
-    page = answer(host, "retry", question)
+    page = confirm(host, "retry", confirmation)
     assert "5 pending again." in page
     assert {host.job(each).status for each in wanted} == {"pending"}
     assert [host.job(each).status for each in (*others, later)] == ["failed", "pending", "failed"]
-    assert {entry.reason for entry in trail(host)} == {"status=failed&queue=mail"}
+    assert {entry.reason for entry in audit_entries(host)} == {"status=failed&queue=mail"}
 
 
-def test_work_goes_on_behind_what_it_cannot_change(
+def test_unchangeable_jobs_do_not_use_up_batches(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Jobs that an action cannot change are not read for it, however many they are."""
+    """Jobs that an action cannot change are not read, however many they are."""
     monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
     monkeypatch.setattr(changes, "_REQUEST_SECONDS", -1.0)
     host.add(5, status="completed")
     host.add(3, status="failed")
     for left in (1, 0):
-        question = ask(host, "retry", ("all", 1))
-        answer(host, "retry", question)
+        confirmation = open_confirmation(host, "retry", ("all", 1))
+        confirm(host, "retry", confirmation)
         with host.state.store.read() as connection:
             failed = sa.select(sa.func.count()).where(Job.status == "failed")
             assert connection.scalar(failed) == left
 
 
 @pytest.mark.parametrize("becomes", ["failed", "retrying"])
-def test_a_job_is_retried_once(host: Host, monkeypatch: pytest.MonkeyPatch, becomes: str) -> None:
-    """A job that fails again while others are still retried is left to its next retry."""
+def test_job_that_fails_again_is_retried_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """A job that fails again while other jobs are still being retried is not retried a second
+    time."""
     host.add(3, status="retrying")
     host.add(3, status="failed")
     retry = host.state.store.retry
-    times: list[int] = []
+    retried: list[int] = []
 
     def retry_and_fail(ids: list[int], by: object) -> Any:
         result = retry(ids, by)
-        times.extend(ids)
+        retried.extend(ids)
         ended = now(1.0) if becomes == "failed" else None
         change = sa.update(Job).where(Job.id.in_(ids)).values(status=becomes, finished_at=ended)
         with host.state.store.engine.begin() as connection:
@@ -137,24 +146,25 @@ def test_a_job_is_retried_once(host: Host, monkeypatch: pytest.MonkeyPatch, beco
         return result
 
     monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
-    question = ask(host, "retry", ("all", 1))
+    confirmation = open_confirmation(host, "retry", ("all", 1))
     monkeypatch.setattr(host.state.store, "retry", retry_and_fail)
-    answer(host, "retry", question)
-    assert sorted(times) == [1, 2, 3, 4, 5, 6]
+    confirm(host, "retry", confirmation)
+    assert sorted(retried) == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_number_that_was_asked_is_answered(host: Host) -> None:
-    """Workers go on meanwhile: the number to type is the one that the question named."""
+def test_number_to_type_is_that_of_the_confirmation(host: Host) -> None:
+    """The number to type is the one in the confirmation, even if workers have changed jobs
+    since."""
     host.add(3, status="failed")
-    question = ask(host, "delete", ("all", 1), ("status", "failed"))
+    confirmation = open_confirmation(host, "delete", ("all", 1), ("status", "failed"))
     host.state.store.retry([1])
-    assert "2 deleted." in answer(host, "delete", question, typed="3")
+    assert "2 deleted." in confirm(host, "delete", confirmation, typed="3")
     assert host.job(1).status == "pending"
 
 
 @pytest.mark.parametrize("field", ["sort=zzz", 'q="', "since=zzz", "status=zzz"])
-def test_filters_that_cannot_be_meant(host: Host, field: str) -> None:
-    """A filter that makes no sense changes nothing."""
+def test_invalid_filter_changes_nothing(host: Host, field: str) -> None:
+    """With an invalid filter, nothing changes."""
     host.add(owner="x", tags_json='["x"]')
     name, _, value = field.partition("=")
     send(host, "/bulk/cancel", [("csrf_token", host.token()), ("all", 1), (name, value)], 400)
@@ -178,24 +188,24 @@ def test_filters_that_cannot_be_meant(host: Host, field: str) -> None:
     ],
     ids=["error", "owner", "tag"],
 )
-def test_all_of_one_kind_are_changed(
+def test_filter_matches_exactly(
     host: Host, field: tuple[str, str], meant: dict[str, Any], others: list[dict[str, Any]]
 ) -> None:
-    """All jobs with one exception, owner or tag, and no other."""
+    """Only jobs with exactly this exception, owner or tag are changed."""
     for values in others:
         host.add(status="failed", error="E: x", **values)
     last = host.add(3, status="failed", error="E: x", **meant)
     name, value = field
     assert "All matching" in host.get(f"/list?status=failed&{name}={value}")
-    question = ask(host, "retry", ("all", 1), ("status", "failed"), field)
-    assert "Retry 3 jobs?" in question
-    assert "3 pending again." in answer(host, "retry", question)
+    confirmation = open_confirmation(host, "retry", ("all", 1), ("status", "failed"), field)
+    assert "Retry 3 jobs?" in confirmation
+    assert "3 pending again." in confirm(host, "retry", confirmation)
     statuses = [host.job(number).status for number in range(1, last + 1)]
     assert statuses == ["failed"] * len(others) + ["pending"] * 3
 
 
-def test_what_is_masked_is_not_found_by_a_change(host: Host) -> None:
-    """An owner that is a secret of the job's parameters is not shown, so nobody can mean it."""
+def test_masked_owner_is_not_matched(host: Host) -> None:
+    """An owner that equals a secret parameter is masked, so that a filter by it matches no job."""
     host.add(
         status="failed",
         target=RECEIPT,
@@ -211,37 +221,37 @@ def test_what_is_masked_is_not_found_by_a_change(host: Host) -> None:
     assert host.job(1).status == "failed"
 
 
-def test_jobs_that_one_may_not_see_are_not_counted(make_host: MakeHost) -> None:
-    """Neither in the question nor in what is told of its answer."""
+def test_hidden_jobs_are_not_counted(make_host: MakeHost) -> None:
+    """Hidden jobs are counted neither in the confirmation nor in the result."""
     host = make_host(authorizer=lambda action, job: job is None or job.owner == "42")
     host.add(30, owner="7")
     host.add(2, owner="42")
-    question = ask(host, "cancel", ("all", 1))
-    assert "Cancel 2 jobs?" in question
-    page = answer(host, "cancel", question)
+    confirmation = open_confirmation(host, "cancel", ("all", 1))
+    assert "Cancel 2 jobs?" in confirmation
+    page = confirm(host, "cancel", confirmation)
     assert "2 cancelled." in page
     assert "skipped" not in page
     assert host.job(1).status == "pending"
 
 
-def test_a_count_that_takes_too_long_says_more_than(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was counted by then has to be typed, however few they are."""
+def test_count_beyond_the_time_limit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If counting takes too long, the confirmation says "more than", and the number counted so far
+    must be typed."""
     monkeypatch.setattr(changes, "_COUNT_SECONDS", 0.0)
     host.add(200, owner="42")
-    question = ask(host, "cancel", ("all", 1), ("owner", "42"))
-    assert "Cancel more than 1 job?" in question
-    refused = send(host, "/bulk/cancel", fields(question), 400)
+    confirmation = open_confirmation(host, "cancel", ("all", 1), ("owner", "42"))
+    assert "Cancel more than 1 job?" in confirmation
+    refused = send(host, "/bulk/cancel", hidden_fields(confirmation), 400)
     assert "You typed no number: nothing was changed." in refused
     assert {host.job(number).status for number in (1, 200)} == {"pending"}
-    assert "200 cancelled." in answer(host, "cancel", question, typed="1")
+    assert "200 cancelled." in confirm(host, "cancel", confirmation, typed="1")
 
 
-def test_a_count_that_finds_nothing_in_time_asks_nothing(
+def test_count_without_result_opens_no_confirmation(
     make_host: MakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many jobs would be meant is not known at all."""
+    """If no job was found within the time limit, there is no confirmation, because the number is
+    unknown."""
     monkeypatch.setattr(changes, "_REQUEST_SECONDS", 0.0)
     host = make_host(authorizer=lambda action, job: job is None or action == "view")
     host.add(3, owner="42")
@@ -250,8 +260,9 @@ def test_a_count_that_finds_nothing_in_time_asks_nothing(
     assert "No job to cancel was found in time: narrow the filter." in host.get("/list")
 
 
-def test_words_cannot_mean_all(host: Host) -> None:
-    """What words find is only known of what is shown, so they cannot mean all jobs."""
+def test_text_search_cannot_select_all(host: Host) -> None:
+    """A text search cannot select all matching jobs, because it is only evaluated for the shown
+    page."""
     host.add(status="failed", error="E: x")
     assert "All matching" not in host.get("/list?q=x")
     assert "All matching" in host.get("/list?status=failed")
@@ -260,16 +271,16 @@ def test_words_cannot_mean_all(host: Host) -> None:
     assert host.job(1).status == "failed"
 
 
-def test_nothing_chosen_is_said(host: Host) -> None:
-    """Without a choice, and with nonsense for ids, nothing is asked and nothing done."""
+def test_empty_selection(host: Host) -> None:
+    """Without a selection, or with invalid ids, the page asks to select jobs first."""
     host.add()
     for data in ([], [("id", "x"), ("id", "-1"), ("id", "9" * 30)]):
         send(host, "/bulk/cancel", [("csrf_token", host.token()), *data], 303)
         assert "Select jobs first." in host.get("/list")
 
 
-def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:
-    """The authorizer is asked for each job; hidden ones look like missing ones."""
+def test_jobs_without_the_right_are_skipped(make_host: MakeHost) -> None:
+    """The authorizer is called for each job; hidden jobs are reported like missing ones."""
 
     def allow(action: str, job: Any) -> bool:
         if job is None:
@@ -280,7 +291,7 @@ def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:
     mine, yours = host.add(owner="mine"), host.add(owner="yours")
     hidden = host.add(owner="hidden")
     ids = [("id", each) for each in (mine, yours, hidden, 4711)]
-    page = answer(host, "cancel", ask(host, "cancel", *ids))
+    page = confirm(host, "cancel", open_confirmation(host, "cancel", *ids))
     assert "1 cancelled, 3 skipped." in page
     assert "1 skipped: you are not allowed to." in page
     assert "2 skipped: it does not exist." in page
@@ -291,28 +302,29 @@ def test_what_one_may_not_change_is_skipped(make_host: MakeHost) -> None:
     ]
 
 
-def test_long_work_ends_in_time(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes longer than one request may is left, and said."""
+def test_change_stops_at_the_time_limit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that exceeds the time of one request stops, and the page says to repeat it."""
     monkeypatch.setattr(changes, "_BATCH_JOBS", 2)
     monkeypatch.setattr(changes, "_REQUEST_SECONDS", -1.0)
     host.add(5)
-    page = answer(host, "cancel", ask(host, "cancel", ("all", 1)))
+    page = confirm(host, "cancel", open_confirmation(host, "cancel", ("all", 1)))
     assert "2 cancelled." in page
     assert "Repeat the action for the rest." in page
 
 
-def test_the_filters_are_kept(host: Host) -> None:
-    """Afterwards the visitor is back on the list as it was."""
+def test_filters_are_kept_after_a_change(host: Host) -> None:
+    """After a change, the visitor is back on the list with its filters."""
     host.add(status="failed")
     here = "/jobs/list?status=failed&per=20"
-    question = ask(host, "retry", ("id", 1), ("next", here))
-    assert f'href="{html.escape(here)}"' in question
-    answer_page = host.client.post(f"{PREFIX}/bulk/retry", data=dict(fields(question)))
-    assert answer_page.location == here
+    confirmation = open_confirmation(host, "retry", ("id", 1), ("next", here))
+    assert f'href="{html.escape(here)}"' in confirmation
+    response = host.client.post(f"{PREFIX}/bulk/retry", data=dict(hidden_fields(confirmation)))
+    assert response.location == here
 
 
 def test_queues_are_paused_and_resumed(host: Host) -> None:
-    """The page of queues pauses and resumes, says so, and names who did it."""
+    """The page of queues pauses and resumes a queue, confirms it, and records it in the audit
+    trail."""
     host.add(queue="mail")
     assert "/queues/pause" in host.get("/queues")
     host.post("/queues/pause", queue="mail")
@@ -324,22 +336,22 @@ def test_queues_are_paused_and_resumed(host: Host) -> None:
     assert "Queue mail was paused already." in host.get("/queues")
     host.post("/queues/resume", queue="mail")
     assert "Queue mail resumed." in host.get("/queues")
-    assert [(entry.action, entry.subject) for entry in trail(host)] == [
+    assert [(entry.action, entry.subject) for entry in audit_entries(host)] == [
         ("pause", "mail"),
         ("resume", "mail"),
     ]
 
 
-def test_an_unknown_queue_is_refused(host: Host) -> None:
-    """A queue that nobody knows is not paused."""
+def test_unknown_queue_is_refused(host: Host) -> None:
+    """An unknown queue is not paused, and the error suggests a name."""
     host.add(queue="mail")
-    answer_page = host.post("/queues/pause", queue="mial")
-    assert answer_page.status_code == 400
-    assert "did you mean" in answer_page.text
+    response = host.post("/queues/pause", queue="mial")
+    assert response.status_code == 400
+    assert "did you mean" in response.text
 
 
-def test_a_worker_is_asked_to_end(host: Host) -> None:
-    """The page of workers asks one to end, once, and shows that it was asked."""
+def test_worker_is_drained(host: Host) -> None:
+    """The page of workers drains a worker once, and shows that it is draining."""
     host.add_worker("w-1")
     host.post("/workers/drain", worker="1")
     page = host.get("/workers")
@@ -350,35 +362,35 @@ def test_a_worker_is_asked_to_end(host: Host) -> None:
     assert "has stopped, or is already draining" in host.get("/workers")
     with host.state.store.read() as connection:
         assert connection.scalar(sa.select(Worker.drain_requested_at)) is not None
-    assert [(entry.action, entry.subject) for entry in trail(host)] == [("drain", "w-1")]
+    assert [(entry.action, entry.subject) for entry in audit_entries(host)] == [("drain", "w-1")]
 
 
 @pytest.mark.parametrize("worker", ["", "x", "0", "4711", "9" * 40])
-def test_a_worker_that_is_not_there(host: Host, worker: str) -> None:
-    """Nonsense drains nobody."""
+def test_unknown_worker_is_not_drained(host: Host, worker: str) -> None:
+    """An invalid or unknown worker id drains no worker."""
     host.add_worker("w-1")
     assert host.post("/workers/drain", worker=worker).status_code == 303
     assert "draining…" not in host.get("/workers")
 
 
-class TestWhoItWas:
-    def test_the_host_names_its_visitors(self, make_host: MakeHost) -> None:
-        """What the host says of the visitor stands in the trail."""
+class TestActor:
+    def test_identified_visitor(self, make_host: MakeHost) -> None:
+        """The name from ``identify_visitor`` is recorded in the audit trail."""
         host = make_host()
         host.bgjobs.identify_visitor(lambda: "Anna Ångström")
         host.post(f"/job/{host.add()}/cancel")
-        (entry,) = trail(host)
+        (entry,) = audit_entries(host)
         assert (entry.actor, entry.source) == ("Anna Ångström", "dashboard")
         assert "Anna Ångström" in host.get("/audit")
 
-    def test_nobody_is_logged_in(self, make_host: MakeHost) -> None:
-        """Without a login the address is what is known."""
+    def test_anonymous_visitor(self, make_host: MakeHost) -> None:
+        """Without a login, the address of the visitor is recorded."""
         host = make_host()
         host.post(f"/job/{host.add()}/cancel")
-        assert trail(host)[0].actor == "anonymous (127.0.0.1)"
+        assert audit_entries(host)[0].actor == "anonymous (127.0.0.1)"
 
-    def test_a_job_shows_who_changed_it(self, host: Host) -> None:
-        """The page of a job tells what people did to it."""
+    def test_job_page_shows_its_changes(self, host: Host) -> None:
+        """The page of a job shows who changed it."""
         job_id = host.add()
         host.bgjobs.identify_visitor(lambda: "anna")
         host.post(f"/job/{job_id}/cancel")
@@ -386,16 +398,17 @@ class TestWhoItWas:
         page = host.get(f"/job/{job_id}")
         assert page.count(">anna<") == 2
 
-    def test_a_dispatch_is_written_down(self, host: Host) -> None:
-        """Whoever enqueues by the form stands in the trail."""
+    def test_dispatch_is_recorded(self, host: Host) -> None:
+        """A dispatch by the form is recorded in the audit trail."""
         host.post("/dispatch", job="tests.integration.test_dashboard_support.send_receipt",
                   parameters="[7]")  # fmt: skip
-        (entry,) = trail(host)
+        (entry,) = audit_entries(host)
         assert entry.action == "dispatch"
         assert entry.subject.endswith("send_receipt")
 
-    def test_the_trail_is_a_right_of_its_own(self, make_host: MakeHost) -> None:
-        """Who may view need not see who changes what; a public dashboard shows it to nobody."""
+    def test_audit_trail_needs_its_own_right(self, make_host: MakeHost) -> None:
+        """Without the ``audit`` right, a visitor sees neither the audit page nor the names of other
+        visitors."""
         host = make_host(authorizer=lambda action, job: action != "audit")
         host.post(f"/job/{host.add()}/cancel")
         host.get("/audit", 403)
@@ -403,8 +416,8 @@ class TestWhoItWas:
         assert "anonymous" not in host.get("/job/1")
 
 
-def test_the_trail_has_pages(host: Host) -> None:
-    """The newest fifty changes are on the first page."""
+def test_audit_trail_is_paged(host: Host) -> None:
+    """The audit page shows the newest 50 changes and links to older ones."""
     job_id = host.add()
     for _ in range(30):
         host.post(f"/job/{job_id}/cancel")

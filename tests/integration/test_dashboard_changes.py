@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flask_bgjobs.job import serialize
+from tests.conftest import DEADLINE_SECONDS
 from tests.integration.test_dashboard_support import (
     BROKEN,
     PREFIX,
@@ -30,9 +31,9 @@ def host(make_host: MakeHost) -> Host:
     return make_host()
 
 
-def follow(host: Host, answer: Any) -> str:
-    assert answer.status_code == 303
-    page = host.client.get(answer.headers["Location"])
+def follow(host: Host, response: Any) -> str:
+    assert response.status_code == 303
+    page = host.client.get(response.headers["Location"])
     assert page.status_code == 200
     return html.unescape(page.text)
 
@@ -40,16 +41,16 @@ def follow(host: Host, answer: Any) -> str:
 # Cancel, retry, delete
 
 
-def test_a_waiting_job_is_cancelled_at_once(host: Host) -> None:
-    """Cancel of a waiting job leads back with a message, once."""
+def test_waiting_job_is_cancelled_at_once(host: Host) -> None:
+    """Cancelling a waiting job shows a message once."""
     job_id = host.add()
     assert f"Job {job_id} cancelled." in follow(host, host.post(f"/job/{job_id}/cancel"))
     assert host.job(job_id).status == "cancelled"
     assert f"Job {job_id} cancelled." not in host.get("/list")
 
 
-def test_a_running_job_is_asked_to_stop(host: Host) -> None:
-    """Cancel of a running job is a request; the job is cancelling."""
+def test_running_job_gets_a_cancel_request(host: Host) -> None:
+    """Cancelling a running job is a request, and the job is shown as cancelling."""
     job_id = host.add(status="running", attempt=1)
     page = follow(host, host.post(f"/job/{job_id}/cancel"))
     assert f"Job {job_id} was asked to stop." in page
@@ -57,14 +58,14 @@ def test_a_running_job_is_asked_to_stop(host: Host) -> None:
     assert host.job(job_id).status == "running"
 
 
-def test_a_finished_job_is_skipped(host: Host) -> None:
-    """What cannot be cancelled is skipped, with the reason."""
+def test_cancel_of_finished_job_is_skipped(host: Host) -> None:
+    """A job that cannot be cancelled is skipped, with the reason."""
     job_id = host.add(status="completed")
     page = follow(host, host.post(f"/job/{job_id}/cancel"))
     assert f"Job {job_id} skipped: it is already completed." in page
 
 
-def test_a_failed_job_is_retried(host: Host) -> None:
+def test_failed_job_is_retried(host: Host) -> None:
     """Retry makes a failed job pending, with all its retries."""
     job_id = host.add(status="failed", retry_count=3, attempt=4)
     follow(host, host.post(f"/job/{job_id}/retry"))
@@ -72,17 +73,17 @@ def test_a_failed_job_is_retried(host: Host) -> None:
     assert host.job(job_id).retry_count == 0
 
 
-def test_a_deleted_job_leads_to_the_list(host: Host) -> None:
-    """After deleting a job on its own page the list is shown, since the page is gone."""
+def test_delete_leads_to_the_list(host: Host) -> None:
+    """After a job was deleted on its own page, the list is shown."""
     job_id = host.add(status="failed")
-    answer = host.post(f"/job/{job_id}/delete", next=f"{PREFIX}/job/{job_id}")
-    assert answer.headers["Location"] == f"{PREFIX}/list"
-    assert f"Job {job_id} deleted." in follow(host, answer)
+    response = host.post(f"/job/{job_id}/delete", next=f"{PREFIX}/job/{job_id}")
+    assert response.headers["Location"] == f"{PREFIX}/list"
+    assert f"Job {job_id} deleted." in follow(host, response)
     assert host.count() == 0
 
 
-def test_unknown_verbs_do_not_exist(host: Host) -> None:
-    """Only cancel, retry and delete are addresses."""
+def test_unknown_action_is_404(host: Host) -> None:
+    """An action other than cancel, retry and delete is a 404."""
     job_id = host.add()
     assert host.post(f"/job/{job_id}/explode").status_code == 404
 
@@ -90,8 +91,8 @@ def test_unknown_verbs_do_not_exist(host: Host) -> None:
 # Dispatch
 
 
-def test_only_what_is_allowed_can_be_chosen(make_host: MakeHost) -> None:
-    """The form offers the allow-list and nothing else; what cannot be loaded is named."""
+def test_form_offers_the_allow_list(make_host: MakeHost) -> None:
+    """The form offers only allowed jobs; jobs that cannot be imported are listed but disabled."""
     host = make_host(BGJOBS_ALLOWED_JOBS=[SAMPLE, RECEIPT, BROKEN, "no.such.module.Thing"])
     page = html.unescape(host.get("/dispatch"))
     form = page.split("<main")[1].split("<datalist")[0]
@@ -106,38 +107,38 @@ def test_only_what_is_allowed_can_be_chosen(make_host: MakeHost) -> None:
     assert "No module named 'no'" in page
 
 
-def test_a_dispatched_job_is_as_the_form_says(host: Host) -> None:
-    """Every field of the form ends in the job."""
-    answer = host.post(
+def test_every_field_is_stored(host: Host) -> None:
+    """Every field of the form is stored in the job."""
+    response = host.post(
         "/dispatch",
         job=EXECUTE,
         parameters='{"message": "Hi", "times": 2}',
         queue="mail",
         priority="high",
-        delay="60",
+        delay="3600",
         retries="5",
         retry_delay="1, 2.5",
         timeout="30",
     )
-    assert "Job 1 enqueued." in follow(host, answer)
+    assert "Job 1 enqueued." in follow(host, response)
     job = host.job(1)
     assert (job.target, job.method) == (SAMPLE, "execute")
     assert job.parameters == {"message": "Hi", "times": 2}
     assert (job.queue, job.priority, job.retries, job.timeout) == ("mail", 3, 5, 30.0)
     assert json.loads(job.retry_delay) == [1.0, 2.5]
     assert job.status == "scheduled"
-    assert 50 < (job.run_at - now()).total_seconds() <= 60
+    assert 3_600 - DEADLINE_SECONDS < (job.run_at - now()).total_seconds() <= 3_600
 
 
-def test_an_almost_empty_form_is_enough(host: Host) -> None:
-    """Fields left empty take the configured defaults."""
+def test_empty_fields_take_defaults(host: Host) -> None:
+    """Empty fields take the configured defaults."""
     follow(host, host.post("/dispatch", job=EXECUTE, parameters='["Hi"]'))
     job = host.job(1)
     assert (job.status, job.queue, job.priority, job.retries) == ("pending", "default", 0, 3)
 
 
-def test_a_time_is_taken_as_utc(host: Host) -> None:
-    """Run-at is UTC, or of the zone that is chosen, or has its own."""
+def test_run_at_time_zones(host: Host) -> None:
+    """``run_at`` is in UTC, in the selected time zone, or in its own offset."""
     base = {"job": EXECUTE, "parameters": '["Hi"]'}
     year = now().year + 1
     host.post("/dispatch", **base, run_at=f"{year}-06-01T12:00")
@@ -157,12 +158,13 @@ def test_a_time_is_taken_as_utc(host: Host) -> None:
         ("Europe/Berlin", "There is no such time in Europe/Berlin: the clocks are set forward"),
     ],
 )
-def test_a_time_that_there_is_not(host: Host, zone: str, message: str) -> None:
-    """Nothing is enqueued for a zone that nobody knows, or in the hour that a clock leaves out."""
+def test_invalid_local_time_is_refused(host: Host, zone: str, message: str) -> None:
+    """An unknown time zone, and a time in the hour that is skipped when clocks are set forward, are
+    refused."""
     fields = {"job": EXECUTE, "parameters": '["Hi"]', "run_at": "2027-03-28T02:30", "zone": zone}
-    answer = host.post("/dispatch", **fields)
-    assert answer.status_code == 400
-    page = html.unescape(answer.text)
+    response = host.post("/dispatch", **fields)
+    assert response.status_code == 400
+    page = html.unescape(response.text)
     assert page.count(message) == 1
     assert 'value="2027-03-28T02:30"' in page
     assert host.count() == 0
@@ -207,14 +209,14 @@ def test_a_time_that_there_is_not(host: Host, zone: str, message: str) -> None:
         ("timeout", "x", "not a number of seconds"),
     ],
 )
-def test_errors_are_shown_and_what_was_typed_is_kept(
+def test_errors_are_shown_and_input_is_kept(
     host: Host, field: str, value: str, message: str
 ) -> None:
-    """A mistake is a 400 with the form as it was typed; nothing is enqueued."""
+    """An invalid form is answered with 400 and the same input; no job is enqueued."""
     fields = {"job": EXECUTE, "parameters": '["Hi"]', "queue": "mail", field: value}
-    answer = host.post("/dispatch", **fields)
-    assert answer.status_code == 400
-    page = html.unescape(answer.text)
+    response = host.post("/dispatch", **fields)
+    assert response.status_code == 400
+    page = html.unescape(response.text)
     assert message.lower() in page.lower()
     if field != "job":
         assert f'value="{EXECUTE}" selected' in page
@@ -225,24 +227,24 @@ def test_errors_are_shown_and_what_was_typed_is_kept(
 
 
 @pytest.mark.parametrize("field", ["parameters", "queue", "priority", "retries", "timeout"])
-def test_an_error_stands_at_its_field(host: Host, field: str) -> None:
-    """The message is tied to the field that it is about."""
+def test_error_is_shown_at_its_field(host: Host, field: str) -> None:
+    """The message is shown at its field."""
     fields = {"job": EXECUTE, "parameters": '["Hi"]', field: "{-1}"}
     page = host.post("/dispatch", **fields).text
     below = re.search(rf'<div id="{field}-hint">\s*<p class="bgj-wrong">', page)
     assert below is not None
 
 
-def test_delay_and_time_exclude_each_other(host: Host) -> None:
-    """Delay and time together are an error."""
+def test_delay_and_run_at_exclude_each_other(host: Host) -> None:
+    """A form with both delay and ``run_at`` is refused."""
     fields = {"job": EXECUTE, "parameters": '["Hi"]', "delay": "5", "run_at": "2099-01-01T00:00"}
-    answer = host.post("/dispatch", **fields)
-    assert answer.status_code == 400
-    assert "not both" in answer.text
+    response = host.post("/dispatch", **fields)
+    assert response.status_code == 400
+    assert "not both" in response.text
 
 
-def test_fields_sent_as_nothing_or_twice_are_no_500(host: Host) -> None:
-    """A form with fields missing, repeated or unknown is answered with a page."""
+def test_missing_and_repeated_fields_are_400(host: Host) -> None:
+    """A form with missing, repeated or unknown fields is answered with 400."""
     token = host.token()
     for data in (
         {},
@@ -250,24 +252,24 @@ def test_fields_sent_as_nothing_or_twice_are_no_500(host: Host) -> None:
         {"again": ["x", "1"], "job": "\x00"},
         {"again": str(10**30), "job": EXECUTE, "parameters": "[\x00]"},
     ):
-        answer = host.client.post(f"{PREFIX}/dispatch", data={"csrf_token": token, **data})
-        assert answer.status_code == 400
+        response = host.client.post(f"{PREFIX}/dispatch", data={"csrf_token": token, **data})
+        assert response.status_code == 400
     assert host.count() == 0
 
 
-def test_a_form_that_is_too_large_is_413(make_host: MakeHost) -> None:
-    """A body beyond the app's limit is refused with a page."""
+def test_oversized_form_is_413(make_host: MakeHost) -> None:
+    """A body beyond the app's limit is answered with a 413 page."""
     host = make_host(MAX_CONTENT_LENGTH=10_000)
-    answer = host.post("/dispatch", job=EXECUTE, parameters="x" * 20_000)
-    assert answer.status_code == 413
-    assert "<h1>" in answer.text
+    response = host.post("/dispatch", job=EXECUTE, parameters="x" * 20_000)
+    assert response.status_code == 413
+    assert "<h1>" in response.text
 
 
 # Dispatch again
 
 
-def form_of(page: str) -> dict[str, str]:
-    """The fields of the dispatch form as a browser would send them."""
+def form_fields(page: str) -> dict[str, str]:
+    """The fields of the dispatch form, as a browser would send them."""
     fields = dict(re.findall(r'<input[^>]* name="(\w+)"[^>]* value="([^"]*)"', page))
     chosen = re.search(r'<option value="([^"]*)" selected', page)
     text = re.search(r"<textarea[^>]*>\n(.*?)</textarea>", page, re.DOTALL)
@@ -278,8 +280,8 @@ def form_of(page: str) -> dict[str, str]:
     return {key: html.unescape(value) for key, value in found.items() if key != "next"}
 
 
-def test_again_repeats_the_job_with_its_secrets(host: Host) -> None:
-    """Dispatch again fills the form; masked values are copied on the server, never shown."""
+def test_again_copies_secrets_on_the_server(host: Host) -> None:
+    """Dispatch again fills in the form; masked values are copied on the server and never shown."""
     job_id = host.add(
         target=RECEIPT,
         method=None,
@@ -295,10 +297,10 @@ def test_again_repeats_the_job_with_its_secrets(host: Host) -> None:
     )
     page = host.get(f"/dispatch?again={job_id}")
     assert "hunter2" not in page
-    fields = form_of(page)
+    fields = form_fields(page)
     fields["parameters"] = fields["parameters"].replace("7", "8")
-    answer = host.post("/dispatch", **fields)
-    assert answer.status_code == 303
+    response = host.post("/dispatch", **fields)
+    assert response.status_code == 303
     new = host.job(job_id + 1)
     assert new.parameters == {"order_id": 8, "password": "hunter2"}
     assert (new.queue, new.priority, new.retries, new.timeout) == ("mail", 4, 9, 12.0)
@@ -317,16 +319,16 @@ def test_again_repeats_the_job_with_its_secrets(host: Host) -> None:
         {"order_id": "***", "password": "***"},
     ],
 )
-def test_again_gives_the_same_parameters(host: Host, parameters: Any) -> None:
-    """A form that was sent back untouched dispatches equal parameters, types included."""
+def test_again_keeps_parameters_and_types(host: Host, parameters: Any) -> None:
+    """An unchanged form dispatches equal parameters of the same types."""
     host.add(target=RECEIPT, method=None, parameters_json=serialize.dumps(parameters))
-    answer = host.post("/dispatch", **form_of(host.get("/dispatch?again=1")))
-    assert answer.status_code == 303, answer.text
+    response = host.post("/dispatch", **form_fields(host.get("/dispatch?again=1")))
+    assert response.status_code == 303, response.text
     assert host.job(2).parameters == parameters
 
 
-def test_secrets_are_copied_into_the_same_job_only(host: Host) -> None:
-    """A masked value cannot be moved to where it would be shown."""
+def test_secrets_are_copied_only_to_the_same_parameter(host: Host) -> None:
+    """A masked value cannot be copied to another job or parameter, where it would be shown."""
     host.add(target=RECEIPT, method=None, parameters_json='[7,"hunter2"]')
     fields = {"again": "1", "job": EXECUTE, "parameters": '["a", "***"]'}
     host.post("/dispatch", **fields)
@@ -339,14 +341,14 @@ def test_secrets_are_copied_into_the_same_job_only(host: Host) -> None:
     assert host.job(4).parameters == {"order_id": "***"}
 
 
-def test_an_error_does_not_show_the_secret(host: Host) -> None:
-    """A refused form shows *** again, and no message holds the value."""
+def test_errors_do_not_show_secrets(host: Host) -> None:
+    """A refused form shows ``***`` again, and no message contains the value."""
     host.add(target=RECEIPT, method=None, parameters_json='{"order_id":7,"password":"hunter2"}')
-    answer = host.post(
+    response = host.post(
         "/dispatch",
         again="1",
         job=RECEIPT,
         parameters='{"order_id": 7, "password": "***", "more": 1}',
     )
-    assert answer.status_code == 400
-    assert "hunter2" not in answer.text
+    assert response.status_code == 400
+    assert "hunter2" not in response.text

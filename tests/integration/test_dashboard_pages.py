@@ -1,4 +1,4 @@
-"""What the pages of the dashboard show, and what they never do."""
+"""The pages of the dashboard: their content, their cost, and the values that they hide."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def host(make_host: MakeHost) -> Host:
 # The list
 
 
-def test_the_list_shows_every_column(host: Host) -> None:
-    """A row has class, method, parameters, queue, status, priority, retries, date and error."""
+def test_list_shows_every_column(host: Host) -> None:
+    """A row shows class, method, parameters, queue, status, priority, retries, date and error."""
     job_id = host.add(
         status="failed",
         retry_count=2,
@@ -77,7 +77,7 @@ def test_the_list_shows_every_column(host: Host) -> None:
     assert re.search(r'<time datetime="\d{4}-\d\d-\d\dT[\d:.]+Z"', page)
 
 
-def test_a_job_that_is_asked_to_stop_says_cancelling(host: Host) -> None:
+def test_job_with_cancel_request_is_shown_as_cancelling(host: Host) -> None:
     """A running job with a cancel request shows "cancelling…" and no cancel button."""
     host.add(status="running", attempt=1, cancel_requested_at=now(), progress=0.4)
     page = host.get("/list")
@@ -86,8 +86,8 @@ def test_a_job_that_is_asked_to_stop_says_cancelling(host: Host) -> None:
     assert "40 %" in page
 
 
-def test_each_filter_narrows_the_list(host: Host) -> None:
-    """Status and queue may be given several times; all filters hold together."""
+def test_filters_combine(host: Host) -> None:
+    """Status and queue can be given several times; all filters apply together."""
     mail = host.add(queue="mail")
     failed = host.add(status="failed", queue="mail")
     other = host.add(status="completed", queue="other")
@@ -118,8 +118,8 @@ def test_each_filter_narrows_the_list(host: Host) -> None:
         ("back\\slash", {"error": "back\\slash"}),
     ],
 )
-def test_text_is_found_where_it_is_shown(host: Host, q: str, values: dict[str, Any]) -> None:
-    """The text filter looks into name, error, tags, owner, unique key and parameters."""
+def test_text_search(host: Host, q: str, values: dict[str, Any]) -> None:
+    """The text search covers name, error, tags, owner, unique key and parameters."""
     host.add(target="other.thing", method="other")
     wanted = host.add(**values)
     host.add(target="other.thing", method="other", error="disk 100 full, axb, backslash")
@@ -127,22 +127,22 @@ def test_text_is_found_where_it_is_shown(host: Host, q: str, values: dict[str, A
 
 
 @pytest.mark.parametrize("q", ["%", "_", "%%%", "\\", "'", "a%b"])
-def test_wildcards_are_letters(host: Host, q: str) -> None:
-    """What LIKE or SQL would read as a sign is looked for as it stands."""
+def test_wildcards_are_literal(host: Host, q: str) -> None:
+    """Characters with a meaning in LIKE or SQL are searched literally."""
     host.add(target="plain.words", parameters_json="[]", error="plain words")
     assert listed_ids(host.get(f"/list?q={quote(q)}")) == []
 
 
-def test_an_id_is_found_exactly(host: Host) -> None:
-    """A number finds the job of that id, however old it is."""
+def test_search_by_id(host: Host) -> None:
+    """A number finds the job with that id."""
     first = host.add(id=7, parameters_json="[]")
     host.add(id=200_000, parameters_json="[]")
     assert listed_ids(host.get("/list?q=7")) == [first]
     assert listed_ids(host.get("/list?q=%237")) == [first]
 
 
-def test_pages_go_down_and_up_again(host: Host) -> None:
-    """Older and newer lead through every job once, without gap or repetition."""
+def test_paging_in_both_directions(host: Host) -> None:
+    """The links to older and newer jobs lead through every job once, in both directions."""
     host.add(count=25)
     everything = list(range(25, 0, -1))
     seen: list[int] = []
@@ -161,8 +161,8 @@ def test_pages_go_down_and_up_again(host: Host) -> None:
     assert going_up == going_down[::-1]
 
 
-def test_pages_keep_the_filter(host: Host) -> None:
-    """The link to older jobs carries status, queue, text and page size."""
+def test_paging_keeps_the_filters(host: Host) -> None:
+    """The link to older jobs keeps status, queue, text and page size."""
     host.add(count=5, status="failed", queue="mail")
     page = html.unescape(host.get("/list?status=failed&queue=mail&q=Sample&per=2"))
     link = re.search(r'rel="next" href="([^"]+)"', page)
@@ -173,7 +173,7 @@ def test_pages_keep_the_filter(host: Host) -> None:
 
 
 def test_several_statuses_are_paged_in_order(host: Host) -> None:
-    """Merged statuses come newest first, over all pages."""
+    """Jobs of several statuses are listed newest first across pages."""
     words = itertools.cycle(["failed", "completed", "pending"])
     ids = [host.add(status=next(words)) for _ in range(12)]
     wanted = [job_id for job_id in reversed(ids) if host.job(job_id).status != "pending"]
@@ -219,8 +219,8 @@ def test_several_statuses_are_paged_in_order(host: Host) -> None:
         "page=99999999999999999999&sort=;drop",
     ],
 )
-def test_nonsense_is_never_a_500(host: Host, query: str) -> None:
-    """Nonsense in the address is moved into range or answered 400, with a page."""
+def test_invalid_query_is_never_a_500(host: Host, query: str) -> None:
+    """An invalid query string is corrected or answered with 400, always with a page."""
     host.add(count=3)
     answer = host.client.get(f"{PREFIX}/list?{query}")
     assert answer.status_code in (200, 400)
@@ -230,14 +230,14 @@ def test_nonsense_is_never_a_500(host: Host, query: str) -> None:
 @pytest.mark.parametrize(
     "job_id", ["0", "4711", str(2**63), str(10**30), "9" * 400, "-1", "x", "1.5", "²"]
 )
-def test_impossible_ids_are_404(host: Host, job_id: str) -> None:
-    """An id that no job can have is a 404."""
+def test_invalid_ids_are_404(host: Host, job_id: str) -> None:
+    """The page of a missing or invalid id is a 404."""
     host.get(f"/job/{job_id}", 404)
     assert host.client.post(f"{PREFIX}/job/{job_id}/cancel").status_code in (400, 404)
 
 
-def test_broken_rows_are_shown_all_the_same(host: Host) -> None:
-    """A row whose JSON is broken, or written by something else, does not break the page."""
+def test_broken_rows_are_shown(host: Host) -> None:
+    """A row with invalid or unknown JSON does not break the page."""
     for parameters in ("{broken", "7", '{"__bgjobs__":"unknown","v":1}', ""):
         job_id = host.add(
             parameters_json=parameters,
@@ -256,7 +256,8 @@ def test_broken_rows_are_shown_all_the_same(host: Host) -> None:
 
 
 def test_large_parameters_are_left_out_of_lists(host: Host) -> None:
-    """Parameters too large to read for a list are named so, and shown cut on the job's page."""
+    """Parameters that are too large for a list are omitted there, and truncated on the job's
+    page."""
     job_id = host.add(parameters_json=serialize.dumps(["x" * 500_000]))
     page = host.get("/list")
     assert "too large to list" in page
@@ -265,7 +266,7 @@ def test_large_parameters_are_left_out_of_lists(host: Host) -> None:
 
 
 class Markup(HTMLParser):
-    """What a browser would take for markup in a page."""
+    """The tags, attributes and links that a browser would find in a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -281,8 +282,8 @@ class Markup(HTMLParser):
 LINKS = ("href", "src", "action", "formaction")
 
 
-def add_job_of(host: Host, text: str) -> int:
-    """A job that has ``text`` in every field that holds text."""
+def add_job_with_text(host: Host, text: str) -> int:
+    """Add a job with ``text`` in every text field."""
     stored = text.replace("\x00", "\ufffd")
     job_id = host.add(
         target=stored[:200],
@@ -308,9 +309,9 @@ def add_job_of(host: Host, text: str) -> int:
     return job_id
 
 
-def pages_of(host: Host, text: str) -> list[str]:
-    """Every page that shows a job with ``text`` in it."""
-    job_id = add_job_of(host, text)
+def pages_with_text(host: Host, text: str) -> list[str]:
+    """Every page that shows a job with this text."""
+    job_id = add_job_with_text(host, text)
     host.add_worker(text.replace("\x00", "\ufffd"), host=text.replace("\x00", "\ufffd"))
     paths = ("/", "/list", f"/job/{job_id}", f"/dispatch?again={job_id}")
     phrase = text.replace('"', "'")[:150]
@@ -321,27 +322,28 @@ def pages_of(host: Host, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("text", CORPUS)
-def test_markup_in_any_field_stays_text(make_host: MakeHost, text: str, tmp_path: Any) -> None:
-    """Whatever a job's texts hold, its pages have no tag or attribute that others do not have."""
+def test_markup_in_any_field_is_escaped(make_host: MakeHost, text: str, tmp_path: Any) -> None:
+    """Whatever text a job contains, its pages have no other tags and attributes than the pages of a
+    harmless job."""
     plain = make_host(SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/plain.db")
-    known = set().union(*(Markup(page).found for page in pages_of(plain, "plain")))
+    known = set().union(*(Markup(page).found for page in pages_with_text(plain, "plain")))
     known |= Markup(plain.get("/list?q=nothing")).found
-    for page in pages_of(make_host(), text):
+    for page in pages_with_text(make_host(), text):
         markup = Markup(page)
         assert markup.found <= known
         assert all(link.startswith(("/jobs/", "#")) for link in markup.links)
         assert "\x00" not in page
 
 
-def test_text_is_not_run_as_a_template(host: Host) -> None:
-    """Template syntax in a job is shown as it stands."""
-    pages = [page for page in pages_of(host, "{{ 7*7 }}{% raw %}") if "raw" in page]
+def test_template_syntax_is_not_evaluated(host: Host) -> None:
+    """Template syntax in a job is shown literally."""
+    pages = [page for page in pages_with_text(host, "{{ 7*7 }}{% raw %}") if "raw" in page]
     assert len(pages) == 8
     assert all("{{ 7*7 }}{% raw %}" in page for page in pages)
 
 
-def test_no_page_needs_inline_style_or_foreign_files(host: Host) -> None:
-    """Pages load from the dashboard itself only, without inline script or style."""
+def test_pages_load_only_own_files(host: Host) -> None:
+    """Pages load only files of the dashboard, and have no inline scripts or styles."""
     job_id = host.add(status="failed", error="E: x")
     pages = ("/errors", "/queues", "/workers", "/audit", "/dispatch")
     for path in ("/", "/list", f"/job/{job_id}", *pages):
@@ -352,8 +354,9 @@ def test_no_page_needs_inline_style_or_foreign_files(host: Host) -> None:
         assert re.findall(r'(?:src|href)="(?:https?:)?//', page) == []
 
 
-def test_a_time_means_the_same_in_every_order(host: Host) -> None:
-    """The end of a job, else its newest attempt, else its enqueue."""
+def test_time_filter_is_the_same_in_every_order(host: Host) -> None:
+    """In every order, ``since`` applies to the finish, else to the newest attempt, else to the
+    enqueue."""
     old, new = now(-7_200), now(-60)
     ended = host.add(status="failed", created_at=old, finished_at=new)
     tried = host.add(status="retrying", created_at=old, claimed_at=new, run_at=now(60))
@@ -370,8 +373,9 @@ def test_a_time_means_the_same_in_every_order(host: Host) -> None:
         assert listed_ids(host.get(f"/list?{since}&sort={sort}")) == expected, sort
 
 
-def test_errors_lead_to_their_jobs_of_the_period(host: Host) -> None:
-    """With the exception by its name, so that all of them can be retried at once."""
+def test_error_links_to_jobs_of_the_period(host: Host) -> None:
+    """An exception links to its jobs of the selected period, all of which can be retried at
+    once."""
     values = {"status": "failed", "error_type": "ValueError", "error": "ValueError: no"}
     recent = host.add(**values)
     host.add_attempt(recent, error_type="ValueError", error="ValueError: no")
@@ -386,8 +390,8 @@ def test_errors_lead_to_their_jobs_of_the_period(host: Host) -> None:
         assert "All matching" in listed
 
 
-def test_numbers_stand_for_what_is_listed(host: Host) -> None:
-    """Numbers of all jobs do not stand above a part of them."""
+def test_totals_are_hidden_in_filtered_lists(host: Host) -> None:
+    """Totals of all jobs are not shown above a filtered list."""
     host.add(7, queue="mail")
     assert '<span class="bgj-number">7</span>' in host.get("/list")
     assert '<span class="bgj-number">7</span>' in host.get("/list?status=failed")
@@ -397,8 +401,8 @@ def test_numbers_stand_for_what_is_listed(host: Host) -> None:
         assert f'href="/jobs/list?status=failed&amp;{part}"' in page or "status=failed" in page
 
 
-def test_numbers_of_all_jobs_are_for_who_may_see_all(make_host: MakeHost) -> None:
-    """A visitor with jobs of his own learns nothing of how many others there are."""
+def test_totals_need_access_to_all_jobs(make_host: MakeHost) -> None:
+    """A visitor with access only to some jobs does not learn how many others there are."""
     host = make_host(authorizer=lambda action, job: job is None or job.owner == "42")
     host.add(4, owner="7", status="failed", error="E: x")
     host.add(30, owner="42", status="failed", error="E: x")
@@ -425,8 +429,8 @@ def test_numbers_of_all_jobs_are_for_who_may_see_all(make_host: MakeHost) -> Non
         lambda action, job: job is None or not job.tags,
     ],
 )
-def test_who_may_see_all_jobs_sees_their_numbers(make_host: MakeHost, authorizer: Any) -> None:
-    """Whatever the authorizer looks at, as long as it allows a job of nobody's."""
+def test_visitor_with_access_to_all_jobs_sees_totals(make_host: MakeHost, authorizer: Any) -> None:
+    """Totals are shown if the authorizer allows a job without an owner, whatever else it checks."""
     host = make_host(authorizer=authorizer)
     host.add(4, owner="7")
     assert '<span class="bgj-number">4</span>' in host.get("/")
@@ -434,8 +438,8 @@ def test_who_may_see_all_jobs_sees_their_numbers(make_host: MakeHost, authorizer
 
 
 @pytest.mark.parametrize("column", ["queue", "owner", "target"])
-def test_who_may_see_all_but_some_gets_no_totals(make_host: MakeHost, column: str) -> None:
-    """Also where only a few are hidden: a number would tell how many."""
+def test_totals_are_hidden_if_some_jobs_are_hidden(make_host: MakeHost, column: str) -> None:
+    """If only a few jobs are hidden, totals are hidden, too: they would reveal how many."""
     hidden = {"queue": "payroll", "owner": "boss", "target": "tests.jobs.Secret"}[column]
     host = make_host(authorizer=lambda action, job: job is None or getattr(job, column) != hidden)
     host.add(7, **{column: hidden})
@@ -445,8 +449,8 @@ def test_who_may_see_all_but_some_gets_no_totals(make_host: MakeHost, column: st
     assert "bgj-number" not in host.get("/list")
 
 
-def test_a_hidden_queue_hides_totals_behind_newer_jobs(make_host: MakeHost) -> None:
-    """A visitor cannot open them by enqueueing jobs."""
+def test_hidden_queue_hides_totals_despite_newer_jobs(make_host: MakeHost) -> None:
+    """A visitor cannot reveal the totals by enqueueing jobs in other queues."""
     host = make_host(authorizer=lambda action, job: job is None or job.queue != "payroll")
     host.add(queue="payroll")
     host.add(30)
@@ -454,10 +458,11 @@ def test_a_hidden_queue_hides_totals_behind_newer_jobs(make_host: MakeHost) -> N
 
 
 @pytest.mark.parametrize("error", [KeyError("no such owner"), Forbidden()], ids=repr)
-def test_an_authorizer_that_knows_no_job_of_nobody(
+def test_authorizer_that_fails_for_a_job_without_owner(
     make_host: MakeHost, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It gets no numbers, which is logged once, and nothing else is refused for it."""
+    """If the authorizer raises for a job without an owner, only totals are hidden, and the error is
+    logged once."""
 
     def allow(action: str, job: Job | None) -> bool:
         if job is not None and job.owner != "7":
@@ -471,8 +476,9 @@ def test_an_authorizer_that_knows_no_job_of_nobody(
     assert caplog.text.count("raised") == isinstance(error, KeyError)
 
 
-def test_a_missing_worker_is_the_first_thing_told(host: Host) -> None:
-    """Also where nothing waits, and where the only worker is silent; with the one that was last."""
+def test_missing_workers_are_announced(host: Host) -> None:
+    """Pages warn if no worker is alive, also if no job waits or the only worker is silent, and name
+    the last worker."""
     host.add(status="completed")
     for path in ("/", "/list", "/workers"):
         assert "<strong>No worker is alive.</strong>" in host.get(path)
@@ -489,8 +495,8 @@ def test_a_missing_worker_is_the_first_thing_told(host: Host) -> None:
     assert "<strong>No worker is alive.</strong>" not in host.get("/")
 
 
-def test_draining_is_asked_twice(host: Host) -> None:
-    """Its button stands in a menu, which opens first and says what it does."""
+def test_drain_button_is_in_a_menu(host: Host) -> None:
+    """The drain button is in a menu that explains the effect."""
     host.add_worker()
     page = host.get("/workers")
     menu = page.split('<details class="bgj-choice bgj-confirm"')[1].split("</details>")[0]
@@ -498,8 +504,8 @@ def test_draining_is_asked_twice(host: Host) -> None:
     assert page.count('name="worker"') == menu.count('name="worker"') == 1
 
 
-def test_busy_slots_are_the_reason(host: Host) -> None:
-    """A job that is due waits because all workers of its queue have as many jobs as they take."""
+def test_reason_busy_slots(host: Host) -> None:
+    """A due job waits if all slots of the workers of its queue are busy."""
     host.add_worker(concurrency=2)
     host.add_worker("other", queues='["other"]', concurrency=9)
     waiting = host.add()
@@ -514,8 +520,8 @@ def test_busy_slots_are_the_reason(host: Host) -> None:
     assert reason.format(3, "workers that serve") in host.get(f"/job/{waiting}")
 
 
-def test_busy_slots_are_the_reason_after_a_claim(host: Host) -> None:
-    """Workers claim jobs ahead, which then wait for a slot of that worker."""
+def test_reason_busy_slots_after_a_claim(host: Host) -> None:
+    """A prefetched job waits for a slot of the worker that claimed it."""
     host.add_worker("w1", concurrency=2)
     claimed = host.add(status="running", worker_id=1)
     assert "w1 has claimed it and starts it next." in host.get(f"/job/{claimed}")
@@ -525,15 +531,15 @@ def test_busy_slots_are_the_reason_after_a_claim(host: Host) -> None:
     )
 
 
-def test_a_draining_worker_serves_nothing_new(host: Host) -> None:
-    """So a queue that only it serves is told as one that nobody does."""
+def test_draining_worker_does_not_serve_its_queues(host: Host) -> None:
+    """A queue whose only worker is draining is shown as not served."""
     waiting = host.add()
     host.add_worker(drain_requested_at=now())
     assert "No live worker serves the queue default" in host.get(f"/job/{waiting}")
 
 
-def test_texts_do_not_turn_the_page(host: Host) -> None:
-    """Characters that turn the direction of a text are shown as escapes."""
+def test_direction_characters_are_escaped(host: Host) -> None:
+    """Characters that change the direction of text are shown as escapes."""
     turned = "moc.live\u202e"
     job_id = host.add(owner=turned, status="failed", error=f"E: {turned}", tags_json='["\u2066x"]')
     for path in ("/list", f"/job/{job_id}"):
@@ -543,15 +549,15 @@ def test_texts_do_not_turn_the_page(host: Host) -> None:
 
 
 @pytest.mark.parametrize("when", ["9999-12-31T23:59:59", "0001-01-01T00:00", "1970-01-01"])
-def test_times_at_the_ends_of_the_calendar(host: Host, when: str) -> None:
-    """The first and the last time that there is are times like others."""
+def test_extreme_times(host: Host, when: str) -> None:
+    """The filters accept the first and the last possible time."""
     host.add()
     assert listed_ids(host.get(f"/list?since={when}")) == ([] if when > "9" else [1])
     assert listed_ids(host.get(f"/list?until={when}")) == ([1] if when > "9" else [])
 
 
-def test_a_wrong_word_keeps_the_other_filters(host: Host) -> None:
-    """Who mends a word need not choose everything else again."""
+def test_invalid_search_keeps_the_other_filters(host: Host) -> None:
+    """After an invalid search, the form keeps the other filters."""
     page = host.get("/list?status=failed&owner=anna&q=colour:red", 400)
     assert 'value="failed" checked' in page
     assert 'name="owner" value="anna"' in page
@@ -587,7 +593,7 @@ def secret_job(host: Host) -> int:
 
 
 def test_masked_values_are_on_no_page(host: Host) -> None:
-    """A value whose key sounds secret is on no page: not in errors, logs, results or forms."""
+    """The value of a secret parameter is on no page: not in errors, logs, results or forms."""
     job_id = secret_job(host)
     for path in ("/list", "/errors", f"/job/{job_id}", f"/dispatch?again={job_id}"):
         page = host.get(path)
@@ -600,7 +606,7 @@ def test_masked_values_are_on_no_page(host: Host) -> None:
     "part", [SECRET, SECRET[:4], SECRET[-5:], "other-s3cret", "LoginFailed: h"]
 )
 def test_masked_values_cannot_be_found(host: Host, part: str) -> None:
-    """A search for a secret, or a part of it, answers as if there were no such job."""
+    """A search for a secret, or a part of it, finds no job."""
     host.add()
     search = "/list?q=" + quote(f'"{part}"')
     without = host.get(search)
@@ -611,7 +617,8 @@ def test_masked_values_cannot_be_found(host: Host, part: str) -> None:
 
 
 def test_parameters_of_an_unknown_target_are_all_masked(host: Host) -> None:
-    """Positional parameters of what cannot be resolved may be anything, so none is shown."""
+    """If a target cannot be resolved, all its positional parameters are masked, because any of them
+    may be secret."""
     job_id = host.add(target="gone.module.Thing", parameters_json=serialize.dumps([SECRET]))
     assert SECRET not in host.get("/list") + host.get(f"/job/{job_id}")
 
@@ -619,7 +626,7 @@ def test_parameters_of_an_unknown_target_are_all_masked(host: Host) -> None:
 # A job
 
 
-def test_a_failed_job_shows_why(host: Host) -> None:
+def test_failed_job_shows_its_attempts(host: Host) -> None:
     """The page of a failed job shows each attempt with worker, run time, error and traceback."""
     job_id = host.add(
         status="failed",
@@ -645,74 +652,74 @@ def test_a_failed_job_shows_why(host: Host) -> None:
 
 
 class TestNewJobs:
-    """A deeper page of a list does not move, and tells how many jobs have come meanwhile."""
+    """A later page of a list does not move, and shows the number of new jobs."""
 
     ADDRESS = re.compile(r'data-bgjobs-from="([^"]+)"')
 
-    def told(self, host: Host, page: str) -> str:
+    def new_jobs_note(self, host: Host, page: str) -> str:
         (address,) = self.ADDRESS.findall(page)
         return host.get(html.unescape(address).removeprefix(PREFIX)).strip()
 
-    def test_they_are_counted_as_the_list_is_filtered(self, host: Host) -> None:
-        """Older ones, and those that the filter leaves out, are not counted."""
+    def test_filters_apply(self, host: Host) -> None:
+        """Only new jobs that match the filters are counted."""
         host.add(count=3, queue="mail")
         last = host.add(queue="mail")
-        page = host.get(f"/list?queue=mail&status=pending&per=2&{after(last)}")
-        assert self.told(host, page) == ""
+        page = host.get(f"/list?queue=mail&status=pending&per=2&{cursor_after(last)}")
+        assert self.new_jobs_note(host, page) == ""
         host.add(queue="mail")
         host.add(queue="other")
         host.add(queue="mail", status="failed")
-        assert ">1 new job</a>" in self.told(host, page)
+        assert ">1 new job</a>" in self.new_jobs_note(host, page)
         host.add(count=11, queue="mail")
-        link = self.told(host, page)
+        link = self.new_jobs_note(host, page)
         assert ">12 new jobs</a>" in link
         assert "/jobs/list?status=pending&amp;queue=mail&amp;per=2" in link
         host.add(count=100, queue="mail")
-        assert ">100+ new jobs</a>" in self.told(host, page)
+        assert ">100+ new jobs</a>" in self.new_jobs_note(host, page)
 
-    def test_they_are_counted_by_time(self, host: Host) -> None:
-        """A list of some hours gets no new jobs once they are over."""
+    def test_time_filter_applies(self, host: Host) -> None:
+        """A list of a past period gets no new jobs."""
         last = host.add(count=3)
         until = f"{now(-3600):%Y-%m-%dT%H:%M}"
-        page = host.get(f"/list?since=2020-01-01&until={until}&{after(last)}")
+        page = host.get(f"/list?since=2020-01-01&until={until}&{cursor_after(last)}")
         host.add()
-        assert self.told(host, page) == ""
+        assert self.new_jobs_note(host, page) == ""
 
-    def test_those_that_one_may_not_see_are_not_counted(self, make_host: MakeHost) -> None:
-        """Nor could anybody find out about a single job by asking for new ones."""
+    def test_hidden_jobs_are_not_counted(self, make_host: MakeHost) -> None:
+        """Hidden jobs are not counted, so that the number reveals nothing about them."""
         host = make_host(authorizer=lambda action, job: job is None or job.owner == "42")
         last = host.add(count=3, owner="42")
-        page = host.get(f"/list?{after(last)}")
+        page = host.get(f"/list?{cursor_after(last)}")
         host.add(count=5, owner="7")
-        assert self.told(host, page) == ""
+        assert self.new_jobs_note(host, page) == ""
         host.add(count=2, owner="42")
-        assert ">2 new jobs</a>" in self.told(host, page)
+        assert ">2 new jobs</a>" in self.new_jobs_note(host, page)
 
     @pytest.mark.parametrize("query", ["q=late", "sort=created", "sort=-finished"])
-    def test_they_are_not_told_everywhere(self, host: Host, query: str) -> None:
-        """A search would take too much for every few seconds, and in other orders new jobs do not
-        come first."""
+    def test_searches_and_other_orders_have_no_note(self, host: Host, query: str) -> None:
+        """Searches do not count new jobs, because it would cost too much, nor do other orders,
+        where new jobs are not first."""
         last = host.add(count=3)
-        cursor = "" if "finished" in query else after(last)
+        cursor = "" if "finished" in query else cursor_after(last)
         assert not self.ADDRESS.search(host.get(f"/list?{query}&{cursor}"))
         host.get(f"/list/new?above=1&{query}", 400)
 
-    def test_the_first_page_moves_instead(self, host: Host) -> None:
-        """There the list itself is brought up to date."""
+    def test_first_page_has_no_note(self, host: Host) -> None:
+        """The first page has no note, because it is refreshed instead."""
         host.add()
         assert not self.ADDRESS.search(host.get("/list"))
         host.get("/list/new?above=nonsense&status=failed")
         host.get("/list/new?status=nonsense", 400)
 
 
-def after(job_id: int) -> str:
-    """The query of a page that goes on after a job, in a list by ids."""
+def cursor_after(job_id: int) -> str:
+    """The query of the page after a job, in a list ordered by id."""
     return "after=" + base64.urlsafe_b64encode(str(job_id).encode()).decode().rstrip("=")
 
 
-def test_each_attempt_has_its_own_lines(host: Host) -> None:
-    """Every attempt is shown with its wait, its run and its lines, newest first: also the one that
-    runs, and one of which nothing was recorded."""
+def test_attempts_show_their_log_lines(host: Host) -> None:
+    """Every attempt is shown with its wait, its run and its log lines, newest first, including the
+    running attempt and an attempt without a row."""
     job_id = host.add(
         status="running",
         attempt=3,
@@ -744,8 +751,9 @@ def test_each_attempt_has_its_own_lines(host: Host) -> None:
         assert f"line of {number}" in part
 
 
-def test_a_wait_begins_after_the_attempt_before(host: Host) -> None:
-    """A job whose worker died stays due since before that; nobody waited while it ran."""
+def test_wait_starts_after_the_previous_attempt(host: Host) -> None:
+    """If a worker died, the wait of the next attempt starts at that time, although the job was due
+    earlier."""
     due_at = now(-1_000)
     died_at = due_at + dt.timedelta(seconds=900)
     started_at = died_at + dt.timedelta(seconds=10)
@@ -760,16 +768,16 @@ def test_a_wait_begins_after_the_attempt_before(host: Host) -> None:
     assert "waited" not in host.get(f"/job/{gap}")
 
 
-def test_a_completed_job_has_its_attempt(host: Host) -> None:
-    """The attempt that completed is one of them; before the first there is none."""
+def test_completed_attempt_is_listed(host: Host) -> None:
+    """A completed job lists its attempt; a job that never ran lists none."""
     done = host.add(status="completed", attempt=1, run_at=now(-9), started_at=now(-8))
     assert "Attempt 1</strong> · completed" in host.get(f"/job/{done}")
     waiting = host.add()
     assert "bgjobs-attempts" not in host.get(f"/job/{waiting}")
 
 
-def test_a_traceback_shows_the_application_first(host: Host) -> None:
-    """Frames of libraries are left out at first, and shown in a second traceback."""
+def test_traceback_omits_library_frames(host: Host) -> None:
+    """The traceback omits frames of libraries, and a second one shows all frames."""
     job_id = host.add(status="failed", attempt=1, error="KeyError: 'x'")
     library = '  File "/venv/lib/python3.11/site-packages/requests/api.py", line 59, in get\n'
     frames = [f'  File "/srv/shop.py", line 4, in send\n{library}', '  File "/srv/x.py", line 1\n']
@@ -781,7 +789,8 @@ def test_a_traceback_shows_the_application_first(host: Host) -> None:
 
 
 def test_why_a_job_waits(host: Host) -> None:
-    """A waiting job says what it waits for: its time, a worker, its queue, or others."""
+    """The page of a waiting job gives the reason: its time, its worker, its queue, or other
+    jobs."""
     soon = host.add(status="scheduled", run_at=now(3600))
     assert "not due yet" in host.get(f"/job/{soon}")
     waiting = host.add(queue="mail", priority=1)
@@ -800,8 +809,8 @@ def test_why_a_job_waits(host: Host) -> None:
     assert "Why it is not running" not in host.get(f"/job/{done}")
 
 
-def test_work_without_a_worker_is_announced(host: Host) -> None:
-    """Overview and list warn of queues that hold work and have no live worker."""
+def test_unserved_queues_are_announced(host: Host) -> None:
+    """Overview and list warn about queues with jobs and without a live worker."""
     host.add(queue="mail")
     for path in ("/", "/list"):
         assert "flask bgjobs worker" in host.get(path)
@@ -810,8 +819,8 @@ def test_work_without_a_worker_is_announced(host: Host) -> None:
         assert "flask bgjobs worker" not in host.get(path)
 
 
-def test_the_first_visit_says_how_to_begin(host: Host) -> None:
-    """Without any job the pages show how to enqueue one."""
+def test_empty_pages_show_how_to_enqueue(host: Host) -> None:
+    """Without any job, the pages show how to enqueue one."""
     for path in ("/", "/list"):
         assert "run_background_job(" in host.get(path)
 
@@ -819,8 +828,8 @@ def test_the_first_visit_says_how_to_begin(host: Host) -> None:
 # Counts and cost
 
 
-def test_finished_jobs_are_counted_to_a_limit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts of finished jobs stop at their limit; waiting ones are exact."""
+def test_counts_of_finished_jobs_are_limited(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished jobs are counted up to a limit; counts of waiting jobs are exact."""
     monkeypatch.setattr(queries.stats, "_FINISHED_CAP", 1000)
     host.add(count=1500, status="completed")
     host.add(count=1200, status="pending")
@@ -834,8 +843,8 @@ def test_finished_jobs_are_counted_to_a_limit(host: Host, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "path", ["/", "/list", "/list?status=failed&status=pending&q=x", "/job/60"]
 )
-def test_a_page_costs_at_most_eight_statements(host: Host, path: str) -> None:
-    """No page reads row by row: eight statements at most, however many jobs there are."""
+def test_page_takes_at_most_eight_statements(host: Host, path: str) -> None:
+    """Each page takes at most eight statements, however many jobs there are."""
     host.add(count=60)
     host.add_worker()
     host.get(path)
@@ -852,14 +861,14 @@ def test_a_page_costs_at_most_eight_statements(host: Host, path: str) -> None:
     assert 1 <= len(statements) <= 8, statements
 
 
-def test_reading_leaves_the_hosts_session_alone(host: Host) -> None:
-    """Pages never touch db.session."""
+def test_pages_do_not_use_the_host_session(host: Host) -> None:
+    """Pages never use ``db.session``."""
     host.add()
 
-    def begun(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise AssertionError("the host's session was used")
 
-    sa.event.listen(host.db.session, "after_begin", begun)
+    sa.event.listen(host.db.session, "after_begin", fail)
     for path in ("/", "/list?q=x", "/job/1", "/dispatch?again=1"):
         host.get(path)
 
@@ -867,12 +876,12 @@ def test_reading_leaves_the_hosts_session_alone(host: Host) -> None:
 # Refresh
 
 
-def test_a_fragment_is_the_changing_part_of_its_page(host: Host) -> None:
-    """Our script gets the part that changes, and 304 until something did."""
+def test_fragment_of_a_page(host: Host) -> None:
+    """The refresh script gets the part of a page that changes, and 304 until it has changed."""
     job_id = host.add()
     for path in ("/", "/list", f"/job/{job_id}"):
         headers = {"X-Bgjobs-Fragment": "1"}
-        # Every minute the chart begins a minute later: that may be between the two requests.
+        # The chart moves every minute, which may be between the two requests.
         for _ in range(2):
             first = host.client.get(PREFIX + path, headers=headers)
             again = {**headers, "If-None-Match": first.headers["ETag"]}
@@ -890,11 +899,11 @@ def test_a_fragment_is_the_changing_part_of_its_page(host: Host) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/list"])
 def test_a_new_token_is_no_change(host: Host, path: str) -> None:
-    """A page whose only difference is the time in its CSRF token has not changed."""
+    """A page with a new CSRF token and no other difference has not changed."""
     host.add()
     headers = {"X-Bgjobs-Fragment": "1"}
 
-    def status_with_a_new_token() -> int:
+    def status_with_new_token() -> int:
         first = host.client.get(PREFIX + path, headers=headers)
         old = first.headers["X-CSRFToken"]
 
@@ -905,12 +914,12 @@ def test_a_new_token_is_no_change(host: Host, path: str) -> None:
         again = {**headers, "If-None-Match": first.headers["ETag"]}
         return host.client.get(PREFIX + path, headers=again).status_code
 
-    # Every minute the chart begins a minute later: that may be between the two requests.
-    assert 304 in (status_with_a_new_token(), status_with_a_new_token())
+    # The chart moves every minute, which may be between the two requests.
+    assert 304 in (status_with_new_token(), status_with_new_token())
 
 
-def test_only_the_first_page_refreshes_itself(host: Host) -> None:
-    """Deeper pages hold still."""
+def test_only_the_first_page_is_refreshed(host: Host) -> None:
+    """Later pages of a list are not refreshed."""
     host.add(count=5)
     assert "data-bgjobs-live" in host.get("/list")
     page = host.get("/list?per=2")
@@ -924,8 +933,8 @@ def test_only_the_first_page_refreshes_itself(host: Host) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["/admin/background", "/x"])
-def test_it_works_under_any_prefix(make_host: MakeHost, prefix: str) -> None:
-    """Every link and form stays below the prefix, also behind SCRIPT_NAME."""
+def test_any_url_prefix(make_host: MakeHost, prefix: str) -> None:
+    """All links and forms stay below the prefix, also behind SCRIPT_NAME."""
     host = make_host(BGJOBS_DASHBOARD_URL_PREFIX=prefix)
     job_id = host.add(status="failed")
     mounted = DispatcherMiddleware(lambda e, s: [], {"/shop": host.app.wsgi_app})
@@ -947,8 +956,8 @@ def test_it_works_under_any_prefix(make_host: MakeHost, prefix: str) -> None:
     assert answer.headers["Location"] == f"/shop{prefix}/list?status=failed"
 
 
-def test_pages_fit_into_a_layout_of_the_host(make_host: MakeHost) -> None:
-    """A host's own layout needs only the block `content`."""
+def test_layout_of_the_host(make_host: MakeHost) -> None:
+    """The host's layout needs only the block ``content``."""
     host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
     site = "<html><body>Our shop{% block content %}{% endblock %}</body></html>"
     host.app.jinja_loader = jinja2.DictLoader({"site.html": site})
@@ -960,8 +969,9 @@ def test_pages_fit_into_a_layout_of_the_host(make_host: MakeHost) -> None:
         assert page.count('aria-label="Background jobs"') == 1
 
 
-def test_a_host_may_extend_our_layout(make_host: MakeHost) -> None:
-    """A layout that extends ours fills its blocks, and nothing is shown twice."""
+def test_extended_layout(make_host: MakeHost) -> None:
+    """A layout that extends the dashboard's layout can fill its blocks, and nothing is shown
+    twice."""
     host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
     blocks = ("head_extra", "nav_before", "nav_extra", "messages", "footer")
     site = "{% extends 'bgjobs/layout.html' %}" + "".join(
@@ -974,8 +984,8 @@ def test_a_host_may_extend_our_layout(make_host: MakeHost) -> None:
     assert page.count('aria-label="Background jobs"') == 1
 
 
-def test_templates_use_no_unknown_name(make_host: MakeHost) -> None:
-    """A host with StrictUndefined sees every page as others do."""
+def test_templates_use_no_undefined_name(make_host: MakeHost) -> None:
+    """All pages work with StrictUndefined."""
     host = make_host()
     host.app.jinja_env.undefined = jinja2.StrictUndefined
     job_id = secret_job(host)
@@ -987,8 +997,9 @@ def test_templates_use_no_unknown_name(make_host: MakeHost) -> None:
     host.get("/list?status=bogus", 400)
 
 
-def test_it_works_on_an_in_memory_database(make_host: MakeHost) -> None:
-    """With one connection only, pages and changes work as well, and a dispatch is committed."""
+def test_in_memory_database(make_host: MakeHost) -> None:
+    """On a database with a single connection, pages and changes work, and a dispatch is
+    committed."""
     host = make_host(SQLALCHEMY_DATABASE_URI="sqlite://")
     for path in ("/", "/list", "/dispatch"):
         host.get(path)
@@ -999,8 +1010,8 @@ def test_it_works_on_an_in_memory_database(make_host: MakeHost) -> None:
     assert ">cancelled<" in host.get("/job/1")
 
 
-def test_two_apps_keep_their_own_settings(tmp_path: Any, make_host: MakeHost) -> None:
-    """The settings of a page are those of the app that answers."""
+def test_two_apps_have_separate_settings(tmp_path: Any, make_host: MakeHost) -> None:
+    """A page uses the settings of its own app."""
     open_host = make_host(SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/a.db")
     closed = make_host(SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/b.db", authorizer=None)
     open_host.add()
@@ -1008,8 +1019,9 @@ def test_two_apps_keep_their_own_settings(tmp_path: Any, make_host: MakeHost) ->
     closed.get("/list", 403)
 
 
-def test_the_worst_queues_come_first(host: Host) -> None:
-    """Of many queues the overview shows those that nobody serves, then those that wait longest."""
+def test_worst_queues_are_listed_first(host: Host) -> None:
+    """With many queues, the overview lists unserved queues first, then those that have waited
+    longest."""
     host.add_worker(queues='["a", "b", "c", "d", "e", "f", "g", "h", "i"]')
     for number, queue in enumerate("abcdefghi"):
         host.add(queue=queue, run_at=now(-10 * number))
@@ -1021,8 +1033,8 @@ def test_the_worst_queues_come_first(host: Host) -> None:
     assert 'The queue <a href="/jobs/list?queue=zz">zz</a> has work' in page
 
 
-def test_many_queues_without_a_worker_are_one_warning(host: Host) -> None:
-    """A warning takes a line, however many queues it is about; a list tells its own alone."""
+def test_unserved_queues_share_one_warning(host: Host) -> None:
+    """Several unserved queues share one warning; a filtered list warns about its own queue only."""
     for queue in "abcde":
         host.add(queue=queue)
     page = host.get("/")
@@ -1034,8 +1046,8 @@ def test_many_queues_without_a_worker_are_one_warning(host: Host) -> None:
     assert "have work" not in host.get("/")
 
 
-def test_an_error_leads_to_the_jobs_that_have_it(host: Host) -> None:
-    """The list behind an exception has the failed and retrying jobs with it, and no others."""
+def test_error_links_to_its_jobs(host: Host) -> None:
+    """An exception links to the failed and retrying jobs with it, and to no others."""
     wanted = []
     for status in ("failed", "retrying", "completed"):
         for kind in ("KeyError", "ValueError"):
@@ -1048,8 +1060,8 @@ def test_an_error_leads_to_the_jobs_that_have_it(host: Host) -> None:
     assert listed_ids(host.get(address)) == wanted[::-1]
 
 
-def test_a_silent_worker_that_is_drained_stays_silent(host: Host) -> None:
-    """That somebody asked it to end does not hide that nobody hears of it."""
+def test_silent_worker_with_drain_request_is_silent(host: Host) -> None:
+    """A drain request does not hide that a worker is silent."""
     host.add_worker("lost", heartbeat_at=now(-3_600), drain_requested_at=now())
     page = host.get("/workers")
     assert ">silent<" in page
@@ -1057,8 +1069,9 @@ def test_a_silent_worker_that_is_drained_stays_silent(host: Host) -> None:
     assert "is silent" in page
 
 
-def test_a_job_that_was_cancelled_between_two_attempts_did_not_run_until_then(host: Host) -> None:
-    """The time from the last attempt's start to the cancel is no duration."""
+def test_cancel_between_attempts_is_no_run_time(host: Host) -> None:
+    """If a job was cancelled between two attempts, the time until the cancel is not shown as its
+    run time."""
     job_id = host.add(
         status="cancelled", started_at=now(-100), run_at=now(500), finished_at=now(), attempt=1
     )
@@ -1066,15 +1079,15 @@ def test_a_job_that_was_cancelled_between_two_attempts_did_not_run_until_then(ho
     assert "ran " not in re.sub(r"<script.*|<style.*", "", host.get(f"/job/{job_id}"))
 
 
-def test_a_search_that_is_too_long_is_refused(host: Host) -> None:
-    """A part of the words would find what does not match."""
+def test_overlong_search_is_refused(host: Host) -> None:
+    """A search that is too long is refused, because a part of it would find other jobs."""
     host.add()
     page = host.get(f"/list?q={'SampleJob+' * 20}nothing", 400)
     assert "A search must not exceed 200 characters." in page
 
 
-def test_lines_that_are_not_shown_are_told(host: Host) -> None:
-    """Of a job that wrote very much the newest lines are shown, and that there are others."""
+def test_long_log_shows_newest_lines(host: Host) -> None:
+    """Of a long log, the newest lines are shown, with a note that older ones exist."""
     job_id = host.add(status="running", attempt=1)
     for number in range(501):
         host.add_line(job_id, f"line {number}.")

@@ -68,7 +68,7 @@ def test_an_expired_token_changes_nothing(host: Host, open_page: Browsing) -> No
     host.app.config["WTF_CSRF_TIME_LIMIT"] = -1
     page.click('#job-1 button:has-text("Cancel")')
     page.wait_for_selector("text=The CSRF token has expired. Nothing was changed.")
-    open_page.forget_answers(400)
+    open_page.forget_responses(400)
     assert host.job(1).status == "pending"
     host.app.config["WTF_CSRF_TIME_LIMIT"] = 3600
     page.click('a:has-text("Open the page again")')
@@ -86,7 +86,7 @@ def test_who_logs_out_is_asked_to_log_in(host: Host, open_page: Browsing, path: 
     page.context.new_page().goto(f"{open_page.address}/leave")
     page.wait_for_selector("text=your login form")
     assert "/ask?next=" in page.url
-    open_page.forget_answers(401)
+    open_page.forget_responses(401)
 
 
 class Proxy:
