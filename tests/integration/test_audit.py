@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flask_bgjobs.operations import actions
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import DONE, Actor, Store
 from flask_bgjobs.worker.worker import register
-from tests.conftest import stored, wait_until
+from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 from tests.integration.test_worker import running_worker
 
 ANNA = Actor("anna", "dashboard")
@@ -38,18 +39,18 @@ def _enqueue(number: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize("verb", ["cancel", "delete"])
-def test_a_change_is_written_down(app: Flask, state: AppState, store: Store, verb: str) -> None:
-    """An entry says who did what to which jobs, when and with what result."""
+def test_change_is_recorded(app: Flask, state: AppState, store: Store, verb: str) -> None:
+    """An entry names the actor, the action, the jobs, the time and the result."""
     ids = _enqueue(2)
     getattr(actions, verb)(state, [*ids, 999_999], ANNA)
     (entry,) = _entries(store)
     assert (entry.actor, entry.source, entry.action) == ("anna", "dashboard", verb)
     assert entry.result == f"2 {DONE[verb]}, 1 skipped"
-    assert abs(entry.created_at - store.clock()) < dt.timedelta(seconds=30)
+    assert abs(entry.created_at - store.clock()) < dt.timedelta(seconds=DEADLINE_SECONDS)
     assert _jobs(store) == [(entry.id, job_id) for job_id in ids]
 
 
-def test_a_retry_is_written_down(app: Flask, state: AppState, store: Store) -> None:
+def test_retry_is_recorded(app: Flask, state: AppState, store: Store) -> None:
     """A job that was cancelled and retried has two entries."""
     (job_id,) = _enqueue()
     actions.cancel(state, [job_id], ANNA)
@@ -60,8 +61,8 @@ def test_a_retry_is_written_down(app: Flask, state: AppState, store: Store) -> N
     ]
 
 
-def test_what_changes_nothing_leaves_no_entry(app: Flask, state: AppState, store: Store) -> None:
-    """To cancel what is cancelled, and to pause what is paused, changes nothing."""
+def test_action_without_effect_is_not_recorded(app: Flask, state: AppState, store: Store) -> None:
+    """Cancelling a cancelled job, or pausing a paused queue, leaves no entry."""
     (job_id,) = _enqueue()
     for _ in range(2):
         actions.cancel(state, [job_id], ANNA)
@@ -69,8 +70,8 @@ def test_what_changes_nothing_leaves_no_entry(app: Flask, state: AppState, store
     assert [entry.action for entry in _entries(store)] == ["cancel", "pause"]
 
 
-def test_queues_are_written_down(app: Flask, state: AppState, store: Store) -> None:
-    """Pausing and resuming name the queue."""
+def test_pause_and_resume_are_recorded(app: Flask, state: AppState, store: Store) -> None:
+    """The entries of pause and resume name the queue."""
     actions.pause(state, "default", ANNA)
     actions.resume(state, "default", ANNA)
     assert [(entry.action, entry.subject) for entry in _entries(store)] == [
@@ -79,17 +80,17 @@ def test_queues_are_written_down(app: Flask, state: AppState, store: Store) -> N
     ]
 
 
-def test_code_leaves_no_entry(app: Flask, state: AppState, store: Store) -> None:
-    """What the app's own code does is no matter of the audit trail."""
+def test_changes_by_code_are_not_recorded(app: Flask, state: AppState, store: Store) -> None:
+    """Changes by the app's own code leave no entry."""
     job = run_background_job("tests.jobs.echo", parameters=["x"])
     job.cancel()
     assert _entries(store) == []
 
 
-def test_the_change_and_its_entry_are_one_transaction(
+def test_change_and_entry_are_one_transaction(
     app: Flask, state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the entry cannot be written, nothing is changed either."""
+    """If the entry cannot be written, nothing changes."""
     (job_id,) = _enqueue()
 
     def refuse(*_: object, **__: object) -> None:
@@ -102,8 +103,8 @@ def test_the_change_and_its_entry_are_one_transaction(
 
 
 @pytest.mark.parametrize("name", ["a\x00b", "x" * 400, "ü\ud800", "<b>'\"%s{}"])
-def test_every_name_can_be_written(app: Flask, state: AppState, store: Store, name: str) -> None:
-    """Whatever a host calls its users, the trail can hold it."""
+def test_any_actor_name_can_be_stored(app: Flask, state: AppState, store: Store, name: str) -> None:
+    """The audit trail can store any name of an actor."""
     actions.cancel(state, _enqueue(), Actor(name, "dashboard", reason=name))
     (entry,) = _entries(store)
     assert len(entry.actor) <= 255
@@ -111,7 +112,7 @@ def test_every_name_can_be_written(app: Flask, state: AppState, store: Store, na
 
 
 def test_old_entries_are_pruned(app: Flask, state: AppState, store: Store) -> None:
-    """Entries are kept for a year, and their jobs go with them."""
+    """Entries are kept for a year, and are deleted together with their lists of jobs."""
     actions.cancel(state, _enqueue(), ANNA)
     actions.cancel(state, _enqueue(), ANNA)
     old, young = _entries(store)
@@ -123,34 +124,42 @@ def test_old_entries_are_pruned(app: Flask, state: AppState, store: Store) -> No
     assert [entry_id for entry_id, _ in _jobs(store)] == [young.id]
 
 
-def test_a_worker_is_drained(app: Flask, state: AppState, store: Store, tmp_path: Path) -> None:
-    """A worker that is asked to end finishes what it runs, takes nothing more, and ends; the trail
-    tells who asked."""
+def test_drained_worker_finishes_and_stops(
+    app: Flask, state: AppState, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A drained worker finishes its running jobs, claims no others, and stops; the entry names the
+    actor."""
     gate = tmp_path / "gate"
-    with running_worker(app, name="one", concurrency=1, shutdown_timeout=0) as worker:
-        wait_until(lambda: worker._id, "its registration")
+    caplog.set_level(logging.INFO, "flask_bgjobs")
+    with running_worker(app, name="one", concurrency=1, shutdown_timeout=0):
+        worker_id = wait_until(lambda: _worker_id(store, "one"), "its registration")
         long = run_background_job("tests.jobs.wait_for_file", parameters=[str(gate)])
         wait_until(lambda: stored(app, long).started_at, "its start")
-        assert store.drain_worker(worker._id, ANNA)
-        assert not store.drain_worker(worker._id, ANNA)
-        wait_until(lambda: worker._is_draining, "its notice")
+        assert store.drain_worker(worker_id, ANNA)
+        assert not store.drain_worker(worker_id, ANNA)
+        wait_until(lambda: "Worker draining | Worker: one" in caplog.text, "the log line")
         other = run_background_job("tests.jobs.echo", parameters=["x"])
         gate.touch()
-        wait_until(lambda: _ended(store, worker._id), "its end")
+        wait_until(lambda: _is_stopped(store, worker_id), "its end")
     assert stored(app, long).status == "completed"
     assert stored(app, other).status == "pending"
     (entry,) = _entries(store)
     assert (entry.action, entry.subject, entry.actor) == ("drain", "one", "anna")
 
 
-def _ended(store: Store, worker_id: int) -> bool:
+def _worker_id(store: Store, name: str) -> int | None:
+    with store.read() as connection:
+        return connection.scalar(sa.select(Worker.id).where(Worker.name == name))
+
+
+def _is_stopped(store: Store, worker_id: int) -> bool:
     with store.read() as connection:
         status = connection.scalar(sa.select(Worker.status).where(Worker.id == worker_id))
     return bool(status == "stopped")
 
 
-def test_a_worker_that_has_ended_is_not_drained(app: Flask, state: AppState, store: Store) -> None:
-    """There is nothing to ask of a worker that is gone."""
+def test_stopped_worker_is_not_drained(app: Flask, state: AppState, store: Store) -> None:
+    """Draining a stopped worker does nothing and leaves no entry."""
     worker_id = register(state, "gone")
     store.stop_worker(worker_id)
     assert not store.drain_worker(worker_id, ANNA)

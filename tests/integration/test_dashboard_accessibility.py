@@ -1,4 +1,4 @@
-"""Whether everybody can use the dashboard: axe's rules, and what a screen reader is told."""
+"""Accessibility of the dashboard: the rules of axe, and the tree for screen readers."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ PAGES = {
 
 
 @pytest.fixture
-def full(host: Host) -> Host:
-    """A job in each state that looks different, and something on every page."""
+def populated_host(host: Host) -> Host:
+    """A host with a job in each state that looks different, and content on every page."""
     host.add(queue="mail")
     failed = host.add(
         target=RECEIPT,
@@ -87,53 +87,53 @@ def full(host: Host) -> Host:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])
-def test_axe_finds_nothing(full: Host, open_page: Browsing, width: int, scheme: Any) -> None:
-    """No page breaks a rule of WCAG 2.2 AA that a program can check."""
+def test_pages_pass_axe(populated_host: Host, open_page: Browsing, width: int, scheme: Any) -> None:
+    """No page violates a rule of WCAG 2.2 AA that axe can check."""
     found = []
     page = open_page("/", viewport={"width": width, "height": 800}, color_scheme=scheme)
     for name, path in PAGES.items():
         page.goto(open_page.address + path)
-        found += problems(page, name)
+        found += violations_on(page, name)
     open_page.forget_responses(400, 404)
     assert found == []
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])
-def test_axe_finds_nothing_in_what_opens(
-    full: Host, open_page: Browsing, width: int, scheme: Any
+def test_dialogs_and_menus_pass_axe(
+    populated_host: Host, open_page: Browsing, width: int, scheme: Any
 ) -> None:
-    """Neither in the question before many jobs are changed, nor in the keys, nor in open menus."""
+    """Dialogs and open menus violate no rule."""
     page = open_page("/list", viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.click("#bgjobs-by-more summary")
-    found = problems(page, "filter")
+    found = violations_on(page, "filter")
     page.keyboard.press("?")
     page.wait_for_selector("dialog[open] >> text=go to the search box")
-    found += problems(page, "keys")
+    found += violations_on(page, "keys")
     page.keyboard.press("Escape")
     page.check('[aria-label="Select job 2"]')
     page.click('#bgjobs-bulk button:has-text("Delete")')
     page.wait_for_selector("dialog[open] >> text=Delete 1 job?")
-    found += problems(page, "question")
+    found += violations_on(page, "question")
     page.goto(f"{open_page.address}/job/2")
     page.click('summary:has-text("Delete…")')
-    found += problems(page, "delete")
+    found += violations_on(page, "delete")
     assert found == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_on_empty_pages(host: Host, open_page: Browsing, scheme: Any) -> None:
-    """Where nothing has happened yet, pages say what to do, and that is checked as well."""
+def test_empty_pages_pass_axe(host: Host, open_page: Browsing, scheme: Any) -> None:
+    """Pages without content, which show hints, violate no rule."""
     found = []
     page = open_page("/", color_scheme=scheme)
     for path in ("/", "/list", "/list?status=failed", "/errors", "/queues", "/workers", "/audit"):
         page.goto(open_page.address + path)
-        found += problems(page, path)
+        found += violations_on(page, path)
     assert found == []
 
 
-def problems(page: Any, name: str) -> list[str]:
-    """What axe finds in a page, in words."""
-    # Colours of what the mouse is on change gradually.
+def violations_on(page: Any, name: str) -> list[str]:
+    """The violations that axe finds on a page, as text."""
+    # Hover colours have a transition.
     page.evaluate("Promise.allSettled(document.getAnimations().map((each) => each.finished))")
     page.evaluate(_AXE)
     results = page.evaluate(
@@ -146,8 +146,8 @@ def problems(page: Any, name: str) -> list[str]:
     ]
 
 
-def test_axe_would_find_something(full: Host, open_page: Browsing) -> None:
-    """A page with a button that has no name is found."""
+def test_axe_detects_violations(populated_host: Host, open_page: Browsing) -> None:
+    """axe detects a button without a name."""
     page = open_page("/")
     page.evaluate("document.querySelector('main').append(document.createElement('button'))")
     page.evaluate(_AXE)
@@ -156,10 +156,12 @@ def test_axe_would_find_something(full: Host, open_page: Browsing) -> None:
 
 
 @pytest.mark.parametrize(("name", "path"), PAGES.items(), ids=PAGES)
-def test_a_screen_reader_is_told(full: Host, open_page: Browsing, name: str, path: str) -> None:
-    """The tree of roles and names of each page is the one that was last looked at.
+def test_accessibility_tree(
+    populated_host: Host, open_page: Browsing, name: str, path: str
+) -> None:
+    """The tree of roles and names of each page equals its snapshot.
 
-    ``BGJOBS_UPDATE_SNAPSHOTS=1`` writes the trees anew: read the difference before you commit it.
+    ``BGJOBS_UPDATE_SNAPSHOTS=1`` writes new snapshots: review the difference before you commit it.
     """
     page = open_page(path)
     tree = _without_times(page.locator("body").aria_snapshot())
@@ -172,7 +174,7 @@ def test_a_screen_reader_is_told(full: Host, open_page: Browsing, name: str, pat
 
 
 def _without_times(tree: str) -> str:
-    """The tree without what the clock writes."""
+    """The tree without times."""
     tree = re.sub(r"\b(now|(in )?\d+ (ms|s|min|h|d)( ago)?)(?=[\s\"]|$)", "…", tree)
     tree = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "…", tree)
     tree = re.sub(r"since=[\dT:-]+", "since=…", tree)

@@ -1,4 +1,4 @@
-"""What a page costs the database: few statements, and none that reads every job."""
+"""The cost of pages: few statements, none of which reads every job."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _FIRST_BY_ID = re.compile(r"FROM bgjobs_job ORDER BY bgjobs_job.id( DESC)?\s+LIM
 
 @pytest.fixture
 def crowded(database_url: str) -> Iterator[flask.Flask]:
-    """A host with 50,000 jobs, and a few failed attempts and changes by hand."""
+    """A host with 50,000 jobs, some failed attempts and an audit entry."""
     app = flask.Flask(__name__)
     app.config.update(
         SECRET_KEY="x",
@@ -77,13 +77,13 @@ def crowded(database_url: str) -> Iterator[flask.Flask]:
         db.engine.dispose()
 
 
-def test_pages_cost_little(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is in the tables, no page asks the database more than eight times or reads every
-    job, and none is larger than 60 KB, packed as servers send it."""
-    # Less than there are, as 100,000 are with a million.
+def test_pages_take_few_statements(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 50,000 jobs, each page takes at most eight statements, reads no table of jobs as a
+    whole, and is at most 60 KB compressed."""
+    # Fewer than there are jobs, like the default of 100,000 among a million.
     monkeypatch.setattr(listing, "SEARCHED_ROWS", 500)
     problems = []
-    # The jobs that an authorizer is asked about are read every ten seconds, by two more statements.
+    # Two more statements read sample jobs for the authorizer, every ten seconds.
     monkeypatch.setattr(access, "_SAMPLES_KEPT_SECONDS", 3_600.0)
     _get(crowded, "/")
     for name, path in PAGES.items():
@@ -101,7 +101,7 @@ def _plans_that_scan(app: flask.Flask, statements: list[tuple[str, Any]]) -> Ite
     store = state_of(app).store
     explain = "EXPLAIN QUERY PLAN" if store.engine.name == "sqlite" else "EXPLAIN"
     for statement, parameters in statements:
-        # The newest few by their ids: the database stops after as many.
+        # The database stops after the first few ids.
         if Job.__tablename__ not in statement or _FIRST_BY_ID.search(statement):
             continue
         with store.read() as connection:
@@ -118,7 +118,7 @@ def _get(app: flask.Flask, path: str) -> bytes:
 
 
 def _statements(app: flask.Flask, work: Callable[[], object]) -> list[tuple[str, Any]]:
-    """Every statement that our own engine ran."""
+    """All statements that the engine of flask-bgjobs ran."""
     engine = state_of(app).store.engine
     seen: list[tuple[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""Pages that are open while their visitor's session changes, or behind a proxy, in a browser."""
+"""Open pages in a browser whose session changes, and pages behind a proxy."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ TOKEN = "#bgjobs-act [data-bgjobs-token]"
 
 
 class User(UserMixin):
-    """Whoever logs in."""
+    """The only user."""
 
     id = "ada"
 
 
 @pytest.fixture
 def host(make_host: MakeHost) -> Host:
-    """A host where people log in."""
+    """A host with Flask-Login."""
     host = make_host(authorizer=None)
     host.bgjobs.authorize_dashboard(lambda action, job: current_user.is_authenticated)
     login_manager = LoginManager(host.app)
     login_manager.login_view = "ask"
     login_manager.user_loader(lambda _: User())
-    # Below the dashboard, so that none of it counts as a request to another site.
+    # Below the dashboard, so that these requests do not count as foreign ones.
     for name, view in (
         ("ask", lambda: "your login form"),
         ("enter", lambda: str(login_user(User()))),
         ("leave", lambda: str(logout_user())),
     ):
         host.app.add_url_rule(f"/jobs/{name}", name, view)
-    # What a browser asks for by itself, where a page has no icon.
+    # Browsers request this for a page without an icon.
     host.app.add_url_rule("/favicon.ico", "icon", lambda: "")
     return host
 
 
-def test_a_form_outlives_its_token(host: Host, open_page: Browsing) -> None:
-    """A page that stays open gets new tokens with each refresh, so its buttons work for as long."""
+def test_refresh_renews_the_token(host: Host, open_page: Browsing) -> None:
+    """An open page gets a new token with each refresh, so that its buttons keep working."""
     host.add()
     page = open_page("/enter")
     page.goto(f"{open_page.address}/list")
     first = page.input_value(TOKEN)
-    # A token holds the second in which it was made.
+    # A token contains the time in seconds.
     page.wait_for_selector(f'{TOKEN}:not([value="{first}"])', state="attached")
     assert page.input_value(TOKEN) != first
     page.click('#job-1 button:has-text("Cancel")')
@@ -61,7 +61,7 @@ def test_a_form_outlives_its_token(host: Host, open_page: Browsing) -> None:
 
 
 def test_an_expired_token_changes_nothing(host: Host, open_page: Browsing) -> None:
-    """Without refreshes the token runs out; the page then says what to do."""
+    """On a page without refreshes the token expires; the error page links back to the form."""
     host.add()
     page = open_page("/enter", java_script_enabled=False)
     page.goto(f"{open_page.address}/list")
@@ -77,8 +77,9 @@ def test_an_expired_token_changes_nothing(host: Host, open_page: Browsing) -> No
 
 
 @pytest.mark.parametrize("path", ["/list", "/job/1"])
-def test_who_logs_out_is_asked_to_log_in(host: Host, open_page: Browsing, path: str) -> None:
-    """A page that is open in another tab goes to the login by itself, and not its fragment."""
+def test_open_page_goes_to_login_after_logout(host: Host, open_page: Browsing, path: str) -> None:
+    """After a logout in another tab, an open page goes to the login, and comes back to the page,
+    not to its fragment."""
     host.add()
     page = open_page("/enter")
     page.goto(open_page.address + path)
@@ -90,7 +91,7 @@ def test_who_logs_out_is_asked_to_log_in(host: Host, open_page: Browsing, path: 
 
 
 class Proxy:
-    """Stands in front of an app, below a path that the app is told of and does not see."""
+    """A proxy that serves the app below a path, and removes that path from requests."""
 
     def __init__(self, app: WSGIApplication) -> None:
         self.app = ProxyFix(app, x_prefix=1)
@@ -103,7 +104,7 @@ class Proxy:
         return self.app(environ, start_response)
 
 
-class TestBehindAProxy:
+class TestBehindProxy:
     @pytest.fixture
     def host(self, make_host: MakeHost) -> Host:
         host = make_host()
@@ -114,8 +115,8 @@ class TestBehindAProxy:
     def address(self, address: str) -> str:
         return address.replace("/jobs", "/shop/jobs")
 
-    def test_pages_work_below_its_path(self, host: Host, open_page: Browsing) -> None:
-        """Links, forms, refreshes and questions stay below the path; nothing else is asked for."""
+    def test_pages_work_below_the_path(self, host: Host, open_page: Browsing) -> None:
+        """Links, forms, refreshes and confirmations stay below the path."""
         host.add(count=3)
         page = open_page("/")
         page.click("nav a:text-is('Jobs')")

@@ -1,4 +1,4 @@
-"""Nobody waits for long on a database that is slow, and who asked is told what to do."""
+"""Slow databases: pages stop waiting and say what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAKES_LONG = product_of(900)
 
 @pytest.fixture
 def host(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """A host whose lists and queues take longer to read than a visitor would wait."""
+    """A host whose lists and queues take longer to read than the limit."""
     monkeypatch.setattr(access, "QUERY_SECONDS", 0.001)
     for name in ("list_jobs", "queues_of", "queue_stats"):
         monkeypatch.setattr(queries, name, read_slowly)
@@ -34,8 +34,8 @@ def read_slowly(state: AppState, *_args: Any, **_options: Any) -> bool:
         return bool(connection.exec_driver_sql(TAKES_LONG).scalar())
 
 
-def test_a_list_says_so_beside_its_filter(host: Host, caplog: pytest.LogCaptureFixture) -> None:
-    """The filter is there as it was, to be narrowed; the log has the query without its values."""
+def test_list_keeps_its_filter(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """The error page of a list shows its filter, and the log has the query without its values."""
     page = host.get("/list?status=failed&q=late", 503)
     assert "The database took longer than 0.001 s. Narrow the filter" in page
     assert 'value="late"' in page
@@ -43,37 +43,38 @@ def test_a_list_says_so_beside_its_filter(host: Host, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("path", ["/", "/queues"])
-def test_other_pages_say_so_alone(host: Host, path: str) -> None:
-    """What needs no slow query works afterwards as ever."""
+def test_other_pages_show_the_error(host: Host, path: str) -> None:
+    """Other pages show only the error, and pages without a slow query still work."""
     page = host.get(path, 503)
     assert "The database took longer than 0.001 s." in page
     assert "Go to the jobs" in page
     host.get("/workers", 200)
 
 
-def test_a_refresh_says_so(host: Host) -> None:
-    """The script that refreshes a page gets the code, and asks less often."""
-    answer = host.client.get("/jobs/queues", headers={access.FRAGMENT_HEADER: "1"})
-    assert answer.status_code == 503
-    assert "<html" not in answer.text
+def test_refresh_gets_503(host: Host) -> None:
+    """The refresh script gets 503 and no page."""
+    response = host.client.get("/jobs/queues", headers={access.FRAGMENT_HEADER: "1"})
+    assert response.status_code == 503
+    assert "<html" not in response.text
 
 
-def test_the_api_says_so(host: Host) -> None:
-    """Programs get the code and the sentence."""
-    answer = host.client.get("/jobs/api/v1/queues")
-    assert answer.status_code == 503
-    assert answer.json is not None
-    assert answer.json["error"]["status"] == 503
-    assert "took longer than 0.001 s" in answer.json["error"]["message"]
+def test_api_gets_503(host: Host) -> None:
+    """The API answers 503 with the message."""
+    response = host.client.get("/jobs/api/v1/queues")
+    assert response.status_code == 503
+    assert response.json is not None
+    assert response.json["error"]["status"] == 503
+    assert "took longer than 0.001 s" in response.json["error"]["message"]
 
 
-def test_the_connection_is_free_before_the_host_goes_on(make_host: MakeHost) -> None:
-    """What the host does after a request, such as to write, finds nothing of ours in the way."""
+def test_connection_is_released_before_after_request(make_host: MakeHost) -> None:
+    """When the host's ``after_request`` functions run, the dashboard has released its
+    connection."""
     host = make_host()
     in_use = []
 
     @host.app.after_request
-    def look(response: flask.Response) -> flask.Response:
+    def note(response: flask.Response) -> flask.Response:
         in_use.append(host.state.store.engine.pool.checkedout())
         return response
 
@@ -82,9 +83,9 @@ def test_the_connection_is_free_before_the_host_goes_on(make_host: MakeHost) -> 
     assert in_use == [0, 0]
 
 
-def test_the_host_may_write_while_it_is_asked(make_host: MakeHost) -> None:
-    """Also without WAL, where who reads keeps writers out: a page does not read while it asks the
-    host who may see what."""
+def test_authorizer_can_write(make_host: MakeHost) -> None:
+    """The authorizer can write, even without WAL, where a reader blocks writers: pages do not read
+    during its call."""
 
     def allow(_action: str, job: Job | None) -> bool:
         host.db.session.execute(sa.text("INSERT INTO seen VALUES (1)"))
@@ -100,8 +101,8 @@ def test_the_host_may_write_while_it_is_asked(make_host: MakeHost) -> None:
         host.get(path)
 
 
-def test_a_request_within_a_request_reads_for_itself(make_host: MakeHost) -> None:
-    """What the host asks of its own app meanwhile takes nothing away from the page."""
+def test_nested_request_has_its_own_connection(make_host: MakeHost) -> None:
+    """A request of the authorizer to its own app does not affect the outer page."""
 
     def allow(_action: str, job: Job | None) -> bool:
         assert host.app.test_client().get("/jobs/healthz").status_code == 503
@@ -114,7 +115,7 @@ def test_a_request_within_a_request_reads_for_itself(make_host: MakeHost) -> Non
 
 
 def test_changes_may_take_longer(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To find the many jobs that a change is about may take its time."""
+    """The time limit does not apply to changes."""
     monkeypatch.setattr(actions, "pause", lambda state, *_: read_slowly(state))
     token = host.client.get("/jobs/api/v1/workers").headers["X-CSRFToken"]
     data = {"queue": "default", "csrf_token": token}

@@ -1,4 +1,4 @@
-"""What the tests of the dashboard share: a host app, rows in it, and a browser without a page."""
+"""A host app with the dashboard, shared by the tests of the dashboard."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ MakeHost = Callable[..., "Host"]
 
 
 class SampleJob:
-    """A class that may run, with one method."""
+    """An allowed class with one method."""
 
     def execute(self, message: str, times: int = 1) -> str:
         return message * times
 
 
 def send_receipt(order_id: int, password: str | None = None) -> None:
-    """A function that may run, with a parameter that is masked."""
+    """An allowed function with a parameter that is masked."""
 
 
 @pytest.fixture(name="make_host")
 def host_maker(tmp_path: pathlib.Path, prepared_databases: PreparedDatabases) -> Iterator[MakeHost]:
-    """Makes a host app with the given settings, and closes its connections in the end."""
+    """Creates host apps with the given settings, and closes their connections after the test."""
     hosts: list[Host] = []
     prepared_databases.copy_to(tmp_path / "host.db")
 
@@ -55,7 +55,7 @@ def host_maker(tmp_path: pathlib.Path, prepared_databases: PreparedDatabases) ->
 
 
 class Host:
-    """A Flask app with the dashboard in it, and a client for it."""
+    """A Flask app with the dashboard, and its test client."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Host:
                 engine.dispose()
 
     def add(self, count: int = 1, **values: Any) -> int:
-        """The id of the last of ``count`` new jobs with these column values."""
+        """Add ``count`` jobs with these column values, and return the id of the last."""
         row = {**_DEFAULTS, "run_at": now(), "created_at": now(), **values}
         if row["status"] in FINAL:
             row.setdefault("finished_at", now())
@@ -145,7 +145,7 @@ class Host:
             return int(connection.scalar(sa.select(sa.func.count()).select_from(Job)) or 0)
 
     def get(self, path: str, status: int = 200, **more: Any) -> str:
-        """The text of a page below the dashboard's prefix, answered with ``status``."""
+        """The text of a page of the dashboard. It must be answered with ``status``."""
         response = self.client.get(PREFIX + path, **more)
         assert response.status_code == status, response.text
         return response.text
@@ -157,7 +157,7 @@ class Host:
         return found[1]
 
     def post(self, path: str, **fields: Any) -> Any:
-        """The answer to a form that was sent with a valid token."""
+        """The response to a form with a valid token."""
         return self.client.post(PREFIX + path, data={"csrf_token": self.token(), **fields})
 
 
@@ -180,7 +180,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def now(seconds: float = 0.0) -> dt.datetime:
-    """The UTC time, or one that many seconds later, as the database holds it."""
+    """The UTC time, or a time some seconds later, in the form that the database stores."""
     return dt.datetime.now(dt.UTC).replace(tzinfo=None) + dt.timedelta(seconds=seconds)
 
 

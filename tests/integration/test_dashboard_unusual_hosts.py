@@ -1,4 +1,4 @@
-"""The dashboard in apps that have changed Jinja, JSON, routing or the layout."""
+"""The dashboard in apps with changed Jinja, JSON, routing or layout."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class OtherDelimiters(Flask):
 
 @pytest.mark.parametrize("layout", [None, "site.html", "extended.html"])
 def test_other_delimiters(make_host: MakeHost, layout: str | None) -> None:
-    """A host whose templates have other delimiters, also in a layout of its own and in one that
-    extends ours."""
+    """Pages work in an app with other template delimiters, also with its own layout and with an
+    extended one."""
     options = {} if layout is None else {"BGJOBS_BASE_TEMPLATE": layout}
     plain = make_host()
     host = make_host(app=OtherDelimiters(__name__), **options)
@@ -53,17 +53,17 @@ def test_other_delimiters(make_host: MakeHost, layout: str | None) -> None:
         assert "[[" not in page
         assert page.count("{{") == page.count("{{ 7 }}") + page.count("{{ theirs }}")
     if layout is None:
-        assert _shape(host.get("/list")) == _shape(plain.get("/list"))
+        assert _normalized(host.get("/list")) == _normalized(plain.get("/list"))
     assert "ValueError: {{ 7 }}" in host.get(f"/job/{job_id}")
 
 
-def _shape(page: str) -> str:
-    """A page without what is different each time, and without white space."""
+def _normalized(page: str) -> str:
+    """A page without varying values and without white space."""
     return re.sub(r'value="[^"]*"|\s+|<time[^>]*>[^<]*', "", page)
 
 
-def test_values_are_escaped_where_the_host_escapes_nothing(make_host: MakeHost) -> None:
-    """What jobs say is never markup."""
+def test_values_are_escaped_without_autoescape(make_host: MakeHost) -> None:
+    """Values of jobs are escaped even if the host has autoescape off."""
     host = make_host()
     host.app.jinja_env.autoescape = False
     job_id = host.add(status="failed", error="ValueError: <script>alert(1)</script>")
@@ -73,14 +73,15 @@ def test_values_are_escaped_where_the_host_escapes_nothing(make_host: MakeHost) 
     assert "&lt;script&gt;alert" in host.get(f"/job/{job_id}")
     environment = host.app.extensions["bgjobs_jinja_env"]
     host.get("/list")
-    assert host.app.extensions["bgjobs_jinja_env"] is environment, "it holds compiled templates"
+    assert host.app.extensions["bgjobs_jinja_env"] is environment, (
+        "the environment, with its compiled templates, is kept"
+    )
 
 
 @pytest.mark.parametrize("escapes", [True, False])
-def test_the_layout_of_the_host_is_read_as_the_host_reads_it(
-    make_host: MakeHost, escapes: bool
-) -> None:
-    """Its own signs of direction stay, as does what it escapes; those of jobs are spelled out."""
+def test_layout_keeps_settings_of_the_host(make_host: MakeHost, escapes: bool) -> None:
+    """The host's layout keeps its direction characters and its autoescape setting; values of jobs
+    are escaped."""
     host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
     host.app.jinja_env.autoescape = escapes
     host.app.jinja_loader = jinja2.DictLoader(
@@ -100,8 +101,8 @@ def test_the_layout_of_the_host_is_read_as_the_host_reads_it(
     assert "&lt;script&gt;\\u202e" in page
 
 
-class Strict(JSONProvider):
-    """Knows exact types only, as orjson does, and reads numbers as texts."""
+class StrictJSONProvider(JSONProvider):
+    """Accepts exact types only, as orjson does, and parses numbers as strings."""
 
     def dumps(self, obj: Any, **kwargs: Any) -> str:
         _require_exact(obj)
@@ -124,31 +125,31 @@ def _require_exact(value: Any) -> None:
 
 
 def test_another_json_provider(make_host: MakeHost) -> None:
-    """The API's answers are the same, whatever writes the JSON of the host."""
+    """The API's answers do not depend on the host's JSON provider."""
     host, plain = make_host(), make_host()
-    host.app.json = Strict(host.app)
+    host.app.json = StrictJSONProvider(host.app)
     host.add()
     for path in API_PAGES:
-        answers = [each.client.get(f"{PREFIX}/api/v1/{path}") for each in (host, plain)]
-        assert [answer.status_code for answer in answers] == [200, 200]
-        first, second = (json.loads(answer.data) for answer in answers)
+        responses = [each.client.get(f"{PREFIX}/api/v1/{path}") for each in (host, plain)]
+        assert [response.status_code for response in responses] == [200, 200]
+        first, second = (json.loads(response.data) for response in responses)
         assert first.keys() == second.keys()
     token = host.client.get(f"{PREFIX}/api/v1/stats").headers["X-CSRFToken"]
-    answer = host.client.post(
+    response = host.client.post(
         f"{PREFIX}/api/v1/queues/pause",
         data='{"queue": "default"}',
         content_type="application/json",
         headers={"X-CSRFToken": token},
     )
-    assert json.loads(answer.data) == {"queue": "default", "changed": True}
-    answer = host.client.post(
+    assert json.loads(response.data) == {"queue": "default", "changed": True}
+    response = host.client.post(
         f"{PREFIX}/api/v1/jobs",
         data=json.dumps({"target": RECEIPT, "parameters": [1], "priority": 3}),
         content_type="application/json",
         headers={"X-CSRFToken": token},
     )
-    assert answer.status_code == 201
-    assert host.job(json.loads(answer.data)["id"]).parameters == [1]
+    assert response.status_code == 201
+    assert host.job(json.loads(response.data)["id"]).parameters == [1]
     for body in ("[", "[]", "nothing"):
         refused = host.client.post(
             f"{PREFIX}/api/v1/queues/pause",
@@ -160,7 +161,7 @@ def test_another_json_provider(make_host: MakeHost) -> None:
 
 
 def test_host_matching(make_host: MakeHost) -> None:
-    """In an app that names hosts in its routes, the dashboard answers on each of them."""
+    """In an app with ``host_matching``, the dashboard answers on every host."""
     app = Flask(__name__, host_matching=True, static_host="static.shop.example")
 
     @app.get("/", host="shop.example")
@@ -172,9 +173,9 @@ def test_host_matching(make_host: MakeHost) -> None:
     for name in ("shop.example", "admin.shop.example:8000", "127.0.0.1"):
         url = f"http://{name}"
         for path in (*PAGES, f"/job/{job_id}", "/healthz"):
-            answer = host.client.get(PREFIX + path, base_url=url)
-            assert answer.status_code == (503 if path == "/healthz" else 200)
-            links = re.findall(r'(?:href|src|action|formaction)="([^"#]+)"', answer.text)
+            response = host.client.get(PREFIX + path, base_url=url)
+            assert response.status_code == (503 if path == "/healthz" else 200)
+            links = re.findall(r'(?:href|src|action|formaction)="([^"#]+)"', response.text)
             assert all(link.startswith(f"{PREFIX}/") for link in links)
         with app.test_request_context(base_url=url):
             script = address("bgjobs.js")
@@ -182,34 +183,32 @@ def test_host_matching(make_host: MakeHost) -> None:
         page = host.client.get(f"{PREFIX}/job/{job_id}", base_url=url).text
         token = re.search(r'name="csrf_token" value="([^"]+)"', page)
         assert token is not None
-        answer = host.client.post(
+        response = host.client.post(
             f"{PREFIX}/job/{job_id}/retry", base_url=url, data={"csrf_token": token[1]}
         )
-        assert answer.headers["Location"] == f"{PREFIX}/list"
+        assert response.headers["Location"] == f"{PREFIX}/list"
     assert host.client.get("/", base_url="http://shop.example").text == "shop"
     assert host.client.get("/", base_url="http://other.example").status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/jobs/", "/jobs", "/jobs/list", "/jobs/api/v1/stats"])
-def test_a_path_of_the_app_is_told(
+def test_conflicting_route_is_logged(
     make_host: MakeHost, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A route that the app and the dashboard both have is logged once, with what to do."""
+    """A route that exists in both the app and the dashboard is logged once, with the key to set."""
     host = make_host()
     host.app.add_url_rule(path, "my_page", lambda: "mine")
     for _ in range(3):
         host.get("/errors")
-    (told,) = [r.getMessage() for r in caplog.records if "Path in two places" in r.getMessage()]
-    assert path in told
-    assert "my_page" in told
-    assert "BGJOBS_DASHBOARD_URL_PREFIX" in told
+    (message,) = [r.getMessage() for r in caplog.records if "Path in two places" in r.getMessage()]
+    assert path in message
+    assert "my_page" in message
+    assert "BGJOBS_DASHBOARD_URL_PREFIX" in message
 
 
-def test_paths_beside_the_dashboards_are_not(
-    make_host: MakeHost, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Such as a route for one job, which every tutorial has, one of another subdomain, and one
-    that takes forms."""
+def test_other_routes_are_not_logged(make_host: MakeHost, caplog: pytest.LogCaptureFixture) -> None:
+    """Routes for a single job, on another subdomain, or for POST only, do not conflict and are not
+    logged."""
     host = make_host()
     host.app.add_url_rule("/jobs/", "of_tenant", lambda tenant: tenant, subdomain="<tenant>")
     host.app.add_url_rule("/jobs/", "create", lambda: "created", methods=["POST"])
@@ -220,8 +219,8 @@ def test_paths_beside_the_dashboards_are_not(
     assert "Path in two places" not in caplog.text
 
 
-def test_files_are_kept_for_as_long_as_they_are_the_same(make_host: MakeHost) -> None:
-    """Their address changes with their content, so a browser need not ask again."""
+def test_static_files_are_cached(make_host: MakeHost) -> None:
+    """Static files are cached forever, because their address changes with their content."""
     host = make_host()
     for name in ("bgjobs.css", "vendor/bootstrap.min.css", "bootstrap-scoped.css"):
         with host.app.test_request_context():
@@ -229,17 +228,17 @@ def test_files_are_kept_for_as_long_as_they_are_the_same(make_host: MakeHost) ->
         kept = host.client.get(current)
         assert kept.headers["Cache-Control"] == "private, immutable, max-age=31536000"
         for old in (f"{PREFIX}/static/{name}", f"{PREFIX}/static/{name}?v=0"):
-            answer = host.client.get(old)
-            assert answer.status_code == 200
-            assert answer.headers["Cache-Control"] == "no-cache"
-            etag = {"If-None-Match": answer.headers["ETag"]}
+            response = host.client.get(old)
+            assert response.status_code == 200
+            assert response.headers["Cache-Control"] == "no-cache"
+            etag = {"If-None-Match": response.headers["ETag"]}
             assert host.client.get(old, headers=etag).status_code == 304
     for wrong in ("none.css", "../page.py", "vendor/../../page.py", "%2e%2e/page.py"):
         assert host.client.get(f"{PREFIX}/static/{wrong}").status_code == 404
 
 
 def test_bootstrap_is_scoped_to_the_dashboard(make_host: MakeHost) -> None:
-    """In a layout of the host's, no rule of it applies to the host's own elements."""
+    """In a layout of the host, no rule of Bootstrap applies to the host's own elements."""
     host = make_host(BGJOBS_BASE_TEMPLATE="site.html")
     host.app.jinja_loader = jinja2.DictLoader(
         {"site.html": "<body>{% block content %}{% endblock %}</body>"}
@@ -247,7 +246,7 @@ def test_bootstrap_is_scoped_to_the_dashboard(make_host: MakeHost) -> None:
     assert "bootstrap-scoped.css" in host.get("/list")
     css = host.client.get(f"{PREFIX}/static/bootstrap-scoped.css").text
     start = css.index(":where(.bgj, .bgj-bar){")
-    # Before it, there are only animations, which apply to nothing by themselves.
+    # Only animations come before it, which have no effect by themselves.
     assert re.fullmatch(r"(@keyframes [\w-]+\{(?:[^{}]*\{[^{}]*\})*\})+", css[:start])
     depth = 0
     for index, character in enumerate(css[start:], start):
@@ -258,7 +257,7 @@ def test_bootstrap_is_scoped_to_the_dashboard(make_host: MakeHost) -> None:
     assert "charset" not in css
 
 
-def test_a_page_is_not_kept(make_host: MakeHost) -> None:
-    """Unlike the files, a page holds what only this visitor may see."""
+def test_pages_are_not_cached(make_host: MakeHost) -> None:
+    """Pages are not cached, because they depend on the visitor's rights."""
     host: Host = make_host()
     assert host.client.get(f"{PREFIX}/list").headers["Cache-Control"] == "no-store"
