@@ -61,7 +61,7 @@ ON_ALL = [
     ("parameters", '[{"__bgjobs__": "datetime", "v": 5}]'),
     ("parameters", DEEP),
 ]
-"""What makes a job impossible to run, on every database."""
+"""Values with which a job cannot run, on every database."""
 ON_POSTGRESQL = [
     *((name, value) for name in ("jitter", "timeout", "max_retry_delay") for value in ("NaN",)),
     *((name, "Infinity") for name in ("jitter", "timeout", "max_retry_delay")),
@@ -104,7 +104,7 @@ HARMLESS = [
     ("result", "nonsense"),
     ("error", "\u202e<b>"),
 ]
-"""Columns whose nonsense keeps no job from running."""
+"""Invalid values that do not prevent a job from running."""
 HARMLESS_ON_SQLITE = [
     *(
         (name, value)
@@ -124,7 +124,7 @@ ALL_COLUMNS = {column.name for column in Job.__table__.columns}
 
 
 def spoil(app: Flask, job: Job, column: str, value: Any) -> None:
-    """Write what no enqueue writes."""
+    """Write a value that no enqueue writes."""
     with state_of(app).store.host_engine.begin() as connection:
         connection.exec_driver_sql(*_update(connection.dialect.name, column, value, job.id))
 
@@ -136,7 +136,7 @@ def _update(dialect: str, column: str, value: Any, job_id: int) -> tuple[str, tu
     return statement, (value, job_id)
 
 
-LISTS = [
+LIST_PAGES = [
     "/jobs/",
     "/jobs/list",
     "/jobs/list?sort=run_at",
@@ -148,13 +148,13 @@ LISTS = [
     "/jobs/api/v1/jobs",
     "/jobs/api/v1/stats",
 ]
-OF_A_JOB = ["/jobs/job/{}", "/jobs/dispatch?from={}", "/jobs/api/v1/jobs/{}"]
+JOB_PAGES = ["/jobs/job/{}", "/jobs/dispatch?from={}", "/jobs/api/v1/jobs/{}"]
 
 
-def assert_pages_answer(app: Flask, run: Any, jobs: Sequence[Job]) -> None:
+def assert_pages_and_commands_work(app: Flask, run: Any, jobs: Sequence[Job]) -> None:
     """No page and no command that shows one of the jobs fails."""
     client = app.test_client()
-    addresses = [*LISTS, *(page.format(job.id) for page in OF_A_JOB for job in jobs)]
+    addresses = [*LIST_PAGES, *(page.format(job.id) for page in JOB_PAGES for job in jobs)]
     codes = {address: client.get(address).status_code for address in addresses}
     assert {address: code for address, code in codes.items() if code >= 500} == {}
     for words in (["list"], ["list", "--json"], ["stats"]):
@@ -165,7 +165,7 @@ def assert_pages_answer(app: Flask, run: Any, jobs: Sequence[Job]) -> None:
 
 
 def spoil_each(app: Flask, cases: Cases) -> list[Job]:
-    """A job for each case, with that value in that column."""
+    """Create a job for each case, with that value in that column."""
     jobs = [run_background_job("tests.jobs.echo", retries=0) for _ in cases]
     for job, (column, value) in zip(jobs, cases, strict=True):
         spoil(app, job, column, value)
@@ -178,64 +178,67 @@ def run_burst(app: Flask, **options: Any) -> None:
 
 @pytest.fixture
 def app(make_app: Callable[..., Flask]) -> Flask:
-    """An app whose dashboard is open."""
+    """An app with a public dashboard."""
     return make_app(BGJOBS_DASHBOARD_PUBLIC=True)
 
 
 def test_bad_rows_fail_alone(app: Flask, run: Any) -> None:
-    """A job whose row cannot be run fails with a sentence; the job behind them completes."""
+    """A job with an invalid row fails with a message; the job after it completes."""
     assert_fail_alone(app, run, ON_ALL)
 
 
 @pytest.mark.on("postgresql")
-def test_bad_rows_of_postgresql_fail_alone(app: Flask, run: Any) -> None:
-    """What only PostgreSQL stores, such as NaN and infinite times, fails its job alone."""
+def test_bad_postgresql_rows_fail_alone(app: Flask, run: Any) -> None:
+    """A value that only PostgreSQL can store, such as NaN or an infinite time, fails only its own
+    job."""
     assert_fail_alone(app, run, ON_POSTGRESQL)
 
 
 @pytest.mark.on("sqlite")
-def test_bad_rows_of_sqlite_fail_alone(app: Flask, run: Any) -> None:
-    """SQLite stores any type in any column; a value of another type fails its job alone."""
+def test_bad_sqlite_rows_fail_alone(app: Flask, run: Any) -> None:
+    """SQLite stores any type in any column; a value of a wrong type fails only its own job."""
     assert_fail_alone(app, run, ON_SQLITE)
 
 
 def assert_fail_alone(app: Flask, run: Any, cases: Cases) -> None:
     bad = spoil_each(app, cases)
     good = run_background_job("tests.jobs.echo", parameters=["good"], priority=-1)
-    assert_pages_answer(app, run, bad)
+    assert_pages_and_commands_work(app, run, bad)
     run_burst(app)
     assert stored(app, good).status == "completed"
     ended = {case: stored(app, job) for case, job in zip(cases, bad, strict=True)}
     assert {case: j.status for case, j in ended.items() if j.status != "failed"} == {}
     assert [case for case, job in ended.items() if not job.error] == []
-    assert_pages_answer(app, run, bad)
+    assert_pages_and_commands_work(app, run, bad)
 
 
-def test_harmless_rows_run(app: Flask, run: Any) -> None:
-    """Nonsense in a column that running does not need keeps no job from it."""
+def test_jobs_with_harmless_values_run(app: Flask, run: Any) -> None:
+    """An invalid value in a column that running does not need does not prevent the job from
+    running."""
     assert_run(app, run, HARMLESS)
 
 
 @pytest.mark.on("sqlite")
-def test_harmless_rows_of_sqlite_run(app: Flask, run: Any) -> None:
-    """The same for values of other types, which only SQLite stores."""
+def test_jobs_with_harmless_sqlite_values_run(app: Flask, run: Any) -> None:
+    """The same applies to values of wrong types, which only SQLite stores."""
     assert_run(app, run, HARMLESS_ON_SQLITE)
 
 
 def assert_run(app: Flask, run: Any, cases: Cases) -> None:
     bad = spoil_each(app, cases)
-    assert_pages_answer(app, run, bad)
+    assert_pages_and_commands_work(app, run, bad)
     run_burst(app)
     ended = {case: stored(app, job).status for case, job in zip(cases, bad, strict=True)}
     assert {case: status for case, status in ended.items() if status != "completed"} == {}
     for job, (column, value) in zip(bad, cases, strict=True):
         spoil(app, job, column, value)
-    assert_pages_answer(app, run, bad)
+    assert_pages_and_commands_work(app, run, bad)
 
 
 @pytest.mark.on("sqlite", "postgresql")
-def test_a_negative_attempt_holds_nobody_up(app: Flask) -> None:
-    """A row with a negative ``attempt`` waits for a worker that serves its queue by name."""
+def test_negative_attempt_delays_no_other_job(app: Flask) -> None:
+    """A job with a negative ``attempt`` waits for a worker with a list of queues, and delays no
+    other job."""
     (bad,) = spoil_each(app, [("attempt", -5)])
     good = run_background_job("tests.jobs.echo")
     run_burst(app)
@@ -244,29 +247,29 @@ def test_a_negative_attempt_holds_nobody_up(app: Flask) -> None:
     assert stored(app, bad).status == "failed"
 
 
-def test_no_column_is_forgotten() -> None:
-    """Every column of a job that an edit can spoil is among the cases."""
+def test_every_column_has_a_case() -> None:
+    """Every column that an edit can spoil has a case in this module."""
     cases = [*ON_ALL, *ON_POSTGRESQL, *ON_SQLITE, *HARMLESS, *HARMLESS_ON_SQLITE]
     left = ALL_COLUMNS - {column for column, _ in cases}
-    # The last two are tested below.
+    # Unknown statuses are tested below.
     assert left == {"id", "error_type", "unique_hash", "status"}
 
 
 def test_unknown_statuses_are_shown(app: Flask, run: Any) -> None:
-    """A status that nobody knows is shown as it is; the job is left alone, and can be deleted."""
+    """A job with an unknown status is shown with it, is not run, and can be deleted."""
     statuses = ["nonsense", "", "RUNNING", "later"]
     bad = spoil_each(app, [("status", status) for status in statuses])
     good = run_background_job("tests.jobs.echo")
     run_burst(app)
     assert stored(app, good).status == "completed"
     assert [stored(app, job).status for job in bad] == statuses
-    assert_pages_answer(app, run, bad)
+    assert_pages_and_commands_work(app, run, bad)
     run("delete", *(str(job.id) for job in bad), "--yes")
     assert [state_of(app).store.get(job.id) for job in bad] == [None] * len(bad)
 
 
-def test_a_running_row_without_a_worker_is_rescued(app: Flask, state: AppState) -> None:
-    """A running row that names no worker, or one that is none, is run again."""
+def test_running_job_without_a_worker_is_rescued(app: Flask, state: AppState) -> None:
+    """A running job without a worker, or with an unknown one, is run again."""
     lost = [run_background_job("tests.jobs.echo", parameters=[n]) for n in range(2)]
     for job, worker_id in zip(lost, (None, -7), strict=True):
         spoil(app, job, "worker_id", worker_id)
@@ -275,7 +278,7 @@ def test_a_running_row_without_a_worker_is_rescued(app: Flask, state: AppState) 
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
-        wait_until(lambda: all(stored(app, job).status == "completed" for job in lost), "both")
+        wait_until(lambda: all(stored(app, job).status == "completed" for job in lost), "both jobs")
     finally:
         worker.stop()
         thread.join(60)
@@ -284,10 +287,10 @@ def test_a_running_row_without_a_worker_is_rescued(app: Flask, state: AppState) 
 @pytest.mark.parametrize(
     ("column", "value"), [("retry_delay", "[NaN]"), ("crash_count", MAX), ("retry_count", -7)]
 )
-def test_a_bad_row_of_a_dead_worker_is_rescued(
+def test_bad_row_does_not_block_a_rescue(
     app: Flask, state: AppState, column: str, value: Any
 ) -> None:
-    """A row that was spoilt while it ran does not keep its neighbours from being rescued."""
+    """A row that was spoiled while it ran does not prevent the rescue of other jobs."""
     from flask_bgjobs.worker.worker import register
 
     dead = register(state, "dead", concurrency=1)
@@ -305,7 +308,7 @@ def test_a_bad_row_of_a_dead_worker_is_rescued(
 
 @pytest.mark.on("sqlite")
 def test_drain_fails_bad_rows(app: Flask) -> None:
-    """In tests of host apps a bad row fails as it would in a worker."""
+    """``drain`` fails an invalid row as a worker does."""
     bad = run_background_job("tests.jobs.echo", parameters=["bad"])
     spoil(app, bad, "jitter", -1)
     (settled,) = drain(app)
@@ -313,8 +316,8 @@ def test_drain_fails_bad_rows(app: Flask) -> None:
     assert "InvalidRow: the row's jitter is -1" in settled.error
 
 
-def test_a_good_row_is_itself() -> None:
-    """The check of a good row makes no copy."""
+def test_check_of_valid_row_makes_no_copy() -> None:
+    """The check of a valid row returns the same object."""
     spec = make_spec()
     assert checked(spec) == (spec, None)
     assert checked(spec)[0] is spec

@@ -20,7 +20,7 @@ from tests.conftest import count_jobs, stored
 
 
 def test_enqueue(app: Flask, run: Any) -> None:
-    """``enqueue`` takes target, method, parameters and options, and says what it made."""
+    """``enqueue`` accepts target, method, parameters and options, and prints the new job."""
     assert run(
         "enqueue", "tests.jobs.SampleJob", "execute", "-p", '["Hi"]', "--priority", "high",
         "--queue", "mail", "--delay", "5", "--retries", "1",
@@ -50,7 +50,7 @@ def test_enqueue(app: Flask, run: Any) -> None:
 def test_enqueue_refuses_in_one_sentence(
     app: Flask, run: Any, words: list[str], code: int, message: str
 ) -> None:
-    """What the API refuses, the command refuses the same: one sentence, exit code 1 or 2."""
+    """The command refuses what the API refuses, in one sentence, with exit code 1 or 2."""
     output = run("enqueue", *words, code=code)
     assert message in output
     assert "Traceback" not in output
@@ -65,8 +65,8 @@ def test_enqueue_refuses_in_one_sentence(
         ("a," * 10_000, "a comma must be between two values"),
     ],
 )
-def test_a_search_that_cannot_be_read(app: Flask, run: Any, search: str, message: str) -> None:
-    """It is wrong usage, and the error says what to write instead."""
+def test_invalid_search_is_a_usage_error(app: Flask, run: Any, search: str, message: str) -> None:
+    """An invalid search is a usage error that says what to write."""
     output = run("list", "--search", search, code=2)
     assert message in output
     assert "Traceback" not in output
@@ -76,8 +76,8 @@ def test_a_search_that_cannot_be_read(app: Flask, run: Any, search: str, message
 TERMINAL = "\x1b]0;title\x07 \x9b31m \x1b[2J \u202e \x7f"
 
 
-def test_what_a_job_said_steers_no_terminal(app: Flask, state: AppState, run: Any) -> None:
-    """Escape sequences in whatever a job wrote are shown as text, in tables and in JSON."""
+def test_escape_sequences_are_not_printed(app: Flask, state: AppState, run: Any) -> None:
+    """Escape sequences in the values of a job are printed as text, in tables and in JSON."""
     job = run_background_job(
         "tests.jobs.fail", parameters=[TERMINAL], retries=0, owner=TERMINAL, tags=["x"]
     )
@@ -104,8 +104,8 @@ def test_what_a_job_said_steers_no_terminal(app: Flask, state: AppState, run: An
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[31m", "x" * 256])
-def test_a_worker_has_a_plain_name(app: Flask, run: Any, name: str) -> None:
-    """A name with control characters, or one that is too long, is refused."""
+def test_invalid_worker_name_is_refused(app: Flask, run: Any, name: str) -> None:
+    """A worker's name with control characters, or one that is too long, is refused."""
     output = run("worker", "--burst", "-n", name, code=1)
     assert "a worker's name has at most 255 characters" in output
     assert len(output) < 1_000
@@ -113,7 +113,7 @@ def test_a_worker_has_a_plain_name(app: Flask, run: Any, name: str) -> None:
 
 
 def test_list(app: Flask, run: Any) -> None:
-    """``list`` shows jobs newest first, filtered, as a table or as JSON."""
+    """``list`` shows jobs newest first, with filters, as a table or as JSON."""
     run_background_job("tests.jobs.echo", queue="mail")
     run_background_job("tests.jobs.fail", parameters=["x\ny"], retries=0)
     drain(app)
@@ -128,7 +128,7 @@ def test_list(app: Flask, run: Any) -> None:
 
 
 def test_show(app: Flask, run: Any) -> None:
-    """``show`` prints fields, log and attempts, with secrets masked."""
+    """``show`` prints fields, log and attempts, with masked secrets."""
     run_background_job("tests.jobs.login", parameters=["ann", "hunter2!"], retries=0)
     run_background_job("tests.jobs.report")
     drain(app)
@@ -144,7 +144,8 @@ def test_show(app: Flask, run: Any) -> None:
 
 
 def test_cancel_retry_delete(app: Flask, run: Any, state: AppState) -> None:
-    """Changes say what they did to each job, and fail when they did nothing."""
+    """``cancel``, ``retry`` and ``delete`` print the result for each job, and fail if nothing
+    changed."""
     run_background_job("tests.jobs.echo")
     assert "Job 1 cancelled" in run("cancel", "1")
     assert "Job 1 skipped: it is already cancelled" in run("cancel", "1", code=1)
@@ -162,8 +163,8 @@ def test_cancel_retry_delete(app: Flask, run: Any, state: AppState) -> None:
         run(command, str(2**63), code=2)
 
 
-def test_check_names_every_difference(app: Flask, run: Any, state: AppState) -> None:
-    """``check`` is clean on a fresh database, and names what differs after a change."""
+def test_check_reports_every_difference(app: Flask, run: Any, state: AppState) -> None:
+    """``check`` succeeds on a fresh database, and reports each difference after a change."""
     assert "matches the models" in run("check")
     on_table = " ON bgjobs_job" if state.store.engine.name == "mysql" else ""
     for statement in (
@@ -183,8 +184,8 @@ def test_check_names_every_difference(app: Flask, run: Any, state: AppState) -> 
         assert sentence in output
 
 
-def test_without_tables_one_sentence_says_what_to_run(empty_database_url: str) -> None:
-    """Without tables each command fails with the command that makes them."""
+def test_missing_tables_name_the_command(empty_database_url: str) -> None:
+    """Without tables, each command fails and names the command that creates them."""
     app = build_app(empty_database_url)
     for words in (["list"], ["enqueue", "tests.jobs.echo"], ["cancel", "1"], ["worker"]):
         result = app.test_cli_runner().invoke(args=["bgjobs", *words])
@@ -196,8 +197,8 @@ def test_without_tables_one_sentence_says_what_to_run(empty_database_url: str) -
         app.extensions["sqlalchemy"].engine.dispose()
 
 
-def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
-    """``worker`` names app, database, queues and allow-list, and at the end what it did."""
+def test_worker_prints_settings_and_results(app: Flask, run: Any) -> None:
+    """``worker`` prints app, database, queues and allow-list, and at the end the number of jobs."""
     run_background_job("tests.jobs.echo", queue="mail")
     output = run("worker", "--burst", "-q", "mail, low", "-c", "2", "-n", "me")
     assert "worker me for the app shop" in output
@@ -214,8 +215,8 @@ def test_worker_says_what_it_is_and_did(app: Flask, run: Any) -> None:
 
 
 @pytest.mark.on("sqlite")
-def test_worker_names_the_dashboard(make_app: Callable[..., Flask]) -> None:
-    """``worker`` says where the dashboard is."""
+def test_worker_prints_dashboard_prefix(make_app: Callable[..., Flask]) -> None:
+    """``worker`` prints the URL prefix of the dashboard."""
     app = make_app(BGJOBS_DASHBOARD=True, BGJOBS_DASHBOARD_URL_PREFIX="/background")
     result = app.test_cli_runner().invoke(args=["bgjobs", "worker", "--burst"])
     assert "  dashboard  /background\n" in result.output
@@ -232,24 +233,22 @@ def test_worker_names_the_dashboard(make_app: Callable[..., Flask]) -> None:
         ["--nonsense"],
     ],
 )
-def test_worker_refuses_wrong_usage(run: Any, words: list[str]) -> None:
-    """Wrong usage ends with exit code 2."""
+def test_worker_usage_errors(run: Any, words: list[str]) -> None:
+    """Invalid options end with exit code 2."""
     run("worker", *words, code=2)
 
 
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("option", ["--max-time", "--max-memory", "--shutdown-timeout"])
 @pytest.mark.parametrize("value", ["nan", "NaN", "-1", "inf", "soon"])
-def test_worker_options_are_numbers(app: Flask, run: Any, option: str, value: str) -> None:
-    """A limit of a worker that is not a number within bounds is wrong usage."""
+def test_worker_limits_must_be_numbers(app: Flask, run: Any, option: str, value: str) -> None:
+    """A limit that is not a number, or out of range, is a usage error."""
     assert option in run("worker", option, value, code=2)
 
 
 @pytest.mark.on("postgresql")
-def test_check_notes_links_that_never_time_out(
-    make_app: Callable[..., Flask], database_url: str
-) -> None:
-    """``check`` says what to set where a dead link would be noticed only after hours."""
+def test_check_reports_missing_keepalive(make_app: Callable[..., Flask], database_url: str) -> None:
+    """``check`` says what to set if a dead connection would only be noticed after hours."""
 
     def output(**connect_args: Any) -> str:
         app = make_app(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": connect_args})

@@ -27,14 +27,14 @@ def _app(url: str = "sqlite://", **config: Any) -> Flask:
     return app
 
 
-def test_without_flask_sqlalchemy_it_says_what_to_call() -> None:
-    """An app without Flask-SQLAlchemy is refused with the call that is missing."""
+def test_missing_flask_sqlalchemy_is_refused() -> None:
+    """For an app without Flask-SQLAlchemy, the error names the missing call."""
     with pytest.raises(ConfigError, match=r"db\.init_app\(app\) before"):
         BgJobs(Flask("bare"))
 
 
-def test_a_second_init_app_is_refused() -> None:
-    """Setting an app up twice is refused."""
+def test_second_init_app_is_refused() -> None:
+    """An app cannot be set up twice."""
     app = _app()
     SQLAlchemy().init_app(app)
     bgjobs = BgJobs(app)
@@ -44,24 +44,24 @@ def test_a_second_init_app_is_refused() -> None:
         BgJobs(app)
 
 
-def test_a_foreign_db_is_refused() -> None:
-    """A ``db`` that is not the app's is refused."""
+def test_db_of_another_app_is_refused() -> None:
+    """A ``db`` that was not initialized for the app is refused."""
     app = _app()
     SQLAlchemy().init_app(app)
     with pytest.raises(ConfigError, match="is not the one of the app"):
         BgJobs(app, SQLAlchemy())
 
 
-def test_a_given_db_is_taken() -> None:
-    """``BgJobs(app, db)`` takes the app's own ``db``."""
+def test_given_db_is_used() -> None:
+    """``BgJobs(app, db)`` uses the app's ``db``."""
     app, db = _app(), SQLAlchemy()
     db.init_app(app)
     BgJobs(app, db)
     assert state_of(app).db is db
 
 
-def test_init_app_touches_no_database(tmp_path: Any) -> None:
-    """``init_app`` connects to nothing: the file is not even made."""
+def test_init_app_does_not_connect(tmp_path: Any) -> None:
+    """``init_app`` does not connect to the database, so its file is not created."""
     path = tmp_path / "none.db"
     app = _app(f"sqlite:///{path}")
     SQLAlchemy().init_app(app)
@@ -69,8 +69,9 @@ def test_init_app_touches_no_database(tmp_path: Any) -> None:
     assert not path.exists()
 
 
-def test_a_bad_value_stops_init_app() -> None:
-    """A bad value is refused with key, value and what is allowed; nothing is half set up."""
+def test_invalid_value_stops_init_app() -> None:
+    """For an invalid value, the error gives the key, the value and the valid values; the app is not
+    set up."""
     app = _app(BGJOBS_CONCURRENCY=0)
     SQLAlchemy().init_app(app)
     with pytest.raises(ConfigError, match=r"BGJOBS_CONCURRENCY = 0: must be a whole number"):
@@ -78,15 +79,15 @@ def test_a_bad_value_stops_init_app() -> None:
     assert "bgjobs" not in app.extensions
 
 
-def test_an_unknown_key_warns() -> None:
-    """An unknown key is a warning that names the close one."""
+def test_unknown_key_warns() -> None:
+    """For an unknown key, the warning suggests a similar key."""
     app = _app(BGJOBS_RETIRES=3)
     SQLAlchemy().init_app(app)
     with pytest.warns(UserWarning, match="did you mean BGJOBS_RETRIES"):
         BgJobs(app)
 
 
-def test_an_unknown_bind_is_refused() -> None:
+def test_unknown_bind_is_refused() -> None:
     """A bind key that the app does not have is refused."""
     app = _app(BGJOBS_BIND_KEY="jobs")
     SQLAlchemy().init_app(app)
@@ -94,8 +95,8 @@ def test_an_unknown_bind_is_refused() -> None:
         BgJobs(app)
 
 
-def test_another_database_is_refused_with_its_name() -> None:
-    """A database without a store is refused with its name."""
+def test_unsupported_database_is_refused() -> None:
+    """The error for an unsupported database contains its name."""
     engine = sa.create_mock_engine("oracle://", lambda *args: None)
     with pytest.raises(DatabaseNotSupported, match="oracle"):
         make_store(engine, object(), schema=None, max_crashes=3)  # type: ignore[arg-type]
@@ -113,9 +114,9 @@ def test_another_database_is_refused_with_its_name() -> None:
         ("mariadb+mariadbconnector://root@127.0.0.1/x", "mariadb+pymysql://…"),
     ],
 )
-def test_another_driver_is_refused(url: str, advice: str) -> None:
-    """A URL with another driver is refused when the app is set up, and says what to write."""
-    # Any module will do: nothing is connected.
+def test_unsupported_driver_is_refused(url: str, advice: str) -> None:
+    """For an unsupported driver, the app is not set up, and the error says what to write."""
+    # Any module works, because nothing connects.
     app = _app(
         url,
         SQLALCHEMY_ENGINE_OPTIONS={
@@ -128,7 +129,7 @@ def test_another_driver_is_refused(url: str, advice: str) -> None:
 
 
 def test_several_apps_on_one_db(tmp_path: Any) -> None:
-    """Two apps on one ``db`` and one ``BgJobs`` keep their jobs apart, tables made once."""
+    """Two apps with one ``db`` and one ``BgJobs`` keep their jobs separate."""
     db, bgjobs = SQLAlchemy(), BgJobs()
     apps = [_app(f"sqlite:///{tmp_path / name}") for name in ("a.db", "b.db")]
 
@@ -156,14 +157,14 @@ def test_nothing_depends_on_debug(make_app: Callable[..., Flask]) -> None:
     assert state_of(make_app()).config == state_of(make_app(DEBUG=True)).config
 
 
-def test_without_dashboard_there_is_no_blueprint(make_app: Callable[..., Flask]) -> None:
-    """``BGJOBS_DASHBOARD = False`` registers no address."""
+def test_dashboard_can_be_turned_off(make_app: Callable[..., Flask]) -> None:
+    """With ``BGJOBS_DASHBOARD = False``, there is no blueprint."""
     assert "bgjobs" not in make_app(BGJOBS_DASHBOARD=False).blueprints
     assert "bgjobs" in make_app(BGJOBS_DASHBOARD=True).blueprints
 
 
-def test_a_web_process_imports_no_apscheduler() -> None:
-    """Importing the package, setting an app up and enqueueing imports no APScheduler."""
+def test_web_process_does_not_import_apscheduler() -> None:
+    """Setting up an app and enqueueing a job does not import APScheduler."""
     code = """
 import sys
 from flask import Flask
@@ -184,8 +185,8 @@ assert "flask_bgjobs.worker.worker" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_all_public_names_are_there() -> None:
-    """Every name of the contract is exported."""
+def test_public_names_are_exported() -> None:
+    """The package exports every public name."""
     import flask_bgjobs
 
     names = [
@@ -215,7 +216,7 @@ def test_all_public_names_are_there() -> None:
 
 
 def test_setting_up_gives_no_warning() -> None:
-    """A plain app is set up without a warning."""
+    """Setting up a plain app and enqueueing a job gives no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         app = _app(BGJOBS_ALLOWED_CLASSES=["tests.jobs.SampleJob"])

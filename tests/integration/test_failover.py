@@ -25,7 +25,7 @@ NO_WRITES = {
     "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
     "mysql": "SET SESSION TRANSACTION READ ONLY",
 }
-"""Makes a session answer as after a failover."""
+"""Makes a session refuse writes, as after a failover."""
 RIGHTS = {
     "postgresql": (
         "CREATE ROLE {user} LOGIN",
@@ -42,8 +42,8 @@ DENIED = {"postgresql": "42501", "mysql": 1142}
 
 
 @pytest.fixture
-def demoted(state: AppState, database_kind: str) -> Store:
-    """A worker's store whose idle connections lead to a server that takes no writes."""
+def demoted_store(state: AppState, database_kind: str) -> Store:
+    """A worker's store whose idle connections lead to a server that refuses writes."""
     store = state.store.with_deadline(60.0)
     idle = [store.engine.connect() for _ in range(2)]
     for connection in idle:
@@ -54,26 +54,27 @@ def demoted(state: AppState, database_kind: str) -> Store:
     return store
 
 
-def test_connections_to_a_former_primary_are_discarded(state: AppState, demoted: Store) -> None:
-    """Each kind of statement goes on with a new connection, which leads to the new primary."""
+def test_connections_to_a_former_primary_are_discarded(
+    state: AppState, demoted_store: Store
+) -> None:
+    """A transaction refused by a former primary is redone on a new connection, which leads to the
+    new primary."""
     worker = register(state, "one")
     change = sa.update(WorkerRow).values(name="other")
-    demoted.transaction(lambda connection: connection.execute(change))
-    # The other idle connection is not used any more either.
-    assert all(demoted.beat(worker) for _ in range(3))
-    demoted.dispose()
+    demoted_store.transaction(lambda connection: connection.execute(change))
+    # The second idle connection has been discarded as well.
+    assert all(demoted_store.beat(worker) for _ in range(3))
+    demoted_store.dispose()
 
 
-def test_a_beat_leaves_a_former_primary(state: AppState, demoted: Store) -> None:
-    """The heartbeat, a statement alone, does the same."""
-    assert demoted.beat(register(state, "one"))
-    demoted.dispose()
+def test_heartbeat_leaves_former_primary(state: AppState, demoted_store: Store) -> None:
+    """A heartbeat, which is a single statement, is redone on a new connection."""
+    assert demoted_store.beat(register(state, "one"))
+    demoted_store.dispose()
 
 
-def test_an_enqueue_that_was_refused_is_not_in_doubt(
-    app: Flask, state: AppState, database_kind: str
-) -> None:
-    """The server has said that nothing was done: the job is enqueued over a new connection."""
+def test_refused_enqueue_is_not_in_doubt(app: Flask, state: AppState, database_kind: str) -> None:
+    """An enqueue refused by a former primary had no effect, so it is redone on a new connection."""
     with state.store.engine.connect() as connection:
         connection.exec_driver_sql(NO_WRITES[database_kind])
         connection.commit()
@@ -86,10 +87,10 @@ def test_an_enqueue_that_was_refused_is_not_in_doubt(
     ("number", "text", "ends"),
     [(1290, "the --read-only option", True), (1290, "the --other option", False), (1836, "", True)],
 )
-def test_numbers_of_a_server_without_writes(
+def test_error_numbers_of_a_read_only_server(
     state: AppState, number: int, text: str, ends: bool
 ) -> None:
-    """A refusal for another option leaves the connection in use."""
+    """Only errors of a read-only server invalidate the connection."""
     signal = RAISE["mysql"].format(number).replace("not now", text)
     with state.store.engine.connect() as connection:
         with pytest.raises(sa.exc.DBAPIError):
@@ -99,7 +100,7 @@ def test_numbers_of_a_server_without_writes(
 
 @pytest.fixture
 def restricted_url(database_url: str, database_kind: str, make_app: Any) -> Iterator[str]:
-    """The database for a user that may not delete."""
+    """The URL of the database for a user without the DELETE right."""
     with make_app().app_context():
         pass
     user = f"bgjobs_{uuid.uuid4().hex[:12]}"
@@ -118,19 +119,22 @@ def restricted_url(database_url: str, database_kind: str, make_app: Any) -> Iter
         execute(NO_USER[database_kind])
 
 
-def test_a_worker_that_may_not_delete_works_on(
-    make_app: Callable[..., Flask], restricted_url: str, caplog: pytest.LogCaptureFixture
+def test_worker_without_delete_right_continues(
+    make_app: Callable[..., Flask],
+    restricted_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A missing right is said once per pass of pruning, with what to grant, and is no outage."""
+    """Without the DELETE right, pruning logs once what to grant, and the worker continues."""
+    monkeypatch.setattr("flask_bgjobs.worker.worker._PRUNE_INTERVAL_SECONDS", 0.2)
     app = make_app(
         database_url=restricted_url,
         BGJOBS_RETENTION={"completed": 0.001, "failed": None, "cancelled": None},
     )
     with app.app_context():
         first = run_background_job("tests.jobs.echo")
-        with running_worker(app) as worker:
+        with running_worker(app):
             first.wait(60)
-            worker._on_prune_time()
             wait_until(lambda: "Pruning not allowed" in caplog.text, "the warning")
             assert run_background_job("tests.jobs.echo").wait(60).status == "completed"
         assert "DELETE" in caplog.text
@@ -138,14 +142,14 @@ def test_a_worker_that_may_not_delete_works_on(
         assert state_of(app).store.get(first.id) is not None
 
 
-def test_a_worker_that_may_not_count_works_on(
+def test_worker_without_right_for_charts_continues(
     app: Flask,
     state: AppState,
     database_kind: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without the right to write the numbers of the charts, jobs are run all the same."""
+    """Without the right to write the numbers of the charts, a worker logs it once and continues."""
 
     def refuse(store: Store, _counts: object) -> None:
         denied = RAISE[database_kind].format(DENIED[database_kind])
@@ -160,10 +164,10 @@ def test_a_worker_that_may_not_count_works_on(
     assert "Database not usable" not in caplog.text
 
 
-def test_a_change_without_the_right_for_it_is_refused(
+def test_change_without_database_right_is_403(
     make_app: Callable[..., Flask], restricted_url: str
 ) -> None:
-    """The dashboard of an app whose database user may only read answers 403 and not 500."""
+    """If the database user lacks the right for a change, the API answers 403."""
     app = make_app(database_url=restricted_url, BGJOBS_DASHBOARD=True, SECRET_KEY="for tests")
     with app.app_context():
         state = state_of(app)
@@ -172,7 +176,7 @@ def test_a_change_without_the_right_for_it_is_refused(
         assert job.cancel()
         client = app.test_client()
         token = client.get("/jobs/api/v1/jobs").headers["X-CSRFToken"]
-        answer = client.post(f"/jobs/api/v1/jobs/{job.id}/delete", headers={"X-CSRFToken": token})
-        assert answer.status_code == 403
-        assert "database user lacks the right" in answer.json["error"]["message"]
+        response = client.post(f"/jobs/api/v1/jobs/{job.id}/delete", headers={"X-CSRFToken": token})
+        assert response.status_code == 403
+        assert "database user lacks the right" in response.json["error"]["message"]
         assert state.store.get(job.id) is not None

@@ -86,11 +86,11 @@ from flask.cli import cli
 for words in json.loads(sys.argv[1]):
     cli.main(["--app", "host", *words], prog_name="flask", standalone_mode=False)
 """
-"""Runs several commands in one process: its start takes longer than a command."""
+"""Runs several commands in one process, because a start takes longer than a command."""
 
 
 def _flask(folder: Path, *commands: str) -> str:
-    """The output of ``flask`` commands, each given as its words with spaces in between."""
+    """The output of ``flask`` commands, each given as words separated by spaces."""
     words = [command.split() for command in commands]
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(words)],
@@ -131,7 +131,8 @@ def _assert_runs_a_job(folder: Path) -> None:
     ids=["plain", "declarative base", "naming convention", "foreign key"],
 )
 def test_autogenerate_upgrade_and_check_are_clean(tmp_path: Path, base: str) -> None:
-    """A fresh host migrates our tables with no code of its own, and then has no drift."""
+    """A new host migrates the tables without code of its own, and ``db check`` then finds no
+    difference."""
     _host(tmp_path, base)
     output = _flask(tmp_path, "db init", "db migrate -m first", "db upgrade", "db check")
     assert "No new upgrade operations detected" in output
@@ -143,8 +144,8 @@ def test_autogenerate_upgrade_and_check_are_clean(tmp_path: Path, base: str) -> 
     _assert_runs_a_job(tmp_path)
 
 
-def test_a_bind_key_migrates_its_own_database(tmp_path: Path) -> None:
-    """With a bind key the tables are migrated on that bind, and jobs run there."""
+def test_bind_key_migrates_its_own_database(tmp_path: Path) -> None:
+    """With a bind key, the tables are migrated on that bind, and jobs run there."""
     _host(
         tmp_path,
         PLAIN,
@@ -156,8 +157,8 @@ def test_a_bind_key_migrates_its_own_database(tmp_path: Path) -> None:
     _assert_runs_a_job(tmp_path)
 
 
-def test_a_schema_is_used_by_every_statement(tmp_path: Path) -> None:
-    """With a schema on the host's metadata, tables are made and jobs run in it."""
+def test_schema_is_used_by_every_statement(tmp_path: Path) -> None:
+    """With a schema in the host's metadata, tables are created and jobs run in that schema."""
     _host(tmp_path, SCHEMA)
     _flask(tmp_path, "bgjobs init-db")
     _assert_runs_a_job(tmp_path)
@@ -165,7 +166,8 @@ def test_a_schema_is_used_by_every_statement(tmp_path: Path) -> None:
 
 @pytest.mark.on("postgresql", "mysql")
 def test_servers_are_migrated_without_drift(tmp_path: Path, empty_database_url: str) -> None:
-    """A fresh host on a server migrates our tables, has no drift then, and runs a job."""
+    """A new host on a server migrates the tables, ``db check`` finds no difference, and a job
+    runs."""
     _host(tmp_path, NAMING_CONVENTION + EXPORTS, SQLALCHEMY_DATABASE_URI=empty_database_url)
     output = _flask(tmp_path, "db init", "db migrate -m first", "db upgrade", "db check")
     assert "No new upgrade operations detected" in output
@@ -174,10 +176,9 @@ def test_servers_are_migrated_without_drift(tmp_path: Path, empty_database_url: 
 
 
 @pytest.mark.on("mysql")
-def test_tables_hold_every_letter_in_an_old_database(
-    tmp_path: Path, empty_database_url: str
-) -> None:
-    """Whatever character set a database has, our tables hold every letter, and show no drift."""
+def test_tables_store_all_characters(tmp_path: Path, empty_database_url: str) -> None:
+    """In a database with another default character set, the tables store all characters, and
+    ``check`` finds no difference."""
     name = sa.make_url(empty_database_url).database
     databases.run("mysql", f"ALTER DATABASE {name} CHARACTER SET latin1")
     _host(tmp_path, PLAIN, SQLALCHEMY_DATABASE_URI=empty_database_url)
@@ -192,8 +193,9 @@ def test_tables_hold_every_letter_in_an_old_database(
     assert json.loads(_flask(tmp_path, "bgjobs show 1 --json"))["result"] == "🦉🦉"
 
 
-def test_alembic_alone_drops_no_table(app: Flask, state: AppState) -> None:
-    """A comparison with the app's own metadata would drop our tables, unless they are added."""
+def test_add_tables_prevents_drops_by_alembic(app: Flask, state: AppState) -> None:
+    """Alembic would drop the tables if it compared only the app's own metadata; ``add_tables``
+    prevents that."""
     metadata = sa.MetaData()
     with state.store.read() as connection:
         context = MigrationContext.configure(connection)
@@ -210,8 +212,9 @@ def test_alembic_alone_drops_no_table(app: Flask, state: AppState) -> None:
 
 
 @pytest.mark.on("sqlite")
-def test_init_db_beside_alembic_says_what_to_do(empty_database_url: str) -> None:
-    """Where Alembic's own table is, and Flask-Migrate is not."""
+def test_init_db_with_alembic(empty_database_url: str) -> None:
+    """In a database with Alembic's table and an app without Flask-Migrate, ``init-db`` says what to
+    add to ``env.py``."""
     app = build_app(empty_database_url)
     with app.app_context():
         engine = app.extensions["sqlalchemy"].engine
@@ -224,8 +227,9 @@ def test_init_db_beside_alembic_says_what_to_do(empty_database_url: str) -> None
 
 
 @pytest.mark.on("sqlite")
-def test_init_db_beside_flask_migrate_says_what_to_do(empty_database_url: str) -> None:
-    """A migration that makes the tables would fail afterwards."""
+def test_init_db_with_flask_migrate(empty_database_url: str) -> None:
+    """In an app with Flask-Migrate, ``init-db`` says to stamp the database, because a migration
+    that creates the tables would fail."""
     app = build_app(empty_database_url)
     Migrate(app, app.extensions["sqlalchemy"])
     runner = app.test_cli_runner()
@@ -239,20 +243,21 @@ def test_init_db_beside_flask_migrate_says_what_to_do(empty_database_url: str) -
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_bind_of_the_same_database_is_warned_of(tmp_path: Path, same: bool) -> None:
-    """A migration of the default metadata would drop the tables."""
+def test_bind_of_the_same_database_warns(tmp_path: Path, same: bool) -> None:
+    """If the bind is the default database, a warning says that a migration of the default metadata
+    would drop the tables."""
     url = f"sqlite:///{tmp_path / 'shop.db'}"
     jobs = url if same else f"sqlite:///{tmp_path / 'jobs.db'}"
     config = {"SQLALCHEMY_BINDS": {"jobs": jobs}, "BGJOBS_BIND_KEY": "jobs"}
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         build_app(url, **config)
-    said = [str(warning.message) for warning in found]
-    assert any("would drop the tables" in each for each in said) is same
+    messages = [str(warning.message) for warning in found]
+    assert any("would drop the tables" in each for each in messages) is same
 
 
-def test_a_bind_whose_tables_were_added_is_not(tmp_path: Path) -> None:
-    """Where the app has added the tables to the default metadata, nothing would be dropped."""
+def test_bind_with_added_tables_does_not_warn(tmp_path: Path) -> None:
+    """If the app has added the tables to the default metadata, there is no warning."""
     url = f"sqlite:///{tmp_path / 'shop.db'}"
     app = Flask("shop")
     app.config.update(
@@ -265,7 +270,7 @@ def test_a_bind_whose_tables_were_added_is_not(tmp_path: Path) -> None:
 
 
 def test_init_db_without_flask_migrate(tmp_path: Path) -> None:
-    """``init-db`` makes the tables and turns WAL on; again, it changes nothing."""
+    """``init-db`` creates the tables and turns WAL mode on; a second call changes nothing."""
     _host(tmp_path, PLAIN)
     first = _flask(tmp_path, "bgjobs init-db")
     assert "Created bgjobs_attempt, bgjobs_audit" in first

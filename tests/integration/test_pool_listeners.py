@@ -29,18 +29,18 @@ def _db(app: Flask) -> SQLAlchemy:
 
 @pytest.fixture
 def make_host(database_url: str) -> Iterator[Callable[..., AppState]]:
-    """Makes apps without tables, whose context stays pushed."""
-    made: list[Any] = []
+    """Creates apps without tables, whose context stays pushed."""
+    hosts: list[Any] = []
 
     def make(url: str = database_url, **config: Any) -> AppState:
         app = build_app(url, **config)
         context = app.app_context()
         context.push()
-        made.append((app, context))
+        hosts.append((app, context))
         return state_of(app)
 
     yield make
-    for app, context in reversed(made):
+    for app, context in reversed(hosts):
         _db(app).session.remove()
         _db(app).engine.dispose()
         state_of(app).store.dispose()
@@ -57,8 +57,8 @@ def _listen(state: AppState, event: str, listener: Callable[..., Any], **options
     sa.event.listen(_db(state.app).engine, event, listener, **options)
 
 
-def _setting(statement: str) -> Callable[..., None]:
-    """A listener that runs a statement, and leaves its transaction open where there is one."""
+def _execute_on_connection(statement: str) -> Callable[..., None]:
+    """A listener that executes a statement without a commit."""
 
     def listener(connection: Any, *_: object) -> None:
         cursor = connection.cursor()
@@ -68,11 +68,11 @@ def _setting(statement: str) -> Callable[..., None]:
     return listener
 
 
-def _make_tables(state: AppState) -> None:
+def _create_tables(state: AppState) -> None:
     _db(state.app).create_all()
 
 
-def _joined_and_saved(state: AppState) -> tuple[int, int]:
+def _enqueue_joined_and_saved(state: AppState) -> tuple[int, int]:
     session = _db(state.app).session
     joined = run_background_job("tests.jobs.echo", parameters=["joined"], session=session)
     session.commit()
@@ -95,17 +95,15 @@ def _check(state: AppState, code: int) -> str:
 @pytest.mark.on("postgresql")
 @pytest.mark.parametrize("event", ["connect", "checkout"])
 @pytest.mark.parametrize("insert", [False, True], ids=["after SQLAlchemy's", "before SQLAlchemy's"])
-def test_a_search_path_holds_for_all_jobs(host: AppState, event: str, insert: bool) -> None:
-    """With a listener that sets ``search_path``, joined and saved jobs and workers share a table.
-
-    The listener need not commit what it sets.
-    """
+def test_search_path_applies_to_all_jobs(host: AppState, event: str, insert: bool) -> None:
+    """With a listener that sets ``search_path``, joined jobs, saved jobs and workers use the same
+    table. The listener need not commit its setting."""
     with _db(host.app).engine.begin() as connection:
         connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
     _db(host.app).engine.dispose()
-    _listen(host, event, _setting(f"SET search_path TO {TENANT}"), insert=insert)
-    _make_tables(host)
-    _joined_and_saved(host)
+    _listen(host, event, _execute_on_connection(f"SET search_path TO {TENANT}"), insert=insert)
+    _create_tables(host)
+    _enqueue_joined_and_saved(host)
     with host.store.read() as connection:
         found = connection.exec_driver_sql(f"SELECT count(*) FROM {TENANT}.bgjobs_job").scalar()
     assert found == 2
@@ -114,9 +112,10 @@ def test_a_search_path_holds_for_all_jobs(host: AppState, event: str, insert: bo
 
 
 @pytest.mark.on("postgresql", "mysql")
-def test_a_listener_added_later_runs_too(host: AppState, database_kind: str) -> None:
-    """A listener that is added after our engine was made runs for its next connections."""
-    _make_tables(host)
+def test_listener_added_later_runs(host: AppState, database_kind: str) -> None:
+    """A listener added after the engine of flask-bgjobs was created runs for its next
+    connections."""
+    _create_tables(host)
     with host.store.read():
         pass
     host.store.dispose()
@@ -125,14 +124,14 @@ def test_a_listener_added_later_runs_too(host: AppState, database_kind: str) -> 
         "mysql": ("SET @later = 'later'", "SELECT @later"),
     }
     set_it, show_it = setting[database_kind]
-    _listen(host, "connect", _setting(set_it))
+    _listen(host, "connect", _execute_on_connection(set_it))
     with host.store.read() as connection:
         assert connection.exec_driver_sql(show_it).scalar() == "later"
 
 
 @pytest.mark.on("postgresql")
-def test_a_role_holds_for_our_connections(host: AppState) -> None:
-    """A role that a listener sets owns the tables, and our statements run as that role."""
+def test_role_applies_to_all_statements(host: AppState) -> None:
+    """With a listener that sets a role, the statements of flask-bgjobs run as that role."""
     role = f"bgjobs_role_{os.getpid()}"
     _db(host.app).drop_all()
     with _db(host.app).engine.begin() as connection:
@@ -140,9 +139,9 @@ def test_a_role_holds_for_our_connections(host: AppState) -> None:
         connection.exec_driver_sql(f"GRANT ALL ON SCHEMA public TO {role}")
     _db(host.app).engine.dispose()
     try:
-        _listen(host, "connect", _setting(f"SET ROLE {role}"))
-        _make_tables(host)
-        _joined_and_saved(host)
+        _listen(host, "connect", _execute_on_connection(f"SET ROLE {role}"))
+        _create_tables(host)
+        _enqueue_joined_and_saved(host)
         with host.store.read() as connection:
             assert connection.exec_driver_sql("SELECT current_user").scalar() == role
         assert _run_all(host) == 2
@@ -157,13 +156,13 @@ def test_a_role_holds_for_our_connections(host: AppState) -> None:
 
 
 @pytest.mark.on("postgresql")
-def test_a_listener_may_not_change_how_transactions_begin(host: AppState) -> None:
-    """A host's listener that turns autocommit on does not take our transactions away."""
+def test_listener_cannot_turn_autocommit_on(host: AppState) -> None:
+    """A listener that turns autocommit on does not disable the transactions of flask-bgjobs."""
 
     def autocommit(connection: Any, _record: object) -> None:
         connection.autocommit = True
 
-    _make_tables(host)
+    _create_tables(host)
     _listen(host, "connect", autocommit)
 
     def fail(connection: sa.Connection) -> None:
@@ -176,16 +175,16 @@ def test_a_listener_may_not_change_how_transactions_begin(host: AppState) -> Non
         assert not sa.inspect(connection).has_table("half")
 
 
-class _Encrypted(sqlite3.Connection):
-    """Refuses every statement before the one with its key, as an encrypted file does."""
+class _EncryptedConnection(sqlite3.Connection):
+    """Refuses every statement before ``PRAGMA key``, as for an encrypted file."""
 
     is_open = False
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        return super().cursor(_Locked, *args, **kwargs)
+        return super().cursor(_EncryptedCursor, *args, **kwargs)
 
 
-class _Locked(sqlite3.Cursor):
+class _EncryptedCursor(sqlite3.Cursor):
     def execute(self, statement: str, *args: Any) -> Any:
         connection: Any = self.connection
         if statement.startswith("PRAGMA key"):
@@ -196,37 +195,38 @@ class _Locked(sqlite3.Cursor):
 
 
 @pytest.mark.on("sqlite")
-def test_the_key_of_an_encrypted_file_comes_first(make_host: Callable[..., AppState]) -> None:
-    """A listener that gives an encrypted file its key runs before any statement of ours."""
-    state = make_host(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"factory": _Encrypted}})
-    _listen(state, "connect", _setting("PRAGMA key = 'secret'"), insert=True)
-    _make_tables(state)
-    _joined_and_saved(state)
+def test_key_of_encrypted_file_is_set_first(make_host: Callable[..., AppState]) -> None:
+    """A listener that sets the key of an encrypted file runs before any statement of
+    flask-bgjobs."""
+    state = make_host(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"factory": _EncryptedConnection}})
+    _listen(state, "connect", _execute_on_connection("PRAGMA key = 'secret'"), insert=True)
+    _create_tables(state)
+    _enqueue_joined_and_saved(state)
     assert _run_all(state) == 2
     assert "matches the models" in _check(state, 0)
 
 
-def test_all_listeners_of_a_pool_run_in_order(host: AppState) -> None:
-    """The whole life of our connections is told to the host's listeners, and each but once."""
-    _make_tables(host)
+def test_pool_listeners_run_in_order(host: AppState) -> None:
+    """The host's listeners get all events of the connections of flask-bgjobs, each once."""
+    _create_tables(host)
     _db(host.app).session.remove()
     _db(host.app).engine.dispose()
-    told: list[str] = []
+    events: list[str] = []
     for name in ("connect", "checkout", "reset", "checkin", "close"):
-        _listen(host, name, lambda *_, name=name: told.append(name))
-    of_class: list[object] = []
+        _listen(host, name, lambda *_, name=name: events.append(name))
+    engine_connections: list[object] = []
 
     def on_class(connection: object, _record: object) -> None:
-        of_class.append(connection)
+        engine_connections.append(connection)
 
     sa.event.listen(sa.Engine, "connect", on_class)
     try:
         with host.store.read() as connection:
             connection.execute(sa.select(1))
-        assert told == ["connect", "checkout", "reset", "checkin"]
-        assert len(of_class) == 1
+        assert events == ["connect", "checkout", "reset", "checkin"]
+        assert len(engine_connections) == 1
         host.store.dispose()
-        assert told[-1] == "close"
+        assert events[-1] == "close"
     finally:
         sa.event.remove(sa.Engine, "connect", on_class)
 
@@ -234,10 +234,11 @@ def test_all_listeners_of_a_pool_run_in_order(host: AppState) -> None:
 # SQLAlchemy 2.0 leaves the connection of a failed listener to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("event", ["connect", "checkout"])
-def test_a_listener_that_raises_is_an_unusable_database(host: AppState, event: str) -> None:
-    """A listener that fails names itself in an error of the database, and a worker waits it out."""
-    _make_tables(host)
-    _joined_and_saved(host)
+def test_failing_listener_is_a_database_error(host: AppState, event: str) -> None:
+    """An exception in a listener is raised as a database error, and a worker waits until the
+    listener works again."""
+    _create_tables(host)
+    _enqueue_joined_and_saved(host)
     worker = Worker(host, WorkerOptions(burst=True))
     host.store.dispose()
     broken = True
@@ -254,14 +255,12 @@ def test_a_listener_that_raises_is_an_unusable_database(host: AppState, event: s
     assert sum(worker.counts.values()) == 2
 
 
-def test_a_listener_that_raises_at_the_end_undoes_nothing(
+def test_failing_checkin_listener_does_not_hide_a_commit(
     host: AppState, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is committed is not told to have failed by a listener of ``checkin`` that raises.
-
-    Its connection is not used again.
-    """
-    _make_tables(host)
+    """If a ``checkin`` listener raises, the commit before it still succeeds, and the connection is
+    not reused."""
+    _create_tables(host)
     closed: list[object] = []
 
     def fail(_connection: Any, _record: Any) -> None:
@@ -279,10 +278,10 @@ def test_a_listener_that_raises_at_the_end_undoes_nothing(
 
 @pytest.mark.on("postgresql")
 @pytest.mark.parametrize("schema", [None, "shop"])
-def test_schemas_that_the_engine_translates(
+def test_schema_translate_map_of_engine(
     make_host: Callable[..., AppState], schema: str | None
 ) -> None:
-    """``schema_translate_map`` in the engine's options holds for all jobs."""
+    """``schema_translate_map`` in the engine's options applies to all jobs."""
     options = {"execution_options": {"schema_translate_map": {schema: TENANT}}}
     app = Flask("shop")
     app.config.update(make_host().app.config, SQLALCHEMY_ENGINE_OPTIONS=options)
@@ -297,7 +296,7 @@ def test_schemas_that_the_engine_translates(
             with db.engine.begin() as connection:
                 connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
             db.create_all()
-            _joined_and_saved(state)
+            _enqueue_joined_and_saved(state)
             with state.store.read() as connection:
                 found = connection.exec_driver_sql(f"SELECT count(*) FROM {TENANT}.bgjobs_job")
                 assert found.scalar() == 2
@@ -311,24 +310,22 @@ def test_schemas_that_the_engine_translates(
 
 
 @pytest.mark.on("postgresql")
-def test_a_session_that_translates_schemas_keeps_its_own(host: AppState) -> None:
-    """A job that joins a session with a schema per tenant goes where workers look for it.
-
-    The session's own statements go on in the tenant's schema.
-    """
-    _make_tables(host)
+def test_schema_translate_map_of_session(host: AppState) -> None:
+    """A job that joins a session with a translated schema is saved where workers look for it, and
+    the session keeps its own schema."""
+    _create_tables(host)
     session = _db(host.app).session
     options = {"schema_translate_map": {None: TENANT}}
     connection = session.connection(execution_options=options)
     connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
-    _make_tables_with(connection)
+    _create_tables_with(connection)
     run_background_job("tests.jobs.echo", session=session)
     assert connection.get_execution_options()["schema_translate_map"][None] == TENANT
     session.commit()
     assert _run_all(host) == 1
 
 
-def _make_tables_with(connection: sa.Connection) -> None:
+def _create_tables_with(connection: sa.Connection) -> None:
     from flask_bgjobs.models import Base
 
     Base.metadata.create_all(connection)
@@ -336,48 +333,48 @@ def _make_tables_with(connection: sa.Connection) -> None:
 
 class TestCheck:
     @pytest.mark.on("postgresql")
-    def test_names_another_schema(self, host: AppState) -> None:
-        """``check`` says so when the host's session sees another table than we do."""
+    def test_reports_another_schema(self, host: AppState) -> None:
+        """``check`` reports if the host's session uses a different schema than flask-bgjobs."""
         with _db(host.app).engine.begin() as connection:
             connection.exec_driver_sql(f"CREATE SCHEMA {TENANT}")
-        _make_tables(host)
+        _create_tables(host)
         session = _db(host.app).session
 
         def set_path(_session: Any, _transaction: Any, connection: sa.Connection) -> None:
             connection.exec_driver_sql(f"SET LOCAL search_path TO {TENANT}")
 
         sa.event.listen(session, "after_begin", set_path)
-        said = _check(host, 1)
-        assert f"search_path: db.session has {TENANT}, and flask-bgjobs has public" in said
-        assert "table of jobs: db.session has None" in said
-        assert "`connect` listener" in said
+        output = _check(host, 1)
+        assert f"search_path: db.session has {TENANT}, and flask-bgjobs has public" in output
+        assert "table of jobs: db.session has None" in output
+        assert "`connect` listener" in output
 
     @pytest.mark.on("mysql")
-    def test_names_another_database(self, host: AppState) -> None:
-        """``check`` says so when the host's session uses another database than we do."""
-        _make_tables(host)
+    def test_reports_another_database(self, host: AppState) -> None:
+        """``check`` reports if the host's session uses a different database than flask-bgjobs."""
+        _create_tables(host)
         own = _db(host.app).engine.url.database
 
         def use(_session: Any, _transaction: Any, connection: sa.Connection) -> None:
             connection.exec_driver_sql("USE mysql")
 
         sa.event.listen(_db(host.app).session, "after_begin", use)
-        said = _check(host, 1)
-        assert f"database: db.session has mysql, and flask-bgjobs has {own}" in said
+        output = _check(host, 1)
+        assert f"database: db.session has mysql, and flask-bgjobs has {own}" in output
 
 
-def test_no_connection_is_kept_in_a_transaction(host: AppState) -> None:
-    """A listener that begins a transaction at ``checkin`` leaves none open in our pool."""
-    _make_tables(host)
-    _listen(host, "checkin", _setting("SELECT 1"))
+def test_idle_connection_has_no_transaction(host: AppState) -> None:
+    """If a ``checkin`` listener begins a transaction, it is ended before the connection is idle."""
+    _create_tables(host)
+    _listen(host, "checkin", _execute_on_connection("SELECT 1"))
     with host.store.read() as connection:
         connection.execute(sa.select(1))
     wait_until(lambda: not _in_transaction(host), "an idle connection")
 
 
 def _in_transaction(state: AppState) -> bool:
-    """Whether our connection at rest is in a transaction."""
-    taken = state.store.engine.pool._do_get()  # type: ignore[attr-defined]  # as it lies there
+    """Whether the idle connection of flask-bgjobs is in a transaction."""
+    taken = state.store.engine.pool._do_get()  # type: ignore[attr-defined]  # without the events of a checkout
     try:
         connection: Any = taken.dbapi_connection
         if state.store.engine.dialect.name == "postgresql":

@@ -41,19 +41,19 @@ def execute(state: AppState, statement: Any) -> None:
 
 
 def hold(state: AppState, ids: list[int]) -> None:
-    """Let rows of a host's table refer to jobs."""
+    """Create rows of a host's table that refer to the jobs."""
     execute(state, sa.text(EXPORT))
     for job_id in ids:
         execute(state, sa.text(f"INSERT INTO export VALUES ({job_id})"))
 
 
-def left(state: AppState) -> list[int]:
+def remaining_ids(state: AppState) -> list[int]:
     with state.store.read() as connection:
         return list(connection.scalars(sa.select(Job.id).order_by(Job.id)))
 
 
 def test_each_status_has_its_retention(app: Flask, state: AppState) -> None:
-    """Jobs go when they are older than their status is kept; ``None`` keeps for ever."""
+    """Jobs are deleted after the retention of their status; ``None`` keeps them forever."""
     gone = add_finished(state, 2, 8 * DAY) + add_finished(state, 1, 31 * DAY, JobStatus.FAILED)
     kept = add_finished(state, 1, 6 * DAY) + add_finished(state, 1, 29 * DAY, JobStatus.FAILED)
     kept += add_finished(state, 1, 9_999 * DAY, JobStatus.CANCELLED)
@@ -61,11 +61,11 @@ def test_each_status_has_its_retention(app: Flask, state: AppState) -> None:
     assert state.store.count_prunable(RETENTION) == len(gone)
     pruned = state.store.prune(RETENTION, 100)
     assert (pruned.deleted, pruned.held, pruned.cursor) == (3, 0, None)
-    assert left(state) == kept
+    assert remaining_ids(state) == kept
 
 
-def test_attempts_and_lines_go_along(app: Flask, state: AppState) -> None:
-    """A job's attempts and log lines go with it, and those of others stay."""
+def test_attempts_and_log_lines_are_deleted(app: Flask, state: AppState) -> None:
+    """Pruning a job deletes its attempts and log lines, and no others."""
     old, young = add_finished(state, 1, 8 * DAY) + add_finished(state, 1, DAY)
     now = state.store.clock()
     for job_id in (old, young):
@@ -78,21 +78,21 @@ def test_attempts_and_lines_go_along(app: Flask, state: AppState) -> None:
             assert connection.scalars(sa.select(model.job_id)).all() == [young]
 
 
-def test_a_batch_is_no_larger_than_its_limit(app: Flask, state: AppState) -> None:
-    """Batches follow each other through all statuses, oldest first, until nothing is left."""
+def test_batches_respect_the_limit(app: Flask, state: AppState) -> None:
+    """Batches of limited size delete the oldest jobs of each status first, until no job is left."""
     young, old = add_finished(state, 2, 8 * DAY), add_finished(state, 2, 9 * DAY)
     failed = add_finished(state, 1, 31 * DAY, JobStatus.FAILED)
     first = state.store.prune(RETENTION, 3)
     assert first.deleted == 3
-    assert left(state) == [young[1], *failed]
-    assert not set(left(state)) & set(old)
+    assert remaining_ids(state) == [young[1], *failed]
+    assert not set(remaining_ids(state)) & set(old)
     second = state.store.prune(RETENTION, 3, first.cursor)
     assert (second.deleted, second.cursor) == (2, None)
-    assert left(state) == []
+    assert remaining_ids(state) == []
 
 
-def test_held_rows_are_counted_and_passed(app: Flask, state: AppState) -> None:
-    """Rows that a host's foreign key holds stay; each batch begins behind those before it."""
+def test_referenced_jobs_are_counted_and_skipped(app: Flask, state: AppState) -> None:
+    """Jobs with a foreign key of the host are kept; each batch begins after the previous one."""
     ids = add_finished(state, 6, 8 * DAY)
     hold(state, ids[:4])
     cursor, seen = None, []
@@ -101,11 +101,11 @@ def test_held_rows_are_counted_and_passed(app: Flask, state: AppState) -> None:
         cursor = pruned.cursor
         seen.append((pruned.deleted, pruned.held))
     assert seen == [(0, 2), (0, 2), (2, 0), (0, 0)]
-    assert left(state) == ids[:4]
+    assert remaining_ids(state) == ids[:4]
 
 
-def test_a_batch_that_fails_deletes_nothing(app: Flask, state: AppState) -> None:
-    """Job, attempts and lines go in one transaction: a failure in between leaves them all."""
+def test_failed_batch_deletes_nothing(app: Flask, state: AppState) -> None:
+    """Jobs, attempts and log lines are deleted in one transaction."""
     add_finished(state, 3, 8 * DAY)
     execute(state, sa.text("DROP TABLE bgjobs_log"))
     with pytest.raises(sa.exc.DBAPIError):
@@ -113,8 +113,9 @@ def test_a_batch_that_fails_deletes_nothing(app: Flask, state: AppState) -> None
     assert count_jobs(app) == 3
 
 
-def test_the_pruner_goes_step_by_step(app: Flask, state: AppState) -> None:
-    """A step deletes 500 at most; ``False`` ends a pass, and the next one counts anew."""
+def test_pruner_steps(app: Flask, state: AppState) -> None:
+    """A step deletes at most 500 jobs; ``False`` ends a pass, and the next pass resets the
+    counts."""
     held = add_finished(state, 501, 8 * DAY)[:1]
     hold(state, held)
     pruner = Pruner(state.store, RETENTION)
@@ -122,14 +123,14 @@ def test_the_pruner_goes_step_by_step(app: Flask, state: AppState) -> None:
     assert (pruner.deleted, pruner.held) == (499, 1)
     assert pruner.step() is False
     assert (pruner.deleted, pruner.held) == (500, 1)
-    assert left(state) == held
+    assert remaining_ids(state) == held
     add_finished(state, 2, 8 * DAY)
     assert pruner.step() is False
     assert (pruner.deleted, pruner.held) == (2, 1)
 
 
-def test_workers_that_are_long_gone_go_too(app: Flask, state: AppState) -> None:
-    """A pass ends with the rows of workers that stopped or died more than a week ago."""
+def test_old_worker_rows_are_deleted(app: Flask, state: AppState) -> None:
+    """A pass deletes the rows of workers that stopped or died more than a week ago."""
     names = ["alive", "stopped", "dead", "stopped lately"]
     workers = {name: register(state, name) for name in names}
     for name, days in (("stopped", 8), ("dead", 8), ("stopped lately", 6)):

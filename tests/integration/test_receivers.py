@@ -31,12 +31,12 @@ from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
 from tests.conftest import count_jobs
 
 COUNT = "SELECT count(*) FROM bgjobs_job WHERE status = 'completed'"
-OF_A_WORKER = [worker_started, job_started, job_completed, job_retrying, job_failed]
+WORKER_SIGNALS = [worker_started, job_started, job_completed, job_retrying, job_failed]
 
 
 @pytest.fixture
 def session(app: Flask) -> Any:
-    """The app's session, with a table beside it."""
+    """The app's session, with an additional table."""
     session = app.extensions["sqlalchemy"].session
     session.execute(sa.text("CREATE TABLE note (id INTEGER PRIMARY KEY)"))
     session.commit()
@@ -49,34 +49,35 @@ def _run(state: AppState) -> Worker:
     return worker
 
 
-def _read(session: Any, seen: list[Any]) -> None:
-    seen.append(session.execute(sa.text(COUNT)).scalar())
+def _read(session: Any, results: list[Any]) -> None:
+    results.append(session.execute(sa.text(COUNT)).scalar())
 
 
-def _break(session: Any, seen: list[Any]) -> None:
-    """Leave a transaction behind in which nothing more is possible."""
+def _break(session: Any, results: list[Any]) -> None:
+    """Leave a transaction in which a statement has failed."""
     session.execute(sa.text("INSERT INTO note VALUES (1)"))
     try:
         session.execute(sa.text("INSERT INTO note VALUES (1)"))
     except DBAPIError as error:
-        seen.append(type(error).__name__)
+        results.append(type(error).__name__)
 
 
-def _write(session: Any, seen: list[Any]) -> None:
+def _write(session: Any, results: list[Any]) -> None:
     session.execute(sa.text("INSERT INTO note VALUES (1)"))
-    seen.append("written")
+    results.append("written")
 
 
 @pytest.mark.parametrize("use", [_read, _break, _write])
-@pytest.mark.parametrize("signal", OF_A_WORKER, ids=lambda signal: signal.name)
-def test_a_worker_leaves_no_session_to_the_next_receiver(
+@pytest.mark.parametrize("signal", WORKER_SIGNALS, ids=lambda signal: signal.name)
+def test_each_receiver_gets_a_clean_session(
     app: Flask, state: AppState, session: Any, use: Callable[..., None], signal: NamedSignal
 ) -> None:
-    """Whatever receivers leave in ``db.session``, the next one starts clean, and jobs go on."""
-    seen: list[Any] = []
+    """Whatever a receiver leaves in ``db.session``, the next receiver gets a clean session, and
+    jobs continue."""
+    results: list[Any] = []
 
     def receiver(_app: Flask, **_values: object) -> None:
-        use(session, seen)
+        use(session, results)
 
     for number in range(3):
         run_background_job("tests.jobs.echo", parameters=[number])
@@ -84,42 +85,40 @@ def test_a_worker_leaves_no_session_to_the_next_receiver(
     with signal.connected_to(receiver, app):
         worker = _run(state)
     assert (worker.counts["completed"], worker.counts["failed"]) == (3, 3)
-    assert seen
+    assert results
     if use is _read and signal is job_completed:
-        assert seen[-1] == 3
+        assert results[-1] == 3
     elif use is not _read:
-        assert len(set(seen)) == 1
+        assert len(set(results)) == 1
     assert session.execute(sa.text("SELECT count(*) FROM note")).scalar() == 0
 
 
-def test_a_rescue_and_the_end_leave_no_session(app: Flask, state: AppState, session: Any) -> None:
-    """The signals of a rescue and of a worker's end leave no transaction open either."""
-    seen: list[Any] = []
+def test_rescue_and_stop_leave_no_transaction(app: Flask, state: AppState, session: Any) -> None:
+    """The receivers of a rescue and of a worker's stop leave no transaction open."""
+    results: list[Any] = []
 
     def receiver(_app: Flask, **_values: object) -> None:
-        _write(session, seen)
+        _write(session, results)
 
     run_background_job("tests.jobs.echo")
-    # It never beats, so that its lease runs out.
+    # Without heartbeats, its lease expires.
     state.store.claim(register(state, "dead"), 1, None)
     with (
         job_rescued.connected_to(receiver, app),
         worker_stopped.connected_to(receiver, app),
     ):
         _run(state)
-    assert len(seen) == 2
+    assert len(results) == 2
     assert session.execute(sa.text("SELECT count(*) FROM note")).scalar() == 0
 
 
-def test_the_callers_session_is_left_alone(app: Flask, state: AppState, session: Any) -> None:
-    """A receiver of ``job_enqueued`` shares the session of the caller, which keeps its objects.
-
-    A worker in the caller's thread has a session of its own.
-    """
-    seen: list[Any] = []
+def test_session_of_the_caller_is_kept(app: Flask, state: AppState, session: Any) -> None:
+    """A receiver of ``job_enqueued`` shares the caller's session, which keeps its objects; a worker
+    in the caller's thread uses another session."""
+    results: list[Any] = []
 
     def receiver(_app: Flask, **_values: object) -> None:
-        _read(session, seen)
+        _read(session, results)
 
     before = session()
     with job_enqueued.connected_to(receiver, app), job_completed.connected_to(receiver, app):
@@ -134,11 +133,12 @@ def test_the_callers_session_is_left_alone(app: Flask, state: AppState, session:
         assert session() is before
         assert session().in_transaction()
     session.rollback()
-    assert len(seen) == 4
+    assert len(results) == 4
 
 
-def test_drain_leaves_no_session(app: Flask, session: Any) -> None:
-    """What a receiver leaves open does not keep ``drain`` from the next job."""
+def test_drain_cleans_up_after_receivers(app: Flask, session: Any) -> None:
+    """A transaction left open by a receiver does not prevent ``drain`` from running the next
+    job."""
 
     def receiver(_app: Flask, **_values: object) -> None:
         _write(session, [])
@@ -150,29 +150,29 @@ def test_drain_leaves_no_session(app: Flask, session: Any) -> None:
     assert session.execute(sa.text("SELECT count(*) FROM note")).scalar() == 0
 
 
-def test_each_batch_of_a_cancel_is_clean(
+def test_cancel_cleans_up_between_batches(
     app: Flask, session: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A receiver that leaves a transaction open does not block the next batch of the command."""
+    """A transaction left open by a receiver does not block the next batch of the command."""
     monkeypatch.setattr("flask_bgjobs.operations.actions._BATCH_JOBS", 1)
-    seen: list[Any] = []
+    results: list[Any] = []
 
     def receiver(_app: Flask, **_values: object) -> None:
-        _write(session, seen)
+        _write(session, results)
 
     for _ in range(2):
         run_background_job("tests.jobs.echo")
     with job_cancelled.connected_to(receiver, app):
         run("cancel", "--status", "pending", "--yes")
-    assert len(seen) == 2
+    assert len(results) == 2
     session.rollback()
     assert count_jobs(app) == 2
 
 
-def test_an_import_leaves_no_session(
+def test_import_leaves_no_session(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module of ``BGJOBS_IMPORTS`` that reads the database leaves no transaction open."""
+    """A module of ``BGJOBS_IMPORTS`` that reads the database leaves no session."""
     module = types.ModuleType("imported_here")
     app = make_app(BGJOBS_IMPORTS=["imported_here"])
     session = app.extensions["sqlalchemy"].session

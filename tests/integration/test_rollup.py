@@ -33,16 +33,16 @@ def _counts(store: Store) -> list[tuple[int, int]]:
         return [tuple(row) for row in rows]
 
 
-def test_counts_are_added_up(app: Flask, store: Store) -> None:
-    """What several workers count of one period adds up."""
+def test_counts_are_added(app: Flask, store: Store) -> None:
+    """The counts of several workers for one period are added."""
     noon = dt.datetime(2026, 1, 1, 12)
     store.add_to_rollup({_cell(noon): 2, _cell(noon, 1): 1})
     store.add_to_rollup({_cell(noon): 3, _cell(noon, 2): 4})
     assert _counts(store) == [(0, 5), (1, 1), (2, 4)]
 
 
-def test_what_no_chart_shows_is_pruned(app: Flask, store: Store) -> None:
-    """Minutes are kept for two hours, hours for eight days."""
+def test_old_counts_are_pruned(app: Flask, store: Store) -> None:
+    """Counts by minute are kept for two hours, and counts by hour for eight days."""
     now = store.clock()
     kept = {
         _cell(now - dt.timedelta(minutes=100), 1): 1,
@@ -57,8 +57,8 @@ def test_what_no_chart_shows_is_pruned(app: Flask, store: Store) -> None:
     assert sorted(_counts(store)) == [(1, 1), (2, 1)]
 
 
-def test_a_worker_writes_what_it_settled(state: AppState, run: Any) -> None:
-    """The charts show what a worker did, as soon as it has ended."""
+def test_worker_writes_its_counts(state: AppState, run: Any) -> None:
+    """When a worker has stopped, the charts contain all its jobs."""
     for _ in range(3):
         run_background_job("tests.jobs.echo", parameters=["x"], queue="mail")
     run_background_job("tests.jobs.fail", parameters=["no"], retries=0)
@@ -76,10 +76,10 @@ def test_a_worker_writes_what_it_settled(state: AppState, run: Any) -> None:
     assert {queue: sum(line) for queue, line in lines.items()} == {"mail": 3, "default": 2}
 
 
-def test_an_outage_loses_no_numbers(
+def test_outage_loses_no_counts(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers that could not be written are written when the database is back, and once."""
+    """Counts that could not be written during an outage are written once afterwards."""
     written: list[int] = []
     real = Rollups.add_to_rollup
 
@@ -97,16 +97,16 @@ def test_an_outage_loses_no_numbers(
     assert chart(state, state.store.clock()).totals["completed"] == 3
 
 
-def test_a_chart_of_nothing(app: Flask, state: AppState) -> None:
-    """Before anything has run, a chart has empty bars and no times."""
+def test_empty_chart(app: Flask, state: AppState) -> None:
+    """Before any job has run, a chart has empty bars and no times."""
     drawn = chart(state, state.store.clock())
     assert not drawn
     assert drawn.highest == 0
     assert drawn.wait_p50 is None
 
 
-def test_an_old_step_is_not_in_the_chart(app: Flask, state: AppState, store: Store) -> None:
-    """A chart shows its own period, also where older numbers are still there."""
+def test_chart_shows_only_its_period(app: Flask, state: AppState, store: Store) -> None:
+    """A chart does not include older counts that are still stored."""
     now = store.clock()
     store.add_to_rollup({_cell(now - dt.timedelta(minutes=90)): 7, _cell(now): 2})
     drawn = chart(state, now)
@@ -114,8 +114,8 @@ def test_an_old_step_is_not_in_the_chart(app: Flask, state: AppState, store: Sto
     assert drawn.bars[-1].total + drawn.bars[-2].total == 2
 
 
-def test_waits_and_runs_are_told_apart(app: Flask, state: AppState, store: Store) -> None:
-    """The percentiles of waiting are not those of running."""
+def test_wait_and_run_percentiles_are_separate(app: Flask, state: AppState, store: Store) -> None:
+    """The percentiles of wait times and of run times are independent."""
     now = store.clock()
     store.add_to_rollup({_cell(now, 0): 10, _cell(now, 40)._replace(measure=WAIT): 10})
     drawn = chart(state, state.store.clock())

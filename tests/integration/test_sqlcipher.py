@@ -24,7 +24,8 @@ def _encrypted_app(file: Path, key: str = "secret", **config: Any) -> Flask:
 
 
 def test_jobs_run_in_an_encrypted_file(tmp_path: Path) -> None:
-    """Jobs are enqueued, run at once on several threads, retried, listed and cancelled."""
+    """In an encrypted file, jobs are enqueued, run in several threads, retried, listed and
+    cancelled."""
     file = tmp_path / "encrypted.db"
     app = _encrypted_app(file)
     create_tables(app)
@@ -54,8 +55,8 @@ def test_jobs_run_in_an_encrypted_file(tmp_path: Path) -> None:
     assert not file.read_bytes().startswith(b"SQLite format 3")
 
 
-def test_another_key_is_one_sentence(tmp_path: Path) -> None:
-    """A file that is opened with another key says so."""
+def test_wrong_key_is_reported(tmp_path: Path) -> None:
+    """If the file is opened with a wrong key, the command says so in one sentence."""
     file = tmp_path / "encrypted.db"
     create_tables(_encrypted_app(file))
     result = _encrypted_app(file, "guess").test_cli_runner().invoke(args=["bgjobs", "list"])
@@ -64,7 +65,8 @@ def test_another_key_is_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
-def test_the_drivers_own_pool_is_warned_of(tmp_path: Path) -> None:
-    """SQLAlchemy's default pool for SQLCipher, whose threads close each other's connections."""
+def test_default_pool_warns(tmp_path: Path) -> None:
+    """SQLAlchemy's default pool for SQLCipher gives a warning, because its threads close each
+    other's connections."""
     with pytest.warns(UserWarning, match="QueuePool"):
         _encrypted_app(tmp_path / "x.db", SQLALCHEMY_ENGINE_OPTIONS={})

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.on("sqlite")
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The database's file."""
+    """The file of the database."""
     return tmp_path / "test.db"
 
 
@@ -39,14 +39,14 @@ def enqueue(value: int = 0, **options: Any) -> Job:
 
 
 def replace(file: Path, new: Path) -> None:
-    """Put ``new`` in the place of ``file``, as it should be done: without what lies beside it."""
+    """Replace ``file`` by ``new`` correctly: without the old ``-wal`` and ``-shm`` files."""
     for suffix in ("-wal", "-shm"):
         Path(f"{file}{suffix}").unlink(missing_ok=True)
     os.replace(new, file)
 
 
 def empty_database(path: Path) -> Path:
-    """A database file with our tables and nothing in them."""
+    """A database file with empty tables."""
     app = build_app(f"sqlite:///{path}")
     with app.app_context():
         db = app.extensions["sqlalchemy"]
@@ -65,11 +65,11 @@ def backup(file: Path, to: Path) -> Path:
 
 
 class TestReplacedFile:
-    def test_work_goes_on_in_the_new_file(
+    def test_store_switches_to_the_new_file(
         self, app: Flask, store: Store, file: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Our connections and the host's go over to a file that was moved over the old one, and
-        the log says so once."""
+        """After the database file was replaced, the connections of flask-bgjobs and of the host use
+        the new file, and this is logged once."""
         assert enqueue(1).id == 1
         replace(file, empty_database(file.with_name("new.db")))
         assert count_jobs(app) == 0
@@ -77,11 +77,9 @@ class TestReplacedFile:
         assert state_of(app).db.session.get(Job, 1).parameters == [2]
         assert caplog.text.count("Database file replaced") == 1
 
-    def test_a_file_that_is_gone_is_not_made_anew(
-        self, app: Flask, store: Store, file: Path
-    ) -> None:
-        """A file that was removed is an error that says so, and no empty one takes its place;
-        once somebody has made a new one, work goes on."""
+    def test_missing_file_is_not_created(self, app: Flask, store: Store, file: Path) -> None:
+        """A missing database file is an error, and no empty file is created; with a new file, the
+        store works again."""
         enqueue()
         file.unlink()
         for _ in range(2):
@@ -92,13 +90,13 @@ class TestReplacedFile:
         enqueue()
         assert count_jobs(app) == 1
 
-    @pytest.mark.parametrize("goes_on_with", ["the new file", "what the log holds"])
-    def test_the_old_files_log_is_not_mixed_with_the_new_file(
-        self, app: Flask, store: Store, file: Path, goes_on_with: str
+    @pytest.mark.parametrize("kept", ["new file", "old WAL"])
+    def test_new_file_with_old_wal_is_refused(
+        self, app: Flask, store: Store, file: Path, kept: str
     ) -> None:
-        """A new file beside which the old one's ``-wal`` lies is not opened, until that is gone:
-        SQLite would write what it holds into the new file."""
-        # Page for page as the old one was: what the log holds then makes a whole of it.
+        """A new file beside the ``-wal`` file of the old one is not opened, because SQLite would
+        write the old pages into it."""
+        # With the same pages as the old file: only then would its -wal fit.
         new = shutil.copy(file, file.with_name("new.db"))
         store.prepare(wal=True)
         for number in range(50):
@@ -110,23 +108,23 @@ class TestReplacedFile:
             with pytest.raises(OperationalError, match=r"delete .*test\.db-wal and .*test\.db-shm"):
                 store.living_workers()
         assert wal.exists()
-        if goes_on_with == "the new file":
+        if kept == "new file":
             wal.unlink()
             Path(f"{file}-shm").unlink()
             assert count_jobs(app) == 0
         else:
-            # Somebody else opened it: what happened has happened.
+            # Another program opened the file, and so applied the old WAL.
             backup(file, file.with_name("other.db"))
             assert not wal.exists()
         enqueue()
         with store.read() as connection:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
 
-    def test_no_outcome_hits_a_job_of_the_new_file(
+    def test_outcome_of_old_file_changes_no_job_of_new_file(
         self, app: Flask, store: Store, state: AppState, file: Path
     ) -> None:
-        """A worker of the old file changes no job of the new one that has the same id and attempt,
-        for workers of two files never have the same id."""
+        """Worker ids differ between files, so a worker of the old file cannot change a job of the
+        new one with the same id and attempt."""
         old_worker = register(state, "old", concurrency=1)
         enqueue()
         (spec,) = store.claim(old_worker, 1)
@@ -140,11 +138,11 @@ class TestReplacedFile:
         assert settled.status is None
         assert stored(app, job).status == "running"
 
-    def test_a_worker_starts_over_in_a_new_file(
+    def test_worker_starts_over_in_a_new_file(
         self, app: Flask, store: Store, state: AppState, file: Path
     ) -> None:
-        """A worker whose row the new file lacks learns from its heartbeat that it must start over,
-        and then works on, in WAL mode as before."""
+        """A worker without a row in the new file starts over after its next heartbeat, in WAL mode
+        as before."""
         store.prepare(wal=True)
         worker = register(state, "one", concurrency=1)
         assert store.beat(worker)
@@ -158,11 +156,11 @@ class TestReplacedFile:
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
             assert connection.scalar(sa.select(Queue.name)) == "mail"
 
-    def test_a_worker_starts_over_in_a_copy_that_knows_it(
+    def test_worker_starts_over_in_a_copy(
         self, app: Flask, store: Store, state: AppState, file: Path
     ) -> None:
-        """In a copy of the database that has the worker's row it starts over as well, so that the
-        jobs that it ran when the copy was made are rescued after its lease."""
+        """In a copy with the worker's row, the worker starts over as well, so that the jobs that
+        were running in the copy are rescued."""
         worker = register(state, "one", concurrency=1)
         assert store.beat(worker)
         job = enqueue(queue="mail")
@@ -176,10 +174,10 @@ class TestReplacedFile:
         assert row.id == worker
         assert [settled.job_id for settled in store.rescue(worker, row.beats)] == [job.id]
 
-    def test_a_queue_that_is_known_here_is_registered_there(
+    def test_queue_is_registered_in_the_new_file(
         self, app: Flask, store: Store, state: AppState, file: Path
     ) -> None:
-        """A queue that had work in the old file is listed in the new one as soon as it has."""
+        """A queue that was registered in the old file is registered again in the new one."""
         for database in ("old", "new"):
             if database == "new":
                 replace(file, empty_database(file.with_name("new.db")))
@@ -188,8 +186,8 @@ class TestReplacedFile:
             with store.read() as connection:
                 assert connection.scalars(sa.select(Queue.name)).all() == ["mail"]
 
-    def test_a_link_that_points_elsewhere_is_followed(self, tmp_path: Path) -> None:
-        """A link whose target was changed is a file that was replaced."""
+    def test_changed_symlink_counts_as_replaced(self, tmp_path: Path) -> None:
+        """If the database is a symbolic link, a new target counts as a replaced file."""
         first, second = (empty_database(tmp_path / name) for name in ("first.db", "second.db"))
         link = tmp_path / "link.db"
         link.symlink_to(first)
@@ -204,9 +202,8 @@ class TestReplacedFile:
         store.dispose()
 
 
-def test_the_log_beside_a_links_target_counts(tmp_path: Path) -> None:
-    """Where the database is a link, the old ``-wal`` that must not be mixed with a new file is the
-    one beside its target."""
+def test_wal_beside_the_target_of_a_symlink(tmp_path: Path) -> None:
+    """If the database is a symbolic link, the old ``-wal`` file is looked for beside its target."""
     target, link = empty_database(tmp_path / "target.db"), tmp_path / "link.db"
     link.symlink_to(target)
     app = build_app(f"sqlite:///{link}")
@@ -221,11 +218,11 @@ def test_the_log_beside_a_links_target_counts(tmp_path: Path) -> None:
     store.dispose()
 
 
-def test_ids_of_workers_rise(
+def test_worker_ids_increase(
     state: AppState, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers that register at the same moment, or after the clock was set back, have rising ids
-    of their own."""
+    """Worker ids are unique and increase, also at the same moment and after the clock was set
+    back."""
     ids = [register(state, f"w{number}") for number in range(10)]
     monkeypatch.setattr("time.time_ns", lambda: 0)
     ids += [register(state, f"w{number}") for number in range(10, 20)]
@@ -260,26 +257,26 @@ broken
         ("/covered/app.db", None),
     ],
 )
-def test_network_file_systems_are_known(path: str, expected: str | None, tmp_path: Path) -> None:
-    """The mount nearest to a file tells whether it lies on a network file system."""
+def test_network_file_systems_are_detected(path: str, expected: str | None, tmp_path: Path) -> None:
+    """The file system of a file is that of its nearest mount point."""
     table = tmp_path / "mounts"
     table.write_text(MOUNTS)
     assert network_file_system(path, table) == expected
 
 
-def test_where_there_is_no_table_of_mounts_nothing_is_said(tmp_path: Path) -> None:
-    """On a platform without ``/proc/mounts`` no file is taken for one on a network."""
+def test_no_detection_without_proc_mounts(tmp_path: Path) -> None:
+    """Without ``/proc/mounts``, no file counts as on a network file system."""
     assert network_file_system("/srv/app.db", tmp_path / "none") is None
 
 
-def test_a_network_file_system_is_a_warning(
+def test_network_file_system_is_logged(
     app: Flask,
     store: Store,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The start of a worker warns of a file on NFS, and leaves WAL mode alone there."""
+    """On NFS, the start of a worker logs a warning and does not turn WAL mode on."""
     table = tmp_path / "mounts"
     table.write_text(f"server:/export {tmp_path} nfs4 rw 0 0\n")
     monkeypatch.setattr("flask_bgjobs.system.mounts._MOUNTS", table)
@@ -290,9 +287,9 @@ def test_a_network_file_system_is_a_warning(
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
 
 
-def test_a_read_only_database_is_one_sentence(app: Flask, run: Any, file: Path) -> None:
-    """An enqueue into a file that may not be written raises an error that says what to do; the
-    command says the same in one sentence."""
+def test_read_only_database(app: Flask, run: Any, file: Path) -> None:
+    """Enqueueing into a read-only file raises an error that says what to do, and the command prints
+    one sentence."""
     enqueue()
     url = f"sqlite:///file:{file}?mode=ro&uri=true"
     read_only = build_app(url)

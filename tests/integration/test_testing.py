@@ -20,7 +20,7 @@ from tests.conftest import count_jobs, stored
 
 @pytest.fixture(params=["file", "memory"])
 def app(request: pytest.FixtureRequest, make_app: Callable[..., Flask]) -> Flask:
-    """Both kinds of SQLite: a file, and in memory."""
+    """An app on SQLite, with a file and in memory."""
     return make_app() if request.param == "file" else make_app(database_url="sqlite://")
 
 
@@ -29,8 +29,8 @@ def _commit(app: Flask) -> None:
 
 
 class TestDrain:
-    def test_runs_what_is_due_and_returns_outcomes(self, app: Flask) -> None:
-        """Everything due runs in this thread, best first; delayed jobs stay."""
+    def test_runs_due_jobs_and_returns_outcomes(self, app: Flask) -> None:
+        """``drain`` runs all due jobs in this thread by priority; delayed jobs wait."""
         low = run_background_job("tests.jobs.echo", parameters=["low"])
         high = run_background_job("tests.jobs.echo", parameters=["high"], priority="high")
         later = run_background_job("tests.jobs.echo", delay=60)
@@ -47,31 +47,32 @@ class TestDrain:
         assert stored(app, later).status == "scheduled"
 
     def test_only_some_queues(self, app: Flask) -> None:
-        """``queues`` limits what runs."""
+        """``queues`` limits the jobs that run."""
         run_background_job("tests.jobs.echo")
         mail = run_background_job("tests.jobs.echo", queue="mail")
         _commit(app)
         assert [o.job_id for o in drain(app, queues=["mail"])] == [mail.id]
 
-    def test_retries_that_are_due_run_too(self, app: Flask) -> None:
+    def test_due_retries_run(self, app: Flask) -> None:
         """A retry without a delay runs in the same drain."""
         run_background_job("tests.jobs.fail_times", parameters=[1], retries=1, retry_delay=0)
         _commit(app)
         assert [o.status for o in drain(app)][-1:] == ["completed"]
 
-    def test_jobs_that_jobs_enqueue_run_too(self, app: Flask) -> None:
-        """What a job enqueues without a commit runs in the same drain, as with a worker."""
+    def test_jobs_enqueued_by_jobs_run(self, app: Flask) -> None:
+        """A job enqueued by a job without a commit runs in the same drain, as it would in a
+        worker."""
         run_background_job("tests.jobs.enqueue_another", parameters=[5])
         _commit(app)
         assert [o.result for o in drain(app)][-1:] == [5]
 
-    def test_nothing_to_do(self, app: Flask) -> None:
-        """Without jobs there are no outcomes."""
+    def test_no_jobs(self, app: Flask) -> None:
+        """Without jobs, there are no outcomes."""
         assert drain(app) == []
 
 
 def test_drain_refuses_uncommitted_changes_in_memory(make_app: Callable[..., Flask]) -> None:
-    """On one connection a commit of ours would be yours: drain says to commit first."""
+    """In memory, ``drain`` refuses uncommitted changes, because its commit would include them."""
     app = make_app(database_url="sqlite://")
     with app.app_context():
         run_background_job("tests.jobs.echo")
@@ -80,28 +81,28 @@ def test_drain_refuses_uncommitted_changes_in_memory(make_app: Callable[..., Fla
 
 
 class TestInline:
-    def test_a_job_has_run_when_enqueue_returns(self, app: Flask) -> None:
-        """Inside ``inline`` an enqueue runs the job and gives it back finished."""
+    def test_job_has_run_when_enqueue_returns(self, app: Flask) -> None:
+        """Inside ``inline``, enqueue runs the job and returns it finished."""
         with inline(app):
             job = run_background_job("tests.jobs.SampleJob", "execute", ["x"], delay=60)
         assert (job.status, job.result) == ("completed", "executed: x")
 
-    def test_a_failure_is_a_status_and_no_exception(self, app: Flask) -> None:
-        """A job that fails does not raise into the test."""
+    def test_failed_job_does_not_raise(self, app: Flask) -> None:
+        """A job that fails does not raise in the test."""
         with inline(app):
             job = run_background_job("tests.jobs.fail", retries=1)
         assert (job.status, job.error) == ("retrying", "ValueError: no")
 
-    def test_afterwards_jobs_wait_again(self, app: Flask) -> None:
-        """The block's end restores the usual way."""
+    def test_jobs_wait_again_after_the_block(self, app: Flask) -> None:
+        """After the block, jobs wait for a worker again."""
         with inline(app):
             pass
         job = run_background_job("tests.jobs.echo")
         _commit(app)
         assert stored(app, job).status == "pending"
 
-    def test_a_joined_job_runs_at_the_commit(self, app: Flask) -> None:
-        """With uncommitted changes the job runs when they commit, and not if they do not."""
+    def test_joined_job_runs_at_the_commit(self, app: Flask) -> None:
+        """A joined job runs when its transaction is committed, and not after a rollback."""
         session = app.extensions["sqlalchemy"].session
         session.execute(sa.text("CREATE TABLE thing (id INTEGER)"))
         session.commit()
@@ -118,8 +119,9 @@ class TestInline:
         assert state_of(app).store.get(lost.id) is None
         assert session.execute(sa.text("SELECT count(*) FROM thing")).scalar() == 1
 
-    def test_a_named_session_is_the_callers_to_commit(self, app: Flask) -> None:
-        """With ``session=`` the job runs when that session commits, and goes with its rollback."""
+    def test_job_of_given_session_runs_at_its_commit(self, app: Flask) -> None:
+        """With ``session=``, the job runs when that session is committed, and is lost with its
+        rollback."""
         session = app.extensions["sqlalchemy"].session
         with inline(app):
             lost = run_background_job("tests.jobs.echo", session=session)
@@ -128,12 +130,12 @@ class TestInline:
             job = run_background_job("tests.jobs.echo", parameters=[1], session=session)
             session.commit()
         assert job.status == "completed"
-        # SQLite gives the id of a job that never was to the next one.
+        # On SQLite, the next job has the id of the lost one.
         assert count_jobs(app) == 1
 
 
 def test_drain_needs_no_app_context(make_app: Callable[..., Flask]) -> None:
-    """``drain(app)`` pushes the context that it needs, also in memory."""
+    """``drain(app)`` pushes an app context, also in memory."""
     app = make_app(database_url="sqlite://")
     with app.app_context():
         run_background_job("tests.jobs.echo")
@@ -149,10 +151,8 @@ def test_drain_needs_no_app_context(make_app: Callable[..., Flask]) -> None:
 def test_uncommitted_changes_on_sqlite_are_refused(
     make_app: Callable[..., Flask], url: str | None
 ) -> None:
-    """Beside uncommitted changes SQLite can write nothing: both helpers say to commit first.
-
-    Leaving ``inline`` with such changes commits none of them.
-    """
+    """``drain`` and ``inline`` refuse uncommitted changes on SQLite, and leaving ``inline`` with
+    such changes does not commit them."""
     app = make_app() if url is None else make_app(database_url=url)
     with app.app_context():
         session = app.extensions["sqlalchemy"].session
@@ -172,12 +172,12 @@ def test_uncommitted_changes_on_sqlite_are_refused(
 
 
 def _bind_engines(app: Flask, connection: sa.Connection) -> None:
-    """As Flask-SQLAlchemy's own tests do."""
+    """Bind the engine, as Flask-SQLAlchemy's own tests do."""
     app.extensions["sqlalchemy"].engines[None] = connection
 
 
 def _bind_sessions(app: Flask, connection: sa.Connection) -> None:
-    """As SQLAlchemy's documentation does."""
+    """Bind all sessions, as the SQLAlchemy documentation does."""
     maker = sessionmaker(bind=connection, join_transaction_mode="create_savepoint")
     app.extensions["sqlalchemy"].session = scoped_session(maker)
 
@@ -190,14 +190,15 @@ def _bind_one_session(app: Flask, connection: sa.Connection) -> None:
 
 @pytest.fixture(params=[_bind_engines, _bind_sessions, _bind_one_session])
 def bound(request: pytest.FixtureRequest, database_url: str) -> Iterator[Flask]:
-    """An app whose tests roll back a transaction around them."""
+    """An app whose ``db.session`` is bound to a connection with a transaction that is rolled
+    back."""
     app = build_app(database_url)
     with app.app_context():
         db = app.extensions["sqlalchemy"]
         engine, session = db.engine, db.session
         if engine.name == "sqlite":
-            # As SQLAlchemy's documentation does, for savepoints to work.
-            sa.event.listen(engine, "connect", _leave_transactions_alone)
+            # The SQLAlchemy documentation recommends this for savepoints.
+            sa.event.listen(engine, "connect", _disable_implicit_transactions)
             sa.event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN"))
         db.create_all()
         with engine.begin() as connection:
@@ -219,7 +220,7 @@ def bound(request: pytest.FixtureRequest, database_url: str) -> Iterator[Flask]:
         state_of(app).store.dispose()
 
 
-def _leave_transactions_alone(connection: Any, _record: object) -> None:
+def _disable_implicit_transactions(connection: Any, _record: object) -> None:
     connection.isolation_level = None
 
 
@@ -229,11 +230,11 @@ def _add(app: Flask) -> Any:
     return session
 
 
-class TestInATransactionThatIsRolledBack:
-    """The tests of a host bind ``db.session`` to a connection, and roll its transaction back."""
+class TestInRolledBackTransaction:
+    """Tests of a host that bind ``db.session`` to a connection and roll back its transaction."""
 
     def test_inline_runs_jobs(self, bound: Flask) -> None:
-        """``inline`` runs what was committed, on the connection of the test."""
+        """``inline`` runs committed jobs on the connection of the test."""
         with inline(bound):
             alone = run_background_job("tests.jobs.echo", parameters=[1])
             assert (alone.status, alone.result) == ("completed", 1)
@@ -244,7 +245,7 @@ class TestInATransactionThatIsRolledBack:
             assert (joined.status, joined.result) == ("completed", 2)
 
     def test_drain_runs_jobs(self, bound: Flask) -> None:
-        """``drain`` finds the jobs of the test's transaction, and says to commit first."""
+        """``drain`` finds the jobs of the test's transaction, and refuses uncommitted changes."""
         session = _add(bound)
         run_background_job("tests.jobs.echo", parameters=[1])
         with pytest.raises(BgJobsError, match="commit before drain"):
@@ -254,8 +255,8 @@ class TestInATransactionThatIsRolledBack:
         session.commit()
         assert [o.result for o in drain(bound)] == [1, 2]
 
-    def test_what_is_asked_of_a_job(self, bound: Flask) -> None:
-        """``refresh``, ``wait`` and ``cancel`` see the job, and so do the queries of pages."""
+    def test_methods_of_a_job(self, bound: Flask) -> None:
+        """``refresh``, ``wait``, ``cancel`` and the queries of pages find the job."""
         session = _add(bound)
         job = run_background_job("tests.jobs.echo")
         session.commit()
@@ -265,7 +266,8 @@ class TestInATransactionThatIsRolledBack:
         with state_of(bound).store.reading(60), state_of(bound).store.read() as connection:
             assert connection.exec_driver_sql("SELECT count(*) FROM bgjobs_job").scalar() == 1
 
-    def test_a_worker_says_what_to_use_instead(self, bound: Flask) -> None:
-        """A worker needs several connections, and is refused."""
+    def test_worker_is_refused(self, bound: Flask) -> None:
+        """A worker needs several connections, so it is refused, and the error names
+        ``flask_bgjobs.testing``."""
         with pytest.raises(ConfigError, match=r"use flask_bgjobs\.testing"):
             Worker(state_of(bound))
