@@ -1,4 +1,4 @@
-"""The example shop, with its jobs run in this thread."""
+"""The example shop. Its jobs run in the thread of the test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CSV_HEAD = "sku,name,category,price,stock\n"
 MakeShop = Callable[..., Flask]
 
 
-# Not called `app`: pytest-flask would keep a request context open around every test, and all
+# Not named `app`: pytest-flask would keep a request context open around every test, and all
 # requests of the test would share one current_user.
 @pytest.fixture
 def make_shop(
@@ -42,13 +42,13 @@ def make_shop(
     for name in ("SHOP_DATABASE_URL", "SHOP_SMTP_HOST", "SHOP_ADMIN_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SHOP_INSTANCE_PATH", str(tmp_path / "instance"))
-    made: list[Flask] = []
+    shops: list[Flask] = []
     instance = tmp_path / "instance"
     instance.mkdir()
 
     def make(*, tables: bool = True, **overrides: Any) -> Flask:
         app = create_app({"TESTING": True, "WTF_CSRF_ENABLED": False, **overrides})
-        made.append(app)
+        shops.append(app)
         if tables and "SQLALCHEMY_DATABASE_URI" in overrides:
             _create_tables(app)
         elif tables and not (instance / "shop.sqlite").exists():
@@ -56,7 +56,7 @@ def make_shop(
         return app
 
     yield make
-    for app in made:
+    for app in shops:
         with app.app_context():
             db.session.remove()
             db.engine.dispose()
@@ -70,7 +70,7 @@ def _create_tables(app: Flask) -> None:
 
 @pytest.fixture(scope="module")
 def prepared_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with the shop's tables, to copy: to create them takes longer than a test."""
+    """A SQLite file with the shop's tables, to copy: creating them takes longer than a test."""
     folder = tmp_path_factory.mktemp("shop")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOP_INSTANCE_PATH", str(folder))
@@ -129,7 +129,7 @@ def statuses(shop: Flask) -> list[str]:
 
 class TestAccounts:
     def test_registration_signs_in_and_login_works_afterwards(self, shop: Flask) -> None:
-        """Who registers is signed in at once, and can sign in again with the password."""
+        """A registration signs the user in, and the user can sign in again with the password."""
         form = {"name": "Kim", "email": " Kim@Example.com ", "password": PASSWORD}
         client = shop.test_client()
         answer = client.post(
@@ -143,14 +143,14 @@ class TestAccounts:
         assert "Sign out" in client.get("/").text
 
     def test_password_is_stored_as_a_hash(self, shop: Flask) -> None:
-        """The database never holds the password itself."""
+        """The database contains only a hash of the password."""
         add_user(shop, "sam@example.com")
         (user,) = rows(shop, User)
         assert user.password_hash.startswith("scrypt:")
         assert PASSWORD not in user.password_hash
 
-    def test_address_is_taken_once(self, shop: Flask) -> None:
-        """A second registration with an address, in other letters too, is refused."""
+    def test_address_can_be_registered_once(self, shop: Flask) -> None:
+        """A second registration with the same address, in any case, is refused."""
         add_user(shop, "sam@example.com")
         form = {"name": "Sam", "email": "SAM@example.com", "password": PASSWORD}
         answer = shop.test_client().post("/auth/register", data={**form, "repeated": PASSWORD})
@@ -162,17 +162,17 @@ class TestAccounts:
         [("sam@example.com", "wrong password"), ("nobody@example.com", PASSWORD)],
     )
     def test_wrong_login_is_refused(self, shop: Flask, email: str, password: str) -> None:
-        """A wrong password and an unknown address get the same answer."""
+        """A wrong password and an unknown address give the same answer."""
         add_user(shop, "sam@example.com")
         answer = shop.test_client().post("/auth/login", data={"email": email, "password": password})
         assert "E-mail or password is wrong." in answer.text
 
-    def test_login_leads_to_the_page_that_asked_for_it(self, shop: Flask) -> None:
-        """After the login the visitor is where they wanted to be."""
+    def test_login_leads_to_requested_page(self, shop: Flask) -> None:
+        """After the login, the user is redirected to the requested page."""
         add_user(shop, "sam@example.com")
         client = shop.test_client()
-        asked = client.get("/orders").location
-        answer = client.post(asked, data={"email": "sam@example.com", "password": PASSWORD})
+        login = client.get("/orders").location
+        answer = client.post(login, data={"email": "sam@example.com", "password": PASSWORD})
         assert answer.location == "/orders"
 
     @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ class TestAccounts:
             "/\n/evil.example",
         ],
     )
-    def test_login_leads_to_no_other_site(self, target: str) -> None:
-        """Only addresses of this site are followed."""
+    def test_login_redirects_only_to_own_site(self, target: str) -> None:
+        """Addresses of other sites are not local."""
         assert not is_local(target)
 
     def test_forms_without_a_token_are_refused(self, make_shop: MakeShop) -> None:
-        """A form that did not come from this shop changes nothing."""
+        """A form without a CSRF token changes nothing."""
         shop = make_shop(WTF_CSRF_ENABLED=True)
         form = {"name": "Kim", "email": "kim@example.com", "password": PASSWORD}
         answer = shop.test_client().post("/auth/register", data={**form, "repeated": PASSWORD})
@@ -203,7 +203,7 @@ class TestAccounts:
 
 class TestProducts:
     def test_list_is_searched_and_paged(self, shop: Flask) -> None:
-        """The list shows a page at a time, and only what the search matches."""
+        """The list has pages, and shows only products that match the search."""
         for number in range(30):
             add_product(shop, f"V-{number}", f"Vase {number:02}")
         add_product(shop, "L-1", "100% linen cloth")
@@ -226,22 +226,22 @@ class TestProducts:
             "/?page=1&_external=1&_scheme=x&endpoint=y",
         ],
     )
-    def test_odd_addresses_are_answered(self, shop: Flask, address: str) -> None:
-        """No page number and no search breaks the list."""
+    def test_invalid_queries_are_answered(self, shop: Flask, address: str) -> None:
+        """The list answers any page number and search with 200."""
         for number in range(30):
             add_product(shop, f"V-{number}")
         assert shop.test_client().get(address).status_code == 200
 
     def test_unknown_products_are_not_found(self, shop: Flask) -> None:
-        """Ids that do not exist, or could not, are a 404."""
+        """Missing and impossible ids are a 404."""
         client = shop.test_client()
         assert client.get("/products/7").status_code == 404
         assert client.get(f"/products/{10**30}").status_code == 404
 
 
 class TestOrders:
-    def test_order_brings_a_receipt(self, shop: Flask) -> None:
-        """An order takes stock, and its job writes the receipt into the outbox."""
+    def test_order_creates_a_receipt(self, shop: Flask) -> None:
+        """An order reduces the stock, and its job writes the receipt to the outbox."""
         product_id = add_product(shop)
         client = signed_in(shop)
         client.post(f"/products/{product_id}/order", data={"quantity": 2})
@@ -255,10 +255,10 @@ class TestOrders:
         assert "on its way" not in client.get("/orders").text
 
     @pytest.mark.on("postgresql", "mysql")
-    def test_order_on_a_server_brings_a_receipt(
+    def test_order_on_a_server_creates_a_receipt(
         self, make_shop: MakeShop, database_url: str
     ) -> None:
-        """On a database server an order and its receipt go the same way."""
+        """On a database server, an order creates a receipt as well."""
         shop = make_shop(SQLALCHEMY_DATABASE_URI=database_url)
         product_id = add_product(shop, name="Blaue Eule 🦉")
         signed_in(shop).post(f"/products/{product_id}/order", data={"quantity": 2})
@@ -266,8 +266,8 @@ class TestOrders:
         (mail,) = rows(shop, OutboxMail)
         assert "Eule 🦉" in mail.body
 
-    def test_receipt_job_may_run_twice(self, shop: Flask) -> None:
-        """A receipt job that runs again sends no second mail."""
+    def test_receipt_job_is_idempotent(self, shop: Flask) -> None:
+        """A receipt job that runs again does not send a second mail."""
         product_id = add_product(shop)
         signed_in(shop).post(f"/products/{product_id}/order", data={"quantity": 1})
         from example_app.jobs import send_receipt
@@ -282,10 +282,10 @@ class TestOrders:
             "outbox: sam@example.com",
         ]
 
-    def test_order_and_job_stand_or_fall_together(
+    def test_order_and_job_are_one_transaction(
         self, shop: Flask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """When the order cannot be committed, there is no job either."""
+        """If the order cannot be committed, its job is not enqueued."""
         product_id = add_product(shop)
         client = signed_in(shop)
 
@@ -305,22 +305,22 @@ class TestOrders:
 
     @pytest.mark.parametrize("quantity", ["6", "0", "-1", "101", "x", ""])
     def test_impossible_quantities_are_refused(self, shop: Flask, quantity: str) -> None:
-        """More than is in stock, nothing, and nonsense place no order."""
+        """A quantity that is invalid, or exceeds the stock, places no order."""
         product_id = add_product(shop, stock=5)
         client = signed_in(shop)
         client.post(f"/products/{product_id}/order", data={"quantity": quantity})
         assert rows(shop, Order) == []
         assert rows(shop, Product)[0].stock == 5
 
-    def test_strangers_cannot_order(self, shop: Flask) -> None:
-        """An order needs a login."""
+    def test_order_needs_a_login(self, shop: Flask) -> None:
+        """Without a login, an order is redirected to the login page."""
         product_id = add_product(shop)
         answer = shop.test_client().post(f"/products/{product_id}/order", data={"quantity": 1})
         assert answer.location.startswith("/auth/login")
         assert rows(shop, Order) == []
 
-    def test_orders_of_others_are_not_shown(self, shop: Flask) -> None:
-        """Everybody sees their own orders only."""
+    def test_users_see_only_their_own_orders(self, shop: Flask) -> None:
+        """A user does not see the orders of other users."""
         product_id = add_product(shop)
         signed_in(shop).post(f"/products/{product_id}/order", data={"quantity": 1})
         other = signed_in(shop, "kim@example.com")
@@ -328,18 +328,18 @@ class TestOrders:
 
 
 class MailServer(socketserver.ThreadingTCPServer):
-    """Speaks just enough SMTP to take a mail, and answers DATA with ``answer``."""
+    """A minimal SMTP server that answers DATA with ``answer``."""
 
     allow_reuse_address = True
     daemon_threads = True
 
     def __init__(self, answer: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), MailTalk)
+        super().__init__(("127.0.0.1", 0), SmtpHandler)
         self.answer = answer
         self.mails: list[str] = []
 
 
-class MailTalk(socketserver.StreamRequestHandler):
+class SmtpHandler(socketserver.StreamRequestHandler):
     server: MailServer
 
     def handle(self) -> None:
@@ -391,7 +391,7 @@ class TestMail:
     def test_receipt_is_sent(
         self, make_shop: MakeShop, mail_server: Callable[[bytes], MailServer]
     ) -> None:
-        """With a mail server configured, the receipt is really sent, once."""
+        """With a mail server configured, the receipt is sent once."""
         server = mail_server(b"250 taken")
         shop = self.order_with(make_shop, server)
         assert statuses(shop) == [JobStatus.COMPLETED]
@@ -400,7 +400,7 @@ class TestMail:
         assert "Message-ID: <receipt-1@example.com>" in mail
         assert rows(shop, OutboxMail)[0].transport == "smtp"
 
-    def test_busy_server_is_asked_again(
+    def test_temporary_refusal_is_retried(
         self, make_shop: MakeShop, mail_server: Callable[[bytes], MailServer]
     ) -> None:
         """A temporary refusal uses a retry."""
@@ -408,17 +408,17 @@ class TestMail:
         assert statuses(shop) == [JobStatus.RETRYING]
         assert rows(shop, OutboxMail)[0].sent_at is None
 
-    def test_final_refusal_is_final(
+    def test_permanent_refusal_is_not_retried(
         self, make_shop: MakeShop, mail_server: Callable[[bytes], MailServer]
     ) -> None:
         """A permanent refusal fails the job at once."""
         shop = self.order_with(make_shop, mail_server(b"554 never"))
         assert statuses(shop) == [JobStatus.FAILED]
 
-    def test_missing_server_is_asked_again(
+    def test_missing_server_is_retried(
         self, make_shop: MakeShop, mail_server: Callable[[bytes], MailServer]
     ) -> None:
-        """No answer at all uses a retry."""
+        """A refused connection uses a retry."""
         server = mail_server(b"250 taken")
         server.shutdown()
         server.server_close()
@@ -428,7 +428,7 @@ class TestMail:
 
 class TestImport:
     def test_import_creates_updates_and_counts(self, shop: Flask) -> None:
-        """The job creates and updates by SKU, and counts lines that it cannot use."""
+        """The job creates and updates products by SKU, and counts invalid lines."""
         add_product(shop, "A-1", "Old name")
         admin = signed_in(shop, is_admin=True)
         text = (
@@ -446,8 +446,8 @@ class TestImport:
         }
         assert "completed" in admin.get(page).text
 
-    def test_importing_again_changes_nothing(self, shop: Flask) -> None:
-        """The same file a second time finds every product as it should be."""
+    def test_second_import_changes_nothing(self, shop: Flask) -> None:
+        """A second import of the same file changes no product."""
         admin = signed_in(shop, is_admin=True)
         text = samples.product_csv(300).decode()
         upload(admin, text)
@@ -457,21 +457,23 @@ class TestImport:
         assert first == {"created": 295, "updated": 0, "unchanged": 0, "bad": 5}
         assert second == {"created": 0, "updated": 0, "unchanged": 295, "bad": 5}
 
-    def test_interrupted_import_goes_on(self, shop: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An attempt that broke off is continued by the next one, and no row counts twice."""
+    def test_interrupted_import_continues(
+        self, shop: Flask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The next attempt continues an interrupted import, and counts no row twice."""
         admin = signed_in(shop, is_admin=True)
         upload(admin, samples.product_csv(300).decode())
         from example_app import jobs
 
         import_chunk, calls = jobs._import_chunk, []
 
-        def breaks_once(*arguments: Any) -> None:
+        def fail_on_second_call(*arguments: Any) -> None:
             calls.append(arguments)
             if len(calls) == 2:
                 raise ConnectionError("the plug was pulled")
             import_chunk(*arguments)
 
-        monkeypatch.setattr(jobs, "_import_chunk", breaks_once)
+        monkeypatch.setattr(jobs, "_import_chunk", fail_on_second_call)
         assert statuses(shop) == [JobStatus.RETRYING]
         assert rows(shop, ProductUpload)[0].rows_done == jobs.IMPORT_CHUNK
         shop.extensions["bgjobs"].store.retry([rows(shop, Job)[0].id])
@@ -479,20 +481,20 @@ class TestImport:
         assert rows(shop, Job)[0].result == {"created": 295, "updated": 0, "unchanged": 0, "bad": 5}
 
     @pytest.mark.parametrize(
-        ("text", "why"),
+        ("text", "reason"),
         [
             ("name,price\nx,1\n", "lacks the columns sku"),
             ("", "lacks the columns sku, name, price"),
             ("\x00\x00", "lacks the columns"),
         ],
     )
-    def test_file_that_is_no_product_file_fails(self, shop: Flask, text: str, why: str) -> None:
-        """A file without the columns fails at once and says what is missing."""
+    def test_file_without_columns_fails(self, shop: Flask, text: str, reason: str) -> None:
+        """A file without the required columns fails the job at once, and the error names them."""
         admin = signed_in(shop, is_admin=True)
         page = upload(admin, text).location
         assert statuses(shop) == [JobStatus.FAILED]
-        assert why in rows(shop, Job)[0].error
-        assert why in admin.get(page).text
+        assert reason in rows(shop, Job)[0].error
+        assert reason in admin.get(page).text
 
     @pytest.mark.parametrize(
         "row",
@@ -509,16 +511,16 @@ class TestImport:
             "A",
         ],
     )
-    def test_bad_line_is_counted_and_no_more(self, shop: Flask, row: str) -> None:
-        """A line that makes no sense is counted, and the lines after it are imported."""
+    def test_invalid_line_is_counted_and_skipped(self, shop: Flask, row: str) -> None:
+        """An invalid line is counted, and the lines after it are imported."""
         admin = signed_in(shop, is_admin=True)
         upload(admin, f"{CSV_HEAD}{row}\nB-2,Bowl,,4,1\n")
         assert statuses(shop) == [JobStatus.COMPLETED]
         assert rows(shop, Job)[0].result["bad"] == 1
         assert [product.sku for product in rows(shop, Product)] == ["B-2"]
 
-    def test_other_files_are_refused(self, shop: Flask) -> None:
-        """Only .csv files are taken, and only small ones."""
+    def test_other_and_large_files_are_refused(self, shop: Flask) -> None:
+        """Only ``.csv`` files of limited size are accepted."""
         admin = signed_in(shop, is_admin=True)
         assert "ends in .csv" in upload(admin, "x", "products.exe").text
         large = admin.post(
@@ -533,7 +535,7 @@ class TestImport:
 def picture(
     kind: str = "PNG", size: tuple[int, int] = (600, 300), mode: str = "RGB", **options: Any
 ) -> bytes:
-    """A picture whose left half is red and whose right half is blue, where it has colours."""
+    """A picture with a red left half and a blue right half, if its mode has colours."""
     made = Image.new("RGB", size, "blue")
     ImageDraw.Draw(made).rectangle((0, 0, size[0] // 2, size[1]), fill="red")
     data = io.BytesIO()
@@ -548,24 +550,24 @@ def send_photo(
     return client.post(f"/admin/products/{product_id}/photo", data={"file": file})
 
 
-def files(shop: Flask) -> set[str]:
-    """The names of all files of photos."""
+def photo_files(shop: Flask) -> set[str]:
+    """The names of all photo files."""
     folder = Path(shop.instance_path, "photos")
     return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
-def files_of(name: str) -> set[str]:
+def expected_files(name: str) -> set[str]:
     return {name, f"{name}-160.webp", f"{name}-480.webp"}
 
 
-def shown(client: FlaskClient, name: str, size: int) -> Image.Image:
+def thumbnail(client: FlaskClient, name: str, size: int) -> Image.Image:
     with client.get(f"/photos/{name}-{size}.webp") as answer:
         assert (answer.status_code, answer.mimetype) == (200, "image/webp")
         return Image.open(io.BytesIO(answer.data))
 
 
-def black(size: tuple[int, int]) -> bytes:
-    """A PNG that is small as a file, however large it is."""
+def black_png(size: tuple[int, int]) -> bytes:
+    """A PNG that is a small file at any size of the picture."""
     data = io.BytesIO()
     Image.new("1", size).save(data, "PNG")
     return data.getvalue()
@@ -580,8 +582,8 @@ class TestPhotos:
         ("kind", "filename"), [("JPEG", "a.jpg"), ("PNG", "a.PNG"), ("WEBP", "../a.webp")]
     )
     def test_upload_becomes_two_thumbnails(self, shop: Flask, kind: str, filename: str) -> None:
-        """Pages say that the photo is being made until the job has made both sizes; then they
-        show it."""
+        """Pages say that the photo is being made until the job has made both sizes, and then show
+        it."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         assert 'class="photo' not in admin.get("/").text
@@ -594,13 +596,14 @@ class TestPhotos:
             text = admin.get(address).text
             assert f"/photos/{product.photo}-{size}.webp" in text
             assert "being made" not in text
-        stranger = shop.test_client()
-        assert shown(stranger, product.photo, 480).size == (480, 240)
-        assert shown(stranger, product.photo, 160).size == (160, 80)
-        assert files(shop) == files_of(product.photo)
+        visitor = shop.test_client()
+        assert thumbnail(visitor, product.photo, 480).size == (480, 240)
+        assert thumbnail(visitor, product.photo, 160).size == (160, 80)
+        assert photo_files(shop) == expected_files(product.photo)
 
-    def test_job_runs_in_the_process_pool_and_tells_what_it_does(self, shop: Flask) -> None:
-        """Its queue belongs to the process pool; it has a timeout, progress and log lines."""
+    def test_photo_job_uses_process_pool_and_reports_progress(self, shop: Flask) -> None:
+        """The job's queue belongs to the process pool; the job has a timeout, progress and log
+        lines."""
         product_id = add_product(shop)
         send_photo(signed_in(shop, is_admin=True), product_id, picture())
         drain(shop)
@@ -615,10 +618,10 @@ class TestPhotos:
             "160 x 80 pixels, ",
         ]
 
-    def test_photo_is_turned_and_tells_nothing_more(self, shop: Flask) -> None:
-        """A photo is turned as the camera was held; where it was taken is not passed on."""
+    def test_photo_is_rotated_and_metadata_removed(self, shop: Flask) -> None:
+        """A photo is rotated by its EXIF orientation, and all metadata is removed."""
         exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was held upright
+        exif[0x0112] = 6  # the camera was rotated
         exif[0x010F] = "Some Camera"
         exif.get_ifd(0x8825)[1] = "N"
         product_id = add_product(shop)
@@ -628,7 +631,7 @@ class TestPhotos:
         send_photo(admin, product_id, content, "a.jpg")
         assert statuses(shop) == [JobStatus.COMPLETED]
         (product,) = rows(shop, Product)
-        made = shown(admin, product.photo, 480)
+        made = thumbnail(admin, product.photo, 480)
         assert made.size == (240, 480)
         top, bottom = (made.convert("RGB").getpixel((120, y)) for y in (20, 460))
         assert top[0] > 200 > bottom[0]
@@ -636,29 +639,29 @@ class TestPhotos:
         assert not made.getexif()
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-    def test_every_kind_of_png_is_taken(self, shop: Flask, mode: str) -> None:
-        """Palettes, greys and transparency all become thumbnails."""
+    def test_all_png_modes_are_accepted(self, shop: Flask, mode: str) -> None:
+        """PNGs with palettes, greys and transparency become thumbnails."""
         product_id = add_product(shop)
         send_photo(signed_in(shop, is_admin=True), product_id, picture(mode=mode))
         assert statuses(shop) == [JobStatus.COMPLETED]
 
-    def test_print_colours_are_taken(self, shop: Flask) -> None:
-        """A CMYK JPEG becomes a picture in the web's colours."""
+    def test_cmyk_is_accepted(self, shop: Flask) -> None:
+        """A CMYK JPEG becomes a thumbnail."""
         product_id = add_product(shop)
         content = picture("JPEG", mode="CMYK")
         send_photo(signed_in(shop, is_admin=True), product_id, content, "a.jpeg")
         assert statuses(shop) == [JobStatus.COMPLETED]
 
-    def test_small_photo_is_not_blown_up(self, shop: Flask) -> None:
-        """A photo that is smaller than a thumbnail keeps its size."""
+    def test_small_photo_is_not_enlarged(self, shop: Flask) -> None:
+        """A photo smaller than a thumbnail keeps its size."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         send_photo(admin, product_id, picture(size=(20, 10)))
         drain(shop)
-        assert shown(admin, rows(shop, Product)[0].photo, 480).size == (20, 10)
+        assert thumbnail(admin, rows(shop, Product)[0].photo, 480).size == (20, 10)
 
     @pytest.mark.parametrize(
-        ("content", "filename", "why"),
+        ("content", "filename", "reason"),
         [
             (b"", "a.png", "not a JPEG, PNG or WebP picture"),
             (b"not a picture", "a.png", "not a JPEG, PNG or WebP picture"),
@@ -667,9 +670,9 @@ class TestPhotos:
             (picture(), "a.gif", "Choose a .jpg, .png or .webp file."),
             (picture(), "a", "Choose a .jpg, .png or .webp file."),
             (damaged(picture("WEBP")), "a.webp", "not a JPEG, PNG or WebP picture"),
-            (black((8_000, 5_001)), "a.png", "more than 40 million pixels"),
-            (black((10_000, 10_000)), "a.png", "more than 40 million pixels"),
-            (black((20_000, 10_000)), "a.png", "more than 40 million pixels"),
+            (black_png((8_000, 5_001)), "a.png", "more than 40 million pixels"),
+            (black_png((10_000, 10_000)), "a.png", "more than 40 million pixels"),
+            (black_png((20_000, 10_000)), "a.png", "more than 40 million pixels"),
         ],
         ids=[
             "empty",
@@ -684,20 +687,21 @@ class TestPhotos:
             "bomb",
         ],
     )
-    def test_what_is_no_photo_is_refused(
-        self, shop: Flask, content: bytes, filename: str, why: str
+    def test_invalid_upload_is_refused(
+        self, shop: Flask, content: bytes, filename: str, reason: str
     ) -> None:
-        """The upload of anything else is answered with the reason, and leaves nothing behind."""
+        """An upload that is not a valid photo is answered with the reason, and creates no job and
+        no file."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         answer = send_photo(admin, product_id, content, filename)
         assert answer.status_code == 200
-        assert why in answer.text
-        assert (rows(shop, Job), files(shop)) == ([], set())
+        assert reason in answer.text
+        assert (rows(shop, Job), photo_files(shop)) == ([], set())
         assert rows(shop, Product)[0].photo is None
 
     def test_large_file_is_refused(self, shop: Flask) -> None:
-        """More than MAX_UPLOAD_BYTES are not even read."""
+        """A file larger than MAX_UPLOAD_BYTES is refused."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         large = admin.post(
@@ -706,11 +710,11 @@ class TestPhotos:
             content_type="multipart/form-data; boundary=x",
         )
         assert large.status_code == 413
-        assert (rows(shop, Job), files(shop)) == ([], set())
+        assert (rows(shop, Job), photo_files(shop)) == ([], set())
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-    def test_damaged_photo_fails_for_good(self, shop: Flask, kind: str) -> None:
-        """A file that breaks off fails the job without a retry, and its page says why."""
+    def test_damaged_photo_fails_without_a_retry(self, shop: Flask, kind: str) -> None:
+        """A truncated file fails the job without a retry, and the page shows the reason."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         page = send_photo(admin, product_id, damaged(picture(kind)), f"a.{kind.lower()}").location
@@ -721,7 +725,7 @@ class TestPhotos:
         assert "No photo" in admin.get("/").text
 
     def test_replaced_photo_is_removed(self, shop: Flask) -> None:
-        """A new photo takes the place of the old one, of which no file is left."""
+        """A new photo replaces the old one, whose files are deleted."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         send_photo(admin, product_id, picture())
@@ -732,42 +736,42 @@ class TestPhotos:
         assert admin.get(f"/photos/{before}-480.webp").status_code == 404
         drain(shop)
         after = rows(shop, Product)[0].photo
-        assert files(shop) == files_of(after)
-        assert shown(admin, after, 480).size == (240, 480)
+        assert photo_files(shop) == expected_files(after)
+        assert thumbnail(admin, after, 480).size == (240, 480)
 
-    def test_photo_that_was_replaced_before_its_job_ran_leaves_nothing(self, shop: Flask) -> None:
-        """The first of two uploads in a row is never shown, and its job ends well."""
+    def test_photo_replaced_before_its_job_leaves_no_file(self, shop: Flask) -> None:
+        """If a photo is replaced before its job runs, the job completes and creates no file."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         for _ in range(2):
             send_photo(admin, product_id, picture())
         assert statuses(shop) == [JobStatus.COMPLETED] * 2
         assert [job.result for job in rows(shop, Job)] == ["photo was replaced", "made"]
-        assert files(shop) == files_of(rows(shop, Product)[0].photo)
+        assert photo_files(shop) == expected_files(rows(shop, Product)[0].photo)
 
-    def test_photo_that_is_replaced_while_its_job_runs_leaves_nothing(
+    def test_photo_replaced_during_its_job_leaves_no_file(
         self, shop: Flask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What a job has made of a photo that is replaced meanwhile is removed by the job."""
+        """If a photo is replaced while its job runs, the job deletes the files that it made."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         send_photo(admin, product_id, picture())
         make_thumbnails, calls = photos.make_thumbnails, []
 
-        def replaced_at_first(name: str) -> Iterator[photos.Thumbnail]:
+        def replace_during_first_call(name: str) -> Iterator[photos.Thumbnail]:
             calls.append(name)
             made = list(make_thumbnails(name))
             if len(calls) == 1:
                 send_photo(admin, product_id, picture())
             return iter(made)
 
-        monkeypatch.setattr(photos, "make_thumbnails", replaced_at_first)
+        monkeypatch.setattr(photos, "make_thumbnails", replace_during_first_call)
         assert statuses(shop) == [JobStatus.COMPLETED] * 2
         assert [job.result for job in rows(shop, Job)] == ["photo was replaced", "made"]
-        assert files(shop) == files_of(rows(shop, Product)[0].photo)
+        assert photo_files(shop) == expected_files(rows(shop, Product)[0].photo)
 
-    def test_job_may_run_twice(self, shop: Flask) -> None:
-        """A job that runs again makes the same files again."""
+    def test_photo_job_is_idempotent(self, shop: Flask) -> None:
+        """A job that runs again makes the same files."""
         from example_app.jobs import make_thumbnails
 
         product_id = add_product(shop)
@@ -776,17 +780,18 @@ class TestPhotos:
             name = rows(shop, Product)[0].photo
             make_thumbnails.enqueue(product_id, name)
         assert statuses(shop) == [JobStatus.COMPLETED] * 2
-        assert files(shop) == files_of(name)
+        assert photo_files(shop) == expected_files(name)
 
-    def test_upload_that_is_not_committed_leaves_no_file(
+    def test_uncommitted_upload_leaves_no_file(
         self, shop: Flask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """When the product cannot be saved, neither file nor job stays, and the old photo does."""
+        """If the product cannot be saved, no file and no job is created, and the old photo is
+        kept."""
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         send_photo(admin, product_id, picture())
         drain(shop)
-        kept = files(shop)
+        kept = photo_files(shop)
 
         def refuse(*_: object) -> None:
             raise RuntimeError("the disk is full")
@@ -798,11 +803,11 @@ class TestPhotos:
                 send_photo(admin, product_id, picture())
         finally:
             sa.event.remove(db.session, "before_commit", refuse)
-        assert files(shop) == kept == files_of(rows(shop, Product)[0].photo)
+        assert photo_files(shop) == kept == expected_files(rows(shop, Product)[0].photo)
         assert len(rows(shop, Job)) == 1
 
     def test_only_thumbnails_are_served(self, shop: Flask) -> None:
-        """Uploads, other sizes and other files cannot be fetched."""
+        """Uploads, other sizes and other files are a 404."""
         product_id = add_product(shop)
         client = signed_in(shop, is_admin=True)
         send_photo(client, product_id, picture())
@@ -817,8 +822,8 @@ class TestPhotos:
         ):
             assert client.get(address).status_code == 404
 
-    def test_drawn_photos_are_photos(self) -> None:
-        """The pictures that the seed draws are as good as uploads, and always the same."""
+    def test_sample_photos_are_valid(self) -> None:
+        """The sample photos of ``seed`` are valid uploads, and always the same."""
         drawn = draw_photo("SHOP-0001")
         photos.check(drawn)
         assert drawn == draw_photo("SHOP-0001") != draw_photo("SHOP-0002")
@@ -826,8 +831,8 @@ class TestPhotos:
 
 class TestTrouble:
     @pytest.mark.parametrize("name", ["hang", "stubborn", "crash"])
-    def test_page_sends_them_to_child_processes(self, shop: Flask, name: str) -> None:
-        """The page enqueues each into a queue of the process pool, and leads to the job."""
+    def test_page_enqueues_into_process_pool(self, shop: Flask, name: str) -> None:
+        """The page enqueues each job into a queue of the process pool, and redirects to the job."""
         admin = signed_in(shop, is_admin=True)
         assert f"/admin/trouble/{name}" in admin.get("/admin/trouble").text
         answer = admin.post(f"/admin/trouble/{name}", data={"queue": "default"})
@@ -837,23 +842,23 @@ class TestTrouble:
         assert shop.config["BGJOBS_QUEUE_POOLS"][job.queue] == "process"
 
     @pytest.mark.parametrize("job", [trouble.hang, trouble.stubborn, trouble.crash])
-    def test_they_refuse_to_run_in_the_workers_own_process(self, shop: Flask, job: Any) -> None:
-        """However it got there, such a job fails at once outside a child process."""
+    def test_job_fails_outside_a_child_process(self, shop: Flask, job: Any) -> None:
+        """In a thread of the worker, such a job fails at once."""
         with shop.app_context():
             job.using(queue="default").enqueue()
         assert statuses(shop) == [JobStatus.FAILED]
         assert "runs only in a child process" in rows(shop, Job)[0].error
 
     @pytest.mark.parametrize("address", ["/admin/trouble/hang", "/admin/trouble/mischief"])
-    def test_others_cannot_start_any(self, shop: Flask, address: str) -> None:
-        """Customers cannot start one, and nobody one that does not exist."""
+    def test_only_administrators_can_start_jobs(self, shop: Flask, address: str) -> None:
+        """A customer cannot start a job, and an unknown job cannot be started."""
         assert signed_in(shop).post(address).status_code in (403, 404)
         assert rows(shop, Job) == []
 
 
 class TestReports:
     def test_report_is_built_and_downloaded(self, shop: Flask) -> None:
-        """The job sums up the days' orders, and the page offers the file."""
+        """The job sums up the orders of the days, and the page offers the file."""
         product_id = add_product(shop, name='=HYPERLINK("x")')
         admin = signed_in(shop, is_admin=True)
         for quantity in (1, 2):
@@ -874,7 +879,7 @@ class TestReports:
         assert address in admin.get("/admin/reports").text
 
     def test_days_in_the_wrong_order_are_refused(self, shop: Flask) -> None:
-        """A report needs its first day first."""
+        """A report whose last day is before its first is refused."""
         admin = signed_in(shop, is_admin=True)
         answer = admin.post("/admin/reports", data={"since": "2026-02-02", "until": "2026-02-01"})
         assert "before the first" in answer.text
@@ -885,24 +890,24 @@ class TestAccess:
     ADMIN_PAGES = ("/jobs/", "/admin/imports", "/admin/reports", "/admin/outbox", "/admin/trouble")
 
     @pytest.mark.parametrize("address", ADMIN_PAGES)
-    def test_strangers_are_asked_to_sign_in(self, shop: Flask, address: str) -> None:
-        """Without a login, administrators' pages lead to the login page."""
+    def test_anonymous_visitors_are_redirected_to_login(self, shop: Flask, address: str) -> None:
+        """Without a login, pages for administrators redirect to the login page."""
         answer = shop.test_client().get(address)
         assert answer.status_code == 302
         assert answer.location.startswith("/auth/login?next=")
 
     @pytest.mark.parametrize("address", ADMIN_PAGES)
-    def test_customers_are_kept_out(self, shop: Flask, address: str) -> None:
-        """A login alone opens none of the administrators' pages."""
+    def test_customers_get_403(self, shop: Flask, address: str) -> None:
+        """Customers cannot open pages for administrators."""
         assert signed_in(shop).get(address).status_code == 403
 
     @pytest.mark.parametrize("address", ADMIN_PAGES)
-    def test_administrators_get_in(self, shop: Flask, address: str) -> None:
-        """Administrators see their pages, the dashboard among them."""
+    def test_administrators_have_access(self, shop: Flask, address: str) -> None:
+        """Administrators can open their pages and the dashboard."""
         assert signed_in(shop, is_admin=True).get(address).status_code == 200
 
-    def test_the_audit_names_them(self, shop: Flask) -> None:
-        """What administrators change in the dashboard is written down with their address."""
+    def test_audit_trail_names_the_administrator(self, shop: Flask) -> None:
+        """The audit trail records the address of the administrator."""
         admin = signed_in(shop, is_admin=True)
         answer = admin.get("/jobs/api/v1/queues")
         headers = {"X-CSRFToken": answer.headers["X-CSRFToken"]}
@@ -911,8 +916,8 @@ class TestAccess:
         (entry,) = admin.get("/jobs/api/v1/audit").json["entries"]
         assert (entry["action"], entry["actor"]) == ("pause", "sam@example.com")
 
-    def test_pages_may_run_no_scripts(self, shop: Flask) -> None:
-        """The shop's pages say that they hold no script and are in no frame."""
+    def test_policy_forbids_scripts_and_frames(self, shop: Flask) -> None:
+        """The Content-Security-Policy of the shop forbids scripts and frames."""
         policy = shop.test_client().get("/").headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "script-src" not in policy
@@ -921,7 +926,7 @@ class TestAccess:
 
 class TestSampleJob:
     def test_route_runs_the_sample_job(self, shop: Flask) -> None:
-        """The route enqueues the job by name, links to it, and the job runs."""
+        """The route enqueues the job by name and links to it, and the job runs."""
         admin = signed_in(shop, is_admin=True)
         page = admin.get("/test-background-job").text
         (job,) = rows(shop, Job)
@@ -931,8 +936,8 @@ class TestSampleJob:
         assert statuses(shop) == [JobStatus.COMPLETED]
         assert rows(shop, Job)[0].result == "HELLO FROM THE SHOP"
 
-    def test_other_sites_cannot_start_it(self, shop: Flask) -> None:
-        """A link on another site enqueues nothing."""
+    def test_cross_site_request_is_refused(self, shop: Flask) -> None:
+        """A request from another site enqueues nothing."""
         client = signed_in(shop)
         answer = client.get("/test-background-job", headers={"Sec-Fetch-Site": "cross-site"})
         assert answer.status_code == 403
@@ -940,29 +945,29 @@ class TestSampleJob:
 
 
 class TestCommands:
-    def test_seed_may_be_called_again(self, shop: Flask) -> None:
-        """The second call adds nothing and prints the same password, which works."""
+    def test_seed_is_idempotent(self, shop: Flask) -> None:
+        """The second call adds nothing and prints the same password, which is valid."""
         runner = shop.test_cli_runner()
         first, second = (runner.invoke(args=["seed"]) for _ in range(2))
         assert "60 products, 40 orders and 24 photos" in first.output
         assert "0 products, 0 orders and 0 photos" in second.output
-        said = re.search(r"Administrator: (\S+), password: (\S+)", second.output)
-        assert said is not None
-        assert said[0] in first.output
+        account = re.search(r"Administrator: (\S+), password: (\S+)", second.output)
+        assert account is not None
+        assert account[0] in first.output
         client = shop.test_client()
-        client.post("/auth/login", data={"email": said[1], "password": said[2]})
+        client.post("/auth/login", data={"email": account[1], "password": account[2]})
         assert client.get("/admin/imports").status_code == 200
 
     def test_seed_fills_the_first_page_with_photos(self, shop: Flask) -> None:
-        """After the seed's jobs have run, every product on the first page has its thumbnail."""
+        """After the jobs of ``seed`` have run, every product on the first page has a thumbnail."""
         shop.test_cli_runner().invoke(args=["seed"])
         assert statuses(shop) == [JobStatus.COMPLETED] * samples.SAMPLE_PHOTOS
         page = shop.test_client().get("/").text
         assert page.count("-160.webp") == samples.SAMPLE_PHOTOS
         assert "No photo" not in page
 
-    def test_products_with_photos_come_first(self, shop: Flask) -> None:
-        """However many products an import adds, the first page shows those with photos."""
+    def test_products_with_photos_are_listed_first(self, shop: Flask) -> None:
+        """The first page shows products with photos, however many others there are."""
         admin = signed_in(shop, is_admin=True)
         product_id = add_product(shop, name="Zebra")
         for number in range(30):
@@ -971,8 +976,8 @@ class TestCommands:
         send_photo(admin, product_id, picture())
         assert "Zebra" in admin.get("/").text
 
-    def test_seed_takes_the_password_from_the_environment(self, make_shop: MakeShop) -> None:
-        """A configured password is used, and replaces an older one."""
+    def test_seed_uses_the_configured_password(self, make_shop: MakeShop) -> None:
+        """A configured password replaces an older one."""
         shop = make_shop()
         shop.test_cli_runner().invoke(args=["seed"])
         shop.config["SHOP_ADMIN_PASSWORD"] = "another password"
@@ -982,8 +987,8 @@ class TestCommands:
             assert admin is not None
             assert admin.has_password("another password")
 
-    def test_sample_jobs_are_a_lively_mix(self, shop: Flask, monkeypatch: Any) -> None:
-        """Some succeed, some wait, some will be tried again, and one fails for good."""
+    def test_sample_jobs_reach_different_statuses(self, shop: Flask, monkeypatch: Any) -> None:
+        """Of the sample jobs, some complete, some wait, some will be retried, and some fail."""
         monkeypatch.setattr("example_app.jobs.time.sleep", lambda seconds: None)
         runner = shop.test_cli_runner()
         runner.invoke(args=["seed"])
@@ -999,18 +1004,18 @@ class TestCommands:
 
 
 class TestMigrations:
-    def test_migrations_make_the_tables_of_the_models(
+    def test_migrations_match_the_models(
         self, make_shop: MakeShop, empty_database_url: str
     ) -> None:
-        """On an empty database, upgrade leaves nothing for check to find, and downgrade goes
-        all the way back."""
+        """On an empty database, ``check`` finds no difference after ``upgrade``, and ``downgrade``
+        drops all tables."""
         shop = make_shop(tables=False, SQLALCHEMY_DATABASE_URI=empty_database_url)
         with shop.app_context():
             flask_migrate.upgrade()
             flask_migrate.check()
             tables = set(sa.inspect(db.engine).get_table_names())
             assert {"bgjobs_job", "shop_order"} <= tables
-            # Which rows stand in an index is more than check compares.
+            # `check` does not compare the conditions of partial indexes.
             migrated = _indexes()
             flask_migrate.downgrade(revision="base")
             assert sa.inspect(db.engine).get_table_names() == ["alembic_version"]
@@ -1020,6 +1025,6 @@ class TestMigrations:
 
 
 def _indexes() -> set[str]:
-    """The indexes of the job table, with all that the database tells of them."""
+    """The definitions of all indexes of the job table."""
     table = sa.Table("bgjobs_job", sa.MetaData(), autoload_with=db.engine)
     return {str(sa.schema.CreateIndex(index).compile(db.engine)) for index in table.indexes}
