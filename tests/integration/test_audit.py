@@ -1,4 +1,4 @@
-"""The audit trail: who changed what, in the transaction of the change."""
+"""The audit trail: an entry for each change, in the same transaction."""
 
 from __future__ import annotations
 
@@ -132,15 +132,15 @@ def test_drained_worker_finishes_and_stops(
     gate = tmp_path / "gate"
     caplog.set_level(logging.INFO, "flask_bgjobs")
     with running_worker(app, name="one", concurrency=1, shutdown_timeout=0):
-        worker_id = wait_until(lambda: _worker_id(store, "one"), "its registration")
+        worker_id = wait_until(lambda: _worker_id(store, "one"), "the worker's row")
         long = run_background_job("tests.jobs.wait_for_file", parameters=[str(gate)])
-        wait_until(lambda: stored(app, long).started_at, "its start")
+        wait_until(lambda: stored(app, long).started_at, "the start of the job")
         assert store.drain_worker(worker_id, ANNA)
         assert not store.drain_worker(worker_id, ANNA)
         wait_until(lambda: "Worker draining | Worker: one" in caplog.text, "the log line")
         other = run_background_job("tests.jobs.echo", parameters=["x"])
         gate.touch()
-        wait_until(lambda: _is_stopped(store, worker_id), "its end")
+        wait_until(lambda: _is_stopped(store, worker_id), "the end of the worker")
     assert stored(app, long).status == "completed"
     assert stored(app, other).status == "pending"
     (entry,) = _entries(store)

@@ -1,4 +1,4 @@
-"""Rows that no enqueue writes: each fails alone, and its pages answer."""
+"""Invalid rows: only their own jobs fail, and all pages and commands still work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands: what they print, and how they fail."""
+"""The commands: their output and their errors."""
 
 from __future__ import annotations
 

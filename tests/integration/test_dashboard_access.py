@@ -29,7 +29,7 @@ from tests.integration.test_dashboard_support import (
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
 OPEN = {"bgjobs.static", "bgjobs.healthz"}
-"""What everybody may see."""
+"""Endpoints that need no right."""
 
 
 def addresses(host: Host, job_id: int) -> list[tuple[str, str]]:

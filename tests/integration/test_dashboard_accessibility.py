@@ -25,7 +25,7 @@ _AXE = pathlib.Path(axe_playwright_python.__file__).with_name("axe.min.js").read
 _RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 _SNAPSHOTS = pathlib.Path(__file__).with_name("snapshots")
 _UPDATES = "BGJOBS_UPDATE_SNAPSHOTS" in os.environ
-"""Write what is found instead of comparing with it."""
+"""Whether to write new snapshots instead of comparing."""
 
 PAGES = {
     "overview": "/",

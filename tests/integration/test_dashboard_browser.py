@@ -37,13 +37,13 @@ pytestmark = [
 ]
 
 DEADLINE_MS = 30_000
-LISTEN = """
+REPORT_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) =>
   window.violated(`violation of ${event.violatedDirective}: ${event.blockedURI}`));
 """
-QUICKEN = """
+FAST_REFRESH = """
 try { localStorage.setItem("bgjobs-seconds", localStorage.getItem("bgjobs-seconds") ?? "0.2"); }
-catch { /* a page without an address */ }
+catch { /* a page without an origin */ }
 """
 
 
@@ -89,8 +89,8 @@ class Browsing:
         context = self._browser.new_context(**options)
         self._contexts.append(context)
         context.expose_binding("violated", lambda _, text: self.problems.append(text))
-        context.add_init_script(LISTEN)
-        context.add_init_script(QUICKEN)
+        context.add_init_script(REPORT_VIOLATIONS)
+        context.add_init_script(FAST_REFRESH)
         page = context.new_page()
         page.set_default_timeout(DEADLINE_MS)
         page.on("console", lambda message: self.problems.append(message.text))

@@ -1,4 +1,4 @@
-"""What the dashboard changes: dispatch, cancel, retry, delete."""
+"""Changes in the dashboard: dispatch, cancel, retry and delete."""
 
 from __future__ import annotations
 

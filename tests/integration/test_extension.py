@@ -1,4 +1,4 @@
-"""``init_app``: how the parts are wired, and what it refuses."""
+"""``init_app``: the setup of an app, and the errors for invalid ones."""
 
 from __future__ import annotations
 

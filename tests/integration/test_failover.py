@@ -1,4 +1,4 @@
-"""A server that takes no writes any more, and a database user without a right."""
+"""A former primary server, and a database user without a right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only MySQL and MariaDB can get wrong."""
+"""Features and limits of MySQL and MariaDB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a host sets for each connection in its pool's listeners holds for our connections too."""
+"""Pool listeners of a host apply to the connections of flask-bgjobs, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pruning: what goes, what stays, and how a pass goes on."""
+"""Pruning: deleted and kept jobs, and the steps of a pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signal receivers that use ``db.session``: what they leave in it in a worker, and in a request."""
+"""Signal receivers that use ``db.session``: its state afterwards, in a worker and in a request."""
 
 from __future__ import annotations
 

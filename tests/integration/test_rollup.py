@@ -1,4 +1,4 @@
-"""The roll-up in the database: workers add to it, charts are drawn from it."""
+"""The roll-up table: workers add counts, and charts show them."""
 
 from __future__ import annotations
 

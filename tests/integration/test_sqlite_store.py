@@ -1,4 +1,4 @@
-"""What only SQLite knows: a file that is replaced, a network file system, a second writer."""
+"""SQLite files: replaced files, network file systems and read-only files."""
 
 from __future__ import annotations
 

@@ -435,7 +435,7 @@ def test_job_get(shop: Shop) -> None:
     assert [Job.get(number) for number in (0, -(2**70), 2**63, 2**70)] == [None] * 4
     for no_id in (str(job.id), "abc", True, None, 1.5):
         with pytest.raises(TypeError, match="the id of a job is an int, not"):
-            Job.get(no_id)  # type: ignore[arg-type]  # what a type checker would refuse
+            Job.get(no_id)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_attributes_in_queries(shop: Shop) -> None:

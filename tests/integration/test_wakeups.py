@@ -1,4 +1,4 @@
-"""Wake-ups: a worker hears at once of what other processes enqueue."""
+"""Wake-ups: a worker notices at once when another process enqueues a job."""
 
 from __future__ import annotations
 
@@ -180,9 +180,9 @@ def test_listener_polls_rarely(app: Flask) -> None:
 
 
 @pytest.mark.on("sqlite")
-def test_a_quiet_file_is_looked_at_less_often(state: AppState) -> None:
-    """Looks cost a little, so there are fewer where there is nothing to do, also while workers
-    write that they live."""
+def test_quiet_file_is_checked_less_often(state: AppState) -> None:
+    """Without work, a worker checks the file for changes less often, even while heartbeats change
+    it."""
     waits: list[float] = []
 
     class Stopped(threading.Event):
