@@ -250,7 +250,7 @@ class TestPlans:
     @pytest.mark.on("mysql")
     def test_promotion_of_many_jobs_does_not_sort(self, crowded: Store) -> None:
         """Even if all jobs are due, the query for the first jobs to promote does not sort."""
-        plan = _plans(crowded, lambda: crowded.transaction(crowded._promote_some))
+        plan = _plans(crowded, crowded.promote)
         assert "ix_bgjobs_job_due" in plan
         assert not _sorts(plan)
 
