@@ -100,7 +100,7 @@ def test_503_without_database(
         host.state.store.dispose()
         (tmp_path / "host.db").unlink()
         (tmp_path / "host.db").mkdir()
-    assert check_health(host) == (503, "the database does not check_health")
+    assert check_health(host) == (503, "the database does not answer")
     assert "Health check failed" in caplog.text
 
 
@@ -133,7 +133,7 @@ def test_pages_without_database_are_503(
     """Pages and the API answer 503 and say what to do; the database's own message is only
     logged."""
     host = make_host()
-    message = "The database does not check_health"
+    message = "The database does not answer"
     if damage == "no tables":
         with host.app.app_context():
             host.db.drop_all()
