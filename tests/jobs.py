@@ -154,7 +154,7 @@ def crash_worker(path: str) -> None:
     os.kill(os.getpid(), 9)
 
 
-def tell_pid_and_hold_at_first(path: str) -> int:
+def record_pid_and_hold_first_attempt(path: str) -> int:
     """Run for ever at the first attempt, and tell where; end at once at a later one."""
     if current_job.attempt == 1:
         record(path, f"{os.getpid()}")
@@ -236,7 +236,7 @@ def note_process(path: str, seconds: float = 0.0) -> None:
     record(path, f"{current_job.id} {os.getpid()}")
 
 
-def tell_and_hold(path: str) -> None:
+def report_and_hold(path: str) -> None:
     """Tell how far it is, then run for ever."""
     current_job.progress(0.5, "half")
     current_job.log("half done")
@@ -441,7 +441,7 @@ NAMES = [
             system_exit,
             crash_worker,
             crash_once,
-            tell_pid_and_hold_at_first,
+            record_pid_and_hold_first_attempt,
             exit_quietly,
             ignore_term,
             close_descriptors,
@@ -451,7 +451,7 @@ NAMES = [
             grow,
             process_id,
             note_process,
-            tell_and_hold,
+            report_and_hold,
             swallow,
             enqueue_another,
             wall_clock,
