@@ -189,7 +189,7 @@ def sentry(app: Flask) -> None:
     job_started.connect(tag, app, weak=False)
 
 
-def failures_are_noted(app: Flask) -> None:
+def failures_are_recorded(app: Flask) -> None:
     """A function for failed attempts that writes them down, with the process that calls it."""
     path = Path(app.config["TEST_MARKER"])
 
@@ -200,9 +200,9 @@ def failures_are_noted(app: Flask) -> None:
     state_of(app).failure_hooks = [note]
 
 
-def failures_take_seconds(app: Flask) -> None:
+def failure_hook_is_slow(app: Flask) -> None:
     """A function for failed attempts that notes each call after two and a half seconds."""
-    failures_are_noted(app)
+    failures_are_recorded(app)
     (note,) = state_of(app).failure_hooks
 
     def take_time(job: JobSpec, exception: BaseException, *, final: bool) -> None:
@@ -212,15 +212,15 @@ def failures_take_seconds(app: Flask) -> None:
     state_of(app).failure_hooks = [take_time]
 
 
-def failures_are_logged_slowly(app: Flask) -> None:
+def failure_log_is_slow(app: Flask) -> None:
     """A handler of the log that takes a second for each failure."""
-    failures_are_noted(app)
+    failures_are_recorded(app)
     _on_failure_lines(lambda: time.sleep(1))
 
 
-def failures_end_the_process(app: Flask) -> None:
+def failure_log_ends_the_child(app: Flask) -> None:
     """A handler of the log that ends a child process at a failure."""
-    failures_are_noted(app)
+    failures_are_recorded(app)
 
     def end() -> None:
         if is_child():
@@ -229,15 +229,15 @@ def failures_end_the_process(app: Flask) -> None:
     _on_failure_lines(end)
 
 
-def failures_are_never_logged(app: Flask) -> None:
+def failure_log_hangs_in_child(app: Flask) -> None:
     """A handler of the log that hangs at the first failure in a child process."""
-    failures_are_noted(app)
+    failures_are_recorded(app)
     _on_failure_lines(lambda: threading.Event().wait() if is_child() else None)
 
 
-def failures_are_logged_nowhere(app: Flask) -> None:
+def failure_log_hangs_everywhere(app: Flask) -> None:
     """A handler for errors that hangs at a failure in every process."""
-    failures_are_noted(app)
+    failures_are_recorded(app)
     _on_failure_lines(lambda: threading.Event().wait())
 
 
@@ -253,9 +253,9 @@ def _on_failure_lines(call: Callable[[], object]) -> None:
     logging.getLogger("flask_bgjobs").addHandler(Handler(logging.ERROR))
 
 
-def failures_take_long(app: Flask) -> None:
+def failure_hook_hangs(app: Flask) -> None:
     """A function for failed attempts that notes each call and never returns."""
-    failures_are_noted(app)
+    failures_are_recorded(app)
     (note,) = state_of(app).failure_hooks
 
     def hang(job: JobSpec, exception: BaseException, *, final: bool) -> None:

@@ -230,7 +230,7 @@ def process_id() -> int:
     return os.getpid()
 
 
-def note_process(path: str, seconds: float = 0.0) -> None:
+def record_process(path: str, seconds: float = 0.0) -> None:
     """Note which process runs which job."""
     time.sleep(seconds)
     record(path, f"{current_job.id} {os.getpid()}")
@@ -312,14 +312,14 @@ def brief(path: str, name: str) -> None:
     time.sleep(0.002)
 
 
-def hold_at_first(path: str) -> int:
+def hold_first_attempt(path: str) -> int:
     """Run for ever at the first attempt, and end at once at a later one."""
     if current_job.attempt == 1:
         hold(path, 600)
     return current_job.attempt
 
 
-def hold_gil_at_first(path: str, seconds: int) -> int:
+def hold_gil_first_attempt(path: str, seconds: int) -> int:
     """At the first attempt let no other thread of the process run for some seconds."""
     attempt = current_job.attempt
     record(path, f"start {attempt}")
@@ -400,7 +400,7 @@ def spoil_session(how: str) -> None:
             session.execute(sa.text("SELECT * FROM no_such_table"))
 
 
-def look_at_session() -> list[Any]:
+def inspect_session() -> list[Any]:
     """Where it runs, whether a transaction is open, and what is there by the session."""
     session = current_app.extensions["sqlalchemy"].session
     is_open = session().in_transaction()
@@ -450,7 +450,7 @@ NAMES = [
             too_much_memory,
             grow,
             process_id,
-            note_process,
+            record_process,
             report_and_hold,
             swallow,
             enqueue_another,
@@ -460,12 +460,12 @@ NAMES = [
             tell_slowly,
             brief,
             keep_own_row,
-            hold_at_first,
-            hold_gil_at_first,
+            hold_first_attempt,
+            hold_gil_first_attempt,
             give,
             throw,
             spoil_session,
-            look_at_session,
+            inspect_session,
             count_by_session,
             login,
         )

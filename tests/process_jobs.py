@@ -1,4 +1,4 @@
-"""Jobs that do something to their process: they fork, or leave it changed."""
+"""Jobs that fork, or that leave their process changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.jobs import record
 
 
 def fork_copy(how: str) -> int:
-    """The exit code of a copy of this process in which the job's code ends, one way or another."""
+    """Fork; in the copy, end the job's code as ``how`` says. Returns the copy's exit code."""
     pid = os.fork()
     if pid == 0:
         end_copy(how)
@@ -28,13 +28,13 @@ def fork_copy(how: str) -> int:
 
 
 async def fork_copy_async(how: str) -> int:
-    """The same, from a coroutine."""
+    """Like :func:`fork_copy`, in a coroutine."""
     await asyncio.sleep(0)
     return fork_copy(how)
 
 
 def fork_copy_in_thread(how: str) -> int:
-    """The same, from a thread that the job starts."""
+    """Like :func:`fork_copy`, in a thread that the job starts."""
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(fork_copy(how)))
     thread.start()
@@ -52,24 +52,24 @@ def end_copy(how: str) -> None:
 
 
 def map_in_processes(count: int) -> list[int]:
-    """What ``multiprocessing`` is for."""
+    """Compute something in two ``multiprocessing`` processes."""
     with multiprocessing.get_context("fork").Pool(2) as pool:
         return pool.map(abs, range(-count, 0))
 
 
 def hold_in_processes(path: str) -> None:
-    """Run for ever in two other processes."""
+    """Run for ten minutes in two other processes."""
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        pool.starmap(tell_pid_and_sleep, [(path,), (path,)])
+        pool.starmap(record_pid_and_sleep, [(path,), (path,)])
 
 
-def tell_pid_and_sleep(path: str) -> None:
+def record_pid_and_sleep(path: str) -> None:
     record(path, f"{os.getpid()}")
     time.sleep(600)
 
 
 def terminate_copies(count: int) -> list[int]:
-    """How copies end that are sent a SIGTERM as soon as they are there."""
+    """Send SIGTERM to each new copy at once; returns the exit codes of the copies."""
     codes = []
     for _ in range(count):
         pid = os.fork()
@@ -81,7 +81,7 @@ def terminate_copies(count: int) -> list[int]:
 
 
 def fork_sleeper() -> int:
-    """The process id of a copy that sleeps, and is left alone."""
+    """Fork a copy that sleeps, and leave it running; returns its process id."""
     pid = os.fork()
     if pid == 0:
         time.sleep(600)
@@ -89,7 +89,7 @@ def fork_sleeper() -> int:
 
 
 def fork_sleeper_in_c() -> int:
-    """The same by the C library, so that Python has closed nothing in the copy."""
+    """Like :func:`fork_sleeper`, by the C library: Python's fork hooks do not run in the copy."""
     library = ctypes.PyDLL(None)
     pid = int(library.fork())
     if pid == 0:
@@ -99,14 +99,14 @@ def fork_sleeper_in_c() -> int:
 
 
 def run_program(path: str) -> None:
-    """Start a program, and wait for its end."""
+    """Start a program that runs for ten minutes, record its process id, and wait."""
     program = subprocess.Popen(["sleep", "600"])
     record(path, f"{program.pid}")
     program.wait()
 
 
 def write_to_worker(data: str) -> None:
-    """Send something to the worker that is no message."""
+    """Write raw bytes, given in hexadecimal, to the worker's socket."""
     for name in os.listdir("/proc/self/fd"):
         if os.path.realpath(f"/proc/self/fd/{name}").rpartition("/")[2].startswith("socket:"):
             os.write(int(name), bytes.fromhex(data))
@@ -115,8 +115,8 @@ def write_to_worker(data: str) -> None:
 tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
 
 
-def look_at_process() -> dict[str, Any]:
-    """What another job may have left changed."""
+def inspect_process() -> dict[str, Any]:
+    """Return the state of the process that an earlier job may have changed."""
     umask = os.umask(0)
     os.umask(umask)
     handlers = {
@@ -135,19 +135,19 @@ def look_at_process() -> dict[str, Any]:
     }
 
 
-def leave_changes(folder: str) -> int:
-    """Change all that, and stop in the middle."""
+def change_process_and_raise(folder: str) -> int:
+    """Change the state that :func:`inspect_process` returns, then raise without a cleanup."""
     change_own_state()
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_PROF, 600)
     os.chdir(folder)
     os.umask(0o077)
-    raise ValueError("before it tidied up")
+    raise ValueError("failed before the cleanup")
 
 
 def change_own_state() -> None:
-    """Change what a job in a thread can change without harm to other threads."""
+    """Change only the state that a job in a thread can change without affecting other threads."""
     tenant.set("somebody")
     decimal.getcontext().prec = 5
     signal.setitimer(signal.ITIMER_REAL, 600)
@@ -159,7 +159,7 @@ async def change_own_state_async() -> None:
 
 
 def set_alarm_and_return() -> None:
-    """Leave an alarm that ends the process."""
+    """Set an alarm whose default action ends the process, and return."""
     signal.setitimer(signal.ITIMER_REAL, 0.2)
 
 
@@ -176,8 +176,8 @@ NAMES = [
         fork_sleeper_in_c,
         run_program,
         write_to_worker,
-        look_at_process,
-        leave_changes,
+        inspect_process,
+        change_process_and_raise,
         change_own_state,
         change_own_state_async,
         set_alarm_and_return,

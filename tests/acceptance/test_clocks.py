@@ -185,7 +185,7 @@ def test_clocks_an_hour_off_cost_no_lease(
     fast.jump_to(HOUR)
     slow.jump_to(-HOUR)
     silent = start_with(fast, "-n", "fast", "-c", "1", **LEASE)
-    held = enqueue("hold_at_first", str(journal))
+    held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
     start_with(slow, "-n", "slow", "-c", "1", **LEASE)
     first = beats(state)
@@ -211,7 +211,7 @@ def test_a_jump_back_delays_no_rescue(
     """While a worker is silent, the wall clock of the one that watches it jumps back by an hour:
     the silence is measured on, and the job is rescued when the lease is over."""
     silent = start_worker("-n", "silent", "-c", "1", **LEASE)
-    held = enqueue("hold_at_first", str(journal))
+    held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
     start_with(clock, "-n", "watching", "-c", "1", **LEASE)
     _wait_for_beats(state, "watching", 3)
@@ -237,7 +237,7 @@ def test_a_scheduler_that_hangs_stops_nothing(
     """While the scheduler's threads hang, the worker's loop itself polls, promotes what is due
     and rescues, and a stop still ends the process with exit code 0."""
     silent = start_worker("-c", "1", **LEASE)
-    held = enqueue("hold_at_first", str(journal))
+    held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
     worker = start_worker("-c", "2", **LEASE)
     enqueue("hang_scheduler", part).wait(DEADLINE_SECONDS)

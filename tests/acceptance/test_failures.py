@@ -1,4 +1,4 @@
-"""Failed attempts, as the tools of people see them."""
+"""How failed attempts are reported: to Sentry, to failure hooks and in the log."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def events(path: Path) -> list[dict[str, Any]]:
 def test_sentry_gets_one_event_for_each_failure(
     app: Flask, start_worker: Start, tmp_path: Path, pool: str
 ) -> None:
-    """It names the exception and the job's own code, has the tags of the documented receiver, and
-    is grouped with others like it; an attempt that is retried makes no event."""
+    """The event names the exception and only the job's own code, has the tags of the documented
+    receiver, and is grouped with similar events. A retried attempt sends no event."""
     path = tmp_path / "events"
     worker = start_worker(
         "-P", pool, "-c", "2", TEST_SET_UP="sentry", TEST_MARKER=str(path), BGJOBS_APP="host"
@@ -59,17 +59,17 @@ def test_sentry_gets_one_event_for_each_failure(
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])
-def test_each_failed_attempt_is_told_where_it_ran(
+def test_failure_hook_runs_where_the_attempt_ran(
     app: Flask, start_worker: Start, tmp_path: Path, pool: str
 ) -> None:
-    """Once for each attempt, with ``final`` at the last; the traceback stands in the log."""
+    """It runs once for each attempt, with ``final`` for the last; the log has both tracebacks."""
     path = tmp_path / "failures"
     worker = start_worker(
         "-P",
         pool,
         "-c",
         "1",
-        TEST_SET_UP="failures_are_noted",
+        TEST_SET_UP="failures_are_recorded",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
     )
@@ -80,21 +80,21 @@ def test_each_failed_attempt_is_told_where_it_ran(
     ran_in = [worker.pid] if pool == "thread" else descendants(worker.pid)
     assert int(*pid) in ran_in
     wait_until(lambda: "Job failed |" in worker.log.read_text(), "the line")
-    said = worker.log.read_text()
-    assert said.count("Traceback (most recent call last):") == 2
-    assert said.count("raise ValueError(message)") == 2
+    log = worker.log.read_text()
+    assert log.count("Traceback (most recent call last):") == 2
+    assert log.count("raise ValueError(message)") == 2
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])
-def test_a_function_that_hangs_changes_no_outcome(
+def test_failure_hook_that_hangs_changes_no_outcome(
     app: Flask, start_worker: Start, tmp_path: Path, pool: str
 ) -> None:
-    """The outcome is recorded first, the time limit of the job does not count any more, and a stop
-    of the worker gives nothing back that was reported."""
+    """The outcome is recorded first, the job's timeout does not apply to the hook, and a stopping
+    worker does not release the job."""
     path = tmp_path / "failures"
     worker = start_worker(
         *("-P", pool, "-c", "1", "--shutdown-timeout", "5"),
-        TEST_SET_UP="failures_take_long",
+        TEST_SET_UP="failure_hook_hangs",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
     )
@@ -106,19 +106,19 @@ def test_a_function_that_hangs_changes_no_outcome(
     assert worker.wait(DEADLINE_SECONDS) == 0
     assert (job.refresh().status, job.error) == ("failed", "ValueError: no such order")
     assert [line.split()[:4] for line in lines(path)] == [[str(job.id), "1", "ValueError", "True"]]
-    said = worker.log.read_text()
-    assert said.count("Job failed |") == 1
-    assert "released" not in said
+    log = worker.log.read_text()
+    assert log.count("Job failed |") == 1
+    assert "released" not in log
 
 
-def test_a_function_that_hangs_stops_no_worker(
+def test_failure_hook_that_hangs_does_not_stop_the_worker(
     app: Flask, start_worker: Start, state: AppState, tmp_path: Path
 ) -> None:
-    """Also where the worker itself calls it, for a child that died."""
+    """This holds even if the worker itself calls the hook, for a child that died."""
     path = tmp_path / "failures"
     start_worker(
         *("-P", "process", "-c", "1"),
-        TEST_SET_UP="failures_take_long",
+        TEST_SET_UP="failure_hook_hangs",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
         BGJOBS_MAX_CRASHES=1,
@@ -130,38 +130,38 @@ def test_a_function_that_hangs_stops_no_worker(
     wait_until(lambda: sum(beats(state).values()) > seen + 2, "further heartbeats")
 
 
-def test_a_function_that_takes_seconds_comes_to_its_end(
-    app: Flask, start_worker: Start, tmp_path: Path
-) -> None:
-    """Also in a child that ends because a job was stopped there, while another one works."""
+def test_slow_failure_hook_finishes(app: Flask, start_worker: Start, tmp_path: Path) -> None:
+    """A slow hook finishes even in a child that ends because its job was stopped."""
     path = tmp_path / "failures"
     worker = start_worker(
         *("-P", "process", "-c", "1"),
-        TEST_SET_UP="failures_take_seconds",
+        TEST_SET_UP="failure_hook_is_slow",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
     )
-    late = [enqueue("hold", str(tmp_path / "held"), 60, retries=0, timeout=0.5) for _ in range(2)]
-    for job in late:
+    overdue = [
+        enqueue("hold", str(tmp_path / "held"), 60, retries=0, timeout=0.5) for _ in range(2)
+    ]
+    for job in overdue:
         assert job.wait(DEADLINE_SECONDS).error_type == "JobTimeout"
     assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
     wait_until(lambda: len(lines(path)) == 2, "the calls")
     assert [line.split()[:4] for line in lines(path)] == [
-        [str(job.id), "1", "JobTimeout", "True"] for job in late
+        [str(job.id), "1", "JobTimeout", "True"] for job in overdue
     ]
     assert "still running at the end" not in worker.log.read_text()
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])
-def test_the_last_failure_is_reported_before_the_worker_ends(
+def test_last_failure_is_reported_before_the_worker_ends(
     app: Flask, start_worker: Start, tmp_path: Path, pool: str
 ) -> None:
-    """However long a handler of the log takes for it."""
+    """A slow log handler does not prevent the report."""
     path = tmp_path / "failures"
     job = enqueue("fail", "no such order", retries=0)
     worker = start_worker(
         *("-P", pool, "-c", "1", "--burst"),
-        TEST_SET_UP="failures_are_logged_slowly",
+        TEST_SET_UP="failure_log_is_slow",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
     )
@@ -169,13 +169,13 @@ def test_the_last_failure_is_reported_before_the_worker_ends(
     assert [line.split()[:4] for line in lines(path)] == [[str(job.id), "1", "ValueError", "True"]]
 
 
-def test_a_log_that_hangs_everywhere_holds_no_job(
+def test_log_handler_that_hangs_does_not_stop_jobs(
     app: Flask, start_worker: Start, tmp_path: Path
 ) -> None:
-    """The child is killed, and the worker reports for it beside its own work."""
+    """The child is killed, and the worker reports the failure while other jobs run."""
     worker = start_worker(
         *("-P", "process", "-c", "1", "--shutdown-timeout", "5"),
-        TEST_SET_UP="failures_are_logged_nowhere",
+        TEST_SET_UP="failure_log_hangs_everywhere",
         TEST_MARKER=str(tmp_path / "failures"),
         BGJOBS_APP="host",
     )
@@ -183,21 +183,21 @@ def test_a_log_that_hangs_everywhere_holds_no_job(
     for number in range(3):
         assert enqueue("echo", number).wait(DEADLINE_SECONDS).result == number
     worker.send_signal(signal.SIGTERM)
-    # Its end is forced: Python waits for the handler when it closes all of them.
+    # The worker forces the exit: Python would wait for the blocked handler when it closes it.
     worker.wait(DEADLINE_SECONDS)
     assert "stopped after" in worker.log.read_text()
     assert "3 completed" in worker.log.read_text()
 
 
-def test_functions_come_to_their_end_in_children_that_retire(
+def test_failure_hooks_finish_in_children_at_their_limit(
     app: Flask, start_worker: Start, tmp_path: Path
 ) -> None:
-    """Also in one that has been handed more jobs than it may run."""
+    """Each hook finishes although the child has received more jobs than its limit allows."""
     path = tmp_path / "failures"
     jobs = [enqueue("fail", str(number), retries=0) for number in range(6)]
     start_worker(
         *("-P", "process", "-c", "1", "--max-jobs", "2"),
-        TEST_SET_UP="failures_take_seconds",
+        TEST_SET_UP="failure_hook_is_slow",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
     )
@@ -205,12 +205,12 @@ def test_functions_come_to_their_end_in_children_that_retire(
     assert {int(line.split()[0]) for line in lines(path)} == {job.id for job in jobs}
 
 
-@pytest.mark.parametrize("set_up", ["failures_end_the_process", "failures_are_never_logged"])
-def test_the_worker_reports_what_a_child_has_not_reported(
+@pytest.mark.parametrize("set_up", ["failure_log_ends_the_child", "failure_log_hangs_in_child"])
+def test_worker_reports_failures_that_a_child_did_not_report(
     app: Flask, start_worker: Start, tmp_path: Path, set_up: str
 ) -> None:
-    """Its outcome was recorded before the child died, or hung in a handler of the log; the next
-    job runs."""
+    """The child recorded the outcome, then died or hung in a log handler: the worker reports the
+    failure once, and the next job runs."""
     path = tmp_path / "failures"
     worker = start_worker(
         *("-P", "process", "-c", "1"),
@@ -225,37 +225,37 @@ def test_the_worker_reports_what_a_child_has_not_reported(
     assert [line.split() for line in lines(path)] == [
         [str(job.id), "1", "AttemptFailed", "True", str(worker.pid)]
     ]
-    said = worker.log.read_text()
-    assert said.count("Job failed |") == said.count("Failure reported late | ") == 1
+    log = worker.log.read_text()
+    assert log.count("Job failed |") == log.count("Failure reported late | ") == 1
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])
 @pytest.mark.parametrize("name", ["hold", "async_hold"])
-def test_a_timeout_tells_where_the_code_stood(
+def test_timeout_shows_where_the_code_was(
     app: Flask, start_worker: Start, tmp_path: Path, pool: str, name: str
 ) -> None:
-    """The last frame is the job's own, also of a coroutine and where a signal has stopped it."""
+    """The traceback shows the frames of the job's own function or coroutine and none of ours."""
     start_worker("-P", pool, "-c", "1", BGJOBS_APP="host")
     job = enqueue(name, str(tmp_path / "journal"), retries=0, timeout=0.5)
     assert job.wait(DEADLINE_SECONDS).error == "JobTimeout: it ran longer than 0.5 s"
     (attempt,) = job_detail(state_of(app), job).attempts
     assert attempt.traceback is not None
     assert f"in {name}" in attempt.traceback
-    for own in ("interrupt.py", "child.py", "execute.py"):
-        assert own not in attempt.traceback
+    for module in ("interrupt.py", "child.py", "execute.py"):
+        assert module not in attempt.traceback
 
 
-def test_a_dead_child_is_told_by_the_worker(
+def test_worker_reports_failures_of_a_dead_child(
     app: Flask, start_worker: Start, tmp_path: Path
 ) -> None:
-    """A child that had to be killed for its job's timeout, and one that crashed too often."""
+    """The worker calls the failure hook for a child killed at its timeout and for a crashed one."""
     path = tmp_path / "failures"
     worker = start_worker(
         "-P",
         "process",
         "-c",
         "1",
-        TEST_SET_UP="failures_are_noted",
+        TEST_SET_UP="failures_are_recorded",
         TEST_MARKER=str(path),
         BGJOBS_APP="host",
         BGJOBS_MAX_CRASHES=1,

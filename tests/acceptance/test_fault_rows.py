@@ -163,7 +163,7 @@ def test_the_next_job_finds_a_clean_session(site: Site, tmp_path: Path, pool: st
         ):
             spoiler = enqueue("spoil_session", how, retries=0, queue="alone")
             assert spoiler.wait(DEADLINE_SECONDS).status == status
-            look = enqueue("look_at_session", queue="alone").wait(DEADLINE_SECONDS)
+            look = enqueue("inspect_session", queue="alone").wait(DEADLINE_SECONDS)
             process, thread, is_open, left = look.result
             assert (is_open, left) == (False, [])
             places.add((process, thread))

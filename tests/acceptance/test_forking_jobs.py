@@ -1,4 +1,4 @@
-"""Jobs that fork: their copies end with the job's code, and nothing of the worker lives in them."""
+"""Jobs that fork: the copy of the process ends with the job's code and does not act as a worker."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Start = Callable[..., Any]
 
 POOLS = pytest.mark.parametrize("pool", ["thread", "process"])
 RUNS = 100
-"""Of a job with helpers; a lock or a signal that is lost shows in some of them only."""
+"""How many jobs with helpers run: a lost lock or signal shows only in some of them."""
 RUNS_SECONDS = 240.0
 COPIES = 200
 
 
 @pytest.fixture
 def start(start_worker: Start) -> Iterator[Start]:
-    """Starts a worker, and ends what its jobs have left."""
+    """Starts workers, and kills the processes that their jobs left."""
     started: list[Any] = []
 
     def start_one(*options: str, **config: Any) -> Any:
@@ -46,21 +46,21 @@ def start(start_worker: Start) -> Iterator[Start]:
 
 
 def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
-    """A job of ``tests.process_jobs``."""
+    """Enqueue a job of ``tests.process_jobs``."""
     return run_background_job(f"tests.process_jobs.{name}", parameters=parameters, **options)
 
 
 def stop(worker: Any) -> None:
-    """Stop a worker as a service manager does."""
+    """Stop a worker with SIGTERM, as a service manager does."""
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(DEADLINE_SECONDS) == 0
 
 
 @POOLS
 @pytest.mark.parametrize("name", ["fork_copy", "fork_copy_async"])
-def test_a_copy_ends_with_the_jobs_code(app: Flask, start: Start, pool: str, name: str) -> None:
-    """A copy that returns from the job, exits or raises ends as a program would. The job's own
-    outcome counts, in one attempt, and the worker and its children go on."""
+def test_forked_copy_ends_with_the_job_code(app: Flask, start: Start, pool: str, name: str) -> None:
+    """A copy that returns from the job, exits or raises ends as a program would. The job has one
+    attempt and its own outcome, and the worker and its children continue."""
     worker = start("-P", pool, "-c", "1")
     codes = {"return": 0, "exit": 7, "message": 1, "raise": 1}
     jobs = {how: enqueue(name, how, retries=0) for how in codes}
@@ -68,9 +68,9 @@ def test_a_copy_ends_with_the_jobs_code(app: Flask, start: Start, pool: str, nam
         job.wait(DEADLINE_SECONDS)
         assert (how, job.status, job.result) == (how, "completed", codes[how])
         assert job.attempt == 1
-    said = worker.log.read_text()
-    assert "ValueError: raised in the copy" in said
-    assert "the copy gives up" in said
+    log = worker.log.read_text()
+    assert "ValueError: raised in the copy" in log
+    assert "the copy gives up" in log
     below = descendants(worker.pid)
     assert len(below) == (0 if pool == "thread" else 2)
     stop(worker)
@@ -78,8 +78,8 @@ def test_a_copy_ends_with_the_jobs_code(app: Flask, start: Start, pool: str, nam
 
 
 @POOLS
-def test_a_copy_made_in_a_thread_of_the_job_ends(app: Flask, start: Start, pool: str) -> None:
-    """A copy that a job's own thread has forked ends with that thread."""
+def test_copy_forked_in_a_thread_of_the_job_ends(app: Flask, start: Start, pool: str) -> None:
+    """A copy that was forked in a thread of the job ends with that thread."""
     worker = start("-P", pool, "-c", "1")
     for how in ("return", "exit", "raise"):
         job = enqueue("fork_copy_in_thread", how, retries=0).wait(DEADLINE_SECONDS)
@@ -107,8 +107,8 @@ UNKNOWN = [
 
 
 def test_unknown_messages_are_ignored(app: Flask, start: Start) -> None:
-    """A message of a child that the worker does not know, or that tells of a job that is not
-    there, changes nothing: the child's jobs have their own outcome."""
+    """An unknown message from a child, or a message about an unknown job, changes nothing: the
+    child's jobs keep their own outcome."""
     worker = start("-P", "process", "-c", "1")
     for message in UNKNOWN:
         data = framed(message).hex()
@@ -118,14 +118,14 @@ def test_unknown_messages_are_ignored(app: Flask, start: Start) -> None:
     stop(worker)
 
 
-NONSENSE = [b"Hello, world", b"\0\0\0\5Hello", b"\0\0\0\2\xff\xfe"]
+INVALID = [b"Hello, world", b"\0\0\0\5Hello", b"\0\0\0\2\xff\xfe"]
 
 
-def test_a_child_that_sends_nonsense_is_replaced(app: Flask, start: Start) -> None:
-    """Where a child sent what is no message at all, that child is ended and its job is crashed.
-    The worker goes on with another child."""
+def test_child_that_sends_invalid_data_is_replaced(app: Flask, start: Start) -> None:
+    """A child that sends invalid data is killed and its job counts as crashed. The worker continues
+    with another child."""
     worker = start("-P", "process", "-c", "1", BGJOBS_MAX_CRASHES=1)
-    for data in NONSENSE:
+    for data in INVALID:
         job = enqueue("write_to_worker", data.hex(), retries=0).wait(DEADLINE_SECONDS)
         assert (data, job.status, job.error_type) == (data, "failed", "Crashed")
     assert enqueue("fork_copy", "return").wait(DEADLINE_SECONDS).result == 0
@@ -133,11 +133,11 @@ def test_a_child_that_sends_nonsense_is_replaced(app: Flask, start: Start) -> No
 
 
 @pytest.mark.parametrize("name", ["fork_sleeper", "fork_sleeper_in_c"])
-def test_children_end_with_a_worker_whose_copy_lives_on(
+def test_children_end_with_their_worker_despite_a_living_copy(
     app: Flask, start: Start, journal: Path, name: str
 ) -> None:
-    """When a worker with both pools is killed, its children end, also while a copy that a job in a
-    thread has forked lives on."""
+    """When a worker with both pools is killed, its children end, even if a copy of the worker that a
+    job forked in a thread is still alive."""
     worker = start("-c", "1", BGJOBS_QUEUE_POOLS={"images": "process"})
     sleeper = enqueue(name).wait(DEADLINE_SECONDS).result
     run_background_job("tests.jobs.hold", parameters=[str(journal), 600], queue="images")
@@ -146,53 +146,57 @@ def test_children_end_with_a_worker_whose_copy_lives_on(
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     try:
-        wait_until(lambda: not any(map(is_alive, below)), "the children's end")
+        wait_until(lambda: not any(map(is_alive, below)), "the end of the children")
         assert is_alive(sleeper)
     finally:
         os.kill(sleeper, signal.SIGKILL)
 
 
-def test_programs_end_with_a_killed_nursery(app: Flask, start: Start, journal: Path) -> None:
-    """When the process that starts the children is killed, the programs that their jobs have
-    started end as well: the jobs run again elsewhere."""
+def test_programs_end_when_the_fork_server_is_killed(
+    app: Flask, start: Start, journal: Path
+) -> None:
+    """When the fork server is killed, the programs that its jobs started end too, because the jobs
+    run again elsewhere."""
     worker = start("-P", "process", "-c", "1")
     enqueue("run_program", str(journal))
     wait_until(lambda: lines(journal), "the start")
     program = int(lines(journal)[0])
     (fork_server,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
     os.kill(int(fork_server), signal.SIGKILL)
-    wait_until(lambda: not is_alive(program), "the program's end")
+    wait_until(lambda: not is_alive(program), "the end of the program")
 
 
 @POOLS
-def test_multiprocessing_comes_to_its_end(app: Flask, start: Start, pool: str) -> None:
-    """Jobs that use ``multiprocessing`` all complete, and leave no process behind."""
+def test_multiprocessing_jobs_complete(app: Flask, start: Start, pool: str) -> None:
+    """Jobs that use ``multiprocessing`` complete in one attempt and leave no process behind."""
     worker = start("-P", pool, "-c", "2")
     jobs = [enqueue("map_in_processes", 5, retries=0) for _ in range(RUNS)]
     deadline = time.monotonic() + RUNS_SECONDS
     for job in jobs:
         job.wait(max(0.0, deadline - time.monotonic()))
         assert (job.status, job.result, job.attempt) == ("completed", [5, 4, 3, 2, 1], 1)
-    # Those that start and run jobs, and with threads none.
+    # With the process pool: the fork server and two children.
     wait_until(lambda: len(descendants(worker.pid)) == (0 if pool == "thread" else 3))
     stop(worker)
 
 
 @POOLS
-def test_helpers_end_with_their_worker(app: Flask, start: Start, journal: Path, pool: str) -> None:
-    """The processes that a running job has started with ``multiprocessing`` end when the worker is
-    stopped, also where the job itself does not notice."""
+def test_multiprocessing_helpers_end_with_their_worker(
+    app: Flask, start: Start, journal: Path, pool: str
+) -> None:
+    """When the worker stops, the processes that a running job started with ``multiprocessing`` end,
+    even if the job ignores the stop."""
     worker = start("-P", pool, "-c", "1", "--shutdown-timeout", "0.1")
     enqueue("hold_in_processes", str(journal))
     wait_until(lambda: len(lines(journal)) == 2, "the helpers")
     helpers = [int(line) for line in lines(journal)]
     stop(worker)
-    wait_until(lambda: not any(map(is_alive, helpers)), "the helpers' end")
+    wait_until(lambda: not any(map(is_alive, helpers)), "the end of the helpers")
 
 
 @POOLS
-def test_a_copy_ends_at_sigterm(app: Flask, start: Start, pool: str) -> None:
-    """A SIGTERM ends a copy, whatever it means to the worker or its child, and at any time."""
+def test_sigterm_ends_a_forked_copy(app: Flask, start: Start, pool: str) -> None:
+    """SIGTERM ends a forked copy at any time, although the worker and its children handle it."""
     start("-P", pool, "-c", "1")
     job = enqueue("terminate_copies", COPIES, retries=0).wait(DEADLINE_SECONDS)
     assert (job.status, job.result) == ("completed", [-signal.SIGTERM] * COPIES)

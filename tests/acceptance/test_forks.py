@@ -1,4 +1,4 @@
-"""Forks and reloaders: no connection is shared, nothing is lost, and no worker is there twice."""
+"""Forks and reloaders: no shared connection, no lost job, and one worker per process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ store.prepare(wal=True)
 enqueue("before")
 child = os.fork()
 """
-"""A process that has used its connections, and forks."""
+"""The start of a script: it uses its database connections, then forks."""
 
 DAEMON = f"""{START}
 if child == 0:
@@ -54,22 +54,22 @@ if child == 0:
         print("enqueued", flush=True)
 os._exit(0)
 """
-"""The child goes on without its parent, and enqueues what it is told."""
+"""The parent exits; the child enqueues the values that it reads from its standard input."""
 
 PAIR = f"""{START}
 files = [os.path.realpath(f"/proc/self/fd/{{number}}") for number in os.listdir("/proc/self/fd")]
-who = "parent" if child else "child"
+role = "parent" if child else "child"
 for number in range(40):
-    enqueue(f"{{who}} {{number}}")
+    enqueue(f"{{role}} {{number}}")
 with store.read() as connection:
     backend = number_of(connection)
 if child:
     os.waitpid(child, 0)
     enqueue("after")
-print(json.dumps({{"who": who, "files": files, "backend": backend}}), flush=True)
+print(json.dumps({{"role": role, "files": files, "backend": backend}}), flush=True)
 os._exit(0)
 """
-"""Both go on at the same time; each tells its connection, and the files that it had open."""
+"""Parent and child enqueue at the same time; each prints its connection and its open files."""
 
 SITE = """
 import itertools, os, threading
@@ -118,7 +118,7 @@ def create_app():
 
 
 def values(state: AppState) -> list[Any]:
-    """The parameters of all jobs, in order; no connection stays open."""
+    """The parameters of all jobs, in order. Closes its connections."""
     with state.store.read() as connection:
         texts = connection.execute(sa.select(Job.parameters_json).order_by(Job.id)).scalars().all()
     state.store.dispose()
@@ -129,7 +129,7 @@ def values(state: AppState) -> list[Any]:
 def start(
     tmp_path: Path, app: Flask, database_url: str
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts Python with a script that is given the database, and pipes to talk with it."""
+    """Starts Python with a script, the database URL as its argument, and pipes to the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(script: str) -> subprocess.Popen[str]:
@@ -151,43 +151,45 @@ def start(
         process.wait(DEADLINE_SECONDS)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            # At its end a child that was left alone ends as well.
+            # A child that outlived its parent exits at the end of its standard input.
             pipe.close()
 
 
-def test_a_child_that_outlives_its_parent_loses_nothing(
+def test_child_that_outlives_its_parent_loses_no_job(
     app: Flask, state: AppState, start: Callable[..., Any]
 ) -> None:
-    """What a process enqueues after a fork stays enqueued when its parent is gone and others
-    open and close the database, as with a server that makes itself a daemon."""
+    """Jobs that a child enqueues after its parent has exited, as in a daemon, stay enqueued while
+    other processes open and close the database."""
     daemon = start(DAEMON)
     assert daemon.wait(DEADLINE_SECONDS) == 0
     with app.app_context():
         app.extensions["sqlalchemy"].engine.dispose()
-    told = ["before"]
+    expected = ["before"]
     for value in ("first", "second", "third"):
         daemon.stdin.write(f"{value}\n")
         daemon.stdin.flush()
         assert daemon.stdout.readline() == "enqueued\n"
-        told.append(value)
-        assert values(state) == told
+        expected.append(value)
+        assert values(state) == expected
 
 
 def test_parent_and_child_share_no_connection(
     app: Flask, state: AppState, start: Callable[..., Any], database_url: str
 ) -> None:
-    """After ``os.fork`` in a process that has enqueued, parent and child enqueue at the same time
-    over connections of their own, and no job is lost or doubled."""
+    """If a process enqueues and then forks, parent and child enqueue at the same time over their
+    own connections, and no job is lost or duplicated."""
     output, _ = start(PAIR).communicate(timeout=DEADLINE_SECONDS)
-    child, parent = sorted(map(json.loads, output.splitlines()), key=lambda told: told["who"])
-    assert not [name for name in child["files"] if "test.db" in name], "inherited"
+    child, parent = sorted(map(json.loads, output.splitlines()), key=lambda output: output["role"])
+    assert not [name for name in child["files"] if "test.db" in name], (
+        "the child inherited the database file"
+    )
     assert child["backend"] is None or child["backend"] != parent["backend"]
-    each = [f"{who} {number}" for who in ("parent", "child") for number in range(40)]
+    each = [f"{role} {number}" for role in ("parent", "child") for number in range(40)]
     assert sorted(values(state)) == sorted(["before", *each, "after"])
 
 
 class Site:
-    """An app that has used its database before it serves, and what answers for it."""
+    """A web server whose app uses its database before it serves."""
 
     def __init__(self, folder: Path, url: str, journal: Path) -> None:
         with socket.socket() as probe:
@@ -200,7 +202,7 @@ class Site:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, *command: str) -> int:
-        """Serve with this command of Python's; its process id."""
+        """Start ``python -m`` with this command; returns the process id."""
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *command],
@@ -212,20 +214,20 @@ class Site:
         return self._process.pid
 
     def ask(self) -> dict[str, Any]:
-        """What a process that serves tells of itself, once one answers; it enqueues ten jobs."""
+        """Wait for an answer: it describes the serving process. Each request enqueues ten jobs."""
 
         def answer() -> dict[str, Any] | None:
             address = f"http://127.0.0.1:{self.port}/"
             with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as reply:
-                told: dict[str, Any] = json.load(reply)
-                return told
+                description: dict[str, Any] = json.load(reply)
+                return description
             return None
 
-        told: dict[str, Any] = wait_until(answer, "an answer")
-        return told
+        description: dict[str, Any] = wait_until(answer, "an answer")
+        return description
 
     def errors(self) -> list[str]:
-        """The lines of its log that tell of something wrong."""
+        """The log lines that report an error or a warning."""
         log = self._log.read_text().splitlines()
         return [line for line in log if re.search("error|exception|traceback|warning", line, re.I)]
 
@@ -240,13 +242,13 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, app: Flask, database_url: str, journal: Path) -> Iterator[Site]:
-    made = Site(tmp_path, database_url, journal)
-    yield made
-    made.end()
+    site = Site(tmp_path, database_url, journal)
+    yield site
+    site.end()
 
 
 _RELOAD_SECONDS = 3 * DEADLINE_SECONDS
-"""Two processes begin anew, one after the other has ended."""
+"""The reloader starts two processes one after the other."""
 
 
 def threads_of(pid: int) -> int:
@@ -255,79 +257,79 @@ def threads_of(pid: int) -> int:
 
 
 def worker_pids(state: AppState) -> list[int]:
-    """The processes of all workers that were ever registered."""
+    """The process ids of all registered workers, including stopped ones."""
     with state.store.read() as connection:
         return sorted(connection.execute(sa.select(Worker.pid)).scalars())
 
 
-def test_four_processes_of_a_preloaded_app(
+def test_preloaded_processes_have_their_own_connections_and_workers(
     app: Flask, state: AppState, site: Site, journal: Path
 ) -> None:
-    """With ``gunicorn --preload`` and an app that has used its database before the fork, each of
-    four processes enqueues over a connection of its own, none over one of the master, and has one
-    worker, the master none; no job is lost or doubled, and nothing is wrong in the log."""
+    """With ``gunicorn --preload`` and an app that used its database before the fork, each of four
+    serving processes has its own connection and one worker; the master has no worker. No job is
+    lost or duplicated, and the log reports no error."""
     master = site.run(
         "gunicorn", "--preload", "--workers", "4", "--bind", f"127.0.0.1:{site.port}",
         "forked_site:create_app()",
     )  # fmt: skip
     replies = [site.ask()]
-    with ThreadPoolExecutor(4) as asking:
+    with ThreadPoolExecutor(4) as executor:
 
         def ask_until_all_have_answered() -> bool:
-            replies.extend(asking.map(lambda _: site.ask(), range(8)))
+            replies.extend(executor.map(lambda _: site.ask(), range(8)))
             return len({reply["pid"] for reply in replies}) == 4
 
         wait_until(ask_until_all_have_answered, "all four processes")
         serving = {reply["pid"] for reply in replies}
-        wait_until(lambda: worker_pids(state) == sorted(serving), "one worker in each")
+        wait_until(lambda: worker_pids(state) == sorted(serving), "one worker in each process")
         last: dict[int, dict[str, Any]] = {}
 
-        def all_work() -> bool:
-            last.update((r["pid"], r) for r in asking.map(lambda _: site.ask(), range(8)))
-            return len(last) == 4 and all(map(_works, last.values()))
+        def all_workers_run() -> bool:
+            last.update((r["pid"], r) for r in executor.map(lambda _: site.ask(), range(8)))
+            return len(last) == 4 and all(map(_worker_runs, last.values()))
 
-        wait_until(all_work, "a worker that works in each")
+        wait_until(all_workers_run, "a running worker in each process")
     assert master not in serving
     assert {(r["schedulers"], r["heartbeats"]) for r in last.values()} == {(1, 1)}
     if not state.store.has_one_writer:
-        told = [*replies, *(reply["factory"] for reply in replies)]
-        backends = {(each["pid"], each["backend"]) for each in told}
+        described = [*replies, *(reply["factory"] for reply in replies)]
+        backends = {(each["pid"], each["backend"]) for each in described}
         assert len({backend for _, backend in backends}) == len(backends), "a shared connection"
-    wait_until(lambda: _is_over(state), "the end of all jobs")
+    wait_until(lambda: _all_jobs_ended(state), "the end of all jobs")
     assert len(lines(journal)) == len(set(lines(journal))) == _count(state)
     assert {int(line.split()[0]) for line in lines(journal)} == {master, *serving}
     assert site.errors() == []
 
 
 @pytest.mark.on("sqlite")
-def test_the_reloaders_child_has_one_scheduler(app: Flask, state: AppState, site: Site) -> None:
-    """Under ``flask run --debug`` the child has one scheduler and one heartbeat, also after a
-    reload; the parent has neither a worker nor a thread."""
+def test_reloader_child_has_one_scheduler(app: Flask, state: AppState, site: Site) -> None:
+    """Under ``flask run --debug`` the child has one scheduler and one heartbeat, before and after a
+    reload. The parent has no worker and no additional thread."""
     parent = site.run(
         "flask", "--app", "forked_site", "--debug", "run", "--port", str(site.port)
     )  # fmt: skip
 
-    def working() -> dict[str, Any] | None:
-        told = site.ask()
-        return told if _works(told) else None
+    def running() -> dict[str, Any] | None:
+        reply = site.ask()
+        return reply if _worker_runs(reply) else None
 
-    before = wait_until(working, "the worker", _RELOAD_SECONDS)
+    before = wait_until(running, "the worker", _RELOAD_SECONDS)
     site.source.touch()
 
     def reloaded() -> dict[str, Any] | None:
-        told = working()
-        return told if told and told["pid"] != before["pid"] else None
+        reply = running()
+        return reply if reply and reply["pid"] != before["pid"] else None
 
     after = wait_until(reloaded, "the reload", _RELOAD_SECONDS)
-    for told in (before, after):
-        assert (told["schedulers"], told["heartbeats"]) == (1, 1)
+    for reply in (before, after):
+        assert (reply["schedulers"], reply["heartbeats"]) == (1, 1)
     assert threads_of(parent) == 1
     assert worker_pids(state) == sorted([before["pid"], after["pid"]])
 
 
-def _works(told: dict[str, Any]) -> bool:
-    # The heartbeat begins a moment before the scheduler.
-    return bool(told["heartbeats"] and told["schedulers"])
+def _worker_runs(reply: dict[str, Any]) -> bool:
+    # The heartbeat thread starts shortly before the scheduler.
+    return bool(reply["heartbeats"] and reply["schedulers"])
 
 
 def _count(state: AppState) -> int:
@@ -335,7 +337,7 @@ def _count(state: AppState) -> int:
         return int(connection.scalar(sa.select(sa.func.count()).select_from(Job)) or 0)
 
 
-def _is_over(state: AppState) -> bool:
+def _all_jobs_ended(state: AppState) -> bool:
     with state.store.read() as connection:
         unfinished = sa.select(Job.id).where(Job.status.in_(["pending", "running"]))
         return connection.execute(unfinished).first() is None

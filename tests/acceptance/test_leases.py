@@ -1,4 +1,4 @@
-"""Leases: kept while a worker lives, lost when it is silent, and what becomes of the jobs."""
+"""Leases: a live worker keeps its lease, a silent one loses it and other workers run its jobs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SHORT_LEASE = {"BGJOBS_LEASE": 1.5, "BGJOBS_HEARTBEAT_INTERVAL": 0.1}
 BEATS_OF_TWO_LEASES = 30
 
 
-def test_the_grace_of_a_stop_may_outlast_the_lease(
+def test_stopping_worker_keeps_its_lease(
     app: Flask, state: AppState, start_worker: Start, tmp_path: Path
 ) -> None:
-    """A worker that was told to stop keeps its lease while its jobs have their grace: nobody
-    rescues them, and they complete."""
+    """A stopping worker keeps its lease during the grace period, even if that is longer than the
+    lease: no other worker rescues its job, and the job completes."""
     gate = tmp_path / "gate"
     stopping = start_worker("-n", "stopping", "-c", "1", **SHORT_LEASE)
     job = enqueue("wait_for_file", str(gate))
@@ -49,11 +49,11 @@ def test_the_grace_of_a_stop_may_outlast_the_lease(
 
 
 @pytest.mark.parametrize("pool", ["thread", "process"])
-def test_jobs_of_a_killed_worker_do_not_wait_for_each_other(
+def test_jobs_of_a_killed_worker_run_concurrently_again(
     app: Flask, state: AppState, start_worker: Start, journal: Path, pool: str
 ) -> None:
-    """The jobs of a worker that was killed run beside each other on the next one, also where each
-    takes longer than the pause between two starts."""
+    """The next worker runs all jobs of a killed worker at the same time, even if each job runs
+    much longer than the pause between two starts."""
     options = ("-P", pool, "-c", "4")
     killed = start_worker(*options, BGJOBS_APP="host")
     jobs = [enqueue("hold", str(journal)) for _ in range(4)]
@@ -69,18 +69,20 @@ def test_jobs_of_a_killed_worker_do_not_wait_for_each_other(
 
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("pool", ["thread", "process"])
-def test_a_worker_that_comes_back_stops_what_is_no_longer_its(
+def test_resumed_worker_stops_jobs_that_it_has_lost(
     app: Flask, state: AppState, start_worker: Start, journal: Path, pool: str
 ) -> None:
-    """A worker that was stopped past its lease finds it lost, stops the job's code, and works on
-    under a new id; the outcome of the newer attempt stands."""
+    """A worker that resumes after its lease ended stops the code of the lost job and continues
+    under a new id. The outcome of the newer attempt stands."""
     stalled = start_worker("-n", "stalled", "-P", pool, "-c", "1", **SHORT_LEASE)
-    job = enqueue("hold_at_first", str(journal))
+    job = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
     stop_between_transactions(stalled, state)
     start_worker("-n", "second", "-q", "default", "-c", "1", **SHORT_LEASE)
     assert job.wait(DEADLINE_SECONDS).result == 2
-    assert lines(journal) == [f"start {job.id} 1"], "its code still stands where it was"
+    assert lines(journal) == [f"start {job.id} 1"], (
+        "the stalled worker must not have stopped its code yet"
+    )
     stalled.send_signal(signal.SIGCONT)
     wait_until(lambda: f"stopped {job.id} JobCancelled" in lines(journal), "the end of the code")
     wait_until(lambda: "Lease lost | Worker: stalled" in stalled.log.read_text(), "the notice")
@@ -94,51 +96,51 @@ def test_a_worker_that_comes_back_stops_what_is_no_longer_its(
 
 
 @pytest.mark.on("sqlite")
-def test_a_late_heartbeat_is_logged(app: Flask, start_worker: Start, journal: Path) -> None:
-    """C code that holds the GIL for longer than the heartbeat's interval makes it late, and the
-    log says so; within the lease that is all."""
+def test_late_heartbeat_is_logged(app: Flask, start_worker: Start, journal: Path) -> None:
+    """C code that holds the GIL for longer than the heartbeat interval delays the heartbeat, which
+    is logged. The worker keeps its lease."""
     worker = start_worker("-c", "1", BGJOBS_LEASE=DEADLINE_SECONDS)
-    job = enqueue("hold_gil_at_first", str(journal), 1)
+    job = enqueue("hold_gil_first_attempt", str(journal), 1)
     assert job.wait(DEADLINE_SECONDS).result == 1
     wait_until(lambda: "Heartbeat late by" in worker.log.read_text(), "the warning")
     assert "Lease lost" not in worker.log.read_text()
 
 
 @pytest.mark.on("sqlite")
-def test_a_stall_longer_than_the_lease_overlaps(
+def test_attempts_overlap_if_the_gil_is_held_past_the_lease(
     app: Flask, start_worker: Start, journal: Path
 ) -> None:
-    """C code that holds the GIL for longer than the lease runs on while another worker runs the
-    job as well; only the newer outcome counts."""
-    # Whichever worker claims the job stalls.
+    """If C code holds the GIL for longer than the lease, another worker runs the job at the same
+    time. Only the outcome of the newer attempt counts."""
+    # The worker that claims the job stalls; it can be either of them.
     logs = [start_worker("-c", "1", **SHORT_LEASE).log for _ in range(2)]
-    job = enqueue("hold_gil_at_first", str(journal), 6)
+    job = enqueue("hold_gil_first_attempt", str(journal), 6)
     wait_until(lambda: lines(journal), "the start")
     assert job.wait(DEADLINE_SECONDS).result == 2
-    wait_until(lambda: _logged(logs, f"Lease lost | Job: {job.id}"), "the notice")
+    wait_until(lambda: _any_log_has(logs, f"Lease lost | Job: {job.id}"), "the notice")
     assert lines(journal)[:3] == ["start 1", "start 2", "end 2"]
     assert stored(app, job).result == 2
-    wait_until(lambda: _logged(logs, "Heartbeat late by"), "the warning")
+    wait_until(lambda: _any_log_has(logs, "Heartbeat late by"), "the warning")
 
 
-def _logged(logs: list[Path], words: str) -> bool:
+def _any_log_has(logs: list[Path], words: str) -> bool:
     return any(words in log.read_text() for log in logs)
 
 
 @pytest.mark.on("sqlite")
-def test_neighbours_of_poison_are_never_blamed(
+def test_jobs_beside_a_poison_job_are_not_blamed(
     app: Flask, state: AppState, start_worker: Start, journal: Path
 ) -> None:
-    """However often poison jobs kill their worker, its other jobs, running and prefetched, are
-    run again, one at a time, and none of them is blamed for a crash."""
+    """Each time a poison job kills its worker, the worker's other jobs, running or prefetched, run
+    again one at a time, and none of them is blamed for a crash."""
     poison = [enqueue("crash_worker", str(journal), priority=n) for n in (5, 1)]
     neighbours = [enqueue("hold", str(journal), 0.05) for _ in range(16)]
     assert start_worker("-c", "6").wait(DEADLINE_SECONDS) == -signal.SIGKILL
     suspects = {str(job.id) for job in neighbours if stored(app, job).status == "running"}
     deaths = [len(lines(journal))]
-    while not _have_failed(app, poison):
+    while not _all_failed(app, poison):
         worker = start_worker("-c", "6")
-        wait_until(lambda w=worker: w.poll() is not None or _have_failed(app, poison), "the end")
+        wait_until(lambda w=worker: w.poll() is not None or _all_failed(app, poison), "the end")
         deaths.append(len(lines(journal)))
     for job in neighbours:
         assert job.wait(DEADLINE_SECONDS).status == "completed"
@@ -150,18 +152,20 @@ def test_neighbours_of_poison_are_never_blamed(
     for begin, end in itertools.pairwise([*deaths, None]):
         events = [line.split() for line in lines(journal)[begin:end]]
         verbs = [event[0] for event in events if event[1:2] and event[1] in suspects]
-        assert ("start", "start") not in itertools.pairwise(verbs), "one began while another ran"
+        assert ("start", "start") not in itertools.pairwise(verbs), (
+            "two suspects ran at the same time"
+        )
 
 
-def _have_failed(app: Flask, jobs: list[Job]) -> bool:
+def _all_failed(app: Flask, jobs: list[Job]) -> bool:
     return all(stored(app, job).status == "failed" for job in jobs)
 
 
-def test_an_outage_is_nobodys_silence(
+def test_outage_does_not_count_as_silence(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Time in which the database could not be asked is held against nobody, not even in part;
-    silence before and after it counts."""
+    """Time in which the database did not answer does not count as a worker's silence, not even in
+    part. Silence before and after the outage counts."""
     now = 0.0
     monkeypatch.setattr(rescue, "time", SimpleNamespace(monotonic=lambda: now))
     other = register(state, "other")
@@ -172,7 +176,7 @@ def test_an_outage_is_nobodys_silence(
     now += 4
     assert sweeper.sweep(0) == []
     with monkeypatch.context() as outage:
-        outage.setattr(type(state.store), "living_workers", _not_usable)
+        outage.setattr(type(state.store), "living_workers", _raise_operational_error)
         for _ in range(10):
             now += 3
             with pytest.raises(OperationalError):
@@ -184,11 +188,11 @@ def test_an_outage_is_nobodys_silence(
     assert [settled.spec.id for settled in sweeper.sweep(0)] == [job.id]
 
 
-def test_who_cannot_beat_judges_nobody(
+def test_worker_that_cannot_write_rescues_no_jobs(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a lock keeps all from writing, and so from showing that they live, nobody's silence
-    counts; what counts is the silence of one among others that beat."""
+    """While a lock keeps every worker from writing its heartbeat, silence does not count. It counts
+    once the sweeping worker can write its own heartbeat and the other one does not."""
     now = 0.0
     monkeypatch.setattr(rescue, "time", SimpleNamespace(monotonic=lambda: now))
     own, other = (register(state, name) for name in ("own", "other"))
@@ -208,14 +212,14 @@ def test_who_cannot_beat_judges_nobody(
     assert [settled.spec.id for settled in sweeper.sweep(own)] == [job.id]
 
 
-def _not_usable(_store: object) -> None:
+def _raise_operational_error(_store: object) -> None:
     raise OperationalError("look", {}, Exception("database is gone"))
 
 
 def test_silence_is_measured_by_a_monotonic_clock(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wall clock that jumps makes no worker's silence longer, and none shorter."""
+    """A jump of the wall clock makes a worker's silence neither longer nor shorter."""
     clocks = SimpleNamespace(now=0.0, wall=1e9)
     times = SimpleNamespace(monotonic=lambda: clocks.now, time=lambda: clocks.wall)
     monkeypatch.setattr(rescue, "time", times)
@@ -232,11 +236,11 @@ def test_silence_is_measured_by_a_monotonic_clock(
     assert [settled.spec.id for settled in sweeper.sweep(0)] == [job.id]
 
 
-def test_silence_that_the_sweeper_slept_through(
+def test_silence_while_the_sweeper_was_paused_does_not_count(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a whole container was paused for longer than a lease, the first worker to wake up
-    gives the others time to show that they live; those that stay silent are dead."""
+    """After a container was paused for longer than a lease, the first worker to resume gives the
+    others time for a heartbeat. A worker that stays silent is dead."""
     now = 0.0
     monkeypatch.setattr(rescue, "time", SimpleNamespace(monotonic=lambda: now))
     other = register(state, "other")

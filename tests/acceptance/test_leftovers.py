@@ -1,4 +1,4 @@
-"""What a job leaves changed in its process: the next job finds nothing of it."""
+"""Changes that a job leaves in its process: the next job starts without them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ POOLS = pytest.mark.parametrize("pool", ["thread", "process"])
 
 
 def run(name: str, *parameters: Any) -> Job:
-    """A job of ``tests.process_jobs``, once it has ended."""
+    """Run a job of ``tests.process_jobs`` and wait for its end."""
     job = run_background_job(f"tests.process_jobs.{name}", parameters=parameters, retries=0)
     return job.wait(DEADLINE_SECONDS)
 
 
-def test_a_child_is_for_the_next_job_what_it_was(
+def test_next_job_finds_the_child_unchanged(
     app: Flask, start_worker: Start, tmp_path: Path
 ) -> None:
-    """Handlers of signals, timers, blocked signals, context variables, working directory and umask
-    that a job in a child process has changed are those of before for the next job there."""
+    """After a job in a child process changed signal handlers, timers, blocked signals, context
+    variables, the working directory and the umask, the next job there finds the former values."""
     start_worker("-P", "process", "-c", "1")
-    before = run("look_at_process").result
-    changing = run("leave_changes", str(tmp_path))
+    before = run("inspect_process").result
+    changing = run("change_process_and_raise", str(tmp_path))
     assert (changing.status, changing.error_type) == ("failed", "ValueError")
-    assert run("look_at_process").result == before
+    assert run("inspect_process").result == before
     assert before["tenant"] == "nobody"
 
 
@@ -42,17 +42,19 @@ def test_a_child_is_for_the_next_job_what_it_was(
 def test_context_and_alarm_end_with_the_job(
     app: Flask, start_worker: Start, pool: str, name: str
 ) -> None:
-    """A context variable, an alarm and blocked signals of a job are gone in the next job on the
-    same thread or child."""
+    """The next job in the same thread or child starts without the context variable, the alarm and
+    the blocked signals of the job before."""
     start_worker("-P", pool, "-c", "1")
-    before = run("look_at_process").result
+    before = run("inspect_process").result
     assert run(name).status == "completed"
-    assert run("look_at_process").result == before
+    assert run("inspect_process").result == before
 
 
 @POOLS
-def test_an_alarm_that_is_left_ends_nothing(app: Flask, start_worker: Start, pool: str) -> None:
-    """An alarm that a job leaves set hits neither the next job nor the worker."""
+def test_leftover_alarm_ends_neither_job_nor_worker(
+    app: Flask, start_worker: Start, pool: str
+) -> None:
+    """An alarm that a job leaves set interrupts neither the next job nor the worker."""
     worker = start_worker("-P", pool, "-c", "1")
     run("set_alarm_and_return")
     held = run_background_job("tests.jobs.tell_slowly", parameters=[3, 0.2], retries=0)

@@ -92,10 +92,10 @@ def test_a_rescue_through_the_pooler(app: Flask, start_worker: Start, journal: P
     """The jobs of a worker that was killed, and of one that was stalled, run again."""
     config = {**NOTHING_PREPARED, "BGJOBS_LEASE": 4}
     killed = start_worker("-c", "1", **config)
-    first = enqueue("hold_at_first", str(journal))
+    first = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: _started(app, first), "the first start")
     stalled = start_worker("-c", "1", **config)
-    second = enqueue("hold_at_first", str(journal))
+    second = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: _started(app, second), "the second start")
     os.kill(killed.pid, signal.SIGKILL)
     os.kill(stalled.pid, signal.SIGSTOP)

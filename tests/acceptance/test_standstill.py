@@ -1,4 +1,4 @@
-"""Workers that cannot go on: each says so, gives back what it can, and others run its jobs."""
+"""Workers that cannot continue: each logs why and releases its jobs, and other workers run them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ SHORT_LEASE = {"BGJOBS_LEASE": 1.5, "BGJOBS_HEARTBEAT_INTERVAL": 0.1}
 
 @pytest.mark.on("sqlite", "postgresql")
 @pytest.mark.parametrize("set_up", ["receiver_hangs", "handler_hangs"])
-def test_a_loop_that_stands_still_loses_its_jobs(
+def test_blocked_main_loop_loses_its_jobs(
     app: Flask, state: AppState, start_worker: Start, journal: Path, tmp_path: Path, set_up: str
 ) -> None:
-    """Where a signal receiver or a log handler never returns, the heartbeat stops, and another
-    worker runs the jobs. The process still ends after SIGTERM."""
+    """If a signal receiver or a log handler never returns, the heartbeat stops and another worker
+    runs the jobs. The process still ends after SIGTERM."""
     marker = tmp_path / "marker"
     config = {"TEST_SET_UP": set_up, "TEST_MARKER": str(marker), **SHORT_LEASE}
     stuck = start_worker("-c", "2", "--shutdown-timeout", "0", **config)
-    held = enqueue("hold_at_first", str(journal))
+    held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: stored(app, held).started_at is not None, "the start")
     enqueue("echo", 1)
-    wait_until(marker.exists, "the standstill")
+    wait_until(marker.exists, "the blocked call")
     start_worker("-c", "2", **SHORT_LEASE)
     assert held.wait(DEADLINE_SECONDS).result == 2
     assert list(workers(state).values()) == ["dead", "alive"]
@@ -46,8 +46,8 @@ def test_a_loop_that_stands_still_loses_its_jobs(
 
 
 @pytest.mark.on("sqlite")
-def test_a_standstill_is_logged(app: Flask, start_worker: Start, tmp_path: Path) -> None:
-    """The log names the signal and the receiver after a second, and the place of the standstill."""
+def test_blocked_main_loop_is_logged(app: Flask, start_worker: Start, tmp_path: Path) -> None:
+    """The log names the slow receiver and its signal, then says that the worker stands still."""
     marker = tmp_path / "marker"
     worker = start_worker(TEST_SET_UP="receiver_hangs", TEST_MARKER=str(marker), **SHORT_LEASE)
     enqueue("echo", 1)
@@ -56,12 +56,14 @@ def test_a_standstill_is_logged(app: Flask, start_worker: Start, tmp_path: Path)
     assert "Signal: bgjobs-job-completed | Receiver: tests.hosts.receiver_hangs.<locals>.hang:" in (
         warning
     )
-    wait_until(lambda: "Worker stands still" in worker.log.read_text(), "the standstill")
+    wait_until(lambda: "Worker stands still" in worker.log.read_text(), "the log line")
 
 
 @pytest.mark.on("sqlite")
-def test_descriptors_run_out(app: Flask, start_worker: Start, journal: Path) -> None:
-    """A child that cannot be replaced while descriptors have run out is replaced afterwards."""
+def test_child_is_replaced_once_descriptors_are_free(
+    app: Flask, start_worker: Start, journal: Path
+) -> None:
+    """If file descriptors run out, a dead child is replaced as soon as some are free again."""
     worker = start_worker("-P", "process", "-c", "1", BGJOBS_APP="host")
     pid = enqueue("process_id").wait(DEADLINE_SECONDS).result
     used = max(int(name) for name in os.listdir(f"/proc/{worker.pid}/fd"))
@@ -75,8 +77,10 @@ def test_descriptors_run_out(app: Flask, start_worker: Start, journal: Path) -> 
 
 
 @pytest.mark.on("sqlite")
-def test_processes_run_out(app: Flask, start_worker: Start, tmp_path: Path) -> None:
-    """A fork server that may not fork goes on, its other children as well."""
+def test_fork_server_survives_a_failed_fork(
+    app: Flask, start_worker: Start, tmp_path: Path
+) -> None:
+    """If a fork fails, the fork server and its other child continue, and a later fork works."""
     program = (
         "import os\n"
         "from flask_bgjobs.execution.pools.process import forkserver\n"
@@ -109,16 +113,16 @@ def test_processes_run_out(app: Flask, start_worker: Start, tmp_path: Path) -> N
     ("pool", "set_up"),
     [("thread", "loop_fails"), ("thread", "loop_exits"), ("process", "pool_fails")],
 )
-def test_an_unexpected_exception_is_an_exit_code(
+def test_unexpected_exception_exits_with_code_1(
     app: Flask, state: AppState, start_worker: Start, journal: Path, pool: str, set_up: str
 ) -> None:
-    """A worker whose loop or pool fails gives its running jobs back and exits with code 1."""
+    """A worker whose main loop or pool fails releases its running jobs and exits with code 1."""
     worker = start_worker("-P", pool, "-c", "2", TEST_SET_UP=set_up, BGJOBS_APP="host")
-    held = enqueue("hold_at_first", str(journal))
+    held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
     failed = enqueue("fail", "now", retries=0)
     wait_until(lambda: stored(app, failed).status == "failed", "the failure")
-    # The pool's thread fails at the next job that it is to hand to a child.
+    # The pool's thread fails when it sends the next job to a child.
     enqueue("echo", 1)
     assert worker.wait(DEADLINE_SECONDS) == 1
     assert list(workers(state).values()) == ["stopped"]
@@ -128,14 +132,14 @@ def test_an_unexpected_exception_is_an_exit_code(
 
 
 @pytest.mark.on("sqlite")
-def test_a_pool_that_fails_in_a_stop_gives_its_jobs_back(
+def test_pool_that_fails_during_a_stop_releases_its_jobs(
     app: Flask, state: AppState, start_worker: Start, journal: Path
 ) -> None:
-    """A job that ran in the pool is not lost with it while the worker waits for its end."""
+    """If the pool fails while the worker waits for its jobs to end, they are released."""
     worker = start_worker(
         "-P", "process", "-c", "1", TEST_SET_UP="pool_fails_in_a_stop", BGJOBS_APP="host"
     )
-    held = enqueue("hold_at_first", str(journal))
+    held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
     worker.terminate()
     worker.wait(DEADLINE_SECONDS)
@@ -144,11 +148,11 @@ def test_a_pool_that_fails_in_a_stop_gives_its_jobs_back(
     assert (stored(app, held).status, stored(app, held).retry_count) == ("pending", 0)
 
 
-def test_a_worker_without_a_free_thread_ends(
+def test_worker_without_a_free_thread_exits(
     app: Flask, state: AppState, start_worker: Start, tmp_path: Path
 ) -> None:
-    """A worker all of whose threads are held by jobs that cannot be stopped exits with code 1.
-    The jobs have timed out, and another worker runs what waits."""
+    """A worker exits with code 1 if jobs that cannot be stopped occupy all its threads. The jobs
+    fail with a timeout, and another worker runs the next job."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     worker = start_worker("-c", "2", **SHORT_LEASE)
@@ -163,10 +167,10 @@ def test_a_worker_without_a_free_thread_ends(
 
 
 @pytest.mark.on("sqlite")
-def test_a_fork_server_that_cannot_start_holds_no_jobs(
+def test_jobs_are_released_when_the_fork_server_cannot_start(
     app: Flask, start_worker: Start, tmp_path: Path
 ) -> None:
-    """One that ends at each start is tried again after pauses; jobs are given back meanwhile."""
+    """A fork server that exits at start is started again after pauses; its jobs are released."""
     refuse = tmp_path / "refuse"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
@@ -181,7 +185,7 @@ def test_a_fork_server_that_cannot_start_holds_no_jobs(
     failed = "could not start: the fork server has ended"
     wait_until(lambda: worker.log.read_text().count(failed) >= 3, "the failed starts")
     waiting = enqueue("echo", 1)
-    wait_until(lambda: worker.log.read_text().count(failed) >= 4, "another one")
+    wait_until(lambda: worker.log.read_text().count(failed) >= 4, "another failed start")
     assert stored(app, waiting).status == "pending"
     assert worker.log.read_text().count(failed) < 10
     refuse.unlink()
@@ -189,11 +193,11 @@ def test_a_fork_server_that_cannot_start_holds_no_jobs(
 
 
 @pytest.mark.on("sqlite")
-def test_no_child_process_is_free_for_good(
+def test_worker_without_a_free_child_process_exits(
     app: Flask, tmp_path: Path, start_worker: Start, journal: Path
 ) -> None:
-    """A child that SIGKILL does not end, as where it waits within the kernel, is named in the log;
-    a worker that has no other exits with code 1."""
+    """A job whose child cannot be killed, as in a kernel call, is named in the log. A worker that
+    has no other child exits with code 1."""
     (tmp_path / "sitecustomize.py").write_text(
         "from flask_bgjobs.worker import worker\n"
         "from flask_bgjobs.execution.pools.process.forkserver import ForkServer\n"
@@ -203,16 +207,18 @@ def test_no_child_process_is_free_for_good(
     worker = start_worker("-P", "process", "-c", "1", BGJOBS_LEASE=6, BGJOBS_HEARTBEAT_INTERVAL=1)
     job = enqueue("ignore_term", str(journal), timeout=0.5)
     assert worker.wait(DEADLINE_SECONDS) == 1
-    said = worker.log.read_text()
-    assert f"Job cannot be stopped | Job: {job.id} | " in said
-    assert "Reason: JobTimeout" in said
-    assert "It holds a child process until that ends" in said
-    assert "Error: no child process is free: 1 jobs cannot be stopped" in said
+    log = worker.log.read_text()
+    assert f"Job cannot be stopped | Job: {job.id} | " in log
+    assert "Reason: JobTimeout" in log
+    assert "It holds a child process until that ends" in log
+    assert "Error: no child process is free: 1 jobs cannot be stopped" in log
 
 
 @pytest.mark.on("sqlite")
-def test_nobody_reads_stdout(app: Flask, database_url: str, tmp_path: Path) -> None:
-    """A worker whose stdout is closed on the other side works, and exits with code 0."""
+def test_closed_stdout_does_not_stop_a_worker(
+    app: Flask, database_url: str, tmp_path: Path
+) -> None:
+    """A worker whose stdout is a pipe without a reader runs its jobs and exits with code 0."""
     reading, writing = os.pipe()
     os.close(reading)
     host = tmp_path / "quiet.py"
