@@ -230,7 +230,7 @@ def process_id() -> int:
     return os.getpid()
 
 
-def record_process(path: str, seconds: float = 0.0) -> None:
+def note_process(path: str, seconds: float = 0.0) -> None:
     """Note which process runs which job."""
     time.sleep(seconds)
     record(path, f"{current_job.id} {os.getpid()}")
@@ -450,7 +450,7 @@ NAMES = [
             too_much_memory,
             grow,
             process_id,
-            record_process,
+            note_process,
             report_and_hold,
             swallow,
             enqueue_another,

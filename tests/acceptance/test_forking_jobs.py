@@ -136,8 +136,8 @@ def test_child_that_sends_invalid_data_is_replaced(app: Flask, start: Start) -> 
 def test_children_end_with_their_worker_despite_a_living_copy(
     app: Flask, start: Start, journal: Path, name: str
 ) -> None:
-    """When a worker with both pools is killed, its children end, even if a copy of the worker that a
-    job forked in a thread is still alive."""
+    """When a worker with both pools is killed, its children end, even if a copy of the worker that
+    a job forked in a thread is still alive."""
     worker = start("-c", "1", BGJOBS_QUEUE_POOLS={"images": "process"})
     sleeper = enqueue(name).wait(DEADLINE_SECONDS).result
     run_background_job("tests.jobs.hold", parameters=[str(journal), 600], queue="images")

@@ -66,7 +66,7 @@ def test_workers_share_the_work(app: Flask, state: AppState, start: Start, journ
     supervisor = start(2, "-n", "mail", "-c", "2")
     assert sorted(beats(state)) == ["mail-1", "mail-2"]
     assert len(children(supervisor)) == 2
-    jobs = [enqueue("record_process", str(journal), 0.1) for _ in range(40)]
+    jobs = [enqueue("note_process", str(journal), 0.1) for _ in range(40)]
     for job in jobs:
         assert job.wait(DEADLINE_SECONDS).status == "completed"
     assert ran(journal).keys() == {str(job.id) for job in jobs}
@@ -166,7 +166,7 @@ def test_a_drained_child_is_replaced(
 ) -> None:
     """A worker that was asked to end by the dashboard finishes its job; another takes its place."""
     supervisor = start(1)
-    job = enqueue("record_process", str(journal), 2.0)
+    job = enqueue("note_process", str(journal), 2.0)
     wait_until(lambda: job.refresh().started_at, "its start")
     (worker,) = state.store.living_workers()
     assert state.store.drain_worker(worker.id)
@@ -193,7 +193,7 @@ def test_a_worker_at_its_limit_is_replaced(app: Flask, start: Start, journal: Pa
     """A worker that has run ``--max-jobs`` is followed by a fresh one."""
     start(1, "--max-jobs", "3")
     for _ in range(7):
-        job = enqueue("record_process", str(journal)).wait(START_SECONDS)
+        job = enqueue("note_process", str(journal)).wait(START_SECONDS)
         assert job.status == "completed"
     assert len(set(ran(journal).values())) == 3
 

@@ -1,10 +1,10 @@
-"""Chaos: thousands of jobs while workers and the database break, then a proof that all is well.
+"""Chaos: run thousands of jobs while workers and the database fail, then verify every promise.
 
-``python -m tests.chaos --help`` says how to run it, also against a database of your own.
+``python -m tests.chaos --help`` explains how to run it, also on your own database.
 
-``app`` and ``jobs`` are the host that real workers serve, ``plan`` says what is enqueued and what
-must become of it, ``load`` enqueues and cancels, ``crew`` keeps workers running, ``faults`` breaks
-them and the database. Meanwhile ``journal`` and ``history`` note, outside of the package's own
-logic, what ran and what became of each row. ``verify`` judges these notes, ``report`` prints them,
-and ``run`` is the order of it all.
+``app`` and ``jobs`` are the host app that real workers run. ``plan`` draws the jobs and their
+expected outcomes, ``load`` enqueues and cancels them, ``crew`` keeps workers running, and
+``faults`` breaks the workers and the database. Independently of the package's code, ``journal``
+records each run of a job and ``history`` each change of a row. ``verify`` checks both records,
+``report`` prints the results, and ``run`` executes these steps in order.
 """

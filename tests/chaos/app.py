@@ -17,9 +17,9 @@ from .settings import Settings
 HEARTBEAT_SECONDS = 0.3
 LEASE_SECONDS = 3.0
 _WRITING_SHARE = 0.1
-"""Of the calls of a receiver."""
+"""The share of receiver calls that write a row."""
 MAX_CRASHES = 5
-"""Two more than by default: kills from outside are blamed on the suspect that they hit."""
+"""Two more than the default, because a kill from outside is blamed on the suspect that it hits."""
 
 
 def create_app() -> Flask:
@@ -28,7 +28,7 @@ def create_app() -> Flask:
 
 
 def build_app(settings: Settings) -> Flask:
-    """The app, with the chaos jobs allowed and a short lease; the tables are not made."""
+    """The app, with the chaos jobs allowed and a short lease. Does not create the tables."""
     app = Flask("chaos")
     app.config.update(
         SECRET_KEY="chaos",
@@ -41,7 +41,7 @@ def build_app(settings: Settings) -> Flask:
         BGJOBS_POLL_INTERVAL=0.2,
     )
     db = SQLAlchemy(metadata=sa.MetaData(schema=settings.schema))
-    # A row that the host writes in the transaction which a job joins.
+    # The host writes a row of this table in the transaction that a job joins.
     db.Table("chaos_order", sa.Column("token", sa.Integer, primary_key=True, autoincrement=False))
     db.Table(
         "chaos_history",
@@ -65,7 +65,7 @@ def build_app(settings: Settings) -> Flask:
 
 
 def _use_session(app: Flask, **_values: object) -> None:
-    """A receiver that leaves a transaction open, with a write now and then."""
+    """A receiver that leaves a transaction open and sometimes writes in it."""
     session: Any = app.extensions["sqlalchemy"].session
     orders = table(app, "chaos_order")
     session.execute(sa.select(orders).limit(1)).all()
@@ -74,7 +74,7 @@ def _use_session(app: Flask, **_values: object) -> None:
 
 
 def table(app: Flask, name: str) -> sa.Table:
-    """A table of the app's, wherever its schema is."""
+    """A table of the app, in whichever schema it is."""
     metadata: Any = app.extensions["sqlalchemy"].metadata
     found: sa.Table = metadata.tables[f"{metadata.schema}.{name}" if metadata.schema else name]
     return found

@@ -1,4 +1,4 @@
-"""The crew: real worker processes, each replaced as soon as it is gone."""
+"""The crew: real worker processes, each replaced as soon as it has ended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.acceptance.helpers import descendants
 
 from .settings import Settings
 
-_POSTS: tuple[tuple[Literal["thread", "process"], int], ...] = (
+_SLOTS: tuple[tuple[Literal["thread", "process"], int], ...] = (
     ("thread", 6),
     ("thread", 6),
     ("process", 3),
     ("process", 3),
 )
-"""Pool and jobs at once of each worker."""
+"""The pool and the concurrency of each worker."""
 _GRACE_SECONDS = 2.0
 _ROOT = Path(__file__).parents[2]
 _STOP_SECONDS = 60.0
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,50 +57,50 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C is answered by the harness, which then ends all of them.
+                # Only the harness handles Ctrl-C; it then ends all workers.
                 start_new_session=True,
             )
         self.pid = self._process.pid
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes jobs, and nobody asked it to stop."""
+        """Whether it takes jobs, is not stalled and was not asked to stop."""
         return self.has_started and not (self.is_stalled or self.is_stopping or self.has_ended)
 
     @property
     def has_started(self) -> bool:
-        """Whether it took jobs at all: without a database it ends before, with exit code 1."""
+        """Whether it ever took jobs: without a database it exits with code 1 before that."""
         if not self._has_started:
             self._has_started = "Worker started" in self._log.read_text()
         return self._has_started
 
     @property
     def has_ended(self) -> bool:
-        """Whether its process is gone."""
+        """Whether its process has ended."""
         return self._process.poll() is not None
 
     @property
     def was_killed(self) -> bool:
-        """Whether a SIGKILL ended it."""
+        """Whether SIGKILL ended it."""
         return self._process.poll() == -signal.SIGKILL
 
-    def below(self) -> list[int]:
-        """The processes that it has started, and theirs."""
+    def descendants(self) -> list[int]:
+        """The ids of its child processes and of their children."""
         return descendants(self.pid)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, unless it is gone."""
+        """Send it a signal, unless it has ended."""
         self._process.send_signal(number)
 
     def terminate(self) -> None:
-        """Ask it to stop. Asked twice it would stop at once."""
-        # One that was started while the database was away has ended by itself.
+        """Ask it once to stop; a second signal would end its grace period."""
+        # A worker that was started during a database outage has ended by itself.
         if not (self.is_stopping or self.has_ended):
             self.is_stopping = True
             self.signal(signal.SIGTERM)
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit code; ``None`` when it is not gone in time."""
+        """Its exit code; ``None`` if it does not end in time."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -113,65 +113,65 @@ class Crew:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._posts: list[WorkerProcess | None] = [None] * len(_POSTS)
-        self._hired = 0
+        self._slots: list[WorkerProcess | None] = [None] * len(_SLOTS)
+        self._started = 0
         self.deaths: list[Death] = []
         self.badly_ended: list[str] = []
-        """Workers that did not exit with 0 after a SIGTERM."""
+        """Workers that did not exit with code 0 after SIGTERM."""
 
     @property
-    def hired(self) -> int:
-        """How many workers were started so far."""
-        return self._hired
+    def started(self) -> int:
+        """The number of workers that were started so far."""
+        return self._started
 
     def count_in_logs(self, words: str) -> int:
-        """How often the logs of all workers hold these words."""
+        """The number of occurrences of ``words`` in the logs of all workers."""
         logs = Path(self._settings.folder).glob("*.log")
         return sum(log.read_text(errors="replace").count(words) for log in logs)
 
     def workers(self) -> list[WorkerProcess]:
-        """The workers as they are now."""
+        """The current workers."""
         with self._lock:
-            return [worker for worker in self._posts if worker is not None]
+            return [worker for worker in self._slots if worker is not None]
 
     def replace_dead(self) -> None:
-        """Start a worker wherever there is none."""
+        """Start a worker for each that is missing or has ended."""
         with self._lock:
-            for post, worker in enumerate(self._posts):
+            for slot, worker in enumerate(self._slots):
                 if worker is None or worker.has_ended:
                     if worker is not None:
-                        self._note_end(worker)
-                    self._posts[post] = self._hire(*_POSTS[post])
+                        self._record_end(worker)
+                    self._slots[slot] = self._start_worker(*_SLOTS[slot])
 
     def dismiss(self) -> None:
-        """Stop all workers in order, and wait until they are gone."""
+        """Stop all workers gracefully, and wait until they have ended."""
         workers = self.workers()
         for worker in workers:
-            # Before it has started, the signal would just kill it.
+            # A worker that has not started yet would be killed by the signal.
             while not (worker.is_ready or worker.is_stopping or worker.has_ended):
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
         for worker in workers:
             worker.terminate()
         for worker in workers:
             worker.wait(_STOP_SECONDS)
-            self._note_end(worker)
+            self._record_end(worker)
         self.end()
 
     def end(self) -> None:
-        """Kill whoever is left."""
+        """Kill the remaining workers."""
         with self._lock:
-            for worker in self._posts:
+            for worker in self._slots:
                 if worker is not None:
                     worker.signal(signal.SIGKILL)
                     worker.wait(_STOP_SECONDS)
-            self._posts = [None] * len(_POSTS)
+            self._slots = [None] * len(_SLOTS)
 
-    def _note_end(self, worker: WorkerProcess) -> None:
+    def _record_end(self, worker: WorkerProcess) -> None:
         if worker.was_killed:
             self.deaths.append(Death(worker.name, time.time()))
         elif worker.is_stopping and worker.has_started and worker.wait(0) != 0:
             self.badly_ended.append(worker.name)
 
-    def _hire(self, pool: str, size: int) -> WorkerProcess:
-        self._hired += 1
-        return WorkerProcess(self._settings, f"{pool}-{self._hired}", pool, size)
+    def _start_worker(self, pool: str, size: int) -> WorkerProcess:
+        self._started += 1
+        return WorkerProcess(self._settings, f"{pool}-{self._started}", pool, size)

@@ -1,4 +1,4 @@
-"""The databases that chaos runs on: each makes itself, breaks now and then, and goes away."""
+"""The databases that chaos runs on: each creates itself, injects its faults and drops itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ S = TypeVar("S", bound=Server)
 
 _SHORTEST_LOCK_SECONDS, _LONGEST_LOCK_SECONDS = 1.0, 5.0
 _LOCK_WAIT_SECONDS = 300.0
-"""Workers that are stalled while they hold the lock keep this process waiting as well."""
+"""A worker that is stalled while it holds the lock makes this process wait as well."""
 _LONGEST_OUTAGE_SECONDS = 3.0
 _HOLD_LOCK = """
 import sqlite3, sys, time
@@ -40,38 +40,38 @@ connection.execute("ROLLBACK")
 
 
 class CannotRun(Exception):
-    """Chaos cannot run on the database that was asked for; says why in one sentence."""
+    """Chaos cannot run on the given database; the message says why in one sentence."""
 
 
 class Database(abc.ABC):
-    """A database for one run, empty at first."""
+    """A database for one run, initially empty."""
 
     url: str
     schema: str | None = None
 
     @property
     @abc.abstractmethod
-    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
-        """What may go wrong with it, by name; each returns when it is over."""
+    def faults(self) -> Mapping[str, Callable[[random.Random], None]]:
+        """The faults of this database by name; each function returns when its fault is over."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Leave nothing behind, also when it was broken at that moment."""
+        """Delete everything that was created, even if the database is broken at this moment."""
 
 
 class Sqlite(Database):
-    """A file; its trouble is a foreign process that holds the write lock."""
+    """A file. Its fault is another process that holds the write lock."""
 
     def __init__(self, file: Path) -> None:
         if file.exists():
-            raise CannotRun(f"the file {file} exists; name one that chaos may make and delete")
+            raise CannotRun(f"the file {file} exists; name a file that chaos can create and delete")
         if not file.parent.is_dir():
             raise CannotRun(f"there is no directory {file.parent}")
         self._file = file
         self.url = f"sqlite:///{file}"
 
     @property
-    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+    def faults(self) -> Mapping[str, Callable[[random.Random], None]]:
         return {"write lock held": self._hold_lock}
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Sqlite(Database):
 
 
 class TemporarySqlite(Sqlite):
-    """The same in a folder of its own."""
+    """A SQLite file in a temporary folder."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bgjobs-chaos-")
@@ -96,9 +96,9 @@ class TemporarySqlite(Sqlite):
 
 
 class Postgres(Database):
-    """A schema of its own in somebody's database; its trouble is that connections are cut.
+    """A new schema in the user's database. Its fault is that connections end.
 
-    Only connections of this run are, and the server is not touched.
+    Only the connections of this run end; the server keeps running.
     """
 
     def __init__(self, url: sa.URL) -> None:
@@ -112,7 +112,7 @@ class Postgres(Database):
         self._run(f"CREATE SCHEMA {self._name}")
 
     @property
-    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+    def faults(self) -> Mapping[str, Callable[[random.Random], None]]:
         return {"connections cut": self._cut}
 
     def close(self) -> None:
@@ -130,9 +130,9 @@ class Postgres(Database):
 
 
 class Mysql(Database):
-    """A database of its own on somebody's server; its trouble is that connections are cut.
+    """A new database on the user's server. Its fault is that connections end.
 
-    Only connections of this run are, and the server is not touched.
+    Only the connections of this run end; the server keeps running.
     """
 
     def __init__(self, url: sa.URL) -> None:
@@ -144,7 +144,7 @@ class Mysql(Database):
         self._run(f"CREATE DATABASE {self._name}")
 
     @property
-    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
+    def faults(self) -> Mapping[str, Callable[[random.Random], None]]:
         return {"connections cut": self._cut}
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class Mysql(Database):
         found = f"SELECT id FROM information_schema.processlist WHERE db = '{self._name}'"
         with self._engine.connect() as connection:
             for number in connection.exec_driver_sql(found).scalars().all():
-                # One that has ended by itself is unknown.
+                # KILL fails for a connection that has already ended.
                 with contextlib.suppress(OperationalError):
                     connection.exec_driver_sql(f"KILL {number}")
 
@@ -165,7 +165,7 @@ class Mysql(Database):
 
 
 def _restarts(server: Server) -> Mapping[str, Callable[[random.Random], None]]:
-    """What may go wrong with a server of our own."""
+    """The faults of a server that belongs to the run."""
 
     def restart(mode: Literal["fast", "immediate"], rng: random.Random) -> None:
         server.stop(mode)
@@ -179,38 +179,38 @@ def _restarts(server: Server) -> Mapping[str, Callable[[random.Random], None]]:
 
 
 class OwnPostgres(Postgres):
-    """A server of its own, which is stopped and started as well."""
+    """A new PostgreSQL server, which is also stopped and started."""
 
     def __init__(self) -> None:
-        with _kept_open(PostgresServer()) as self._server:
+        with _close_on_error(PostgresServer()) as self._server:
             super().__init__(sa.make_url(self._server.url(self._server.create_database())))
 
     @property
-    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
-        return {**super().troubles, **_restarts(self._server)}
+    def faults(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {**super().faults, **_restarts(self._server)}
 
     def close(self) -> None:
         self._server.close()
 
 
 class OwnMysql(Mysql):
-    """The same with a MariaDB server."""
+    """A new MariaDB server, which is also stopped and started."""
 
     def __init__(self) -> None:
-        with _kept_open(MariaServer()) as self._server:
+        with _close_on_error(MariaServer()) as self._server:
             super().__init__(sa.make_url(self._server.url()))
 
     @property
-    def troubles(self) -> Mapping[str, Callable[[random.Random], None]]:
-        return {**super().troubles, **_restarts(self._server)}
+    def faults(self) -> Mapping[str, Callable[[random.Random], None]]:
+        return {**super().faults, **_restarts(self._server)}
 
     def close(self) -> None:
         self._server.close()
 
 
 @contextlib.contextmanager
-def _kept_open(server: S) -> Iterator[S]:
-    """The server, started; it is closed only when the block fails."""
+def _close_on_error(server: S) -> Iterator[S]:
+    """Start the server, and close it only if the block fails."""
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(server)
         stack.pop_all()
@@ -221,7 +221,7 @@ _OWN: dict[str, Callable[[], Database]] = {
     "postgresql": OwnPostgres,
     "mysql": OwnMysql,
 }
-_ON_A_SERVER: dict[str, Callable[[sa.URL], Database]] = {
+_ON_A_USERS_SERVER: dict[str, Callable[[sa.URL], Database]] = {
     "postgresql": Postgres,
     "mysql": Mysql,
     "mariadb": Mysql,
@@ -229,10 +229,10 @@ _ON_A_SERVER: dict[str, Callable[[sa.URL], Database]] = {
 
 
 def open_database(name: str) -> Database:
-    """The database that a user asked for.
+    """Open the database that the user named.
 
     :param name: ``sqlite``, ``postgresql``, ``mysql`` or a URL.
-    :raises CannotRun: when there is no such database, or it cannot be used.
+    :raises CannotRun: if there is no such database, or it cannot be used.
     """
     if name in _OWN:
         return _OWN[name]()
@@ -241,17 +241,17 @@ def open_database(name: str) -> Database:
         dialect = url.get_dialect().name
     except (ArgumentError, NoSuchModuleError) as error:
         raise CannotRun(
-            f"{name!r} is none of {', '.join(_OWN)}, nor the URL of a database: {error}"
+            f"{name!r} is neither {', '.join(_OWN)} nor the URL of a database: {error}"
         ) from None
     if dialect == "sqlite":
         if not url.database or url.database == ":memory:":
-            raise CannotRun("workers cannot share a database in memory; name a file")
+            raise CannotRun("workers cannot share an in-memory database; name a file")
         return Sqlite(Path(url.database).absolute())
-    if dialect not in _ON_A_SERVER:
+    if dialect not in _ON_A_USERS_SERVER:
         raise CannotRun(f"chaos does not run on {dialect}; it runs on {', '.join(_OWN)}")
     try:
-        return _ON_A_SERVER[dialect](url)
+        return _ON_A_USERS_SERVER[dialect](url)
     except (SQLAlchemyError, ModuleNotFoundError) as error:
-        said = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
         where = url.render_as_string(hide_password=True)
-        raise CannotRun(f"cannot make a place of our own in {where}: {said}") from None
+        raise CannotRun(f"cannot create a schema or a database in {where}: {reason}") from None

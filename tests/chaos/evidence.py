@@ -1,4 +1,4 @@
-"""The evidence: what was asked, what ran, and what the database says at the end."""
+"""The evidence: the planned jobs, the runs in the journal, and the final state of the database."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .plan import Planned
 CRASHED = OutcomeKind.CRASHED.value
 LOST = (OutcomeKind.LOST.value, OutcomeKind.LOST_AMONG.value)
 _CLOCK_STEP_SECONDS = 0.002
-"""SQLite's clock has milliseconds."""
+"""SQLite's clock has a resolution of one millisecond."""
 _AT_ONCE = 500
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """All that the verification looks at; it is read once, after the last worker has ended."""
+    """The input of the verification, read once after the last worker has ended."""
 
     planned: Mapping[int, Planned]
     """By token."""
@@ -43,29 +43,29 @@ class Evidence:
     """By job id and attempt."""
     starts: Mapping[int, Sequence[Note]]
     orders: frozenset[int]
-    """Tokens whose row in the host's own table exists."""
+    """The tokens that have a row in the host's own table."""
     failures: Mapping[int, Sequence[tuple[int, str, str]]]
-    """Attempt, outcome and error of a job's attempts that did not complete, by job id."""
+    """Attempt, outcome and error of each attempt that did not complete, by job id."""
     deaths: Sequence[tuple[Death, frozenset[int]]]
-    """Workers that were killed, with the ids that they had in the database."""
+    """The killed workers, each with its ids in the database."""
     clock_offset: float
-    """Seconds that the database's clock is before the machine's."""
+    """Seconds to add to the machine's time to get the database's time."""
     clock_slack: float
-    """How exact that is."""
+    """The largest error of ``clock_offset``, in seconds."""
 
     def by_token(self) -> dict[int, list[Job]]:
-        """The rows that hold each token; more than one is a fault."""
+        """The rows of each token; more than one is a violation."""
         found: dict[int, list[Job]] = collections.defaultdict(list)
         for job in self.jobs.values():
             found[int(job.owner or 0)].append(job)
         return found
 
     def planned_of(self, job: Job) -> Planned:
-        """What was asked for."""
+        """The plan for this job."""
         return self.planned[int(job.owner or 0)]
 
-    def describe_exit(self, job_id: int) -> list[str]:
-        """Everything that is known of a job, for people."""
+    def describe_job(self, job_id: int) -> list[str]:
+        """The readable history of a job, line by line."""
         job = self.jobs.get(job_id)
         lines = [f"job {job_id}"]
         if job is not None:
@@ -92,7 +92,7 @@ class Evidence:
 def gather(
     app: Flask, planned: Mapping[int, Planned], reader: Reader, deaths: Iterable[Death]
 ) -> Evidence:
-    """The evidence, read from the database and the journal."""
+    """Read the evidence from the database and the journal."""
     store = state_of(app).store
     reader.read()
     orders, attempts = table(app, "chaos_order"), table(app, "bgjobs_attempt")

@@ -1,4 +1,4 @@
-"""The faults: processes killed, stalled and stopped; the database in trouble."""
+"""The faults: processes are killed, stalled and stopped, and the database fails."""
 
 from __future__ import annotations
 
@@ -31,71 +31,74 @@ _CHILD, _WORKER, _STALL, _TERM = (
     "workers terminated",
 )
 _DECK = {_CHILD: 10, _WORKER: 4, _TERM: 2, _STALL: 4}
-"""Faults are dealt like cards, so that also a short run sees each of them."""
+"""Faults are drawn like cards from a deck, so that even a short run has each of them."""
 _MOST_STALLED = 2
-"""Workers at once, of four: somebody must be left to do the work."""
+"""The largest number of stalled workers; there are four, and some must run jobs."""
 _LEAST_PAST_LEASE_SECONDS, _MOST_PAST_LEASE_SECONDS = 2.0, 6.0
-"""Whoever is to notice the silence must itself have lived for the whole lease."""
+"""A worker detects a silent worker only after it has itself run for a whole lease."""
 _MOST_BLAMED = MAX_CRASHES - 3
-"""A suspect that is killed from outside cannot be told from poison, so that chaos may not hit an
-innocent job as often as it takes to be quarantined."""
-_LONGEST_TROUBLE_PAUSE_SECONDS = 20.0
+"""A suspect that is killed from outside looks like a poison job, so chaos must not kill an innocent
+job so often that it fails as crashed."""
+_LONGEST_DATABASE_PAUSE_SECONDS = 20.0
 _SECONDS_PER_KILL = 15.0
-"""A run with fewer kills, of workers or of children, proves too little."""
+"""A run needs one kill of a worker and one of a child for each such period."""
 
 
 class Faults:
-    """Injects faults, in two threads, until it is stopped.
+    """Injects faults in two threads until it is stopped.
 
-    :param seconds: how long it will go on: in a short run there is trouble more often, and a
-        longer one needs more kills.
+    :param seconds: the length of the run: a short run has database faults more often, and a longer
+        run needs more kills.
     """
 
     def __init__(
         self, app: Flask, crew: Crew, database: Database, seed: int, seconds: float
     ) -> None:
         self.counts: collections.Counter[str] = collections.Counter(
-            dict.fromkeys([*_DECK, *database.troubles], 0)
+            dict.fromkeys([*_DECK, *database.faults], 0)
         )
         kills = max(1, int(seconds / _SECONDS_PER_KILL))
         self._least = dict.fromkeys(self.counts, 1) | {_CHILD: kills, _WORKER: kills}
         self.errors: list[BaseException] = []
-        """Why a thread of the harness itself ended early."""
+        """Exceptions that ended a thread of the harness."""
         self._app = app
         self._crew = crew
         self._database = database
         self._random = random.Random(f"faults {seed}")
-        self._trouble_random = random.Random(f"trouble {seed}")
-        # There must be time for each, and some for itself.
-        pause = seconds / (len(database.troubles) + 2)
-        self._trouble_pause = min(_LONGEST_TROUBLE_PAUSE_SECONDS, pause)
+        self._database_random = random.Random(f"database {seed}")
+        # Each fault needs its time, and some time must be left without faults.
+        pause = seconds / (len(database.faults) + 2)
+        self._database_pause = min(_LONGEST_DATABASE_PAUSE_SECONDS, pause)
         self._stalled: list[tuple[float, WorkerProcess]] = []
         self._stopping = threading.Event()
-        self._harming, self._troubling = (
+        self._worker_thread, self._database_thread = (
             threading.Thread(target=self._run, args=[work], name=name, daemon=True)
-            for name, work in (("faults", self._harm_all), ("trouble", self._trouble_all))
+            for name, work in (
+                ("faults", self._break_workers),
+                ("database faults", self._break_database),
+            )
         )
 
     def too_few(self) -> list[str]:
-        """A sentence for each fault that was injected too seldom to prove anything."""
+        """One sentence for each fault that was injected too seldom to prove anything."""
         return [
-            f"{fault}: {self.counts[fault]}, at least {least} are needed"
+            f"{fault}: {self.counts[fault]}, needs at least {least}"
             for fault, least in self._least.items()
             if self.counts[fault] < least
         ]
 
     def start(self) -> None:
-        """Begin."""
-        self._harming.start()
-        self._troubling.start()
+        """Start both threads."""
+        self._worker_thread.start()
+        self._database_thread.start()
 
     def stop(self) -> None:
-        """End both threads; stalled workers go on, and the database is whole again."""
+        """End both threads; stalled workers resume, and the database works again."""
         self._stopping.set()
-        self._join(self._harming)
-        # Before the other is awaited: it may want a lock that a stalled worker holds.
+        self._join(self._worker_thread)
+        # Resume first: the database thread may wait for a lock that a stalled worker holds.
         self._resume(until=float("inf"))
-        self._join(self._troubling)
+        self._join(self._database_thread)
 
     def _join(self, thread: threading.Thread) -> None:
         if thread.ident is not None:
@@ -109,7 +112,7 @@ class Faults:
 
     # Workers
 
-    def _harm_all(self) -> None:
+    def _break_workers(self) -> None:
         deck: list[str] = []
         while not self._stopping.wait(
             self._random.uniform(_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
@@ -121,13 +124,13 @@ class Faults:
             fault = deck.pop()
             ready = [worker for worker in self._crew.workers() if worker.is_ready]
             self._random.shuffle(ready)
-            if any(self._harm(fault, worker) for worker in ready):
+            if any(self._inject(fault, worker) for worker in ready):
                 self.counts[fault] += 1
             else:
                 deck.insert(0, fault)
 
-    def _harm(self, fault: str, worker: WorkerProcess) -> bool:
-        """Whether the fault could be injected into this worker."""
+    def _inject(self, fault: str, worker: WorkerProcess) -> bool:
+        """Inject the fault into this worker; returns whether that was possible."""
         if fault == _TERM:
             worker.terminate()
             return True
@@ -144,8 +147,8 @@ class Faults:
         return True
 
     def _kill_child(self, worker: WorkerProcess) -> bool:
-        # The process that starts the children is one of these: all of them go with it.
-        below = worker.below()
+        # One of these is the fork server, and all children end with it.
+        below = worker.descendants()
         if below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._random.choice(below), signal.SIGKILL)
@@ -187,12 +190,12 @@ class Faults:
 
     # The database
 
-    def _trouble_all(self) -> None:
-        troubles = list(self._database.troubles.items())
-        self._trouble_random.shuffle(troubles)
-        for name, trouble in itertools.cycle(troubles):
-            pause = self._trouble_pause * self._trouble_random.uniform(0.5, 1)
+    def _break_database(self) -> None:
+        faults = list(self._database.faults.items())
+        self._database_random.shuffle(faults)
+        for name, inject in itertools.cycle(faults):
+            pause = self._database_pause * self._database_random.uniform(0.5, 1)
             if self._stopping.wait(pause):
                 return
-            trouble(self._trouble_random)
+            inject(self._database_random)
             self.counts[name] += 1

@@ -1,4 +1,4 @@
-"""The figures of a run: how often jobs ran, and how soon they were taken up after a kill."""
+"""The figures of a run: how often jobs ran, and how soon they recovered after a kill."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from .history import Change
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Figures:
-    """What a run tells beside its verdict."""
+    """Statistics of a run, in addition to its verdict."""
 
     results: collections.Counter[str]
-    """What the enqueues said."""
+    """The number of enqueues by result."""
     found_in_doubt: int
-    """Jobs that are there although their enqueue raised."""
+    """Jobs that have a row although their enqueue raised."""
     statuses: collections.Counter[str]
     mean_runs: float
     most_runs: int
     rescues: int
-    """Attempts that were taken from a worker which was dead, or taken for dead."""
+    """Attempts that were rescued from a worker that was dead or seemed dead."""
     crashes: int
-    """Attempts that died with the child process which ran them."""
+    """Attempts that ended with their child process."""
     blamed_unseen: int
-    """Attempts whose crash was blamed on a job, and that the journal does not know: it was killed
-    between the commit of its start and its first line, or blamed without a reason."""
+    """Attempts whose crash was blamed on a job, but that are not in the journal: the process was
+    killed between the commit of the start and the first line, or the blame has no reason."""
     worst_release: float
-    """Seconds from the kill of a worker until the last of its jobs was free again."""
+    """The longest time from the kill of a worker to the release of one of its jobs, in seconds."""
     worst_recovery: float
-    """Seconds until the last of them was started again, or final."""
+    """The longest time until such a job was started again or was final, in seconds."""
     worst_job: int
-    """Which that was."""
+    """The id of the job with the worst recovery."""
 
 
 def figures(evidence: Evidence) -> Figures:
-    """The figures of the evidence."""
-    there = evidence.by_token()
+    """Compute the figures from the evidence."""
+    rows = evidence.by_token()
     runs = [len(evidence.starts.get(job_id, ())) for job_id in evidence.jobs] or [0]
     outcomes = [failure for failures in evidence.failures.values() for failure in failures]
     recoveries = list(_recoveries(evidence))
@@ -51,7 +51,7 @@ def figures(evidence: Evidence) -> Figures:
     return Figures(
         results=collections.Counter(planned.result for planned in evidence.planned.values()),
         found_in_doubt=sum(
-            planned.result == "in doubt" and planned.token in there
+            planned.result == "in doubt" and planned.token in rows
             for planned in evidence.planned.values()
         ),
         statuses=collections.Counter(job.status for job in evidence.jobs.values()),
@@ -74,7 +74,7 @@ def figures(evidence: Evidence) -> Figures:
 
 
 def _recoveries(evidence: Evidence) -> Iterator[tuple[float, float, int]]:
-    """Seconds to release and to recovery, and the job, of each that a killed worker held."""
+    """For each job of a killed worker: seconds to its release, seconds to its recovery, its id."""
     claims = collections.defaultdict(list)
     for changes in evidence.history.values():
         for claim, after in itertools.pairwise(changes):
@@ -91,7 +91,7 @@ def _recoveries(evidence: Evidence) -> Iterator[tuple[float, float, int]]:
 
 
 def _recovered_at(evidence: Evidence, held: Change, death: Death) -> float | None:
-    """When a job ran again, or was final; ``None``: it is not there yet."""
+    """The time at which a job ran again or was final; ``None`` if neither has happened."""
     starts = (
         start.at + evidence.clock_offset
         for start in evidence.starts.get(held.job_id, ())

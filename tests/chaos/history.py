@@ -1,4 +1,4 @@
-"""The history: the database itself notes every change of a job's status or attempt."""
+"""The history: database triggers record every change of a job's status or attempt."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ _MYSQL = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
-    """What the database noted of one statement that wrote a job."""
+    """One recorded change of a job's row."""
 
     seq: int
     job_id: int
     old_attempt: int | None
     attempt: int
     old_status: str | None
-    """``None``: the job was inserted."""
+    """``None`` if the job was inserted."""
     status: str
     retry_count: int
     worker_id: int | None
@@ -87,7 +87,7 @@ class Change:
 
 
 def install(app: Flask) -> None:
-    """Let the database note changes from now on; its tables are there."""
+    """Create the triggers that record changes; the tables must exist."""
     engine = state_of(app).store.host_engine
     format_table = engine.dialect.identifier_preparer.format_table
     history, jobs = table(app, "chaos_history"), table(app, "bgjobs_job")
@@ -105,7 +105,7 @@ def install(app: Flask) -> None:
 
 
 def read(app: Flask) -> Mapping[int, list[Change]]:
-    """What was noted of each job, in order."""
+    """The recorded changes of each job, in order."""
     found: dict[int, list[Change]] = collections.defaultdict(list)
     history = table(app, "chaos_history")
     with state_of(app).store.host_engine.connect() as connection:

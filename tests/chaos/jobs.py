@@ -1,4 +1,4 @@
-"""The jobs. Each notes its start and its end outside the database, and returns its attempt."""
+"""The jobs. Each records its start and end outside the database, and returns its attempt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .journal import Journal
 from .settings import Settings
 
 _STEP_SECONDS = 0.01
-"""Sleeps are a loop of short steps, so that an interruption arrives soon."""
+"""Long sleeps are a loop of short ones, so that an interruption takes effect soon."""
 
 
 _LARGE_CHARACTERS = 300_000
@@ -33,14 +33,14 @@ def _journal() -> Journal:
 
 
 def quick(token: int) -> int:
-    """Done at once."""
-    with _journal().noted(token):
+    """Return at once."""
+    with _journal().recorded(token):
         return current_job.attempt
 
 
 def sleeps(token: int, seconds: float) -> int:
-    """Take some time."""
-    with _journal().noted(token):
+    """Sleep for ``seconds``."""
+    with _journal().recorded(token):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(_STEP_SECONDS)
@@ -48,43 +48,43 @@ def sleeps(token: int, seconds: float) -> int:
 
 
 async def waits(token: int, seconds: float) -> int:
-    """Take some time in an event loop."""
-    with _journal().noted(token):
+    """Sleep for ``seconds`` in an event loop."""
+    with _journal().recorded(token):
         await asyncio.sleep(seconds)
         return current_job.attempt
 
 
 def fails_once(token: int) -> int:
-    """Fail while no retry was used."""
-    with _journal().noted(token):
+    """Fail until a retry has been used."""
+    with _journal().recorded(token):
         if current_job.retry_count == 0:
-            raise RuntimeError("the first time fails")
+            raise RuntimeError("the first attempt fails")
         return current_job.attempt
 
 
 def fails(token: int) -> int:
     """Fail every time."""
-    with _journal().noted(token):
+    with _journal().recorded(token):
         raise RuntimeError("it fails every time")
 
 
 def gives_up(token: int) -> int:
-    """Ask for no more retries."""
-    with _journal().noted(token):
+    """Fail without a retry."""
+    with _journal().recorded(token):
         raise Fail("it will never work")
 
 
 def asks_retry(token: int) -> int:
     """Ask for a retry once."""
-    with _journal().noted(token):
+    with _journal().recorded(token):
         if current_job.retry_count == 0:
             raise Retry("not yet", delay=0.1)
         return current_job.attempt
 
 
 def snoozes(token: int) -> int:
-    """Snooze once, as its meta tells."""
-    with _journal().noted(token):
+    """Snooze once; the meta records that it did."""
+    with _journal().recorded(token):
         if not current_job.meta.get("rested"):
             current_job.meta["rested"] = True
             raise Snooze(0.2)
@@ -93,7 +93,7 @@ def snoozes(token: int) -> int:
 
 def kills_once(token: int) -> int:
     """Kill its own process at the first attempt."""
-    with _journal().noted(token):
+    with _journal().recorded(token):
         if current_job.attempt == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return current_job.attempt
@@ -101,14 +101,14 @@ def kills_once(token: int) -> int:
 
 def poison(token: int) -> int:
     """Kill its own process every time."""
-    with _journal().noted(token):
+    with _journal().recorded(token):
         os.kill(os.getpid(), signal.SIGKILL)
         return current_job.attempt
 
 
 def forks(token: int) -> int:
-    """Fork, and let the copy return."""
-    with _journal().noted(token):
+    """Fork; the copy returns from the job."""
+    with _journal().recorded(token):
         copy = os.fork()
         if copy == 0:
             return -1
@@ -117,20 +117,20 @@ def forks(token: int) -> int:
 
 
 def uses_helpers(token: int) -> int:
-    """Let helper processes compute something."""
-    with _journal().noted(token):
+    """Compute something in helper processes."""
+    with _journal().recorded(token):
         with multiprocessing.get_context("fork").Pool(2) as helpers:
             assert helpers.map(abs, range(-10, 0)) == list(range(10, 0, -1))
         return current_job.attempt
 
 
 def locks_its_row(token: int, seconds: float) -> int:
-    """Keep its own row locked while it works; SQLite would lock all other rows as well."""
-    with _journal().noted(token):
+    """Lock its own row while it runs, except on SQLite, which would lock the whole database."""
+    with _journal().recorded(token):
         db = current_app.extensions["sqlalchemy"]
         jobs = next(t for n, t in db.metadata.tables.items() if n.endswith("bgjobs_job"))
         own = sa.select(jobs.c.id).where(jobs.c.id == current_job.id)
-        # Its own connection may be cut as well, which would be its own failure.
+        # A fault may also end this connection, and the job would then fail.
         with contextlib.suppress(DBAPIError):
             db.session.execute(own.with_for_update()).all()
         end = time.monotonic() + seconds
@@ -140,8 +140,8 @@ def locks_its_row(token: int, seconds: float) -> int:
 
 
 def returns_much(token: int) -> list[Any]:
-    """Return what takes three times its size in a statement."""
-    with _journal().noted(token):
+    """Return a large result that takes even more space in an SQL statement."""
+    with _journal().recorded(token):
         return [current_job.attempt, '"' * _LARGE_CHARACTERS]
 
 

@@ -1,4 +1,4 @@
-"""The journal: a file outside the database in which each run of a job notes start and end."""
+"""The journal: a file outside the database that records the start and end of each run."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ START, END, RAISED = "start", "end", "raised"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Note:
-    """One line."""
+    """One line of the journal."""
 
-    what: str
+    event: str
     job_id: int
     attempt: int
     token: int
-    """The harness's own number of the job: ids of rolled-back jobs are used again."""
+    """The harness's number for the job: the ids of rolled-back jobs are used again."""
     pid: int
     at: float
-    """By the machine's clock, in seconds since 1970: the database's own notes have no other."""
+    """By the machine's clock, in seconds since 1970."""
 
 
 class Journal:
-    """Writes notes; one write per line, so that a killed writer leaves no half of one."""
+    """Writes notes, each with a single write, so that a killed process leaves no partial line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @contextlib.contextmanager
-    def noted(self, token: int) -> Iterator[None]:
-        """Note the start of the current job, and how its code ended, if it did."""
-        self._note(START, token)
+    def recorded(self, token: int) -> Iterator[None]:
+        """Record the start of the current job, and its end if its code ends."""
+        self._write(START, token)
         try:
             yield
         except BaseException:
-            self._note(RAISED, token)
+            self._write(RAISED, token)
             raise
-        self._note(END, token)
+        self._write(END, token)
 
-    def _note(self, what: str, token: int) -> None:
-        words = (what, current_job.id, current_job.attempt, token, os.getpid(), time.time())
+    def _write(self, event: str, token: int) -> None:
+        words = (event, current_job.id, current_job.attempt, token, os.getpid(), time.time())
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             os.write(descriptor, f"{' '.join(map(str, words))}\n".encode())
@@ -57,11 +57,11 @@ class Journal:
 
 @dataclasses.dataclass(slots=True)
 class Run:
-    """One run of a job's code, as far as it was noted."""
+    """One run of a job's code, as recorded."""
 
     start: Note
     ended: str | None = None
-    """:data:`END` or :data:`RAISED`; ``None``: it was killed."""
+    """:data:`END` or :data:`RAISED`; ``None`` if the process was killed."""
 
 
 class Reader:
@@ -71,10 +71,10 @@ class Reader:
         self._path = path
         self._offset = 0
         self.runs: dict[tuple[int, int], list[Run]] = collections.defaultdict(list)
-        """By job id and attempt; more than one run of an attempt is a fault."""
+        """By job id and attempt; more than one run of an attempt is a violation."""
 
     def read(self) -> None:
-        """Take in what was written since the last call."""
+        """Read the lines that were written since the last call."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -83,8 +83,8 @@ class Reader:
         complete = new[: new.rfind(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.decode().splitlines():
-            what, job_id, attempt, token, pid, at = line.split()
-            self._take(Note(what, int(job_id), int(attempt), int(token), int(pid), float(at)))
+            event, job_id, attempt, token, pid, at = line.split()
+            self._add(Note(event, int(job_id), int(attempt), int(token), int(pid), float(at)))
 
     def starts(self) -> Mapping[int, list[Note]]:
         """The starts of each job, in order."""
@@ -96,10 +96,10 @@ class Reader:
             starts.sort(key=lambda start: start.at)
         return found
 
-    def _take(self, note: Note) -> None:
+    def _add(self, note: Note) -> None:
         runs = self.runs[note.job_id, note.attempt]
-        if note.what == START:
+        if note.event == START:
             runs.append(Run(note))
         for run in runs:
-            if note.what != START and run.start.pid == note.pid and run.ended is None:
-                run.ended = note.what
+            if note.event != START and run.start.pid == note.pid and run.ended is None:
+                run.ended = note.event

@@ -1,4 +1,4 @@
-"""The load: jobs enqueued all the time through the public API, and some of them cancelled."""
+"""The load: enqueues jobs continuously through the public API, and cancels some of them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from .plan import Plan, Planned
 
 _JOBS_PER_SECOND = 20.0
 _MOST_UNFINISHED = 100
-"""Beyond that the enqueuer waits: workers that are killed all the time do only so much, and a
-longer queue would hide how soon a job is taken up again."""
-_LOOK_SECONDS = 0.5
+"""With more unfinished jobs the enqueuer waits: workers that are often killed run few jobs, and a
+long queue would hide how soon a job is claimed again."""
+_POLL_SECONDS = 0.5
 
 
 class Load:
-    """Enqueues and cancels, in two threads.
+    """Enqueues and cancels jobs in two threads.
 
-    :param seed: of the plan, and of the pauses between enqueues.
+    :param seed: seed of the plan and of the pauses between enqueues.
     """
 
     def __init__(self, app: Flask, seed: int) -> None:
         self.planned: dict[int, Planned] = {}
-        """All that was tried, by token."""
+        """Every job whose enqueue was tried, by token."""
         self.cancels = 0
-        """Cancels that raised nothing."""
+        """The number of cancels that succeeded."""
         self.errors: list[BaseException] = []
-        """Why a thread ended early."""
+        """Exceptions that ended a thread."""
         self._app = app
         self._plan = Plan(seed)
         self._random = random.Random(f"load {seed}")
@@ -52,12 +52,12 @@ class Load:
         ]
 
     def start(self) -> None:
-        """Begin."""
+        """Start both threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End both threads; a cancel whose time has not come is left out."""
+        """End both threads; pending cancels are dropped."""
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -74,12 +74,12 @@ class Load:
     # Enqueue
 
     def _enqueue_all(self) -> None:
-        looked = 0.0
+        checked_at = 0.0
         while not self._stopping.wait(self._random.expovariate(_JOBS_PER_SECOND)):
-            if time.monotonic() - looked > _LOOK_SECONDS:
-                while self._has_too_many() and not self._stopping.wait(_LOOK_SECONDS):
+            if time.monotonic() - checked_at > _POLL_SECONDS:
+                while self._has_too_many() and not self._stopping.wait(_POLL_SECONDS):
                     pass
-                looked = time.monotonic()
+                checked_at = time.monotonic()
             planned = self._plan.draw()
             self.planned[planned.token] = planned
             with self._app.app_context():
@@ -96,7 +96,7 @@ class Load:
         try:
             job = self._enqueue(planned, session)
         except (SQLAlchemyError, BgJobsError):
-            # Nobody can tell whether it is there: the verification looks.
+            # The job may have been saved or not; the verification checks that.
             try_quietly(session.rollback)
             return
         planned.job_id = job.id
@@ -152,7 +152,7 @@ class Load:
 
 
 def unfinished(app: Flask) -> int:
-    """How many jobs have not reached a final status."""
+    """The number of jobs without a final status."""
     jobs = table(app, "bgjobs_job")
     count = sa.select(sa.func.count()).where(jobs.c.status.not_in([each.value for each in FINAL]))
     with state_of(app).store.host_engine.connect() as connection:
@@ -160,7 +160,7 @@ def unfinished(app: Flask) -> int:
 
 
 def try_quietly(act: Any) -> bool:
-    """Whether ``act`` could be done; while the database is away it cannot."""
+    """Call ``act``; returns ``False`` if the database does not work."""
     try:
         act()
     except SQLAlchemyError:

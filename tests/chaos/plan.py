@@ -1,4 +1,4 @@
-"""The plan: which jobs are enqueued, how, and what must become of each."""
+"""The plan: which jobs are enqueued, how, and the outcome that each must have."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _HOW: dict[How, int] = {
 }
 _CANCELLED_SHARE = 0.08
 _HIGH_SHARE = 0.1
-"""More would keep others waiting for as long as chaos lasts, which is no fault."""
+"""With more jobs of high priority, the others might wait until chaos ends, which is no error."""
 _LATEST_CANCEL_SECONDS = 2.0
 _POISON_EVERY, _FIRST_POISON = 400, 50
-"""Jobs: each poison job costs some workers, and what else runs in them starts over."""
+"""In jobs: each poison job kills some workers, and their other jobs start again."""
 _UNIQUE_KEYS = 20
 
 Drawn = tuple[list[Any], dict[str, Any]]
-"""Further parameters and options of a job."""
+"""Additional parameters and options of a job."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class Kind:
 
     name: str
     weight: float
-    """How often it comes, compared with the others."""
+    """How often it is drawn, relative to the other kinds."""
     function: str
     status: JobStatus
-    """What must become of it, unless somebody cancels it."""
+    """Its final status unless it is cancelled."""
     retries_used: int = 0
     draw: Callable[[random.Random], Drawn] = lambda _: ([], {})
 
@@ -83,18 +83,18 @@ _POISON = Kind("poison", 0, "poison", _FAILED)
 
 @dataclasses.dataclass(slots=True)
 class Planned:
-    """A job of the plan, and what the harness knows of it."""
+    """A job of the plan, and what the harness knows about it."""
 
     token: int
-    """The harness's own number of it."""
+    """The harness's number for the job."""
     kind: Kind
     how: How
     parameters: list[Any]
     options: dict[str, Any]
     cancel_after: float | None
-    """Seconds after the enqueue; ``None``: nobody cancels it."""
+    """Seconds after the enqueue; ``None`` if the job is not cancelled."""
     result: Literal["in doubt", "enqueued", "rolled back", "deduplicated"] = "in doubt"
-    """What the enqueue said; it is in doubt when it raised."""
+    """The result of the enqueue; in doubt if it raised."""
     job_id: int | None = None
     cancel_asked: bool = False
 
@@ -127,7 +127,7 @@ class Plan:
             kind,
             how,
             [token, *parameters],
-            # The token is the owner as well, to be found without reading parameters.
+            # The token is also the owner, so that it is found without reading parameters.
             {"priority": priority, "owner": str(token), **options},
             cancel_after if is_cancelled else None,
         )

@@ -1,4 +1,4 @@
-"""The report: the figures as a table, and each promise that was not kept with its history."""
+"""The report: a table of figures, and the history of each job that violates a promise."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .figures import Figures
 from .verify import PROMISES, Violation
 
 _SHOWN = 20
-"""Jobs whose history is shown."""
+"""The largest number of jobs whose history is shown."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What came out of a run."""
+    """The results of a run."""
 
     seed: int
     seconds: float
-    """Of chaos."""
+    """How long chaos lasted, without the drain."""
     wall_seconds: float
     database: str
     figures: Figures
@@ -34,36 +34,38 @@ class Report:
     faults: Mapping[str, int]
     violations: Sequence[Violation]
     too_few: Sequence[str]
-    """What was injected too seldom to prove anything."""
+    """The faults that were injected too seldom to prove anything."""
     badly_ended: Sequence[str]
-    """Workers that did not end with 0 after a SIGTERM."""
+    """Workers that did not exit with code 0 after SIGTERM."""
     evidence: Evidence
 
     @property
     def is_good(self) -> bool:
-        """Whether all promises were kept, and chaos really was."""
+        """Whether all promises were kept and there were enough faults."""
         return not (self.violations or self.too_few or self.badly_ended)
 
     def __str__(self) -> str:
         return "\n".join([*self._problems(), *_aligned(list(self._rows()))])
 
     def write_evidence(self, path: Path) -> None:
-        """Write all that is known of each job."""
-        described = ("\n".join(self.evidence.described(job_id)) for job_id in self.evidence.jobs)
-        path.write_text("\n\n".join(described))
+        """Write the history of each job to a file."""
+        histories = ("\n".join(self.evidence.describe_job(job_id)) for job_id in self.evidence.jobs)
+        path.write_text("\n\n".join(histories))
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         figures = self.figures
         enqueued = figures.results["enqueued"] + figures.found_in_doubt
         yield "seed", str(self.seed)
         yield "database", self.database
-        yield "chaos, in all", f"{self.seconds:.0f} s, {self.wall_seconds:.0f} s"
+        yield "chaos, total", f"{self.seconds:.0f} s, {self.wall_seconds:.0f} s"
         yield "jobs enqueued", f"{enqueued:,}"
         for status, count in sorted(figures.statuses.items()):
             yield f"  {status}", f"{count:,}"
         yield "enqueues rolled back", f"{figures.results['rolled back']:,}"
         yield "enqueues deduplicated", f"{figures.results['deduplicated']:,}"
-        in_doubt = f"{figures.results['in doubt']:,}, of which {figures.found_in_doubt:,} are there"
+        in_doubt = (
+            f"{figures.results['in doubt']:,}, of which {figures.found_in_doubt:,} have a row"
+        )
         yield "enqueues that raised", in_doubt
         yield "cancels", f"{self.cancels:,}"
         broken = collections.Counter(violation.promise for violation in self.violations)
@@ -88,14 +90,14 @@ class Report:
         for job_id, violations in list(by_job.items())[:_SHOWN]:
             for violation in violations:
                 yield f"{violation.promise.upper()}: job {job_id}: {violation.sentence}"
-            yield from self.evidence.described(job_id) if job_id is not None else ()
+            yield from self.evidence.describe_job(job_id) if job_id is not None else ()
             yield ""
         if len(by_job) > _SHOWN:
             yield f"… and {len(by_job) - _SHOWN:,} more jobs\n"
         for sentence in self.too_few:
             yield f"TOO LITTLE CHAOS: {sentence}"
         for name in self.badly_ended:
-            yield f"BAD EXIT: worker {name} did not end with 0 after SIGTERM"
+            yield f"BAD EXIT: worker {name} did not exit with code 0 after SIGTERM"
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> Iterator[str]:

@@ -29,23 +29,23 @@ from .verify import verify
 
 _TICK_SECONDS = 0.05
 _DRAIN_SECONDS = 120.0
-"""For what is left when chaos ends; jobs take two seconds at most."""
-_LOOK_SECONDS = 0.5
-_SAY_SECONDS = 10
-_LONGEST = 3.0
-"""Times as long as asked for: so long chaos goes on where a slow machine had too few faults."""
+"""For the jobs that are unfinished when chaos ends; a job takes two seconds at most."""
+_POLL_SECONDS = 0.5
+_PROGRESS_SECONDS = 10
+_MAX_EXTENSION = 3.0
+"""On a slow machine chaos continues up to this multiple of ``seconds`` to have enough faults."""
 
 
 def run(
     name: str, *, seconds: float, seed: int, say: Callable[[str], object] = lambda _: None
 ) -> Report:
-    """The report of one run.
+    """Run chaos once and return the report.
 
-    :param name: of the database: ``sqlite``, ``postgresql``, ``mysql`` or a URL.
-    :param seconds: of chaos; the drain and the verification come after.
-    :param seed: of all that is drawn at random.
-    :param say: told what is going on.
-    :raises CannotRun: when the database cannot be used.
+    :param name: the database: ``sqlite``, ``postgresql``, ``mysql`` or a URL.
+    :param seconds: length of the chaos phase; the drain and the verification follow.
+    :param seed: seed of all random choices.
+    :param say: called with each line of progress.
+    :raises CannotRun: if the database cannot be used.
     """
     database = open_database(name)
     settings = Settings(database.url, tempfile.mkdtemp(prefix="bgjobs-chaos-"), database.schema)
@@ -84,10 +84,10 @@ class _Run:
         self._faults = Faults(self._app, self._crew, database, seed, seconds)
 
     def report(self) -> Report:
-        """Do it all."""
+        """Run all steps and clean up."""
         try:
             self._make_tables()
-            self._rage()
+            self._run_chaos()
             self._drain()
             return self._judge()
         finally:
@@ -101,33 +101,33 @@ class _Run:
             self._app.extensions["sqlalchemy"].create_all()
         history.install(self._app)
 
-    def _rage(self) -> None:
-        """Chaos: jobs and faults all the time."""
+    def _run_chaos(self) -> None:
+        """The chaos phase: jobs and faults together."""
         self._crew.replace_dead()
         self._load.start()
         self._faults.start()
-        began, said = time.monotonic(), 0
-        for passed in self._ticks(_LONGEST * self._seconds):
+        began, reported = time.monotonic(), 0
+        for passed in self._ticks(_MAX_EXTENSION * self._seconds):
             self._raise_errors()
             if passed >= self._seconds and not self._faults.too_few():
                 break
-            if passed >= said + _SAY_SECONDS:
-                said += _SAY_SECONDS
-                self._say(f"{said} s of chaos, {len(self._load.planned):,} enqueues")
-        self._raged = time.monotonic() - began
+            if passed >= reported + _PROGRESS_SECONDS:
+                reported += _PROGRESS_SECONDS
+                self._say(f"{reported} s of chaos, {len(self._load.planned):,} enqueues")
+        self._chaos_seconds = time.monotonic() - began
         self._faults.stop()
         self._load.stop()
         self._raise_errors()
 
     def _drain(self) -> None:
-        """Let fresh workers do what is left; only jobs still kill them."""
-        self._say("chaos is over, fresh workers do what is left")
+        """Let new workers finish the remaining jobs; only jobs still kill workers."""
+        self._say("chaos has ended; new workers finish the remaining jobs")
         self._crew.dismiss()
         self._crew.replace_dead()
-        looked = 0.0
+        checked_at = 0.0
         for passed in self._ticks(_DRAIN_SECONDS):
-            if passed - looked > _LOOK_SECONDS:
-                looked = passed
+            if passed - checked_at > _POLL_SECONDS:
+                checked_at = passed
                 if self._is_drained():
                     break
         self._crew.dismiss()
@@ -136,11 +136,11 @@ class _Run:
         try:
             return not unfinished(self._app)
         except SQLAlchemyError:
-            # A connection of the pool that a fault has ended.
+            # A fault has ended this pooled connection.
             return False
 
     def _ticks(self, seconds: float) -> Iterator[float]:
-        """Seconds that have passed, again and again; dead workers are replaced meanwhile."""
+        """Yield the elapsed seconds repeatedly, and replace dead workers meanwhile."""
         began = time.monotonic()
         while (passed := time.monotonic() - began) < seconds:
             self._crew.replace_dead()
@@ -157,12 +157,12 @@ class _Run:
         killed_by_jobs = len(self._crew.deaths) - faults["workers killed"]
         return Report(
             seed=self._seed,
-            seconds=self._raged,
+            seconds=self._chaos_seconds,
             wall_seconds=time.monotonic() - self._began,
             database=state_of(self._app).store.host_engine.url.render_as_string(),
             figures=figures(evidence),
             cancels=self._load.cancels,
-            workers=self._crew.hired,
+            workers=self._crew.started,
             workers_killed_by_jobs=max(0, killed_by_jobs),
             late_outcomes=self._crew.count_in_logs("Lease lost | Job"),
             faults=faults,

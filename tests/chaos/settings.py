@@ -1,4 +1,4 @@
-"""What all processes of one run must agree on."""
+"""The settings that all processes of a run share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VARIABLE = "BGJOBS_CHAOS_APP"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """Where the database and the files of a run are."""
+    """The database and the folder of a run."""
 
     url: str
     folder: str
@@ -22,14 +22,14 @@ class Settings:
 
     @property
     def journal(self) -> Path:
-        """The file in which running jobs note what they do."""
+        """The file in which jobs record their start and end."""
         return Path(self.folder) / "journal"
 
     def environment(self) -> dict[str, str]:
-        """What a worker needs to find these settings."""
+        """The environment variable that gives a worker these settings."""
         return {_VARIABLE: json.dumps(dataclasses.asdict(self))}
 
     @classmethod
     def from_environment(cls) -> Self:
-        """The settings that the harness gave to this process."""
+        """The settings in this process's environment."""
         return cls(**json.loads(os.environ[_VARIABLE]))

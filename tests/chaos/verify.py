@@ -1,4 +1,4 @@
-"""The verification: every promise, held against the evidence."""
+"""The verification: compares the evidence with every promise."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NEXT = {
     "pending": {"running", "cancelled"},
     "running": {"completed", "failed", "cancelled", "retrying", "scheduled", "pending"},
 }
-"""The life of a job; nobody retries one by hand here, so that a final status is never left."""
+"""The allowed transitions. No job is retried by hand here, so a final status never changes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Violation:
-    """A promise that was not kept."""
+    """A broken promise."""
 
     promise: str
     """One of :data:`PROMISES`."""
@@ -38,7 +38,7 @@ Found = Iterator[tuple[int | None, str]]
 
 
 def verify(evidence: Evidence) -> list[Violation]:
-    """Every promise that was not kept; empty when all is well."""
+    """Every broken promise; empty if all were kept."""
     return [
         Violation(promise, job_id, sentence)
         for promise, checks in PROMISES.items()
@@ -48,16 +48,16 @@ def verify(evidence: Evidence) -> list[Violation]:
 
 
 def _missing(evidence: Evidence) -> Found:
-    there = evidence.by_token()
+    rows_by_token = evidence.by_token()
     for planned in evidence.planned.values():
-        if planned.result == "enqueued" and not there.get(planned.token):
-            yield planned.job_id, f"token {planned.token} was enqueued, and has no row"
+        if planned.result == "enqueued" and not rows_by_token.get(planned.token):
+            yield planned.job_id, f"token {planned.token} was enqueued but has no row"
 
 
 def _never_started(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         if job.status != JobStatus.CANCELLED and not evidence.starts.get(job.id):
-            yield job.id, f"it is {job.status}, and its code was never started"
+            yield job.id, f"it is {job.status}, but its code never started"
 
 
 def _stuck(evidence: Evidence) -> Found:
@@ -66,11 +66,11 @@ def _stuck(evidence: Evidence) -> Found:
             yield job.id, f"it is still {job.status}"
 
 
-def _wrong_way(evidence: Evidence) -> Found:
+def _wrong_transition(evidence: Evidence) -> Found:
     for job_id, changes in evidence.history.items():
         for change in changes:
             if change.status not in _NEXT.get(change.old_status, ()):
-                yield job_id, f"no job may go this way: {change}"
+                yield job_id, f"this transition is not allowed: {change}"
 
 
 def _wrong_attempt(evidence: Evidence) -> Found:
@@ -93,7 +93,10 @@ def _row_differs(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         last = evidence.history[job.id][-1]
         if (last.status, last.attempt) != (job.status, job.attempt):
-            yield job.id, f"its row says {job.status}, attempt {job.attempt}; noted last: {last}"
+            yield (
+                job.id,
+                f"its row says {job.status}, attempt {job.attempt}; last change: {last}",
+            )
 
 
 def _quarantined(evidence: Evidence) -> Found:
@@ -103,59 +106,62 @@ def _quarantined(evidence: Evidence) -> Found:
             yield job.id, f"it was quarantined: {job.error}"
 
 
-def _blamed_unproved(evidence: Evidence) -> Found:
+def _blamed_without_proof(evidence: Evidence) -> Found:
     for job_id, failures in evidence.failures.items():
         outcomes = {attempt: outcome for attempt, outcome, _ in failures}
-        given_back = {
+        released = {
             change.attempt
             for change in evidence.history[job_id]
             if (change.old_status, change.status) == ("running", "pending")
         } - outcomes.keys()
         for attempt, outcome, error in failures:
             with_its_worker = outcome == CRASHED and "only suspect" in error
-            # A suspect that is given back stays one.
-            before = next(n for n in range(attempt - 1, -1, -1) if n not in given_back)
+            # A suspect that is released stays a suspect.
+            before = next(n for n in range(attempt - 1, -1, -1) if n not in released)
             if with_its_worker and outcomes.get(before) not in (*LOST, CRASHED):
-                yield job_id, f"it was no suspect in attempt {attempt}, and was blamed: {error}"
+                yield job_id, f"it was blamed in attempt {attempt} but was not a suspect: {error}"
 
 
-def _wrong_end(evidence: Evidence) -> Found:
+def _wrong_outcome(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         planned = evidence.planned_of(job)
         kind = planned.kind
         if job.status == JobStatus.CANCELLED and planned.cancel_asked:
             continue
         if job.status in _FINAL and job.status != kind.status:
-            yield job.id, f"{kind.name}: it is {job.status} and not {kind.status}: {job.error}"
+            yield job.id, f"{kind.name}: it is {job.status}, expected {kind.status}: {job.error}"
         elif job.status in _FINAL and job.retry_count != kind.retries_used:
-            yield job.id, f"{kind.name}: {job.retry_count} retries, and not {kind.retries_used}"
+            yield job.id, f"{kind.name}: {job.retry_count} retries, expected {kind.retries_used}"
 
 
 def _too_many_retries(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         if any(change.retry_count > job.retries for change in evidence.history[job.id]):
-            yield job.id, f"more retries than the {job.retries} that it has"
+            yield job.id, f"it used more than its {job.retries} retries"
 
 
-def _went_on_after_cancel(evidence: Evidence) -> Found:
+def _continued_after_cancel(evidence: Evidence) -> Found:
     for job_id, changes in evidence.history.items():
         for change in changes:
             if change.cancel_requested and change.status not in ("completed", "cancelled"):
-                yield job_id, f"it was asked to stop before: {change}"
+                yield job_id, f"a cancel was requested before this change: {change}"
 
 
 def _completed_without_end(evidence: Evidence) -> Found:
     for job in _completed(evidence):
         runs = evidence.runs.get((job.id, job.attempt), [])
         if not any(run.ended == END for run in runs):
-            yield job.id, f"it completed, and its attempt {job.attempt} did not reach its end"
+            yield job.id, f"it completed, but its attempt {job.attempt} did not reach the end"
 
 
 def _wrong_result(evidence: Evidence) -> Found:
     for job in _completed(evidence):
         made_by = job.result[0] if isinstance(job.result, list) else job.result
         if made_by != job.attempt:
-            yield job.id, f"attempt {job.attempt} completed it; the result is of {made_by}"
+            yield (
+                job.id,
+                f"attempt {job.attempt} completed it, but the result is of attempt {made_by}",
+            )
 
 
 def _completed(evidence: Evidence) -> list[Job]:
@@ -164,26 +170,26 @@ def _completed(evidence: Evidence) -> list[Job]:
 
 def _should_not_exist(evidence: Evidence) -> Found:
     ran = {run.start.token for run in _all_runs(evidence)}
-    there = evidence.by_token()
+    rows_by_token = evidence.by_token()
     for planned in evidence.planned.values():
-        rows = there.get(planned.token, [])
+        rows = rows_by_token.get(planned.token, [])
         if planned.result in ("rolled back", "deduplicated"):
             if rows or planned.token in ran:
-                yield planned.job_id, f"token {planned.token} was {planned.result}, and is there"
+                yield planned.job_id, f"token {planned.token} was {planned.result} but exists"
         elif len(rows) > 1:
-            yield rows[0].id, f"token {planned.token} is there {len(rows)} times"
+            yield rows[0].id, f"token {planned.token} exists {len(rows)} times"
         elif not rows and planned.token in ran:
-            yield planned.job_id, f"token {planned.token} ran, and has no row"
+            yield planned.job_id, f"token {planned.token} ran but has no row"
 
 
-def _torn_apart(evidence: Evidence) -> Found:
-    there = evidence.by_token()
+def _partly_committed(evidence: Evidence) -> Found:
+    rows_by_token = evidence.by_token()
     for planned in evidence.planned.values():
         if planned.how == "saved at once" or planned.result == "deduplicated":
             continue
-        # An enqueue that raised may have found its key taken.
+        # An enqueue that raised may have found that its unique key was in use.
         may_be_deduplicated = planned.result == "in doubt" and "unique_key" in planned.options
-        has_job, has_order = planned.token in there, planned.token in evidence.orders
+        has_job, has_order = planned.token in rows_by_token, planned.token in evidence.orders
         if has_job != has_order and not (has_order and may_be_deduplicated):
             which = "job without the host's row" if has_job else "host's row without the job"
             yield planned.job_id, f"token {planned.token}: the {which} was committed"
@@ -197,7 +203,7 @@ def _ran_unclaimed(evidence: Evidence) -> Found:
         if change.status == "running"
     }
     for job_id, attempt in evidence.runs.keys() - claims:
-        yield job_id, f"attempt {attempt} ran, and was never claimed"
+        yield job_id, f"attempt {attempt} ran but was never claimed"
 
 
 def _ran_twice(evidence: Evidence) -> Found:
@@ -207,8 +213,8 @@ def _ran_twice(evidence: Evidence) -> Found:
 
 
 def _too_early(evidence: Evidence) -> Found:
-    """Nothing starts before it is due: ``delay`` counts from the time of its enqueue, which MySQL
-    is asked for just before the insert."""
+    """Find jobs that started before they were due. The delay counts from the time of the enqueue,
+    which on MySQL is read just before the insert."""
     for job in evidence.jobs.values():
         starts = evidence.starts.get(job.id)
         if not starts:
@@ -217,13 +223,13 @@ def _too_early(evidence: Evidence) -> Found:
         due = job.created_at.replace(tzinfo=dt.UTC).timestamp() + delay
         early = due - (starts[0].at + evidence.clock_offset)
         if early > evidence.clock_slack:
-            yield job.id, f"it was started {early:.3f} s before it was due"
+            yield job.id, f"it started {early:.3f} s before it was due"
 
 
 def _keeps_its_key(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         if job.status in _FINAL and job.unique_hash is not None:
-            yield job.id, f"it is {job.status}, and still holds its unique_key"
+            yield job.id, f"it is {job.status} but still holds its unique_key"
 
 
 def _all_runs(evidence: Evidence) -> Iterator[Run]:
@@ -233,12 +239,17 @@ def _all_runs(evidence: Evidence) -> Iterator[Run]:
 
 PROMISES: dict[str, Sequence[Callable[[Evidence], Found]]] = {
     "lost": (_missing, _never_started),
-    "with two outcomes": (_wrong_way, _wrong_attempt, _settled_twice, _row_differs),
+    "with two outcomes": (_wrong_transition, _wrong_attempt, _settled_twice, _row_differs),
     "stuck": (_stuck,),
-    "wrongly quarantined": (_quarantined, _blamed_unproved),
-    "with a wrong end": (_wrong_end, _too_many_retries, _went_on_after_cancel, _keeps_its_key),
+    "wrongly quarantined": (_quarantined, _blamed_without_proof),
+    "with a wrong outcome": (
+        _wrong_outcome,
+        _too_many_retries,
+        _continued_after_cancel,
+        _keeps_its_key,
+    ),
     "with a wrong result": (_completed_without_end, _wrong_result),
-    "there, though rolled back": (_should_not_exist, _torn_apart),
-    "run without a right": (_ran_unclaimed, _ran_twice, _too_early),
+    "saved despite a rollback": (_should_not_exist, _partly_committed),
+    "run when not allowed": (_ran_unclaimed, _ran_twice, _too_early),
 }
-"""What must be true of no job, and the checks that look for it."""
+"""The violations that no job may show, and the checks that find them."""
