@@ -1,4 +1,4 @@
-"""Connections that die, servers that stop and links that go silent, under real workers."""
+"""Lost connections, stopped servers and silent network links, with real workers."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
 
 LONG_LEASE: dict[str, Any] = {"BGJOBS_LEASE": 120, "BGJOBS_HEARTBEAT_INTERVAL": 0.2}
-"""Longer than any test: what comes back did not come back by a lease that ran out."""
+"""Longer than any wait in a test: no job is rescued because a lease ended."""
 CLAIMED = commits("SKIP LOCKED", "< UPDATE [1-9]")
-"""The commit of a claim that took something."""
+"""Matches the commit of a claim that claimed a job."""
 SETTLED = commits("UPDATE bgjobs_job.* SET .*error_type", "< UPDATE [1-9]")
 SERVERS = {"postgresql": PostgresServer, "mariadb": MariaServer}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Break each server under each pool; the pools do not differ in what they do with MariaDB."""
+    """Combine servers and pools; on MariaDB one pool is enough, as both use it in the same way."""
     if "pool" in metafunc.fixturenames:
         pairs = [("postgresql", "thread"), ("postgresql", "process"), ("mariadb", "thread")]
         metafunc.parametrize(("server", "pool"), pairs, indirect=["server"], scope="module")
@@ -48,54 +48,54 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server that a test may stop, as long as it starts it again."""
+    """A server. A test that stops it must start it again."""
     with SERVERS[request.param]() as server:
         yield server
 
 
 @pytest.fixture
 def database(server: Server) -> str:
-    """The name of a new database."""
+    """The name of a new database on that server."""
     return server.create_database()
 
 
 @pytest.fixture
 def database_url(server: Server, database: str) -> str:
-    """Straight to the server; what a test breaks for its workers is whole for itself."""
+    """The test's own URL of the database, which bypasses the link that the test breaks."""
     return server.url(database)
 
 
 @pytest.fixture
 def link(server: Server) -> Iterator[Proxy]:
-    """A link to the server that can be broken."""
+    """A proxy between the workers and the server, which the test can break."""
     with Proxy(server) as proxy:
         yield proxy
 
 
 @pytest.fixture
 def linked_url(server: Server, database: str, link: Proxy) -> str:
-    """The database over that link."""
+    """The URL of the database over that link."""
     return server.url(database, port=link.port)
 
 
 @pytest.fixture
 def make_app() -> Iterator[Callable[..., Flask]]:
-    """Makes further apps, and closes their connections."""
-    made: list[Flask] = []
+    """Creates additional apps, and closes their connections after the test."""
+    apps: list[Flask] = []
 
     def make(url: str, **config: Any) -> Flask:
-        made.append(build_app(url, **config))
-        return made[-1]
+        apps.append(build_app(url, **config))
+        return apps[-1]
 
     yield make
-    for app in made:
+    for app in apps:
         with app.app_context():
             app.extensions["sqlalchemy"].engine.dispose()
         state_of(app).store.dispose()
 
 
 def finish(app: Flask, jobs: list[Job], seconds: float = 2 * DEADLINE_SECONDS) -> list[Job]:
-    """The jobs as the database has them, once all have ended."""
+    """Wait until all jobs have ended; returns them as stored in the database."""
 
     def ended() -> bool:
         return all(stored(app, job).status in ("completed", "failed", "cancelled") for job in jobs)
@@ -104,22 +104,22 @@ def finish(app: Flask, jobs: list[Job], seconds: float = 2 * DEADLINE_SECONDS) -
     return [stored(app, job) for job in jobs]
 
 
-def told(worker: Any) -> str:
-    """What a worker has written to its log."""
+def log_of(worker: Any) -> str:
+    """The text of a worker's log."""
     return str(worker.log.read_text())
 
 
 def completions(jobs: list[Job], *workers: Any) -> dict[int, int]:
-    """How often each of the jobs was said to be completed."""
+    """How often the logs say that each job completed, by job id."""
     found = re.findall(
-        r"^.*Job completed successfully .*\| Job: (\d+)", "\n".join(map(told, workers)), re.M
+        r"^.*Job completed successfully .*\| Job: (\d+)", "\n".join(map(log_of, workers)), re.M
     )
     times = collections.Counter(map(int, found))
     return {job.id: times[job.id] for job in jobs}
 
 
 def assert_ran_once(journal: Path, jobs: list[Job], *workers: Any) -> None:
-    """Every job completed, its code ran once, and its completion was told once."""
+    """Assert that every job completed, its code ran once, and its completion was logged once."""
     assert {job.status for job in jobs} == {"completed"}
     assert {(job.retry_count, job.crash_count) for job in jobs} == {(0, 0)}
     starts = collections.Counter(line for line in lines(journal) if line.startswith("start"))
@@ -127,23 +127,23 @@ def assert_ran_once(journal: Path, jobs: list[Job], *workers: Any) -> None:
     assert set(starts.values()) == {1}, starts.most_common(3)
     wait_until(lambda: all(completions(jobs, *workers).values()), "the last line in the log")
     assert set(completions(jobs, *workers).values()) == {1}
-    assert "ease lost" not in "".join(map(told, workers))
+    assert "ease lost" not in "".join(map(log_of, workers))
 
 
 def stop(worker: Any) -> None:
-    """Stop a worker cleanly."""
+    """Stop a worker with SIGTERM; it must exit with code 0."""
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(DEADLINE_SECONDS) == 0
 
 
-# A connection that dies
+# Lost connections
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_connection_that_dies_in_a_claim_loses_nothing(
+def test_connection_lost_in_a_claim_loses_no_job(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, when: When
 ) -> None:
-    """Cut before or after the commit of a claim: every job runs, once, without a lease's wait."""
+    """If a connection ends before or after the commit of a claim, every job still runs once."""
     cut = link.cut_when(CLAIMED, when, times=3)
     jobs = [enqueue("hold", str(journal), 0.02) for _ in range(30)]
     worker = start_worker("-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **LONG_LEASE)
@@ -156,7 +156,7 @@ def test_a_connection_that_dies_in_a_claim_loses_nothing(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_connection_that_dies_in_a_settle_leaves_one_outcome(
+def test_connection_lost_in_a_settle_leaves_one_outcome(
     app: Flask,
     start_worker: Start,
     link: Proxy,
@@ -165,7 +165,7 @@ def test_a_connection_that_dies_in_a_settle_leaves_one_outcome(
     pool: str,
     when: When,
 ) -> None:
-    """Cut before or after the commit of a settle: recorded once, told once, no lease lost."""
+    """If a connection ends at the commit of a settle, the outcome is recorded and logged once."""
     config = {"SQLALCHEMY_DATABASE_URI": linked_url, "BGJOBS_APP": "host", **LONG_LEASE}
     worker = start_worker("-P", pool, "-c", "2", **config)
     cut = link.cut_when(SETTLED, when, times=3)
@@ -178,10 +178,10 @@ def test_a_connection_that_dies_in_a_settle_leaves_one_outcome(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_retry_that_was_settled_unseen_is_one_retry(
+def test_connection_lost_in_a_failed_settle_uses_one_retry(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, when: When
 ) -> None:
-    """Cut in the settle of a failure: one retry is used, and one failed attempt is kept."""
+    """If a connection ends in the settle of a failed attempt, one retry is used and logged."""
     worker = start_worker(SQLALCHEMY_DATABASE_URI=linked_url, **LONG_LEASE)
     cut = link.cut_when(SETTLED, when)
     job = enqueue("fail_times", 1, str(journal), retry_delay=0)
@@ -189,19 +189,19 @@ def test_a_retry_that_was_settled_unseen_is_one_retry(
     (finished,) = finish(app, [job])
     assert (finished.status, finished.attempt, finished.retry_count) == ("completed", 2, 1)
     assert lines(journal) == [f"{job.id} 1", f"{job.id} 2"]
-    assert told(worker).count("Job failed and will retry") == 1
-    assert "ease lost" not in told(worker)
+    assert log_of(worker).count("Job failed and will retry") == 1
+    assert "ease lost" not in log_of(worker)
     stop(worker)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_connection_that_dies_in_an_enqueue_leaves_one_job(
+def test_connection_lost_in_an_enqueue_saves_one_job_at_most(
     app: Flask, make_app: Any, link: Proxy, linked_url: str, database: str, when: When
 ) -> None:
-    """Cut in the one statement of an enqueue: one job or an error, never two jobs."""
+    """If a connection ends in the insert of an enqueue, there is one job or none, never two."""
     with make_app(linked_url).app_context():
         enqueue("echo", 0)
-        cut = link.cut_when(lambda sent: "INSERT INTO bgjobs_job" in sent[-1], when)
+        cut = link.cut_when(lambda transcript: "INSERT INTO bgjobs_job" in transcript[-1], when)
         with contextlib.suppress(SQLAlchemyError, BgJobsError):
             enqueue("echo", 1)
         assert cut.is_set()
@@ -216,10 +216,10 @@ def _ids(app: Flask) -> list[int]:
         return list(connection.exec_driver_sql("SELECT id FROM bgjobs_job ORDER BY id").scalars())
 
 
-def test_connections_that_die_all_the_time(
+def test_connections_that_end_continually_lose_no_job(
     app: Flask, start_worker: Start, server: Server, database: str, journal: Path, pool: str
 ) -> None:
-    """All connections of a worker are ended every 100 ms: nothing is lost or run twice."""
+    """All connections of a worker end every 100 ms, and each job still runs exactly once."""
     worker = start_worker("-P", pool, "-c", "4", BGJOBS_APP="host", **LONG_LEASE)
     jobs = [enqueue("hold", str(journal), 0.05) for _ in range(150)]
     end = time.monotonic() + 4
@@ -232,15 +232,15 @@ def test_connections_that_die_all_the_time(
     stop(worker)
 
 
-# A server that stops
+# Stopped servers
 
 
-def test_outcomes_wait_for_the_server(
+def test_outcomes_are_recorded_after_an_outage(
     app: Flask, start_worker: Start, server: Server, journal: Path, tmp_path: Path
 ) -> None:
-    """Jobs that end while the server is down are recorded when it is back, as first attempts.
+    """Jobs that end while the server is down are recorded as first attempts when it is back.
 
-    The outage is longer than the lease, and takes it from nobody.
+    The outage is longer than the lease, but no worker loses its lease.
     """
     gate = tmp_path / "gate"
     config = {"BGJOBS_LEASE": 5, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
@@ -250,31 +250,33 @@ def test_outcomes_wait_for_the_server(
     wait_until(lambda: starts(journal) == len(jobs), "the starts")
     memory = [_memory(worker.pid) for worker in workers]
     server.stop("fast")
-    waiting_since = time.monotonic()
+    stopped_at = time.monotonic()
     for worker in workers:
-        wait_until(lambda w=worker: "Database not usable" in told(w), "the notice")
+        wait_until(lambda w=worker: "Database not usable" in log_of(w), "the notice")
     gate.touch()
-    wait_until(lambda: time.monotonic() - waiting_since > 8, "the end of the outage")
+    wait_until(lambda: time.monotonic() - stopped_at > 8, "the end of the outage")
     server.start()
     finished = finish(app, jobs)
     assert_ran_once(journal, finished, *workers)
     assert {job.attempt for job in finished} == {1}
     assert finish(app, [gated])[0].attempt <= 2
     for worker, before in zip(workers, memory, strict=True):
-        assert "Worker dead" not in told(worker)
+        assert "Worker dead" not in log_of(worker)
         assert _memory(worker.pid) - before < 50
         stop(worker)
 
 
-def test_a_log_filter_that_raises_in_an_outage(
+def test_worker_with_a_raising_log_filter_survives_an_outage(
     app: Flask, start_worker: Start, server: Server
 ) -> None:
-    """A worker whose log filter raises in its threads works on after an outage, and beats."""
+    """A worker whose log filter raises in its threads runs jobs and sends heartbeats afterwards."""
     worker = start_worker("-n", "logged", TEST_SET_UP="filter_raises", **LONG_LEASE)
     state = state_of(app)
     wait_until(lambda: beats(state).get("logged"), "a heartbeat")
     server.stop("fast")
-    wait_until(lambda: "--- Logging error" in told(worker), "a line of a thread without a context")
+    wait_until(
+        lambda: "--- Logging error" in log_of(worker), "a line of a thread without a context"
+    )
     server.start()
     assert finish(app, [enqueue("echo", 1)])[0].result == 1
     before = beats(state)["logged"]
@@ -283,22 +285,22 @@ def test_a_log_filter_that_raises_in_an_outage(
 
 
 def _memory(pid: int) -> int:
-    """MiB that a process holds."""
+    """The resident memory of a process, in MiB."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) // 1024
 
 
-def test_a_worker_can_be_stopped_while_the_server_is_down(
+def test_worker_stops_while_the_server_is_down(
     app: Flask, start_worker: Start, server: Server, journal: Path, pool: str
 ) -> None:
-    """SIGTERM ends a worker also during an outage; the job it held is run again afterwards."""
+    """SIGTERM ends a worker even during an outage; another worker runs its job again afterwards."""
     worker = start_worker("-P", pool, "--shutdown-timeout", "1", BGJOBS_APP="host", **LONG_LEASE)
     job = enqueue("hold", str(journal), 3)
     wait_until(lambda: lines(journal), "the start")
     server.stop("immediate")
     try:
-        wait_until(lambda: "Database not usable" in told(worker), "the notice")
+        wait_until(lambda: "Database not usable" in log_of(worker), "the notice")
         stop(worker)
     finally:
         server.start()
@@ -307,10 +309,10 @@ def test_a_worker_can_be_stopped_while_the_server_is_down(
     assert (finished.status, finished.attempt) == ("completed", 2)
 
 
-def test_an_enqueue_fails_cleanly_and_works_at_once_afterwards(
+def test_enqueue_raises_during_an_outage_and_works_afterwards(
     app: Flask, start_worker: Start, server: Server
 ) -> None:
-    """While the server is down an enqueue raises soon; the first one after it is back works."""
+    """An enqueue raises while the server is down, and works as soon as the server is back."""
     assert enqueue("echo", 1).id
     server.stop("fast")
     try:
@@ -322,16 +324,16 @@ def test_an_enqueue_fails_cleanly_and_works_at_once_afterwards(
         server.start()
     job = enqueue("echo", 3)
     server.restart("fast")
-    # The connection that it left in the pool is dead now.
+    # The pooled connection of the last enqueue is dead now.
     again = enqueue("echo", 4)
     start_worker()
     assert [job.result for job in finish(app, [job, again])] == [3, 4]
 
 
-def test_a_server_that_restarts_again_and_again(
+def test_repeated_restarts_lose_no_job(
     app: Flask, start_worker: Start, server: Server, journal: Path
 ) -> None:
-    """Five restarts under load, in order and as crashes: nothing is lost or run twice."""
+    """The server restarts five times under load, cleanly or after a crash; each job runs once."""
     workers = [
         start_worker("-P", pool, "-c", "3", BGJOBS_APP="host", **LONG_LEASE)
         for pool in ("thread", "process")
@@ -340,37 +342,38 @@ def test_a_server_that_restarts_again_and_again(
     modes: list[Literal["fast", "immediate"]] = ["fast", "immediate"] * 2 + ["immediate"]
     for mode in modes:
         jobs += [enqueue("hold", str(journal), 0.2) for _ in range(25)]
-        begun = len(jobs) - 20
-        wait_until(lambda n=begun: len(lines(journal)) >= n, "some of the load")
+        started = len(jobs) - 20
+        wait_until(lambda n=started: len(lines(journal)) >= n, "some of the load")
         server.restart(mode)
     assert_ran_once(journal, finish(app, jobs), *workers)
     for worker in workers:
         stop(worker)
 
 
-def test_a_worker_that_starts_without_a_server(
+def test_worker_without_a_server_exits_with_one_sentence(
     app: Flask, server: Server, start_worker: Start, tmp_path: Path
 ) -> None:
-    """A worker that is started while the server is down says so in a sentence and exits with 1."""
+    """A worker that starts while the server is down reports it in one sentence; exit code 1."""
     server.stop("fast")
     try:
         worker = start_worker()
         assert worker.wait(DEADLINE_SECONDS) == 1
     finally:
         server.start()
-    assert told(worker).startswith("Error: ")
-    assert "Traceback" not in told(worker)
+    assert log_of(worker).startswith("Error: ")
+    assert "Traceback" not in log_of(worker)
 
 
-# A link that goes silent
+# Silent links
 
 
-def test_a_link_silent_for_longer_than_the_lease(
+def test_link_silent_for_longer_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
 ) -> None:
-    """A worker that reaches nobody claims nothing, is rescued from, stops its code and comes back.
+    """A worker without a reply from the database claims no jobs. Another worker runs its job; the
+    first worker stops the code of that job, and runs jobs again when the link works.
 
-    It finds out by its own deadline; nothing ever tells it that the connection is dead.
+    Only its own deadline tells the worker that the connection is dead.
     """
     config = {"BGJOBS_LEASE": 4, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
     cut_off = start_worker(
@@ -380,32 +383,32 @@ def test_a_link_silent_for_longer_than_the_lease(
     wait_until(lambda: stored(app, job).started_at is not None, "the start")
     other = start_worker("-n", "other", "-c", "2", **config)
     link.go_silent()
-    wait_until(lambda: "Database not usable" in told(cut_off), "the deadline")
+    wait_until(lambda: "Database not usable" in log_of(cut_off), "the deadline")
     quick = [enqueue("echo", n) for n in range(5)]
     wait_until(lambda: f"start {job.id} 2" in lines(journal), "the rescue")
-    assert "Worker: cut-off | Reason: its lease ran out" in told(other)
+    assert "Worker: cut-off | Reason: its lease ran out" in log_of(other)
     assert {job.attempt for job in finish(app, quick)} == {1}
     link.let_pass()
-    wait_until(lambda: "ease lost" in told(cut_off), "the notice")
+    wait_until(lambda: "ease lost" in log_of(cut_off), "the notice")
     wait_until(lambda: f"stopped {job.id} JobCancelled" in lines(journal), "the end of its code")
-    now = stored(app, job)
-    assert (now.status, now.attempt, now.crash_count) == ("running", 2, 0)
+    current = stored(app, job)
+    assert (current.status, current.attempt, current.crash_count) == ("running", 2, 0)
     other.send_signal(signal.SIGTERM)
     other.send_signal(signal.SIGTERM)
-    wait_until(lambda: f"start {job.id} 3" in lines(journal), "the comeback")
+    wait_until(lambda: f"start {job.id} 3" in lines(journal), "the claim by the first worker")
     cut_off.send_signal(signal.SIGTERM)
-    wait_until(lambda: "Worker stopping" in told(cut_off), "the stop")
+    wait_until(lambda: "Worker stopping" in log_of(cut_off), "the stop")
     stop(cut_off)
 
 
-def test_a_start_over_on_a_silent_link(
+def test_worker_recovers_if_the_link_fails_while_it_registers_again(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str
 ) -> None:
-    """A worker whose link falls silent just when it registers anew comes back by itself."""
+    """A worker whose link goes silent while it registers again recovers without help."""
     config = {"BGJOBS_LEASE": 8, "BGJOBS_HEARTBEAT_INTERVAL": 0.2}
     worker = start_worker("-c", "2", SQLALCHEMY_DATABASE_URI=linked_url, **config)
     enqueue("echo", 1).wait(DEADLINE_SECONDS)
-    silent = link.go_silent_when(lambda said: "INSERT INTO bgjobs_worker" in said[-1])
+    silent = link.go_silent_when(lambda transcript: "INSERT INTO bgjobs_worker" in transcript[-1])
     wait_until(lambda: _rescue_all(app), "the rescue")
     assert silent.wait(DEADLINE_SECONDS)
     assert enqueue("echo", 2).wait(2 * DEADLINE_SECONDS).result == 2
@@ -413,7 +416,7 @@ def test_a_start_over_on_a_silent_link(
 
 
 def _rescue_all(app: Flask) -> bool:
-    """Whether the only worker is taken for dead now; it may have beaten meanwhile."""
+    """Rescue the jobs of the only worker; returns ``False`` if it sent a heartbeat meanwhile."""
     store = state_of(app).store
     for row in store.living_workers():
         store.rescue(row.id, row.beats)
@@ -421,7 +424,7 @@ def _rescue_all(app: Flask) -> bool:
 
 
 @pytest.mark.parametrize(("grace", "signals"), [(1, 1), (600, 2)])
-def test_a_stop_on_a_silent_link_is_soon_over(
+def test_worker_stops_while_the_link_is_silent(
     app: Flask,
     start_worker: Start,
     link: Proxy,
@@ -430,8 +433,8 @@ def test_a_stop_on_a_silent_link_is_soon_over(
     grace: int,
     signals: int,
 ) -> None:
-    """A worker that is told to stop while its link is silent ends a little after its grace, and
-    when it is told again at once. A transaction of such a lease could take a minute."""
+    """A worker that stops while its link is silent ends after its grace period, or at a second
+    signal. It does not wait for a transaction, which could take a minute with such a lease."""
     worker = start_worker(
         *("-c", "2", "--shutdown-timeout", str(grace)),
         SQLALCHEMY_DATABASE_URI=linked_url,
@@ -441,39 +444,39 @@ def test_a_stop_on_a_silent_link_is_soon_over(
     wait_until(journal.exists, "the start")
     link.go_silent()
     for _ in range(signals):
-        # Two that come at once are one to the kernel.
+        # The kernel merges two signals that arrive at the same time.
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.wait(1)
         worker.send_signal(signal.SIGTERM)
     assert worker.wait(DEADLINE_SECONDS) == 0
 
 
-def test_a_link_silent_for_less_than_the_lease(
+def test_link_silent_for_less_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
 ) -> None:
-    """A short silence costs nothing: no lease, no outcome, no attempt."""
+    """After a short silence, no lease, outcome or attempt is lost."""
     config = {"BGJOBS_LEASE": 20, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
     worker = start_worker("-P", pool, "-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **config)
     watcher = start_worker("-q", "elsewhere", **config)
     jobs = [enqueue("hold", str(journal), seconds) for seconds in (0.5, 1, 2, 6)]
     wait_until(lambda: starts(journal) == 4, "the starts")
     link.go_silent()
-    wait_until(lambda: "Database not usable" in told(worker), "the deadline")
+    wait_until(lambda: "Database not usable" in log_of(worker), "the deadline")
     link.let_pass()
     finished = finish(app, jobs)
     assert_ran_once(journal, finished, worker)
     assert {job.attempt for job in finished} == {1}
-    assert "Worker dead" not in told(watcher)
+    assert "Worker dead" not in log_of(watcher)
     stop(worker)
 
 
 @pytest.mark.parametrize("statement", ["claim", "settle"])
-def test_a_commit_that_arrives_late(
+def test_late_commit_changes_nothing(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, statement: str
 ) -> None:
-    """A commit on a connection that was given up changes nothing when it arrives after all.
+    """A commit that arrives late on an abandoned connection changes nothing.
 
-    Nor do the locks of that connection stop the worker, which has another one by then.
+    The locks of that connection do not block the worker either, which uses a new connection.
     """
     rule = {"claim": CLAIMED, "settle": SETTLED}[statement]
     silent = link.go_silent_when(rule)
@@ -488,11 +491,11 @@ def test_a_commit_that_arrives_late(
     stop(worker)
 
 
-# What is told of it
+# Health checks
 
 
 @pytest.mark.parametrize("fault", ["stopped", "silent"])
-def test_health_is_answered_in_time(
+def test_health_page_answers_during_an_outage(
     app: Flask,
     make_app: Any,
     start_worker: Start,
@@ -501,18 +504,18 @@ def test_health_is_answered_in_time(
     linked_url: str,
     fault: str,
 ) -> None:
-    """``/jobs/healthz`` says 503 soon while the database does not answer, and 200 afterwards."""
+    """``/jobs/healthz`` answers 503 while the database does not answer, and 200 afterwards."""
     start_worker(**LONG_LEASE)
     client = make_app(linked_url, BGJOBS_DASHBOARD=True).test_client()
     assert client.get("/jobs/healthz").status_code == 200
     with _broken(fault, server, link):
-        answer = _in_time(lambda: client.get("/jobs/healthz"))
+        answer = _call_with_deadline(lambda: client.get("/jobs/healthz"))
         assert (answer.status_code, answer.text) == (503, "the database does not answer")
     wait_until(lambda: client.get("/jobs/healthz").status_code == 200, "the recovery")
 
 
 @pytest.mark.parametrize("fault", ["stopped", "silent"])
-def test_the_health_command_ends_in_time(
+def test_health_command_ends_during_an_outage(
     app: Flask,
     start_worker: Start,
     server: Server,
@@ -521,7 +524,7 @@ def test_the_health_command_ends_in_time(
     tmp_path: Path,
     fault: str,
 ) -> None:
-    """``flask bgjobs health`` exits soon with 1 while the database does not answer, then with 0."""
+    """``flask bgjobs health`` exits with 1 while the database does not answer, then with 0."""
     start_worker(**LONG_LEASE)
     (tmp_path / "linked.py").write_text(
         f"from tests.apps import build_app\ndef create_app(): return build_app({linked_url!r})\n"
@@ -550,8 +553,8 @@ def _broken(fault: str, server: Server, link: Proxy) -> Iterator[None]:
             server.start()
 
 
-def _in_time(call: Callable[[], Any]) -> Any:
-    """What a call returns, which must not hang for ever."""
+def _call_with_deadline(call: Callable[[], Any]) -> Any:
+    """Return the result of a call, or fail if it does not return in time."""
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
     thread.start()
