@@ -1,4 +1,4 @@
-"""Real workers as processes of their own, on a SQLite file that the test shares with them."""
+"""Real workers in separate processes, on a database that the test shares with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import DEADLINE_SECONDS, wait_until
 from tests.preloaded import preloaded_interpreter
 
 _SHOWN_CHARACTERS = 10_000
-"""Of each log."""
+"""How much of the end of each log is printed."""
 
 HOST = """
 import json, os
@@ -30,7 +30,7 @@ def create_app():
 
 
 class Workers:
-    """Starts workers, and ends those that are left."""
+    """Starts workers, and kills those that are left after the test."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self._folder = folder
@@ -38,7 +38,7 @@ class Workers:
         self._started: list[Any] = []
 
     def start(self, *options: str, **config: object) -> Any:
-        """A worker process of an app with ``config``, once it says that it has started."""
+        """Start a worker of an app with ``config``, and wait until it has logged its start."""
         log = self._folder / f"worker-{len(self._started)}.log"
         arguments = ["--app", "host", "bgjobs", "worker", *options]
         environment = {
@@ -61,7 +61,7 @@ class Workers:
             return preloaded_interpreter().start_module(
                 "flask", arguments, folder=self._folder, environment=environment, output=output
             )
-        # Only an interpreter that starts anew reads that.
+        # Only a new interpreter imports sitecustomize.
         return subprocess.Popen(
             [sys.executable, "-m", "flask", *arguments],
             cwd=self._folder,
@@ -71,7 +71,7 @@ class Workers:
         )
 
     def end(self) -> None:
-        """End what is left, and show the logs where the test has failed."""
+        """Kill the remaining workers, and print the logs, which pytest shows if the test failed."""
         for process in self._started:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
@@ -82,7 +82,7 @@ class Workers:
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[object]:
-    """The app in this process; its context is pushed by pytest-flask."""
+    """The app in this process; pytest-flask pushes its context."""
     app = build_app(database_url)
     create_tables(app)
     yield app
@@ -93,13 +93,13 @@ def app(database_url: str) -> Iterator[object]:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    """A file outside the database in which jobs note that they ran."""
+    """A file outside the database in which jobs record their runs."""
     return tmp_path / "journal"
 
 
 @pytest.fixture
 def start_worker(tmp_path: Path, app: object, database_url: str) -> Iterator[Callable[..., Any]]:
-    """Starts ``flask bgjobs worker`` with the options and the configuration given."""
+    """Starts ``flask bgjobs worker`` with options and configuration."""
     workers = Workers(tmp_path, database_url)
     yield workers.start
     workers.end()

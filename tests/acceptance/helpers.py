@@ -1,4 +1,4 @@
-"""What the acceptance tests share: jobs by short names, journals, and processes."""
+"""Helpers of the acceptance tests: jobs, journals, workers and processes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from tests.conftest import wait_until
 
 
 def enqueue(name: str, *parameters: Any, **options: Any) -> Job:
-    """A job of ``tests.jobs``."""
+    """Enqueue a job of ``tests.jobs``."""
     return run_background_job(f"tests.jobs.{name}", parameters=parameters, **options)
 
 
 def starts(journal: Path) -> int:
-    """How many jobs have noted their start; short ones may have ended meanwhile."""
+    """The number of jobs that have recorded their start, including jobs that have ended."""
     return sum(line.startswith("start") for line in lines(journal))
 
 
 def lines(path: Path) -> list[str]:
-    """What jobs have noted in a journal."""
+    """The lines of a journal."""
     return path.read_text().splitlines() if path.exists() else []
 
 
 def workers(state: AppState) -> dict[int, str]:
-    """The status of all workers that there are and were, by id, in order."""
+    """The status of all registered workers by id, including stopped ones, in order."""
     return {row.id: row.status for row in _worker_rows(state)}
 
 
 def beats(state: AppState) -> dict[str, int]:
-    """How often living workers have shown that they live, by name."""
+    """The number of heartbeats of each living worker, by name."""
     return {row.name: row.beats for row in _worker_rows(state) if row.status == "alive"}
 
 
@@ -49,11 +49,11 @@ def _worker_rows(state: AppState) -> list[sa.Row[Any]]:
 
 
 def stop_between_transactions(worker: Any, state: AppState) -> None:
-    """Stop a process, but not while it holds a lock that the others would have to wait for."""
+    """Stop a process with SIGSTOP, but not while it holds a lock that others would wait for."""
 
     def stop() -> bool:
         worker.send_signal(signal.SIGSTOP)
-        wait_until(lambda: _is_stopped(worker.pid), "the stop of each of its threads")
+        wait_until(lambda: _is_stopped(worker.pid), "the stop of all threads")
         if _is_quiet(state):
             return True
         worker.send_signal(signal.SIGCONT)
@@ -89,7 +89,7 @@ def _is_quiet(state: AppState) -> bool:
 
 
 def _holds_no_lock(engine: sa.Engine) -> bool:
-    """Whether nobody holds a lock of our rows: here nothing tells in time who has one."""
+    """Whether no row is locked. MySQL has no up-to-date list of locks, so this tries to lock."""
     with engine.connect() as connection:
         try:
             for table in ("bgjobs_job", "bgjobs_worker"):
@@ -100,7 +100,7 @@ def _holds_no_lock(engine: sa.Engine) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """The living processes below ``pid``."""
+    """The ids of the living child processes of ``pid``, and of their children."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -110,7 +110,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs, and has not just left its shell behind."""
+    """Whether a process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -119,7 +119,7 @@ def is_alive(pid: int) -> bool:
 
 
 def processor_seconds(pid: int) -> float:
-    """The processor time that a process has used, without that of its children."""
+    """The processor time that a process has used, without its children."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    # User and system time, the 14th and 15th fields.
+    # The user and system time are fields 14 and 15; the first two are cut off.
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""The benchmark itself, with few jobs: it measures, and it leaves nothing behind."""
+"""A short run of the benchmark: it measures the throughput and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SECONDS = 120.0
 
 
 def _benchmark(folder: Path, jobs: int) -> subprocess.Popen[bytes]:
-    """A throughput of flask-bgjobs on SQLite, with all temporary files in ``folder``."""
+    """Start the throughput benchmark on SQLite, with all temporary files in ``folder``."""
     temporary = folder / "temporary"
     temporary.mkdir()
     command = ["-m", "benchmarks", "--only", "bgjobs-sqlite", "--measure", "throughput"]
@@ -38,7 +38,7 @@ def _benchmark(folder: Path, jobs: int) -> subprocess.Popen[bytes]:
 
 
 def test_throughput_is_measured(tmp_path: Path) -> None:
-    """All jobs of a short run are seen to run and to be recorded as done, and are counted."""
+    """A short run reports a throughput and deletes its temporary files."""
     assert _benchmark(tmp_path, 200).wait(_SECONDS) == 0
     entry = Results.from_json((tmp_path / "figures.json").read_text()).entry(
         "throughput", "bgjobs-sqlite"
@@ -48,8 +48,8 @@ def test_throughput_is_measured(tmp_path: Path) -> None:
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C ends the worker that is measured and deletes its database."""
+def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C ends the measured worker and deletes its database."""
     benchmark = _benchmark(tmp_path, 5_000)
     temporary = tmp_path / "temporary"
     try:

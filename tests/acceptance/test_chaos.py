@@ -1,4 +1,4 @@
-"""Chaos, short: the same as ``make chaos``, for as long as a test may take."""
+"""A short run of the chaos suite, like ``make chaos``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SEEDS = 1_000_000
 
 @pytest.fixture
 def seed() -> int:
-    """Of jobs and faults: a new one for each test, or that of ``BGJOBS_CHAOS_SEED``."""
+    """The seed of jobs and faults: ``BGJOBS_CHAOS_SEED``, or a random one for each test."""
     return int(os.environ.get("BGJOBS_CHAOS_SEED") or random.randrange(_SEEDS))
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql", "mysql"])
 def test_chaos(database: str, seed: int, record_property: pytest.FixtureRequest) -> None:
-    """While workers, children and the database break, no job is lost, settled twice, stuck or
-    wrongly quarantined, and each ends as it must."""
+    """While workers, children and the database fail, no job is lost, settled twice, stuck or
+    wrongly quarantined, and each has its expected outcome."""
     record_property("BGJOBS_CHAOS_SEED", seed)
     print(f"BGJOBS_CHAOS_SEED={seed}")
     report = run(database, seconds=_SECONDS, seed=seed, say=print)

@@ -1,4 +1,4 @@
-"""Clocks that jump and differ, and a scheduler that hangs: nothing stalls, and nothing is early."""
+"""Clocks that jump or differ, and a scheduler that hangs: jobs are neither delayed nor early."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ Start = Callable[..., Any]
 HOUR = 3_600.0
 LEASE = {"BGJOBS_LEASE": 1.5, "BGJOBS_HEARTBEAT_INTERVAL": 0.1}
 LEASE_IN_BEATS = 20
-"""More beats than two workers need to see of each other before one could take the other's lease."""
+"""More heartbeats than fit in a lease: each worker has had time to take the other's lease."""
 
 SLEEP_BY_SELECT = """
 import select, time
 time.sleep = lambda seconds: select.select([], [], [], seconds)
 """
-"""Read by every Python that starts with a faked clock: libfaketime 0.9.10 breaks the call that
-``time.sleep`` makes, ``clock_nanosleep`` until a monotonic time."""
+"""Every Python process with a faked clock imports this: libfaketime 0.9.10 breaks the system call
+of ``time.sleep``, which is ``clock_nanosleep`` with a monotonic time."""
 
 
 class WallClock:
-    """The wall clock of processes that are started :meth:`shown` it; it alone jumps."""
+    """A fake wall clock for processes that are started with its :meth:`environment`."""
 
     def __init__(self, file: Path, library: Path) -> None:
         self._file, self._library = file, library
         self.jump_to(0)
 
     def jump_to(self, seconds: float) -> None:
-        """Be so many seconds ahead of the true time from now on."""
+        """Set how many seconds the clock is ahead of the true time."""
         new = self._file.with_suffix(".new")
         new.write_text(f"{seconds:+g}")
         new.replace(self._file)
 
-    def shown(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """The environment of a process that reads this clock."""
         return {
             "LD_PRELOAD": str(self._library),
@@ -59,57 +59,57 @@ class WallClock:
 
 @pytest.fixture
 def make_clock(tmp_path: Path) -> Callable[[str], WallClock]:
-    """Makes wall clocks, each with a name."""
+    """Creates wall clocks by name."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
-        missing = "libfaketime is not installed (apt-get install faketime)"
+        reason = "libfaketime is not installed (apt-get install faketime)"
         if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
+            pytest.fail(reason)
+        pytest.skip(reason)
     (tmp_path / "sitecustomize.py").write_text(SLEEP_BY_SELECT)
     return lambda name: WallClock(tmp_path / name, library)
 
 
 @pytest.fixture
 def clock(make_clock: Callable[[str], WallClock]) -> WallClock:
-    """A wall clock."""
+    """A fake wall clock."""
     return make_clock("clock")
 
 
 @pytest.fixture
 def start_with(start_worker: Start, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Starts a worker whose wall clock is the one given."""
+    """Starts a worker with the given wall clock."""
 
     def start(clock: WallClock, *options: str, **config: object) -> Any:
-        with monkeypatch.context() as environment:
-            for name, value in clock.shown().items():
-                environment.setenv(name, value)
+        with monkeypatch.context() as patch:
+            for name, value in clock.environment().items():
+                patch.setenv(name, value)
             return start_worker(*options, **config)
 
     return start
 
 
-def ahead() -> float:
+def seconds_ahead() -> float:
     """How far the worker's wall clock is ahead of this process's."""
     return float(enqueue("wall_clock").wait(DEADLINE_SECONDS).result) - time.time()
 
 
 def assert_on_time(job: Job) -> None:
-    """By the database's clock: not early, and not late by anything like a jump."""
+    """Assert that the job ran when it was due by the database's clock, and not a jump later."""
     assert job.status == "completed"
     assert 0 <= (job.claimed_at - job.run_at).total_seconds() < DEADLINE_SECONDS
 
 
 @pytest.mark.parametrize("jump", [HOUR, -HOUR], ids=["ahead", "back"])
-def test_a_jump_stalls_nothing(
+def test_jobs_run_on_time_after_a_clock_jump(
     app: Flask, clock: WallClock, start_with: Start, jump: float
 ) -> None:
-    """After the wall clock has jumped by an hour, jobs run at once, and retries and delayed jobs
-    when they are due."""
+    """After the worker's wall clock jumped by an hour, new jobs run at once, and retries and
+    delayed jobs run when they are due."""
     start_with(clock, "-c", "2")
-    assert abs(ahead()) < DEADLINE_SECONDS
+    assert abs(seconds_ahead()) < DEADLINE_SECONDS
     clock.jump_to(jump)
-    assert ahead() == pytest.approx(jump, abs=DEADLINE_SECONDS)
+    assert seconds_ahead() == pytest.approx(jump, abs=DEADLINE_SECONDS)
     retried = enqueue("fail_times", 1, retries=1, retry_delay=0.4)
     assert_on_time(retried.wait(DEADLINE_SECONDS))
     delayed = enqueue("enqueue_later", 7, 0.4).wait(DEADLINE_SECONDS).result
@@ -120,29 +120,29 @@ def test_a_jump_stalls_nothing(
 
 @pytest.mark.on("postgresql", "mysql")
 @pytest.mark.parametrize("jump", [HOUR, -HOUR], ids=["ahead", "back"])
-def test_the_servers_clock_decides_what_is_due(
+def test_server_clock_decides_when_jobs_are_due(
     app: Flask, clock: WallClock, start_with: Start, jump: float
 ) -> None:
-    """Due times from before the jump are kept to by the server's clock, whatever the worker's
-    clock does."""
+    """Jobs that were scheduled before the jump run when they are due by the server's clock,
+    regardless of the worker's clock."""
     start_with(clock, "-c", "2")
     soon = enqueue("echo", 1, delay=2)
     retried = enqueue("fail_times", 1, retries=1, retry_delay=2)
     far = enqueue("echo", 2, delay=HOUR / 2)
     wait_until(lambda: stored(app, retried).status == "retrying", "the failure")
     clock.jump_to(jump)
-    assert ahead() == pytest.approx(jump, abs=DEADLINE_SECONDS)
+    assert seconds_ahead() == pytest.approx(jump, abs=DEADLINE_SECONDS)
     assert_on_time(soon.wait(DEADLINE_SECONDS))
     assert_on_time(retried.wait(DEADLINE_SECONDS))
     assert far.refresh().status == "scheduled"
 
 
 @pytest.mark.on("sqlite")
-def test_a_jump_back_delays_no_pending_job(
+def test_jump_back_does_not_delay_pending_jobs(
     app: Flask, clock: WallClock, start_with: Start, tmp_path: Path
 ) -> None:
-    """On SQLite the machine's clock decides: after a jump back, jobs that are pending run at
-    once, those that wait for a time wait until that clock shows it, and none is lost."""
+    """On SQLite the machine's clock decides: after a jump back, pending jobs run at once, and a
+    scheduled job runs when that clock shows its time."""
     gate = tmp_path / "gate"
     start_with(clock, "-c", "1")
     holder = enqueue("wait_for_file", str(gate))
@@ -153,16 +153,18 @@ def test_a_jump_back_delays_no_pending_job(
     gate.touch()
     assert [job.wait(DEADLINE_SECONDS).result for job in pending] == list(range(20))
     wait_until(lambda: waiting.run_at.timestamp() < time.time(), "the true time")
-    assert ahead() == pytest.approx(-HOUR, abs=DEADLINE_SECONDS)
+    assert seconds_ahead() == pytest.approx(-HOUR, abs=DEADLINE_SECONDS)
     assert waiting.refresh().status == "scheduled"
     clock.jump_to(0)
     assert_on_time(waiting.wait(DEADLINE_SECONDS))
 
 
 @pytest.mark.on("sqlite")
-def test_a_jump_ahead_may_start_jobs_early(app: Flask, clock: WallClock, start_with: Start) -> None:
-    """On SQLite the machine's clock decides: a jump ahead makes due what it passed, and only
-    that."""
+def test_jump_ahead_starts_the_jobs_that_it_passed(
+    app: Flask, clock: WallClock, start_with: Start
+) -> None:
+    """On SQLite the machine's clock decides: after a jump ahead, exactly the jobs whose time has
+    passed are due."""
     start_with(clock)
     passed = enqueue("echo", 1, delay=HOUR / 2)
     not_passed = enqueue("echo", 2, delay=2 * HOUR)
@@ -172,15 +174,15 @@ def test_a_jump_ahead_may_start_jobs_early(app: Flask, clock: WallClock, start_w
     assert not_passed.refresh().status == "scheduled"
 
 
-def test_clocks_an_hour_off_cost_no_lease(
+def test_workers_with_wrong_clocks_keep_their_leases(
     app: Flask,
     state: AppState,
     make_clock: Callable[[str], WallClock],
     start_with: Start,
     journal: Path,
 ) -> None:
-    """Workers whose clocks are an hour ahead and an hour behind take nothing from each other
-    while both live, and rescue the jobs of one that really is silent."""
+    """Workers whose clocks are an hour ahead and an hour behind rescue no jobs of each other while
+    both send heartbeats, and rescue the jobs of a worker that is silent."""
     fast, slow = make_clock("fast"), make_clock("slow")
     fast.jump_to(HOUR)
     slow.jump_to(-HOUR)
@@ -200,7 +202,7 @@ def test_clocks_an_hour_off_cost_no_lease(
     assert list(workers(state).values()) == ["dead", "alive"]
 
 
-def test_a_jump_back_delays_no_rescue(
+def test_jump_back_does_not_delay_a_rescue(
     app: Flask,
     state: AppState,
     clock: WallClock,
@@ -208,8 +210,8 @@ def test_a_jump_back_delays_no_rescue(
     start_with: Start,
     journal: Path,
 ) -> None:
-    """While a worker is silent, the wall clock of the one that watches it jumps back by an hour:
-    the silence is measured on, and the job is rescued when the lease is over."""
+    """If the wall clock of a worker jumps back by an hour while another worker is silent, the job
+    of the silent worker is still rescued after one lease."""
     silent = start_worker("-n", "silent", "-c", "1", **LEASE)
     held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
@@ -223,7 +225,7 @@ def test_a_jump_back_delays_no_rescue(
 
 
 def _wait_for_beats(state: AppState, name: str, more: int) -> None:
-    """Time in which a worker has swept: it does so as often as it shows that it lives."""
+    """Wait until a worker has sent more heartbeats; it sweeps equally often."""
     wait_until(lambda: name in beats(state), "the first beat")
     before = beats(state)[name]
     wait_until(lambda: beats(state)[name] >= before + more, "more beats")
@@ -231,11 +233,11 @@ def _wait_for_beats(state: AppState, name: str, more: int) -> None:
 
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("part", ["executor", "main"])
-def test_a_scheduler_that_hangs_stops_nothing(
+def test_worker_continues_if_its_scheduler_hangs(
     app: Flask, state: AppState, start_worker: Start, journal: Path, part: str
 ) -> None:
-    """While the scheduler's threads hang, the worker's loop itself polls, promotes what is due
-    and rescues, and a stop still ends the process with exit code 0."""
+    """While a thread of the scheduler hangs, the worker's main loop polls, promotes due jobs and
+    rescues jobs, and SIGTERM still ends the process with exit code 0."""
     silent = start_worker("-c", "1", **LEASE)
     held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")

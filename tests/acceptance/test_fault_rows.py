@@ -1,4 +1,4 @@
-"""What jobs, rows and parameters can be, with real workers that run threads and children."""
+"""Unusual jobs, rows and parameters, with a real worker that has both pools."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOTH_POOLS = {"BGJOBS_QUEUE_POOLS": {"children": "process"}, "BGJOBS_APP": "host
 
 @dataclasses.dataclass
 class Site:
-    """An app and a worker of its, for all tests of this file."""
+    """An app and its worker, shared by all tests of this module."""
 
     app: Flask
     state: AppState
@@ -39,11 +39,11 @@ class Site:
     worker: Any
 
     def log(self) -> str:
-        """What the worker has written, every kind of line break as it is."""
+        """The worker's log, with all line breaks unchanged."""
         return self.worker.log.read_bytes().decode()
 
     def has_line(self, *parts: str) -> bool:
-        """Whether a line holds all of these, split as a reader would."""
+        """Whether a line of the log contains all ``parts``."""
         return any(all(part in line for part in parts) for line in self.log().splitlines())
 
 
@@ -74,19 +74,19 @@ def module_site(
 
 @pytest.fixture
 def site(module_site: Site) -> Iterator[Site]:
-    """The app with its context pushed; its worker must live through the test without trouble."""
+    """The app with its context pushed. Its worker must survive the test without an error."""
     with module_site.app.app_context():
         yield module_site
         for queue in POOLS:
             assert enqueue("echo", 1, queue=queue).wait(DEADLINE_SECONDS).result == 1
     assert module_site.worker.poll() is None
-    for trouble in ("Database not usable", "refused by the database", "Worker dead", "crashed"):
-        assert trouble not in module_site.log()
+    for error in ("Database not usable", "refused by the database", "Worker dead", "crashed"):
+        assert error not in module_site.log()
 
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    """A file outside the database in which jobs note that they ran."""
+    """A file outside the database in which jobs record their runs."""
     return tmp_path / "journal"
 
 
@@ -98,9 +98,9 @@ def execute(site: Site, statement: Any) -> None:
     site.state.store.transaction(lambda connection: connection.execute(statement))
 
 
-def test_results_that_cannot_be_stored(site: Site) -> None:
-    """A result that is no JSON, not a number or too large fails the job at once, whatever retries
-    it has, and the error names the value."""
+def test_unstorable_result_fails_the_job(site: Site) -> None:
+    """A result that is not JSON, not a finite number or too large fails the job at once, regardless
+    of its retries, and the error names the value."""
     expected = {
         "an object": r"result\.rows\[1\].*object",
         "NaN": r"result\.rows\[1\].*nan",
@@ -108,17 +108,17 @@ def test_results_that_cannot_be_stored(site: Site) -> None:
         "a surrogate": r"result\.rows\[1\].*surrogate",
         "too large": r"result.*1,048,576",
     }
-    made = {what: in_both_pools("give", what, retries=3, retry_delay=0) for what in expected}
-    for what, says in expected.items():
-        for job in made[what]:
+    jobs = {case: in_both_pools("give", case, retries=3, retry_delay=0) for case in expected}
+    for case, pattern in expected.items():
+        for job in jobs[case]:
             job.wait(DEADLINE_SECONDS)
             assert (job.status, job.attempt, job.retry_count) == ("failed", 1, 0)
-            assert re.search(says, job.error or "", re.IGNORECASE), job.error
+            assert re.search(pattern, job.error or "", re.IGNORECASE), job.error
 
 
-def test_exceptions_of_every_kind(site: Site) -> None:
-    """Whatever a job raises, it is a failure that uses a retry, its text is made storable and
-    cut, and the process that ran it lives."""
+def test_every_exception_is_a_failure(site: Site) -> None:
+    """Any exception that a job raises is a failure that uses a retry. Its text is made storable and
+    truncated, and the process that ran the job survives."""
     expected = {
         "no text": r"Unreadable: \(its message cannot be read",
         "NUL and surrogates": r"ValueError: a\ufffdb\ufffdc",
@@ -131,31 +131,31 @@ def test_exceptions_of_every_kind(site: Site) -> None:
         "cancelled": r"CancelledError",
         "bare": r"BaseException: bare",
     }
-    made = {what: in_both_pools("throw", what, retries=1, retry_delay=0) for what in expected}
-    for what, says in expected.items():
-        for job in made[what]:
+    jobs = {case: in_both_pools("throw", case, retries=1, retry_delay=0) for case in expected}
+    for case, pattern in expected.items():
+        for job in jobs[case]:
             job.wait(DEADLINE_SECONDS)
-            assert (job.status, job.attempt, job.retry_count) == ("failed", 2, 1), what
-            assert re.match(says, job.error or ""), job.error
+            assert (job.status, job.attempt, job.retry_count) == ("failed", 2, 1), case
+            assert re.match(pattern, job.error or ""), job.error
             assert len(job.error or "") <= 2_000
-    ids = [job.id for jobs in made.values() for job in jobs]
+    ids = [job.id for both in jobs.values() for job in both]
     with site.state.store.read() as connection:
-        kept = connection.execute(
+        attempts = connection.execute(
             sa.select(Attempt.outcome, Attempt.traceback).where(Attempt.job_id.in_(ids))
         ).all()
-    assert len(kept) == 2 * 2 * len(expected)
-    assert {row.outcome for row in kept} == {"failed"}
-    assert max(len(row.traceback) for row in kept) <= 64 * 1024
+    assert len(attempts) == 2 * 2 * len(expected)
+    assert {row.outcome for row in attempts} == {"failed"}
+    assert max(len(row.traceback) for row in attempts) <= 64 * 1024
 
 
 @pytest.mark.parametrize("pool", POOLS.values())
-def test_the_next_job_finds_a_clean_session(site: Site, tmp_path: Path, pool: str) -> None:
-    """What a job leaves behind in the host's session, an open transaction or one that the database
-    has given up, is rolled back, and the next job on the thread starts clean."""
+def test_next_job_starts_with_a_clean_session(site: Site, tmp_path: Path, pool: str) -> None:
+    """A transaction that a job leaves open or failed in the host's session is rolled back, and the
+    next job in the same thread starts with a clean session."""
     workers = Workers(tmp_path, site.url)
     try:
         worker = workers.start("-q", "alone", "-P", pool, "-c", "1", BGJOBS_APP="host:create_app")
-        places = set()
+        locations = set()
         for how, status in (
             ("open", "completed"),
             ("broken", "failed"),
@@ -163,20 +163,20 @@ def test_the_next_job_finds_a_clean_session(site: Site, tmp_path: Path, pool: st
         ):
             spoiler = enqueue("spoil_session", how, retries=0, queue="alone")
             assert spoiler.wait(DEADLINE_SECONDS).status == status
-            look = enqueue("inspect_session", queue="alone").wait(DEADLINE_SECONDS)
-            process, thread, is_open, left = look.result
+            inspection = enqueue("inspect_session", queue="alone").wait(DEADLINE_SECONDS)
+            process, thread, is_open, left = inspection.result
             assert (is_open, left) == (False, [])
-            places.add((process, thread))
-        assert len(places) == 1
+            locations.add((process, thread))
+        assert len(locations) == 1
         worker.terminate()
         assert worker.wait(DEADLINE_SECONDS) == 0
     finally:
         workers.end()
 
 
-def test_a_job_whose_row_is_deleted(site: Site, journal: Path) -> None:
-    """The code of a running job whose row is deleted is stopped, its outcome changes nothing and is
-    logged as lost, and the jobs beside it are not touched."""
+def test_job_with_a_deleted_row_is_stopped(site: Site, journal: Path) -> None:
+    """If the row of a running job is deleted, its code is stopped, its outcome changes nothing and
+    is logged as lost, and the other running jobs are not affected."""
     deleted = in_both_pools("hold", str(journal), 600)
     kept = in_both_pools("hold", str(journal), 1.0)
     wait_until(lambda: len(lines(journal)) >= 4, "the starts")
@@ -190,9 +190,9 @@ def test_a_job_whose_row_is_deleted(site: Site, journal: Path) -> None:
         assert job.attempt == 1
 
 
-def test_a_row_that_names_what_is_not_allowed(site: Site) -> None:
-    """A row that was edited to a name that the allow-list does not hold fails for good, and its
-    module is not even imported."""
+def test_row_with_a_forbidden_name_fails(site: Site) -> None:
+    """A row that was changed to a name outside the allow-list fails without a retry, and its module
+    is not imported."""
     imported = site.folder / "imported"
     (site.folder / "evil.py").write_text(
         f"open({str(imported)!r}, 'w').close()\ndef run(*_): pass\nclass Job:\n    run = run\n"
@@ -215,9 +215,9 @@ def test_a_row_that_names_what_is_not_allowed(site: Site) -> None:
     assert not imported.exists()
 
 
-def test_text_in_parameters_forges_no_log_line(site: Site) -> None:
-    """Line breaks and control characters in parameters and errors stay within the one line of their
-    stage."""
+def test_parameters_cannot_forge_log_lines(site: Site) -> None:
+    """Line breaks and control characters in parameters and errors do not reach the log: each event
+    stays on one line."""
     text = "x\nINFO forged\r\n\x1b[2Jforged\u2028forged\x85\x0bforged"
     jobs = [*in_both_pools("echo", text), *in_both_pools("fail", text, retries=0)]
     for job in jobs:
@@ -230,9 +230,9 @@ def test_text_in_parameters_forges_no_log_line(site: Site) -> None:
         assert not line.startswith(("INFO forged", "forged"))
 
 
-def test_secrets_do_not_reach_the_log(site: Site) -> None:
-    """A value whose key names a secret is masked in the lines of its job and in its error, on the
-    command line as well."""
+def test_secrets_are_masked_in_log_and_errors(site: Site) -> None:
+    """The value of a parameter whose name suggests a secret is masked in log lines, in the job's
+    error, and in the output of ``flask bgjobs show``."""
     secret = "correct-horse-battery"
     for job in in_both_pools("login", "ann", secret, retries=1, retry_delay=0):
         assert job.wait(DEADLINE_SECONDS).status == "failed"
@@ -246,8 +246,8 @@ def test_secrets_do_not_reach_the_log(site: Site) -> None:
     assert secret not in site.log()
 
 
-def test_a_long_job_keeps_no_quick_one_waiting(site: Site, journal: Path) -> None:
-    """Beside a long job in each pool quick ones go on one by one: none waits for it."""
+def test_long_job_does_not_delay_short_jobs(site: Site, journal: Path) -> None:
+    """While each pool runs a long job, all short jobs complete."""
     slow = in_both_pools("hold", str(journal), 600)
     wait_until(lambda: len(lines(journal)) == 2, "the starts")
     quick = [job for number in range(30) for job in in_both_pools("echo", number)]

@@ -1,4 +1,4 @@
-"""gevent: web processes that serve in greenlets, and what is refused there."""
+"""gevent: web processes that serve requests in greenlets, and workers that refuse to start."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def create_app():
 
     return app
 """
-TOGETHER = 30
+CONCURRENT_REQUESTS = 30
 
 
 class Site:
-    """An app that is served by gunicorn's gevent workers."""
+    """An app served by gunicorn's gevent workers."""
 
     def __init__(self, folder: Path, url: str) -> None:
         with socket.socket() as probe:
@@ -79,7 +79,7 @@ class Site:
         return self._process
 
     def ask(self, path: str, data: bytes | None = None) -> int:
-        """The status of the answer; 0 when there is none."""
+        """The status of the answer, or 0 without an answer."""
         url = f"http://127.0.0.1:{self.port}{path}"
         try:
             with urllib.request.urlopen(url, data, timeout=DEADLINE_SECONDS) as answer:
@@ -89,9 +89,9 @@ class Site:
         except OSError:
             return 0
 
-    def ask_together(self, path: str, data: bytes | None = None) -> set[int]:
-        with ThreadPoolExecutor(TOGETHER) as asking:
-            return set(asking.map(lambda _: self.ask(path, data), range(TOGETHER)))
+    def ask_concurrently(self, path: str, data: bytes | None = None) -> set[int]:
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as executor:
+            return set(executor.map(lambda _: self.ask(path, data), range(CONCURRENT_REQUESTS)))
 
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -114,37 +114,39 @@ def site(tmp_path: Path, app: Flask, database_url: str) -> Iterator[Site]:
 
 
 @pytest.mark.parametrize("preload", [False, True], ids=["", "preload"])
-def test_requests_in_greenlets(site: Site, state: AppState, preload: bool) -> None:
-    """Simultaneous requests are answered, also where gevent patches a process that has built the
-    app already."""
+def test_concurrent_requests_in_greenlets_are_answered(
+    site: Site, state: AppState, preload: bool
+) -> None:
+    """Concurrent requests are answered, even if gevent patches a process that has already built the
+    app."""
     site.write()
     site.serve(*(["--preload"] if preload else []))
     wait_until(lambda: site.ask("/nothing") == 404, "the server")
-    assert site.ask_together("/jobs/healthz") == {503}
+    assert site.ask_concurrently("/jobs/healthz") == {503}
     assert "no worker is alive" not in site.log.read_text()
-    assert site.ask_together("/", b"") == {200}
-    assert count_jobs(state.app) == TOGETHER
+    assert site.ask_concurrently("/", b"") == {200}
+    assert count_jobs(state.app) == CONCURRENT_REQUESTS
 
 
 @pytest.mark.on("sqlite")
-def test_a_worker_inside_is_refused_and_requests_are_served(site: Site, state: AppState) -> None:
-    """Where the server patches threads after ``start_worker``, the worker does not start; the log
-    says what to run instead, once, and requests are answered."""
+def test_gevent_server_refuses_a_worker_and_serves_requests(site: Site, state: AppState) -> None:
+    """If the server patches threads after ``start_worker``, the worker does not start, the log says
+    once what to run instead, and requests are answered."""
     site.write(start="BgJobs().start_worker(app)")
     site.serve("--preload")
     wait_until(lambda: site.ask("/nothing") == 404, "the server")
-    assert site.ask_together("/", b"") == {200}
+    assert site.ask_concurrently("/", b"") == {200}
     assert site.log.read_text().count("run `flask bgjobs worker` as a separate process") == 1
     assert site.ask("/jobs/healthz") == 503
 
 
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("pool", ["thread", "process"])
-def test_a_patched_worker_is_refused(site: Site, pool: str, app: Flask) -> None:
-    """A worker whose app patches threads ends with a sentence that says what to change."""
+def test_worker_with_patched_threads_is_refused(site: Site, pool: str, app: Flask) -> None:
+    """A worker whose app patches threads exits with one sentence that says what to change."""
     site.write(head="from gevent import monkey; monkey.patch_all()", pool=pool)
     worker = site.run("flask", "--app", "greenlet_site:create_app", "bgjobs", "worker", "--burst")
     assert worker.wait(DEADLINE_SECONDS) == 1
-    said = site.log.read_text()
-    assert "gevent has patched the threads of this process" in said
-    assert "Traceback" not in said
+    log = site.log.read_text()
+    assert "gevent has patched the threads of this process" in log
+    assert "Traceback" not in log

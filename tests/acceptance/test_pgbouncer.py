@@ -1,6 +1,6 @@
 """Workers and web processes behind PgBouncer in transaction mode.
 
-Each transaction may run on another connection of the server: nothing may be kept in a session.
+Each transaction can run on a different server connection, so no session state can be kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tests.servers import PgBouncer, PostgresServer
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
 
-# What the docs tell: before 1.21 PgBouncer does not know who prepared which statement.
-NOTHING_PREPARED: dict[str, Any] = {
+# As documented: PgBouncer before 1.21 does not track prepared statements.
+NO_PREPARED_STATEMENTS: dict[str, Any] = {
     "SQLALCHEMY_ENGINE_OPTIONS": {"connect_args": {"prepare_threshold": None}},
     "BGJOBS_APP": "host",
 }
@@ -33,28 +33,28 @@ NOTHING_PREPARED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A server that only the pooler talks to."""
+    """A server that is used only through the pooler."""
     with PostgresServer() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def pooler(server: PostgresServer) -> Iterator[PgBouncer]:
-    """A pooler with fewer connections to the server than there are clients."""
+    """A pooler with fewer server connections than clients."""
     with PgBouncer(server.port) as pooler:
         yield pooler
 
 
 @pytest.fixture
 def database_url(server: PostgresServer, pooler: PgBouncer) -> str:
-    """A database of the test's own, through the pooler."""
+    """A new database, through the pooler."""
     return server.url(server.create_database(), port=pooler.port)
 
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[Flask]:
-    """The app in this process, behind the pooler like the workers."""
-    app = build_app(database_url, **NOTHING_PREPARED)
+    """The app in this process, which uses the pooler like the workers."""
+    app = build_app(database_url, **NO_PREPARED_STATEMENTS)
     with app.app_context():
         app.extensions["sqlalchemy"].create_all()
     yield app
@@ -63,10 +63,11 @@ def app(database_url: str) -> Iterator[Flask]:
     state_of(app).store.dispose()
 
 
-def test_a_life_through_the_pooler(app: Flask, start_worker: Start, journal: Path) -> None:
+def test_jobs_run_through_pgbouncer(app: Flask, start_worker: Start, journal: Path) -> None:
     """Enqueue, claim, retry, delay, unique key and cancel work in transaction mode."""
     workers = [
-        start_worker("-P", pool, "-c", "3", **NOTHING_PREPARED) for pool in ("thread", "process")
+        start_worker("-P", pool, "-c", "3", **NO_PREPARED_STATEMENTS)
+        for pool in ("thread", "process")
     ]
     quick = [enqueue("echo", number) for number in range(200)]
     retried = enqueue("fail_times", 2, retries=3)
@@ -88,9 +89,9 @@ def test_a_life_through_the_pooler(app: Flask, start_worker: Start, journal: Pat
         assert "Database not usable" not in worker.log.read_text()
 
 
-def test_a_rescue_through_the_pooler(app: Flask, start_worker: Start, journal: Path) -> None:
-    """The jobs of a worker that was killed, and of one that was stalled, run again."""
-    config = {**NOTHING_PREPARED, "BGJOBS_LEASE": 4}
+def test_rescue_works_through_pgbouncer(app: Flask, start_worker: Start, journal: Path) -> None:
+    """The jobs of a killed worker and of a stalled worker run again."""
+    config = {**NO_PREPARED_STATEMENTS, "BGJOBS_LEASE": 4}
     killed = start_worker("-c", "1", **config)
     first = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: _started(app, first), "the first start")

@@ -1,4 +1,4 @@
-"""A SQLite file that is locked, replaced, or on a full disk, with real workers."""
+"""Real workers on a SQLite file that is locked, replaced, deleted, or on a full disk."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]
 
 LOCKED_SECONDS = 33
-"""Longer than a transaction is tried again, so that the error after that is seen as well."""
+"""Longer than a transaction is retried, so that the error after the last try also occurs."""
 LEASE_SECONDS = 18
-"""Shorter than that; in the same ratio to the interval as by default."""
+"""Shorter than the lock; its ratio to the heartbeat interval is the default one."""
 HOLD_LOCK = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
@@ -46,7 +46,7 @@ connection.execute("COMMIT")
 
 @contextlib.contextmanager
 def locked(file: Path, lock: str) -> Iterator[None]:
-    """Another program holds the write lock of a database."""
+    """Hold a lock on the database in another process."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD_LOCK, str(file), lock],
         stdin=subprocess.PIPE,
@@ -63,7 +63,7 @@ def locked(file: Path, lock: str) -> Iterator[None]:
 
 
 class Site:
-    """An app on a database of its own, with two workers."""
+    """An app with its own database and two workers."""
 
     def __init__(self, folder: Path, pool: str, **config: Any) -> None:
         folder.mkdir()
@@ -85,16 +85,16 @@ class Site:
             self.app.extensions["sqlalchemy"].engine.dispose()
         state_of(self.app).store.dispose()
 
-    def go_through_a_lock(self, lock: str) -> None:
-        """Let jobs end while the database is locked; all is as if it had not been."""
+    def run_jobs_under_lock(self, lock: str) -> None:
+        """Let jobs end while the database is locked, and check that the lock changed nothing."""
         with self.app.app_context():
             jobs = [enqueue("hold", str(self.journal), seconds) for seconds in (2, 5, 15, 25)]
             wait_until(lambda: len(lines(self.journal)) >= len(jobs), "the starts")
             with locked(self.file, lock):
-                until = time.monotonic() + LOCKED_SECONDS
+                unlock_at = time.monotonic() + LOCKED_SECONDS
                 with pytest.raises(DatabaseUnusable, match="a transaction that is left open"):
                     enqueue("echo", 1)
-                time.sleep(max(0.0, until - time.monotonic()))
+                time.sleep(max(0.0, unlock_at - time.monotonic()))
             for job in jobs:
                 assert job.wait(DEADLINE_SECONDS).status == "completed"
                 assert (job.attempt, job.retry_count, job.suspect) == (1, 0, False)
@@ -107,10 +107,10 @@ class Site:
             assert "Lease lost" not in text
 
 
-def test_a_lock_of_33_seconds_loses_nothing(tmp_path: Path) -> None:
-    """A program that holds the write lock for longer than the lease loses no outcome and makes no
-    worker take the lease of another, in both pools, with and without WAL; an enqueue meanwhile
-    ends with an error that says what to look for, and leaves no row."""
+def test_write_lock_of_33_seconds_loses_no_outcome(tmp_path: Path) -> None:
+    """If another program holds the write lock for longer than the lease, no outcome and no lease is
+    lost, in both pools, with and without WAL. An enqueue during the lock raises an error that
+    says what to look for, and saves no row."""
     lease = {
         "BGJOBS_LEASE": LEASE_SECONDS,
         "BGJOBS_HEARTBEAT_INTERVAL": LEASE_SECONDS / 6,
@@ -123,13 +123,13 @@ def test_a_lock_of_33_seconds_loses_nothing(tmp_path: Path) -> None:
             stack.callback(site.close)
             sites.append(site)
         with concurrent.futures.ThreadPoolExecutor() as threads:
-            list(threads.map(Site.go_through_a_lock, sites, ["IMMEDIATE", "EXCLUSIVE"]))
+            list(threads.map(Site.run_jobs_under_lock, sites, ["IMMEDIATE", "EXCLUSIVE"]))
 
 
-def test_a_stop_while_the_file_is_locked_is_soon_over(
+def test_worker_stops_while_the_file_is_locked(
     app: Flask, start_worker: Start, tmp_path: Path, journal: Path
 ) -> None:
-    """A worker that is told to stop twice ends, although it can record nothing."""
+    """A second SIGTERM ends the worker, although it cannot write to the database."""
     worker = start_worker("-c", "2")
     enqueue("hold", str(journal), 600)
     wait_until(journal.exists, "the start")
@@ -140,21 +140,21 @@ def test_a_stop_while_the_file_is_locked_is_soon_over(
         assert worker.wait(DEADLINE_SECONDS) == 0
 
 
-def test_a_replaced_file_is_gone_over_to(
+def test_worker_switches_to_a_replaced_file(
     app: Flask, start_worker: Start, tmp_path: Path, journal: Path
 ) -> None:
-    """A worker whose database file is replaced notices, says so once, registers in the new file
-    and runs its jobs; what it ran for the old one is stopped and changes no job of the new one,
-    also not the one that has the same id."""
+    """A worker whose database file is replaced logs that once, registers in the new file and runs
+    its jobs. It stops the jobs of the old file, which change no job of the new file, not even
+    the one with the same id."""
     worker = start_worker("-c", "2")
     file = tmp_path / "test.db"
     old = enqueue("hold", str(journal), 600)
     wait_until(lambda: lines(journal), "the start")
     new_url = f"sqlite:///{tmp_path / 'new.db'}"
-    with _site_of(new_url) as new_app, new_app.app_context():
+    with _app_on(new_url) as new_app, new_app.app_context():
         job = enqueue("wait_for_file", str(tmp_path / "gate"))
     assert job.id == old.id
-    _move_over(tmp_path / "new.db", file)
+    _replace_database(tmp_path / "new.db", file)
     wait_until(lambda: f"stopped {old.id} JobCancelled" in lines(journal), "the end of the old job")
     wait_until(lambda: stored(app, job).status == "running", "the claim")
     (tmp_path / "gate").touch()
@@ -169,42 +169,41 @@ def test_a_replaced_file_is_gone_over_to(
     assert worker.wait(DEADLINE_SECONDS) == 0
 
 
-def test_jobs_find_the_new_file_as_well(app: Flask, start_worker: Start, tmp_path: Path) -> None:
-    """After the file was replaced, jobs see the new one through the host's session, in both
-    pools."""
+def test_jobs_use_the_replaced_file(app: Flask, start_worker: Start, tmp_path: Path) -> None:
+    """After the file was replaced, the host's session uses the new one in both pools."""
     pools = {"BGJOBS_QUEUE_POOLS": {"children": "process"}, "BGJOBS_APP": "host:create_app"}
     start_worker(BGJOBS_CONCURRENCY=1, **pools)
     queues = ("default", "children")
     for seen, queue in enumerate(queues, 1):
         assert enqueue("count_by_session", queue=queue).wait(DEADLINE_SECONDS).result == seen
-    with _site_of(f"sqlite:///{tmp_path / 'new.db'}"):
+    with _app_on(f"sqlite:///{tmp_path / 'new.db'}"):
         pass
-    _move_over(tmp_path / "new.db", tmp_path / "test.db")
+    _replace_database(tmp_path / "new.db", tmp_path / "test.db")
     for seen, queue in enumerate(queues, 1):
         assert enqueue("count_by_session", queue=queue).wait(DEADLINE_SECONDS).result == seen
 
 
-def test_a_file_that_is_deleted_and_made_anew(
+def test_worker_continues_in_a_recreated_file(
     app: Flask, start_worker: Start, tmp_path: Path
 ) -> None:
-    """A worker whose database file is deleted lives, says that it is gone, makes no empty one,
-    and works on in the one that ``flask bgjobs init-db`` makes."""
+    """A worker whose database file is deleted logs that, creates no empty file, and continues in
+    the file that ``flask bgjobs init-db`` creates."""
     worker = start_worker()
     assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
     for file in tmp_path.glob("test.db*"):
         file.unlink()
     wait_until(lambda: "is gone" in worker.log.read_text(), "the notice")
     assert not (tmp_path / "test.db").exists()
-    made = run_command(tmp_path, "init-db")
-    assert made.returncode == 0, made.stderr
+    done = run_command(tmp_path, "init-db")
+    assert done.returncode == 0, done.stderr
     assert enqueue("echo", 2).wait(DEADLINE_SECONDS).result == 2
 
 
-def test_a_backup_from_the_middle_of_a_job_is_taken_up(
+def test_restored_backup_runs_its_running_job_again(
     app: Flask, start_worker: Start, tmp_path: Path, journal: Path
 ) -> None:
-    """After a backup was put back that was made while a job ran, that job is run again under its
-    old id once the lease of its former worker is over, and no retry is used."""
+    """If a backup that was made while a job ran is restored, the job runs again with the same id
+    after the lease of its worker, and uses no retry."""
     worker = start_worker()
     gate = tmp_path / "gate"
     job = enqueue("wait_for_file", str(gate))
@@ -215,7 +214,7 @@ def test_a_backup_from_the_middle_of_a_job_is_taken_up(
     target.close()
     gate.touch()
     assert job.wait(DEADLINE_SECONDS).status == "completed"
-    _move_over(tmp_path / "backup.db", tmp_path / "test.db")
+    _replace_database(tmp_path / "backup.db", tmp_path / "test.db")
     assert stored(app, job).status == "running"
     assert job.wait(DEADLINE_SECONDS).status == "completed"
     assert (job.attempt, job.retry_count) == (2, 0)
@@ -223,14 +222,12 @@ def test_a_backup_from_the_middle_of_a_job_is_taken_up(
     wait_until(lambda: notice in worker.log.read_text(), "the notice")
 
 
-def test_the_log_of_the_old_file_keeps_the_new_one_closed(
-    app: Flask, start_worker: Start, tmp_path: Path
-) -> None:
-    """Where the old file's ``-wal`` was left beside the new file, the worker lives and says what
-    to delete; once that is done, it works on in the new file, which is as it was."""
+def test_leftover_wal_file_is_reported(app: Flask, start_worker: Start, tmp_path: Path) -> None:
+    """If the old file's ``-wal`` is left beside the new file, the worker logs what to delete. After
+    that it runs the job of the new file, which is intact."""
     worker = start_worker()
     assert enqueue("echo", 1).wait(DEADLINE_SECONDS).result == 1
-    with _site_of(f"sqlite:///{tmp_path / 'new.db'}") as new_app, new_app.app_context():
+    with _app_on(f"sqlite:///{tmp_path / 'new.db'}") as new_app, new_app.app_context():
         job = enqueue("echo", 2)
     state_of(app).store.dispose()
     os.replace(tmp_path / "new.db", tmp_path / "test.db")
@@ -245,9 +242,9 @@ def test_the_log_of_the_old_file_keeps_the_new_one_closed(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a small disk of its own."""
+    """A folder on its own small file system."""
     if os.geteuid() != 0:
-        reason = "only root may mount a file system"
+        reason = "only root can mount a file system"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -257,17 +254,17 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("wal", [True, False], ids=["wal", "journal"])
-def test_a_full_disk_keeps_outcomes_waiting(
+def test_outcomes_are_recorded_after_a_full_disk(
     disk: Path, tmp_path: Path, wal: bool, request: pytest.FixtureRequest
 ) -> None:
-    """While the disk is full the worker lives, says so and keeps its outcomes, and an enqueue ends
-    with an error that says what to do and leaves no row; once there is room, all is recorded, and
-    nothing is corrupt."""
+    """While the disk is full the worker logs that and keeps its outcomes, and an enqueue raises an
+    error that says what to do and saves no row. When there is space again, all outcomes are
+    recorded, and the database is not corrupt."""
     url = f"sqlite:///{disk / 'test.db'}"
     workers = Workers(tmp_path, url)
     request.addfinalizer(workers.end)
     gate, filler = tmp_path / "gate", disk / "filler"
-    with _site_of(url) as app:
+    with _app_on(url) as app:
         jobs = [enqueue("wait_for_file", str(gate)) for _ in range(3)]
         worker = workers.start(BGJOBS_SQLITE_WAL=wal)
         wait_until(lambda: all(stored(app, job).started_at for job in jobs), "the starts")
@@ -290,11 +287,11 @@ def test_a_full_disk_keeps_outcomes_waiting(
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
 
 
-def test_a_read_only_disk_is_one_sentence(disk: Path, tmp_path: Path) -> None:
-    """A worker that may not write its database says so in one sentence, and what to do, and ends
-    with exit code 1."""
+def test_read_only_disk_is_reported_in_one_sentence(disk: Path, tmp_path: Path) -> None:
+    """A worker that cannot write to its database says in one sentence what to do, and exits with
+    code 1."""
     url = f"sqlite:///{disk / 'test.db'}"
-    with _site_of(url):
+    with _app_on(url):
         pass
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     (tmp_path / "host.py").write_text(HOST.format(url=url))
@@ -306,7 +303,7 @@ def test_a_read_only_disk_is_one_sentence(disk: Path, tmp_path: Path) -> None:
 
 
 def run_command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """``flask bgjobs …`` of the app in a folder."""
+    """Run ``flask bgjobs …`` for the app in a folder."""
     path = f"{folder}{os.pathsep}{Path.cwd()}"
     return subprocess.run(
         [sys.executable, "-m", "flask", "--app", "host", "bgjobs", *words],
@@ -319,14 +316,14 @@ def run_command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _fill(file: Path) -> None:
-    """Write a file until its disk is full."""
+    """Write to a file until its disk is full."""
     with contextlib.suppress(OSError), file.open("wb", buffering=0) as filler:
         while True:
             filler.write(bytes(4096))
 
 
 @contextlib.contextmanager
-def _site_of(url: str) -> Iterator[Flask]:
+def _app_on(url: str) -> Iterator[Flask]:
     app = build_app(url)
     with app.app_context():
         app.extensions["sqlalchemy"].create_all()
@@ -335,8 +332,8 @@ def _site_of(url: str) -> Iterator[Flask]:
     state_of(app).store.dispose()
 
 
-def _move_over(new: Path, file: Path) -> None:
-    """Put a file in the place of another as it should be done: without what lies beside it."""
+def _replace_database(new: Path, file: Path) -> None:
+    """Replace a database file correctly: delete its ``-wal`` and ``-shm`` files first."""
     for suffix in ("-wal", "-shm"):
         Path(f"{file}{suffix}").unlink(missing_ok=True)
     os.replace(new, file)

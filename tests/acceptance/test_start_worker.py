@@ -1,4 +1,4 @@
-"""``start_worker``: in the process that serves, and in no other."""
+"""``start_worker``: it starts a worker only in the process that serves requests."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Site:
         self._folder = folder
         self._url, self._config = url, config
         self.write(reload=False)
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.log = folder / "site.log"
 
     def write(self, *, reload: bool) -> None:
@@ -64,19 +64,19 @@ class Site:
         (self._folder / "site_app.py").write_text(text)
 
     def run(self, *command: str) -> int:
-        """Start the command with Python; its process id."""
+        """Start Python with these arguments; returns the process id."""
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=self._folder,
                 env={**os.environ, "PYTHONPATH": f"{self._folder}{os.pathsep}{Path.cwd()}"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        return self._process.pid
+        return self.process.pid
 
     def ask(self) -> int:
-        """The id of the process that answers a request."""
+        """Wait for an answer; returns the id of the process that sent it."""
 
         def answer() -> int | None:
             address = f"http://127.0.0.1:{self.port}/"
@@ -87,24 +87,24 @@ class Site:
         return int(wait_until(answer, "an answer"))
 
     def stop(self) -> int:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGINT)
-        return self._process.wait(DEADLINE_SECONDS)
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(DEADLINE_SECONDS)
 
     def end(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(DEADLINE_SECONDS)
-            self._process.kill()
-            self._process.wait(DEADLINE_SECONDS)
+                self.process.wait(DEADLINE_SECONDS)
+            self.process.kill()
+            self.process.wait(DEADLINE_SECONDS)
 
 
 @pytest.fixture
 def site(tmp_path: Path, app: object, database_url: str) -> Iterator[Site]:
-    made = Site(tmp_path, database_url)
-    yield made
-    made.end()
+    site = Site(tmp_path, database_url)
+    yield site
+    site.end()
 
 
 def worker_pids(state: AppState) -> list[int]:
@@ -116,19 +116,19 @@ def flask(*words: str) -> list[str]:
     return ["-m", "flask", "--app", "site_app", *words]
 
 
-def test_flask_run(app: Flask, state: AppState, site: Site) -> None:
-    """Under ``flask run`` the worker starts at once, in the process that serves."""
+def test_flask_run_starts_the_worker_at_once(app: Flask, state: AppState, site: Site) -> None:
+    """Under ``flask run`` the worker starts at once, in the process that serves requests."""
     pid = site.run(*flask("run", "--port", str(site.port)))
     job = run_background_job("tests.jobs.process_id")
     assert job.wait(DEADLINE_SECONDS).result == pid
     assert worker_pids(state) == [pid]
 
 
-def test_the_reloaders_parent_has_none(
+def test_reloader_parent_has_no_worker(
     app: Flask, state: AppState, site: Site, tmp_path: Path
 ) -> None:
-    """Under the reloader only the child that serves has a worker; a reload replaces it, and what
-    ran is given back."""
+    """Under the reloader only the serving child has a worker. A reload replaces it, and its running
+    job is released."""
     parent = site.run(*flask("--debug", "run", "--port", str(site.port)))
     serving = run_background_job("tests.jobs.process_id").wait(DEADLINE_SECONDS).result
     assert serving != parent
@@ -148,9 +148,9 @@ def test_the_reloaders_parent_has_none(
 
 
 @pytest.mark.parametrize("reload", [False, True])
-def test_app_run(app: Flask, state: AppState, site: Site, reload: bool) -> None:
-    """Under ``app.run`` the worker starts with the first request, or at once in the child of the
-    reloader."""
+def test_app_run_starts_one_worker(app: Flask, state: AppState, site: Site, reload: bool) -> None:
+    """Under ``app.run``, with or without the reloader, the serving process has the only worker
+    after the first request."""
     site.write(reload=reload)
     started = site.run("site_app.py")
     serving = site.ask()
@@ -161,8 +161,8 @@ def test_app_run(app: Flask, state: AppState, site: Site, reload: bool) -> None:
 
 
 @pytest.mark.on(*KINDS)
-def test_a_pre_fork_master_has_none(app: Flask, state: AppState, site: Site) -> None:
-    """With ``gunicorn --preload`` each serving process has a worker of its own, the master none."""
+def test_pre_fork_master_has_no_worker(app: Flask, state: AppState, site: Site) -> None:
+    """With ``gunicorn --preload`` each serving process has its own worker; the master has none."""
     master = site.run(
         "-m", "gunicorn", "--preload", "--workers", "2", "--bind", f"127.0.0.1:{site.port}",
         "site_app:create_app()",
@@ -177,10 +177,10 @@ def test_a_pre_fork_master_has_none(app: Flask, state: AppState, site: Site) -> 
     assert pids <= serving
 
 
-def test_a_hook_of_the_server_may_start_it(
+def test_gunicorn_hook_can_start_the_worker(
     app: Flask, state: AppState, site: Site, tmp_path: Path
 ) -> None:
-    """With gunicorn's hook the worker runs before anybody asks the server anything."""
+    """With a gunicorn hook the worker runs before the first request."""
     (tmp_path / "gunicorn.conf.py").write_text(
         "def post_worker_init(worker):\n    worker.wsgi.extensions['bgjobs_worker'].start()\n"
     )
@@ -192,31 +192,31 @@ def test_a_hook_of_the_server_may_start_it(
 @pytest.mark.parametrize(
     "words", [["routes"], ["bgjobs", "list"], ["bgjobs", "enqueue", "tests.jobs.echo"]]
 )
-def test_other_commands_start_none(
+def test_other_commands_start_no_worker(
     app: Flask, state: AppState, site: Site, words: list[str]
 ) -> None:
-    """No other ``flask`` command starts a worker, also not one that enqueues."""
+    """Other ``flask`` commands start no worker, even if they enqueue a job."""
     site.run(*flask(*words))
-    assert site._process is not None
-    assert site._process.wait(DEADLINE_SECONDS) == 0
+    assert site.process is not None
+    assert site.process.wait(DEADLINE_SECONDS) == 0
     assert worker_pids(state) == []
 
 
 @pytest.mark.on(*KINDS)
-def test_the_worker_command_starts_one(app: Flask, state: AppState, site: Site) -> None:
-    """``flask bgjobs worker`` of such an app is one worker, not two."""
+def test_worker_command_starts_one_worker(app: Flask, state: AppState, site: Site) -> None:
+    """``flask bgjobs worker`` starts one worker and not two if the app calls ``start_worker``."""
     pid = site.run(*flask("bgjobs", "worker", "--burst"))
-    assert site._process is not None
-    assert site._process.wait(DEADLINE_SECONDS) == 0
+    assert site.process is not None
+    assert site.process.wait(DEADLINE_SECONDS) == 0
     assert worker_pids(state) == [pid]
 
 
 @pytest.mark.on(*KINDS)
-def test_the_end_of_the_server_stops_it(
+def test_worker_stops_with_the_server(
     app: Flask, state: AppState, site: Site, tmp_path: Path
 ) -> None:
-    """When the server ends, running jobs have their grace, and the worker's row says stopped;
-    nothing that still wants to run then is turned away by an interpreter that ends."""
+    """When the server ends, the running job finishes within the grace period, the worker's row says
+    stopped, and the scheduler submits nothing to executors that Python has already shut down."""
     site.run(*flask("run", "--port", str(site.port)))
     journal = tmp_path / "journal"
     job = run_background_job("tests.jobs.hold", parameters=[str(journal), 1.0])

@@ -1,4 +1,4 @@
-"""Several worker processes under one supervisor, as an operator starts, stops and kills them."""
+"""Several worker processes under one supervisor: they are started, stopped and killed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]
 
 START_SECONDS = 4 * DEADLINE_SECONDS
-"""For several fresh processes that start at the same moment."""
+"""Deadline for several processes that start at the same time."""
 
 
 @pytest.fixture
 def start(state: AppState, start_worker: Start) -> Start:
-    """Starts a supervisor, and waits until its children take jobs."""
+    """Starts a supervisor, and waits until all its workers are alive."""
 
     def start_all(processes: int, *options: str, **config: Any) -> Any:
         supervisor = start_worker("--processes", str(processes), *options, **config)
@@ -41,56 +41,59 @@ def start(state: AppState, start_worker: Start) -> Start:
 
 
 def children(supervisor: Any) -> set[int]:
-    """The process ids of the workers themselves."""
+    """The process ids of the supervisor's workers."""
     return set(
         map(int, Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split())
     )
 
 
-def said(process: Any, words: str) -> int:
-    """How often the log has some words."""
-    return int(process.log.read_text().count(words))
+def count_in_log(process: Any, text: str) -> int:
+    """How often the log contains ``text``."""
+    return int(process.log.read_text().count(text))
 
 
-def ran(journal: Path) -> dict[str, str]:
-    """The process that ran each job; none ran twice."""
+def process_of_each_job(journal: Path) -> dict[str, str]:
+    """The id of the process that ran each job, by job id; asserts that no job ran twice."""
     runs = [line.split() for line in lines(journal)]
     assert len(runs) == len({job for job, _ in runs})
     return dict(runs)
 
 
 @pytest.mark.on(*KINDS)
-def test_workers_share_the_work(app: Flask, state: AppState, start: Start, journal: Path) -> None:
-    """The workers have names with numbers, each is a process of its own that runs jobs, no job
-    runs twice, and the supervisor itself opens no database."""
+def test_workers_share_the_jobs(app: Flask, state: AppState, start: Start, journal: Path) -> None:
+    """The workers have numbered names, each is a separate process that runs jobs, no job runs
+    twice, and the supervisor itself has no database connection."""
     supervisor = start(2, "-n", "mail", "-c", "2")
     assert sorted(beats(state)) == ["mail-1", "mail-2"]
     assert len(children(supervisor)) == 2
     jobs = [enqueue("note_process", str(journal), 0.1) for _ in range(40)]
     for job in jobs:
         assert job.wait(DEADLINE_SECONDS).status == "completed"
-    assert ran(journal).keys() == {str(job.id) for job in jobs}
-    assert set(map(int, ran(journal).values())) == children(supervisor)
+    assert process_of_each_job(journal).keys() == {str(job.id) for job in jobs}
+    assert set(map(int, process_of_each_job(journal).values())) == children(supervisor)
     files = [os.readlink(file) for file in Path(f"/proc/{supervisor.pid}/fd").iterdir()]
     assert not [file for file in files if "test.db" in file]
     assert _connections(supervisor.pid) == 0
     assert (
-        said(supervisor, f"supervisor {supervisor.pid} for the app shop, worker processes: 2") == 1
+        count_in_log(
+            supervisor, f"supervisor {supervisor.pid} for the app shop, worker processes: 2"
+        )
+        == 1
     )
 
 
 def _connections(pid: int) -> int:
-    """How many TCP connections a process has."""
+    """The number of TCP connections of a process."""
     sockets = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
     rows = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
     return sum(f"socket:[{row.split()[9]}]" in sockets for row in rows)
 
 
-def test_a_killed_child_is_replaced(
+def test_killed_worker_is_replaced(
     app: Flask, state: AppState, start: Start, journal: Path
 ) -> None:
-    """After ``kill -9`` of one worker another takes its place at once, its job runs again, no
-    retry is used, and the log says how it ended."""
+    """After ``kill -9`` of a worker a new worker starts at once, the job runs again without a
+    retry, and the log says how the worker ended."""
     supervisor = start(2)
     before = children(supervisor)
     job = enqueue("crash_once", str(journal))
@@ -108,8 +111,8 @@ def test_a_killed_child_is_replaced(
 
 @pytest.fixture(params=["supervisor", "all"])
 def signal_them(request: pytest.FixtureRequest) -> Callable[[Any, int], None]:
-    """Signals the supervisor alone, or its children as well: a terminal signals the whole group,
-    and a service manager all that belongs to the service."""
+    """Signals only the supervisor, or its workers too: a terminal signals the process group, and a
+    service manager all processes of the service."""
 
     def send(supervisor: Any, number: int) -> None:
         others = children(supervisor) if request.param == "all" else ()
@@ -119,10 +122,10 @@ def signal_them(request: pytest.FixtureRequest) -> Callable[[Any, int], None]:
     return send
 
 
-def test_one_signal_drains_all(
+def test_one_signal_stops_all_workers_gracefully(
     app: Flask, start: Start, journal: Path, signal_them: Callable[[Any, int], None]
 ) -> None:
-    """After one signal the running jobs of all workers finish, the exit code is 0, and no process
+    """After one SIGINT the running jobs of all workers finish, the exit code is 0, and no process
     is left."""
     supervisor = start(2, "-c", "1")
     jobs = [enqueue("hold", str(journal), 2.0) for _ in range(2)]
@@ -132,74 +135,79 @@ def test_one_signal_drains_all(
     assert supervisor.wait(DEADLINE_SECONDS) == 0
     assert {job.refresh().status for job in jobs} == {"completed"}
     assert not any(map(is_alive, all_processes))
-    assert said(supervisor, "Worker stopping") == 2
+    assert count_in_log(supervisor, "Worker stopping") == 2
 
 
-def test_a_second_signal_stops_all_at_once(
+def test_second_signal_ends_the_grace_period_of_all_workers(
     app: Flask, start: Start, journal: Path, signal_them: Callable[[Any, int], None]
 ) -> None:
-    """The second signal ends the grace in all workers: their jobs are given back, exit code 0."""
+    """A second signal ends the grace period: all workers release their jobs; exit code 0."""
     supervisor = start(2, "-c", "1", "--shutdown-timeout", "600")
     jobs = [enqueue("hold", str(journal), 600) for _ in range(2)]
     wait_until(lambda: starts(journal) == 2, "the starts")
     signal_them(supervisor, signal.SIGTERM)
-    for who, times in (("Worker", 2), ("Supervisor", 1)):
-        wait_until(lambda who=who, n=times: said(supervisor, f"{who} stopping") == n, "the stops")
+    for name, times in (("Worker", 2), ("Supervisor", 1)):
+        stopping = f"{name} stopping"
+        wait_until(lambda s=stopping, n=times: count_in_log(supervisor, s) == n, "the stops")
     signal_them(supervisor, signal.SIGTERM)
     assert supervisor.wait(DEADLINE_SECONDS) == 0
     assert {(job.refresh().status, job.retry_count) for job in jobs} == {("pending", 0)}
 
 
-def test_a_child_that_is_told_to_stop_is_replaced(
-    app: Flask, state: AppState, start: Start
-) -> None:
-    """An operator may stop a single worker in order; the supervisor starts another."""
+def test_stopped_worker_is_replaced(app: Flask, state: AppState, start: Start) -> None:
+    """A worker that is stopped with SIGTERM exits with code 0 and is replaced."""
     supervisor = start(1)
     (stopped,) = children(supervisor)
     os.kill(stopped, signal.SIGTERM)
-    wait_until(lambda: said(supervisor, "Worker started") == 2, "the new worker", START_SECONDS)
-    assert said(supervisor, f"Pid: {stopped} | It exited with code 0") == 1
+    wait_until(
+        lambda: count_in_log(supervisor, "Worker started") == 2, "the new worker", START_SECONDS
+    )
+    assert count_in_log(supervisor, f"Pid: {stopped} | It exited with code 0") == 1
 
 
-def test_a_drained_child_is_replaced(
+def test_drained_worker_is_replaced(
     app: Flask, state: AppState, start: Start, journal: Path
 ) -> None:
-    """A worker that was asked to end by the dashboard finishes its job; another takes its place."""
+    """A worker that is drained finishes its job and exits; the supervisor starts another."""
     supervisor = start(1)
     job = enqueue("note_process", str(journal), 2.0)
-    wait_until(lambda: job.refresh().started_at, "its start")
+    wait_until(lambda: job.refresh().started_at, "the start")
     (worker,) = state.store.living_workers()
     assert state.store.drain_worker(worker.id)
     assert not lines(journal)
-    wait_until(lambda: said(supervisor, "Worker started") == 2, "the new worker", START_SECONDS)
+    wait_until(
+        lambda: count_in_log(supervisor, "Worker started") == 2, "the new worker", START_SECONDS
+    )
     assert job.refresh().status == "completed"
-    assert said(supervisor, "It exited with code 0") == 1
+    assert count_in_log(supervisor, "It exited with code 0") == 1
 
 
-def test_burst_ends_by_itself(
+def test_burst_ends_the_supervisor(
     app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``--burst`` a worker that has nothing left is done, and all of them end the supervisor
-    with exit code 0; also where the environment says how many."""
+    """With ``--burst`` the workers exit when no job is left, and the supervisor exits with code 0.
+    An environment variable can set the number of processes."""
     jobs = [enqueue("echo", number) for number in range(10)]
     monkeypatch.setenv("FLASK_BGJOBS_WORKER_PROCESSES", "2")
     supervisor = start_worker("--burst")
     assert supervisor.wait(START_SECONDS) == 0
     assert {job.refresh().status for job in jobs} == {"completed"}
-    assert said(supervisor, "started: 2, of these as replacements: 0") == 1
+    assert count_in_log(supervisor, "started: 2, of these as replacements: 0") == 1
 
 
-def test_a_worker_at_its_limit_is_replaced(app: Flask, start: Start, journal: Path) -> None:
-    """A worker that has run ``--max-jobs`` is followed by a fresh one."""
+def test_worker_at_its_limit_is_replaced(app: Flask, start: Start, journal: Path) -> None:
+    """A worker that has run ``--max-jobs`` jobs is replaced."""
     start(1, "--max-jobs", "3")
     for _ in range(7):
         job = enqueue("note_process", str(journal)).wait(START_SECONDS)
         assert job.status == "completed"
-    assert len(set(ran(journal).values())) == 3
+    assert len(set(process_of_each_job(journal).values())) == 3
 
 
-def test_children_do_not_outlive_their_supervisor(app: Flask, start: Start, journal: Path) -> None:
-    """After ``kill -9`` of the supervisor the workers stop in order, and their own children end."""
+def test_workers_stop_when_their_supervisor_is_killed(
+    app: Flask, start: Start, journal: Path
+) -> None:
+    """After ``kill -9`` of the supervisor its workers stop gracefully, and their children end."""
     options = ("-P", "process", "-c", "1", "--shutdown-timeout", "0.2")
     supervisor = start(2, *options, BGJOBS_APP="host")
     jobs = [enqueue("hold", str(journal), 600) for _ in range(2)]
@@ -207,41 +215,47 @@ def test_children_do_not_outlive_their_supervisor(app: Flask, start: Start, jour
     below = descendants(supervisor.pid)
     assert len(below) >= 6
     supervisor.kill()
-    wait_until(lambda: not any(map(is_alive, below)), "the end of all")
+    wait_until(lambda: not any(map(is_alive, below)), "the end of all processes")
     assert {(job.refresh().status, job.retry_count) for job in jobs} == {("pending", 0)}
-    assert said(supervisor, "Worker stopped") == 2
+    assert count_in_log(supervisor, "Worker stopped") == 2
 
 
-def test_a_broken_app_is_given_up(app: Flask, tmp_path: Path, start_worker: Start) -> None:
-    """When no worker can start, after a few tries the supervisor says so and exits as they do."""
+def test_supervisor_exits_if_no_worker_can_start(
+    app: Flask, tmp_path: Path, start_worker: Start
+) -> None:
+    """If no worker can start in three tries, the supervisor says so; it exits with their code."""
     supervisor = start_worker(
         "--processes", "2", SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/none.db"
     )
     assert supervisor.wait(START_SECONDS) == 1
-    assert said(supervisor, "Error: the database has no table") == 6
-    assert said(supervisor, "No worker process could start in 3 tries; giving up") == 1
-    assert said(supervisor, "Traceback") == 0
+    assert count_in_log(supervisor, "Error: the database has no table") == 6
+    assert count_in_log(supervisor, "No worker process could start in 3 tries; giving up") == 1
+    assert count_in_log(supervisor, "Traceback") == 0
 
 
-def test_a_service_that_once_ran_is_not_given_up(app: Flask, start: Start, tmp_path: Path) -> None:
-    """What keeps workers from starting for a while, such as a database that is away, ends no
-    supervisor whose workers have run before."""
+def test_supervisor_keeps_trying_after_a_worker_has_run(
+    app: Flask, start: Start, tmp_path: Path
+) -> None:
+    """A supervisor whose workers have run before does not exit if workers cannot start for a while,
+    for example during a database outage."""
     supervisor = start(1)
     host = (tmp_path / "host.py").read_text()
     (tmp_path / "host.py").write_text("raise SystemExit(1)")
     for pid in children(supervisor):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: said(supervisor, "exited with code 1") == 4, "four tries", START_SECONDS)
+    wait_until(
+        lambda: count_in_log(supervisor, "exited with code 1") == 4, "four tries", START_SECONDS
+    )
     (tmp_path / "host.py").write_text(host)
     assert enqueue("echo", 5).wait(START_SECONDS).result == 5
-    assert said(supervisor, "giving up") == 0
+    assert count_in_log(supervisor, "giving up") == 0
 
 
-def test_systemd_is_told_by_the_supervisor(
+def test_supervisor_notifies_systemd(
     app: Flask, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """systemd hears once that all workers take jobs and once that they stop, and from nobody
-    else."""
+    """The supervisor notifies systemd once when all workers take jobs and once when they stop; the
+    workers send nothing."""
     name = f"bgjobs-test-{os.getpid()}"
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -257,13 +271,15 @@ def test_systemd_is_told_by_the_supervisor(
             systemd.recv(4096)
 
 
-def test_a_change_of_code_starts_all_workers_anew(app: Flask, start: Start, tmp_path: Path) -> None:
-    """``--reload`` goes round the supervisor: a changed file starts it and its workers anew."""
+def test_reload_restarts_supervisor_and_workers(app: Flask, start: Start, tmp_path: Path) -> None:
+    """With ``--reload`` a changed file restarts the supervisor and its workers."""
     reloader = start(2, "--reload")
     old = set(descendants(reloader.pid))
     host = tmp_path / "host.py"
     host.write_text(f"{host.read_text()}\n")
-    wait_until(lambda: said(reloader, "Worker started") == 4, "new workers", START_SECONDS)
+    wait_until(
+        lambda: count_in_log(reloader, "Worker started") == 4, "the new workers", START_SECONDS
+    )
     assert not any(map(is_alive, old))
     reloader.send_signal(signal.SIGINT)
     assert reloader.wait(DEADLINE_SECONDS) == 0
@@ -278,7 +294,7 @@ supervisor.END_SECONDS = 0.2
 command = sys.argv[1:]
 print(supervisor.Supervisor([command, command], burst=False, grace_seconds=0.2).run())
 """
-"""A supervisor of two of any command, that has little patience."""
+"""A script: a supervisor of two processes of any command, with short deadlines."""
 
 CHILD = """
 import os, signal, socket, sys
@@ -290,12 +306,12 @@ supervisor.send(b"j")
 supervisor.recv(1)
 {then}
 """
-"""A child that takes jobs until it is told to stop; it outlives no test by long."""
+"""A script: a child that reports that it takes jobs, waits for the stop, and then runs ``then``."""
 
 
 @contextlib.contextmanager
 def supervise(*command: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-    """A supervisor and its output, and that of its children."""
+    """Start a supervisor; yields it, and the output of it and its children."""
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, *command],
         stdout=subprocess.PIPE,
@@ -311,26 +327,26 @@ def supervise(*command: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("then", "says"),
+    ("then", "text"),
     [
         ("signal.pause()", "It did not stop in time"),
         ("os._exit(3)", "It exited with code 3"),
         ("os.abort()", "It was killed by SIGABRT"),
     ],
 )
-def test_a_stop_that_is_not_clean_shows(then: str, says: str) -> None:
-    """A worker that does not end in its time is killed; as with one that ends in another way than
-    it should, the exit code is 1."""
+def test_unclean_stop_exits_with_code_1(then: str, text: str) -> None:
+    """If a worker is killed because it does not stop in time, exits with an error or crashes during
+    the stop, the exit code is 1."""
     with supervise(sys.executable, "-c", CHILD.format(then=then)) as (supervisor, output):
         assert [output.readline() for _ in range(2)] == ["started\n"] * 2
         supervisor.terminate()
-        told = output.read()
-    assert told.count(says) == 2
-    assert told.endswith("\n1\n")
+        log = output.read()
+    assert log.count(text) == 2
+    assert log.endswith("\n1\n")
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "says"),
+    ("command", "code", "text"),
     [
         ([sys.executable, "-c", "raise SystemExit(2)"], 2, "It exited with code 2"),
         ([sys.executable, "-c", "import os; os.abort()"], 1, "It was killed by SIGABRT"),
@@ -338,10 +354,12 @@ def test_a_stop_that_is_not_clean_shows(then: str, says: str) -> None:
         (["/no/such/python"], 1, "Worker process not started"),
     ],
 )
-def test_what_cannot_start_is_given_up(command: list[str], code: int, says: str) -> None:
-    """Whatever keeps all workers from taking jobs, each has three tries, with pauses; the exit
-    code is theirs."""
+def test_supervisor_exits_after_three_failed_starts(
+    command: list[str], code: int, text: str
+) -> None:
+    """If no worker can start, for whatever reason, each has three tries, and the supervisor exits
+    with their exit code."""
     with supervise(*command) as (_, output):
-        told = output.read()
-    assert told.count(says) == 6
-    assert told.endswith(f"giving up\n{code}\n")
+        log = output.read()
+    assert log.count(text) == 6
+    assert log.endswith(f"giving up\n{code}\n")

@@ -1,4 +1,4 @@
-"""The worker as users run it: a process that is stopped, interrupted and killed."""
+"""The worker command in a real process that is stopped, interrupted and killed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
 
 
-def test_from_enqueue_to_result(app: Flask, start_worker: Start) -> None:
-    """A worker process runs what this process enqueues, and tells the stages in its log."""
+def test_worker_runs_an_enqueued_job(app: Flask, start_worker: Start) -> None:
+    """A worker process runs a job that this process enqueued, and logs its completion."""
     worker = start_worker()
     job = run_background_job("tests.jobs.SampleJob", "execute", ["Hello"], retries=3)
     assert job.wait(DEADLINE_SECONDS).result == "executed: Hello"
@@ -34,10 +34,10 @@ def test_from_enqueue_to_result(app: Flask, start_worker: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-def test_a_signal_stops_cleanly(
+def test_signal_stops_gracefully(
     app: Flask, start_worker: Start, journal: Path, number: signal.Signals
 ) -> None:
-    """After SIGTERM or Ctrl-C running jobs finish, nothing new starts, and the exit code is 0."""
+    """After SIGTERM or Ctrl-C the running job finishes, no other job starts; exit code 0."""
     worker = start_worker("-c", "1")
     running = enqueue("hold", str(journal), 3.0)
     wait_until(lambda: lines(journal), "the start")
@@ -49,8 +49,10 @@ def test_a_signal_stops_cleanly(
     assert re.search(r"stopped after .* s: 1 completed", worker.log.read_text())
 
 
-def test_a_second_signal_stops_at_once(app: Flask, start_worker: Start, journal: Path) -> None:
-    """The second signal ends the grace: the job is stopped and given back, exit code 0."""
+def test_second_signal_ends_the_grace_period(
+    app: Flask, start_worker: Start, journal: Path
+) -> None:
+    """A second signal ends the grace period: the job is stopped and released; exit code 0."""
     worker = start_worker("--shutdown-timeout", "600")
     job = enqueue("hold", str(journal), 600)
     wait_until(lambda: lines(journal), "the start")
@@ -62,10 +64,10 @@ def test_a_second_signal_stops_at_once(app: Flask, start_worker: Start, journal:
     assert (job.status, job.retry_count) == ("pending", 0)
 
 
-def test_code_in_other_threads_does_not_hold_the_process(
+def test_threads_of_a_job_do_not_keep_the_process_alive(
     app: Flask, start_worker: Start, journal: Path
 ) -> None:
-    """After the grace the process ends with 0, also while a job's own threads still run."""
+    """After the grace period the process exits with code 0 even if a job's thread still runs."""
     worker = start_worker("--shutdown-timeout", "0.2")
     job = enqueue("in_a_thread", str(journal), 600)
     wait_until(lambda: lines(journal), "the start")
@@ -74,10 +76,10 @@ def test_code_in_other_threads_does_not_hold_the_process(
     assert (job.refresh().status, job.retry_count) == ("pending", 0)
 
 
-def test_kill_9_loses_nothing(
+def test_kill_9_loses_no_job(
     app: Flask, state: AppState, start_worker: Start, journal: Path
 ) -> None:
-    """After ``kill -9`` the jobs run again at once on this host, and no retry is used."""
+    """After ``kill -9`` a new worker on this machine runs the jobs again, and no retry is used."""
     worker = start_worker("-c", "3")
     jobs = [enqueue("hold", str(journal), 1.5) for _ in range(3)]
     wait_until(lambda: len(lines(journal)) >= 3, "the starts")
@@ -89,10 +91,10 @@ def test_kill_9_loses_nothing(
         assert (job.status, job.retry_count, job.crash_count, job.attempt) == ("completed", 0, 0, 2)
 
 
-def test_a_poison_job_is_quarantined_and_its_neighbours_are_not(
+def test_only_the_poison_job_fails_as_crashed(
     app: Flask, start_worker: Start, journal: Path
 ) -> None:
-    """A job that kills its worker each time fails as crashed; its neighbours complete."""
+    """A job that kills its worker every time fails as crashed; the other jobs complete."""
     poison = enqueue("crash_worker", str(journal), retries=10)
     neighbours = [enqueue("hold", str(journal), 0.3) for _ in range(5)]
     for _ in range(4):
@@ -107,10 +109,10 @@ def test_a_poison_job_is_quarantined_and_its_neighbours_are_not(
     assert lines(journal).count(str(poison.id)) == 4
 
 
-def test_a_stalled_worker_changes_nothing_when_it_comes_back(
+def test_resumed_worker_changes_no_outcome(
     app: Flask, state: AppState, start_worker: Start, journal: Path, tmp_path: Path
 ) -> None:
-    """A worker that is stopped past its lease finds it lost; the newer outcome stands."""
+    """A worker that resumes after its lease ended logs the loss, and the newer outcome stands."""
     gate = tmp_path / "gate"
     stalled = start_worker("-n", "stalled")
     job = enqueue("wait_for_file", str(gate))
@@ -132,10 +134,10 @@ def test_a_stalled_worker_changes_nothing_when_it_comes_back(
     )
 
 
-def test_unstarted_work_of_a_killed_worker_is_not_blamed(
+def test_unstarted_jobs_of_a_killed_worker_are_not_blamed(
     app: Flask, start_worker: Start, journal: Path
 ) -> None:
-    """Jobs that a killed worker had claimed ahead run once, as if nothing had been."""
+    """Jobs that a killed worker had claimed but not started run once and are not blamed."""
     worker = start_worker("-c", "1")
     for number in range(30):
         enqueue("echo", number).wait(DEADLINE_SECONDS)
@@ -163,8 +165,8 @@ def test_cancel_from_another_process(app: Flask, start_worker: Start, journal: P
     assert f"stopped {job.id} JobCancelled" in lines(journal)
 
 
-def test_burst_options(app: Flask, start_worker: Start) -> None:
-    """``--burst`` and ``--max-jobs`` end the process by themselves with exit code 0."""
+def test_burst_and_max_jobs_end_the_worker(app: Flask, start_worker: Start) -> None:
+    """With ``--burst`` or ``--max-jobs`` the worker ends by itself with exit code 0."""
     jobs = [enqueue("echo", n) for n in range(10)]
     assert start_worker("--max-jobs", "4").wait(DEADLINE_SECONDS) == 0
     assert sorted(job.refresh().status for job in jobs) == ["completed"] * 4 + ["pending"] * 6
@@ -172,8 +174,8 @@ def test_burst_options(app: Flask, start_worker: Start) -> None:
     assert {job.refresh().status for job in jobs} == {"completed"}
 
 
-def test_a_wrong_start_is_one_sentence(tmp_path: Path) -> None:
-    """A worker that cannot work says why in one sentence and exits with 1."""
+def test_failed_start_is_reported_in_one_sentence(tmp_path: Path) -> None:
+    """A worker that cannot run says why in one sentence and exits with code 1."""
     (tmp_path / "empty.py").write_text(
         "from tests.apps import build_app\n"
         f"def create_app(): return build_app('sqlite:///{tmp_path}/none.db')\n"
@@ -193,11 +195,11 @@ def test_a_wrong_start_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.on("sqlite")
 @pytest.mark.parametrize("pool", ["thread", "process"])
 @pytest.mark.parametrize("set_up", ["dict_config", "alembic_config"])
-def test_logging_that_disables_loggers_silences_nothing(
+def test_job_lines_are_logged_if_the_host_disables_loggers(
     app: Flask, start_worker: Start, set_up: str, pool: str
 ) -> None:
-    """``dictConfig`` and ``fileConfig`` disable the loggers that they do not name; the lines of
-    jobs are written all the same, by the host's handlers."""
+    """``dictConfig`` and ``fileConfig`` disable the loggers that they do not name, but the host's
+    handlers still write the worker's lines."""
     worker = start_worker("-P", pool, "-c", "1", TEST_SET_UP=set_up, BGJOBS_APP="host")
     assert enqueue("fail", "now", retries=0).wait(DEADLINE_SECONDS).status == "failed"
     wait_until(lambda: "host: Job failed | " in worker.log.read_text(), "the line")
@@ -205,12 +207,12 @@ def test_logging_that_disables_loggers_silences_nothing(
 
 
 @pytest.mark.on("sqlite")
-def test_an_idle_worker_logs_nothing(app: Flask, start_worker: Start, state: AppState) -> None:
-    """Where the app logs all that is INFO, polls and timers of a worker add no line."""
+def test_idle_worker_logs_nothing(app: Flask, start_worker: Start, state: AppState) -> None:
+    """If the app logs everything from INFO on, the polls and timers of a worker add no line."""
     worker = start_worker("-c", "1", TEST_SET_UP="basic_config", BGJOBS_POLL_INTERVAL=0.05)
     assert enqueue("echo", 1, delay=0.2).wait(DEADLINE_SECONDS).result == 1
-    said = worker.log.read_text()
+    log = worker.log.read_text()
     seen = sum(beats(state).values())
     wait_until(lambda: sum(beats(state).values()) > seen + 2, "time for many polls")
-    assert worker.log.read_text() == said
-    assert "apscheduler" not in said
+    assert worker.log.read_text() == log
+    assert "apscheduler" not in log

@@ -1,4 +1,4 @@
-"""The worker under a service manager, and under its own reloader."""
+"""The worker under systemd, and with ``--reload``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.on("sqlite")]
 Start = Callable[..., Any]
 
 
-def test_systemd_is_told(app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under ``Type=notify`` systemd learns when the worker takes jobs and when it stops."""
+def test_worker_notifies_systemd(
+    app: Flask, start_worker: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``Type=notify`` the worker notifies systemd when it is ready and when it stops."""
     name = f"bgjobs-test-{os.getpid()}"
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -33,11 +35,9 @@ def test_systemd_is_told(app: Flask, start_worker: Start, monkeypatch: pytest.Mo
         assert worker.wait(DEADLINE_SECONDS) == 0
 
 
-def test_a_change_of_code_starts_the_worker_anew(
-    app: Flask, start_worker: Start, tmp_path: Path
-) -> None:
-    """With ``--reload`` a changed file stops the worker, gives its jobs back and starts it again
-    with the new code, also after code that could not be imported; Ctrl-C ends all."""
+def test_reload_restarts_the_worker(app: Flask, start_worker: Start, tmp_path: Path) -> None:
+    """With ``--reload`` a changed file restarts the worker, which releases its jobs first. A file
+    that cannot be imported does not end the reloader, and Ctrl-C ends both processes."""
     worker = start_worker("--reload")
     old = enqueue("process_id").wait(DEADLINE_SECONDS).result
     assert old != worker.pid
@@ -46,7 +46,7 @@ def test_a_change_of_code_starts_the_worker_anew(
     wait_until(journal.exists, "the start")
     host = (tmp_path / "host.py").read_text()
     (tmp_path / "host.py").write_text(f"{host}\nthis is no Python\n")
-    wait_until(lambda: held.refresh().status == "pending", "the job given back")
+    wait_until(lambda: held.refresh().status == "pending", "the release")
     wait_until(lambda: "SyntaxError" in worker.log.read_text(), "the failure")
     assert worker.poll() is None
     (tmp_path / "host.py").write_text(host)
@@ -55,4 +55,4 @@ def test_a_change_of_code_starts_the_worker_anew(
     assert "host.py has changed; restarting the worker" in worker.log.read_text()
     worker.send_signal(signal.SIGINT)
     assert worker.wait(DEADLINE_SECONDS) == 0
-    wait_until(lambda: not Path(f"/proc/{new}").exists(), "the worker's end")
+    wait_until(lambda: not Path(f"/proc/{new}").exists(), "the end of the worker")
