@@ -1,4 +1,4 @@
-"""The app that tests use, and the programs that they start: it needs nothing of pytest."""
+"""The app of the tests and of the programs that they start; it does not need pytest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import hosts, jobs, process_jobs
 
 
 def build_app(database_url: str, **config: Any) -> Flask:
-    """An app with the test jobs allowed; the tables are not made.
+    """An app that allows the test jobs. Does not create the tables.
 
     :param config: ``TEST_SET_UP`` names a function of ``tests.hosts`` that is called with the app.
     """
@@ -26,7 +26,7 @@ def build_app(database_url: str, **config: Any) -> Flask:
         BGJOBS_RETRY_DELAY=0.05,
         BGJOBS_HEARTBEAT_INTERVAL=0.2,
         BGJOBS_LEASE=2,
-        # Its routes take longer to make than all else.
+        # Creating its routes takes longer than everything else.
         BGJOBS_DASHBOARD=False,
     )
     app.config.update(config)
@@ -39,7 +39,7 @@ def build_app(database_url: str, **config: Any) -> Flask:
 
 
 def create_tables(app: Flask) -> None:
-    """Create the app's tables where the database has none of them."""
+    """Create the app's tables unless the database has them."""
     with app.app_context():
         db = app.extensions["sqlalchemy"]
         if not sa.inspect(db.engine).has_table("bgjobs_job"):

@@ -1,4 +1,4 @@
-"""An app on a real database for each test, and help to wait for what must come."""
+"""Fixtures: an app on a real database for each test; and helpers that wait for a condition."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.apps import build_app, create_tables
 from tests.prepared_databases import PreparedDatabases
 
 EXPORT = "CREATE TABLE export (job_id BIGINT, FOREIGN KEY (job_id) REFERENCES bgjobs_job(id))"
-"""Makes a host's table whose rows hold jobs."""
+"""Creates a table of the host whose foreign key refers to jobs."""
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.01, 0.1
-"""Between two looks at what must come."""
+"""The first and the longest pause between two checks of a condition."""
 DEADLINE_SECONDS = 60.0
-"""How long a test waits for something that must come; machines are slow and noisy."""
+"""How long a test waits for a condition that must come true, even on a slow, busy machine."""
 
 
 _JINJA_OPTIONS = (
@@ -46,28 +46,27 @@ _JINJA_OPTIONS = (
         for end in ("start", "end")
     ),
 )
-"""Of an environment, what the code of a template depends on."""
+"""The options of a Jinja environment that affect the compiled code of a template."""
 
 
 def wait_until(
     condition: Callable[[], Any], what: str = "the condition", seconds: float = DEADLINE_SECONDS
 ) -> Any:
-    """The first true value of ``condition``, or a failure that says what did not come."""
+    """Wait for the first true value of ``condition``; a failure names ``what`` did not happen."""
     deadline = time.monotonic() + seconds
     pause = _FIRST_PAUSE_SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come in {seconds:g} s"
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
         time.sleep(pause)
-        # What takes longer is looked for less often: the processes that are to bring it need the
-        # processors.
+        # Check less often over time: the processes under test need the processors.
         pause = min(1.2 * pause, _LAST_PAUSE_SECONDS)
     return value
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find out once per run which databases there are; the workers of xdist are told."""
-    # A shell starts what it runs in the background with SIGINT ignored, and the programs that tests
-    # stop with it would inherit that.
+    """Find out once per run which database servers are missing; xdist workers get the result."""
+    # A shell starts background commands with SIGINT ignored. Programs that tests stop with SIGINT
+    # would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
@@ -80,26 +79,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of xdist what this process found out."""
+    """Send the list of missing servers to an xdist worker."""
     node.workerinput["missing_servers"] = node.config.missing_servers
 
 
 def pytest_report_header(config: Any) -> list[str]:
-    """Say in one line per server what the tests do not run on."""
-    return [f"{sentence}; its tests are left out" for sentence in config.missing_servers.values()]
+    """Report each missing server in one line."""
+    return [f"{sentence}; its tests are skipped" for sentence in config.missing_servers.values()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each process begin with its share of the tests that wait for other processes.
+    """Give each xdist process an equal share of the acceptance tests, to run first.
 
-    They take most of the time and little of the processors. Each process of xdist gets a part of
-    the list, and takes from others when it has finished that.
+    These tests take most of the time but little processor time, because they wait for other
+    processes. Each xdist process gets a part of the list, and steals tests from the others when it
+    has finished its own.
     """
     parts = [_Part() for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))]
     groups = itertools.groupby(items, lambda item: item.path)
     modules = {path: list(tests) for path, tests in groups}
     slow = [path for path in modules if path.parent.name == "acceptance"]
-    # The modules with many tests first: the small ones then even the parts out.
+    # Distribute the large modules first, so that the small ones can balance the parts.
     for path in sorted(slow, key=lambda path: (-len(modules[path]), path)):
         min(parts, key=lambda part: len(part.slow)).slow += modules.pop(path)
     rest = list(itertools.chain.from_iterable(modules.values()))
@@ -117,7 +117,7 @@ class _Part:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that uses ``database_url`` on every database that its ``on`` mark names."""
+    """Run each test that uses ``database_kind`` on the databases in its ``on`` mark, or on all."""
     if "database_kind" in metafunc.fixturenames:
         mark = metafunc.definition.get_closest_marker("on")
         kinds = mark.args if mark else databases.KINDS
@@ -127,8 +127,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _templates_compiled_once() -> Iterator[None]:
-    """Compile each template once for all apps of this test process: most tests make an app, and to
-    compile the templates of a page takes ten times as long as to answer it."""
+    """Compile each template once for all apps of this test process: most tests create an app, and
+    compiling the templates of a page takes ten times as long as rendering it."""
     compile_template, compiled = jinja2.Environment.compile, {}
 
     def compile_once(
@@ -149,7 +149,7 @@ def _templates_compiled_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prepared_databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreparedDatabases]:
-    """The databases with tables of this test process."""
+    """The databases of this test process that already have the tables."""
     prepared = PreparedDatabases(tmp_path_factory.mktemp("databases"))
     yield prepared
     prepared.close()
@@ -159,31 +159,31 @@ def prepared_databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pre
 def database_url(
     database_kind: str, tmp_path: Path, prepared_databases: PreparedDatabases
 ) -> Iterator[str]:
-    """A database of the test's own; its tables are there, and empty."""
+    """The URL of the test's own database, with empty tables."""
     with prepared_databases.use(database_kind, tmp_path) as url:
         yield url
 
 
 @pytest.fixture
 def empty_database_url(database_kind: str, tmp_path: Path) -> Iterator[str]:
-    """A database of the test's own without tables."""
+    """The URL of the test's own database, without tables."""
     with databases.new_database(database_kind, tmp_path) as url:
         yield url
 
 
 @pytest.fixture
 def make_app(database_url: str) -> Iterator[Callable[..., Flask]]:
-    """Makes apps on the test's database, with tables, and closes their connections."""
-    made: list[Flask] = []
+    """Creates apps on the test's database, with tables, and closes their connections afterwards."""
+    apps: list[Flask] = []
 
     def make(**config: Any) -> Flask:
         app = build_app(config.pop("database_url", database_url), **config)
         create_tables(app)
-        made.append(app)
+        apps.append(app)
         return app
 
     yield make
-    for app in made:
+    for app in apps:
         with app.app_context():
             for engine in app.extensions["sqlalchemy"].engines.values():
                 engine.dispose()
@@ -192,25 +192,25 @@ def make_app(database_url: str) -> Iterator[Callable[..., Flask]]:
 
 @pytest.fixture
 def app(make_app: Callable[..., Flask]) -> Flask:
-    """An app whose context is pushed for the test, by pytest-flask."""
+    """An app; pytest-flask pushes its context for the test."""
     return make_app()
 
 
 @pytest.fixture
 def state(app: Flask) -> AppState:
-    """What flask-bgjobs holds for the app."""
+    """The state of flask-bgjobs for the app."""
     return state_of(app)
 
 
 @pytest.fixture
 def store(state: AppState) -> Store:
-    """The statements on the app's tables."""
+    """The store of the app."""
     return state.store
 
 
 @pytest.fixture
 def run(app: Flask) -> Any:
-    """Runs a command in a context of its own, as the shell would."""
+    """Runs a ``flask bgjobs`` command in its own app context, and checks the exit code."""
 
     def invoke(*words: str, code: int = 0, answer: str | None = None) -> str:
         result = app.test_cli_runner().invoke(args=["bgjobs", *words], input=answer)
@@ -221,13 +221,13 @@ def run(app: Flask) -> Any:
 
 
 def stored(app: Flask, job: Job | int) -> Job:
-    """A job as the database has it."""
+    """The job as stored in the database."""
     found = state_of(app).store.get(job if isinstance(job, int) else job.id)
     assert found is not None
     return found
 
 
 def count_jobs(app: Flask) -> int:
-    """How many job rows there are."""
+    """The number of job rows."""
     with state_of(app).store.read() as connection:
         return int(connection.exec_driver_sql("SELECT count(*) FROM bgjobs_job").scalar() or 0)

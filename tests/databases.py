@@ -1,4 +1,4 @@
-"""The databases that the tests run on, each test in one of its own."""
+"""The databases that the tests run on; each test uses its own database."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 VARIABLES = {"postgresql": "BGJOBS_TEST_POSTGRES_URL", "mysql": "BGJOBS_TEST_MYSQL_URL"}
-"""Where the environment may name another server."""
+"""The environment variables that select another server."""
 URLS = {
     kind: sa.make_url(os.environ.get(VARIABLES[kind], url))
     for kind, url in (
         ("postgresql", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"),
-        # Without TLS: PyMySQL reads the certificates of the system anew for each connection.
+        # Without TLS: PyMySQL reads the system's certificates again for each connection.
         ("mysql", "mysql+pymysql://root@127.0.0.1:3306/?ssl_disabled=true"),
     )
 }
-"""Of the servers that the tests use."""
+"""The servers that the tests use."""
 KINDS = ("sqlite", *URLS)
 _CONNECT_SECONDS = 5
 END_CONNECTION = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
@@ -31,23 +31,23 @@ _OWN_NUMBER = {"postgresql": "pg_backend_pid()", "mysql": "CONNECTION_ID()"}
 
 
 def missing_servers() -> dict[str, str]:
-    """A sentence for each server that does not answer, by kind."""
-    return {kind: sentence for kind in URLS if (sentence := _missing(kind))}
+    """One sentence for each server that does not answer, by kind."""
+    return {kind: sentence for kind in URLS if (sentence := _reason_if_missing(kind))}
 
 
-def _missing(kind: str) -> str | None:
+def _reason_if_missing(kind: str) -> str | None:
     try:
         with _server(kind).connect():
             return None
     except OperationalError as error:
-        where = URLS[kind].render_as_string()
-        said = str(error.orig).partition("\n")[0]
-        return f"no {kind} at {where} ({VARIABLES[kind]}): {said}"
+        server = URLS[kind].render_as_string()
+        reason = str(error.orig).partition("\n")[0]
+        return f"no {kind} at {server} ({VARIABLES[kind]}): {reason}"
 
 
 @contextlib.contextmanager
 def new_database(kind: str, folder: Path) -> Iterator[str]:
-    """The URL of an empty database, which is dropped at the end."""
+    """Create an empty database; yields its URL, and drops it at the end."""
     if kind == "sqlite":
         yield f"sqlite:///{folder / 'test.db'}"
         return
@@ -59,7 +59,7 @@ def new_database(kind: str, folder: Path) -> Iterator[str]:
 
 
 def create(kind: str) -> str:
-    """The name of a new database on a server."""
+    """Create a database on a server; returns its name."""
     name = f"bgjobs_test_{uuid.uuid4().hex}"
     run(kind, f"CREATE DATABASE {name}")
     return name
@@ -71,7 +71,7 @@ def url(kind: str, name: str) -> str:
 
 
 def drop(kind: str, name: str) -> None:
-    """Drop a database, whoever still uses it."""
+    """Drop a database, even if it is still in use."""
     end_connections(kind, name)
     run(kind, f"DROP DATABASE {name}" + (" WITH (FORCE)" if kind == "postgresql" else ""))
 
@@ -89,23 +89,23 @@ def end_connections(kind: str, name: str) -> None:
 
 
 def product_of(*sizes: int) -> str:
-    """A query that counts 900 rows times ``sizes``, on any database; two of 900 take minutes."""
+    """A slow query for any database: it counts 900 rows times ``sizes``. Two 900s take minutes."""
     number = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)"
     tables = [f"n AS t{index}" for index in range(len(sizes) + 1)]
     limits = [f"t{index}.i <= {size}" for index, size in enumerate(sizes)]
-    # A condition on all of them, or the numbers of each might be multiplied instead.
+    # A condition on all tables, or an optimizer could multiply their counts instead.
     limits.append(" + ".join(f"t{index}.i" for index in range(len(tables))) + " > 0")
     return f"{number} SELECT count(*) FROM {', '.join(tables)} WHERE {' AND '.join(limits)}"
 
 
 def run(kind: str, statement: str) -> None:
-    """Run a statement on the server, in no database of a test."""
+    """Run a statement on the server, outside the databases of tests."""
     with _server(kind).connect() as connection:
         connection.exec_driver_sql(statement)
 
 
 def number_of(connection: sa.Connection) -> int | None:
-    """By what the server knows a connection; ``None`` where there is no server."""
+    """The server's id of a connection; ``None`` on SQLite."""
     number = _OWN_NUMBER.get(connection.dialect.name)
     return number and connection.exec_driver_sql(f"SELECT {number}").scalar()
 

@@ -1,8 +1,7 @@
-"""An interpreter that has imported everything already, and forks the commands that tests start.
+"""An interpreter that has already imported everything, and forks the commands that tests start.
 
-To import Flask, SQLAlchemy and the drivers takes longer than most tests. A command that is forked
-here is a process like any other: it has a directory, an environment, arguments, standard streams
-and an exit code of its own.
+Importing Flask, SQLAlchemy and the drivers takes longer than most tests. A forked command is an
+ordinary process: it has its own directory, environment, arguments, standard streams and exit code.
 """
 
 from __future__ import annotations
@@ -41,24 +40,24 @@ _MODULES = (
     "flask_bgjobs.worker.worker",
     "flask_bgjobs.cli.worker",
 )
-"""What is imported before the first fork; nothing of it starts a thread or opens a file."""
+"""Imported before the first fork; none of these modules starts a thread or opens a file."""
 
 
 class Process:
-    """A command that was forked; it has the methods of ``subprocess.Popen`` that tests use."""
+    """A forked command, with the methods of ``subprocess.Popen`` that the tests use."""
 
     def __init__(self, interpreter: PreloadedInterpreter, pid: int) -> None:
         self._interpreter = interpreter
         self.pid = pid
 
     def poll(self) -> int | None:
-        """The exit code, or ``None`` while the process lives."""
+        """The exit code, or ``None`` while the process runs."""
         return self._interpreter.exit_code(self.pid)
 
     def wait(self, timeout: float = math.inf) -> int:
-        """The exit code.
+        """Wait for the end of the process and return the exit code.
 
-        :raises subprocess.TimeoutExpired: when the process lives for longer.
+        :raises subprocess.TimeoutExpired: if the process runs longer than ``timeout``.
         """
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
@@ -81,15 +80,15 @@ class Process:
 
 
 class PreloadedInterpreter:
-    """The tests' side: starts the interpreter, and asks it for processes."""
+    """The client side: starts the interpreter and requests processes from it."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self._socket, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with remote:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.preloaded", str(remote.fileno())],
                 cwd=_ROOT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[remote.fileno()],
             )
         self._codes: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -105,7 +104,7 @@ class PreloadedInterpreter:
     ) -> Process:
         """Start ``python -m module`` with arguments.
 
-        :param folder: where it runs.
+        :param folder: its working directory.
         :param output: its standard output and standard error.
         """
         request = {
@@ -125,7 +124,7 @@ class PreloadedInterpreter:
         return Process(self, pid)
 
     def exit_code(self, pid: int) -> int | None:
-        """The exit code of a process, or ``None`` while it lives."""
+        """The exit code of a process, or ``None`` while it runs."""
         with self._lock, contextlib.suppress(BlockingIOError):
             while True:
                 self._receive(socket.MSG_DONTWAIT)
@@ -141,21 +140,21 @@ class PreloadedInterpreter:
         return message
 
     def close(self) -> None:
-        """End the interpreter; it ends when nobody asks it any more."""
+        """End the interpreter by closing its socket."""
         self._socket.close()
         self._process.wait()
 
 
 @functools.cache
 def preloaded_interpreter() -> PreloadedInterpreter:
-    """That of this test process, which ends with it."""
+    """The interpreter of this test process; it ends with the test process."""
     interpreter = PreloadedInterpreter()
     atexit.register(interpreter.close)
     return interpreter
 
 
 def _serve(connection: socket.socket) -> None:
-    """Fork a process for each request, and tell how each ended, until the tests are over."""
+    """Fork a process for each request, and report each exit code, until the socket is closed."""
     living: dict[int, int] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(connection, selectors.EVENT_READ)
@@ -171,7 +170,7 @@ def _serve(connection: socket.socket) -> None:
                         connection.close()
                         for pidfd in living:
                             os.close(pidfd)
-                        _become(json.loads(request), *descriptors)
+                        _run_module(json.loads(request), *descriptors)
                         return
                     os.close(*descriptors)
                     pidfd = os.pidfd_open(pid)
@@ -187,7 +186,7 @@ def _serve(connection: socket.socket) -> None:
                     connection.send(json.dumps({"ended": pid, "code": code}).encode())
 
 
-def _become(request: dict[str, Any], output: int) -> None:
+def _run_module(request: dict[str, Any], output: int) -> None:
     """Run a module in this process, as ``python -m`` does."""
     for standard in (1, 2):
         os.dup2(output, standard)

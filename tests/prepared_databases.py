@@ -1,8 +1,8 @@
-"""Databases that have the tables already, since to create them takes longer than most tests do.
+"""Databases that already have the tables, because creating them takes longer than most tests.
 
-A SQLite file is a copy of one that was made once. On a server, the tests of a process use one
-database after each other: its rows are deleted in between. A test may also change the schema, or
-leave much behind; then the next test gets a new database.
+A SQLite file is a copy of a prepared one. On a server, the tests of a process use the same database
+one after the other, and its rows are deleted in between. If a test changes the schema or leaves
+many rows, the next test gets a new database.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SELECT string_agg(line, E'\\n' ORDER BY line) FROM (
 class PreparedDatabases:
     """The prepared databases of one test process.
 
-    :param folder: for the SQLite file that is copied.
+    :param folder: where to keep the SQLite file that is copied.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,9 +58,9 @@ class PreparedDatabases:
 
     @contextlib.contextmanager
     def use(self, kind: str, folder: Path) -> Iterator[str]:
-        """The URL of a database with empty tables, for one test.
+        """Yield the URL of a database with empty tables, for one test.
 
-        :param folder: of the test.
+        :param folder: the folder of the test.
         """
         if kind == "sqlite":
             file = folder / "test.db"
@@ -77,13 +77,13 @@ class PreparedDatabases:
         shutil.copyfile(self._file, file)
 
     def close(self) -> None:
-        """Drop what was made on servers."""
+        """Drop the databases on the servers."""
         for database in self._servers.values():
             database.drop()
 
 
 class _ServerDatabase:
-    """The database of one server that tests use one after the other."""
+    """The database on one server that the tests use one after the other."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -105,7 +105,7 @@ class _ServerDatabase:
         return databases.url(self._kind, self._name)
 
     def clean(self) -> None:
-        """Empty the tables; drop the database where that is not all that a test has changed."""
+        """Empty the tables, or drop the database if the test changed more than rows."""
         assert self._name is not None
         databases.end_connections(self._kind, self._name)
         with self._connect() as connection:
@@ -129,7 +129,7 @@ class _ServerDatabase:
 
 
 def _create_tables(url: str) -> list[str]:
-    """Create the tables; their names are returned, those first that others refer to last."""
+    """Create the tables; returns their names, referring tables before the referenced ones."""
     app = build_app(url)
     with app.app_context():
         db = app.extensions["sqlalchemy"]
@@ -160,7 +160,7 @@ def _delete_rows(connection: sa.Connection, tables: Sequence[str]) -> None:
             "WHERE relkind = 'S' AND relnamespace = 'public'::regnamespace"
         )
     else:
-        # The ids of jobs are the only ones that people, and so tests, write themselves.
+        # Only the ids of jobs are written in tests.
         connection.exec_driver_sql("ALTER TABLE bgjobs_job AUTO_INCREMENT = 1")
 
 
@@ -175,7 +175,7 @@ def _is_small(connection: sa.Connection) -> bool:
 
 
 def _schema(connection: sa.Connection) -> str:
-    """A text that differs where a test has changed anything but rows."""
+    """A text that changes if a test changes anything except rows."""
     if connection.dialect.name == "postgresql":
         return str(connection.exec_driver_sql(_POSTGRESQL_SCHEMA).scalar())
     triggers = connection.exec_driver_sql("SHOW TRIGGERS").all()
