@@ -1,4 +1,4 @@
-"""Hosts unlike the usual one: each function changes the app of a worker that a test starts."""
+"""Unusual hosts: each function changes the app of a worker that a test starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flask_bgjobs.state import state_of
 
 
 def receiver_hangs(app: Flask) -> None:
-    """A receiver that never returns, in the first process that calls it."""
+    """Connect a receiver that never returns in the first process that calls it."""
     marker = Path(app.config["TEST_MARKER"])
 
     def hang(_app: Flask, **_values: Any) -> None:
@@ -36,7 +36,7 @@ def receiver_hangs(app: Flask) -> None:
 
 
 def handler_hangs(app: Flask) -> None:
-    """A log handler that never returns from the line of a completed job, as a full pipe."""
+    """Add a log handler that blocks at the line of a completed job, as on a full pipe."""
     marker = Path(app.config["TEST_MARKER"])
 
     class Hang(logging.Handler):
@@ -57,7 +57,7 @@ def handler_hangs(app: Flask) -> None:
 
 
 def filter_raises(app: Flask) -> None:
-    """A filter that reads ``flask.g``, which most threads of a worker do not have."""
+    """Add a log filter that reads ``flask.g``, which raises in most threads of a worker."""
 
     class User(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
@@ -70,12 +70,12 @@ def filter_raises(app: Flask) -> None:
 
 
 def loop_fails(app: Flask) -> None:
-    """A fault in the worker's own loop, once a job has failed."""
-    _break_loop(app, ZeroDivisionError("a fault of ours"))
+    """Raise an exception in the worker's main loop once a job has failed."""
+    _break_loop(app, ZeroDivisionError("injected by the test"))
 
 
 def loop_exits(app: Flask) -> None:
-    """A ``sys.exit()`` in the worker's own loop, as in a listener of the host's pool."""
+    """Raise ``SystemExit`` in the worker's main loop, as a listener of the host's pool could."""
     _break_loop(app, SystemExit(0))
 
 
@@ -92,11 +92,11 @@ def _break_loop(app: Flask, error: BaseException) -> None:
 
 
 def pool_fails(app: Flask) -> None:
-    """A fault in the thread that serves the child processes, once a job has failed."""
+    """Raise an exception in the thread of the process pool once a job has failed."""
     from flask_bgjobs.execution.pools.process.pool import ProcessPool
 
     def fail(*_: object) -> None:
-        raise ZeroDivisionError("a fault of ours")
+        raise ZeroDivisionError("injected by the test")
 
     def break_pool(_app: Flask, **_values: Any) -> None:
         ProcessPool._assign_tasks = fail  # type: ignore[method-assign]
@@ -104,14 +104,14 @@ def pool_fails(app: Flask) -> None:
     job_failed.connect(break_pool, app, weak=False)
 
 
-def pool_fails_in_a_stop(_app: Flask) -> None:
-    """A fault in the thread that serves the child processes, once the worker stops."""
+def pool_fails_during_a_stop(_app: Flask) -> None:
+    """Raise an exception in the thread of the process pool when the worker stops."""
     from flask_bgjobs.execution.pools.process.pool import ProcessPool
 
     take_unstarted = ProcessPool.take_unstarted
 
     def fail(*_: object) -> None:
-        raise ZeroDivisionError("a fault of ours")
+        raise ZeroDivisionError("injected by the test")
 
     def take_and_break(pool: ProcessPool) -> Any:
         taken = take_unstarted(pool)
@@ -123,7 +123,7 @@ def pool_fails_in_a_stop(_app: Flask) -> None:
 
 
 def dict_config(_app: Flask) -> None:
-    """Logging as Flask's documentation sets it up, which disables all loggers that exist."""
+    """Configure logging as in Flask's documentation, which disables all existing loggers."""
     logging.config.dictConfig(
         {
             "version": 1,
@@ -135,7 +135,7 @@ def dict_config(_app: Flask) -> None:
 
 
 def alembic_config(_app: Flask) -> None:
-    """Logging as ``flask_migrate.upgrade()`` leaves it behind."""
+    """Configure logging as ``flask_migrate.upgrade()`` does."""
     text = """
     [loggers]
     keys = root
@@ -160,12 +160,12 @@ def alembic_config(_app: Flask) -> None:
 
 
 def basic_config(_app: Flask) -> None:
-    """Logging of everything from INFO on, as the documentation shows it."""
+    """Log everything from INFO on, as in the documentation."""
     logging.basicConfig(level=logging.INFO, format="host: %(name)s %(message)s")
 
 
 def sentry(app: Flask) -> None:
-    """The Sentry SDK with the recipe of the documentation; events go into a file."""
+    """Set up the Sentry SDK as documented, but write the events to a file."""
     import json
 
     import sentry_sdk
@@ -190,7 +190,7 @@ def sentry(app: Flask) -> None:
 
 
 def failures_are_recorded(app: Flask) -> None:
-    """A function for failed attempts that writes them down, with the process that calls it."""
+    """Add a failure hook that records each call and the id of its process."""
     path = Path(app.config["TEST_MARKER"])
 
     def note(job: JobSpec, exception: BaseException, *, final: bool) -> None:
@@ -201,7 +201,7 @@ def failures_are_recorded(app: Flask) -> None:
 
 
 def failure_hook_is_slow(app: Flask) -> None:
-    """A function for failed attempts that notes each call after two and a half seconds."""
+    """Add a failure hook that records each call after two and a half seconds."""
     failures_are_recorded(app)
     (note,) = state_of(app).failure_hooks
 
@@ -213,48 +213,48 @@ def failure_hook_is_slow(app: Flask) -> None:
 
 
 def failure_log_is_slow(app: Flask) -> None:
-    """A handler of the log that takes a second for each failure."""
+    """Add a log handler that takes a second for each failure."""
     failures_are_recorded(app)
-    _on_failure_lines(lambda: time.sleep(1))
+    _call_on_failure_lines(lambda: time.sleep(1))
 
 
 def failure_log_ends_the_child(app: Flask) -> None:
-    """A handler of the log that ends a child process at a failure."""
+    """Add a log handler that ends a child process at a failure."""
     failures_are_recorded(app)
 
     def end() -> None:
         if is_child():
             os._exit(9)
 
-    _on_failure_lines(end)
+    _call_on_failure_lines(end)
 
 
 def failure_log_hangs_in_child(app: Flask) -> None:
-    """A handler of the log that hangs at the first failure in a child process."""
+    """Add a log handler that hangs at a failure in a child process."""
     failures_are_recorded(app)
-    _on_failure_lines(lambda: threading.Event().wait() if is_child() else None)
+    _call_on_failure_lines(lambda: threading.Event().wait() if is_child() else None)
 
 
 def failure_log_hangs_everywhere(app: Flask) -> None:
-    """A handler for errors that hangs at a failure in every process."""
+    """Add a log handler that hangs at a failure in every process."""
     failures_are_recorded(app)
-    _on_failure_lines(lambda: threading.Event().wait())
+    _call_on_failure_lines(lambda: threading.Event().wait())
 
 
-def _on_failure_lines(call: Callable[[], object]) -> None:
+def _call_on_failure_lines(call: Callable[[], object]) -> None:
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.getMessage().startswith("Job failed"):
                 call()
 
-    # Before it: where there is a handler, the command adds none.
+    # First: the worker command adds no handler if there is one.
     logging.basicConfig(level=logging.INFO)
-    # A handler that hangs holds its lock: without a level, every other line would wait for it.
+    # A blocked handler holds its lock: without a level, every other line would wait for it.
     logging.getLogger("flask_bgjobs").addHandler(Handler(logging.ERROR))
 
 
 def failure_hook_hangs(app: Flask) -> None:
-    """A function for failed attempts that notes each call and never returns."""
+    """Add a failure hook that records each call and never returns."""
     failures_are_recorded(app)
     (note,) = state_of(app).failure_hooks
 

@@ -1,4 +1,4 @@
-"""Jobs that the tests run, by name in this process and in real workers."""
+"""The jobs of the tests; they run in the test process and in real workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flask_bgjobs import Fail, Retry, Snooze, current_job, run_background_job
 
 
 class SampleJob:
-    """The model's job."""
+    """A job as a class, with methods of several kinds."""
 
     def execute(self, message: str = "Hello") -> str:
         return f"executed: {message}"
@@ -44,7 +44,7 @@ class SampleJob:
 
 
 def record(path: str, line: str) -> str:
-    """Append a line outside the database, so that every run is seen."""
+    """Append a line to a file outside the database, so that every run leaves a trace."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         os.write(descriptor, f"{line}\n".encode())
@@ -84,7 +84,7 @@ def snooze_once(seconds: float = 0.05) -> str:
 
 
 def hold(path: str, seconds: float = 60.0) -> str:
-    """Run until stopped; a loop of short steps, so that an interruption arrives soon."""
+    """Run for ``seconds`` in short steps, so that an interruption takes effect soon."""
     record(path, f"start {current_job.id} {current_job.attempt}")
     end = time.monotonic() + seconds
     try:
@@ -98,20 +98,20 @@ def hold(path: str, seconds: float = 60.0) -> str:
 
 
 def wait_for_file(path: str) -> bool:
-    """Run until a file is there, whatever is asked."""
+    """Run until a file exists."""
     while not Path(path).exists():
         time.sleep(0.01)
     return True
 
 
 def read_pipe(path: str) -> str:
-    """Wait in a system call that nothing interrupts, until somebody writes into a named pipe."""
+    """Wait in a system call that cannot be interrupted, until data arrives in a named pipe."""
     with open(path) as pipe:
         return pipe.read()
 
 
 def ask_cancelled(path: str) -> str:
-    """Look at the request by itself and finish tidily."""
+    """Poll ``current_job.cancelled`` and return when it is set."""
     record(path, "start")
     while not current_job.cancelled:
         time.sleep(0.01)
@@ -155,7 +155,7 @@ def crash_worker(path: str) -> None:
 
 
 def record_pid_and_hold_first_attempt(path: str) -> int:
-    """Run for ever at the first attempt, and tell where; end at once at a later one."""
+    """In the first attempt, record the process id and sleep; return at once in a later one."""
     if current_job.attempt == 1:
         record(path, f"{os.getpid()}")
         time.sleep(600)
@@ -163,7 +163,7 @@ def record_pid_and_hold_first_attempt(path: str) -> int:
 
 
 def crash_once(path: str) -> int:
-    """Kill its own process at the first attempt."""
+    """Kill its own process in the first attempt."""
     record(path, f"{current_job.id} {current_job.attempt}")
     if current_job.attempt == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -171,30 +171,30 @@ def crash_once(path: str) -> int:
 
 
 def exit_quietly(code: int = 0) -> None:
-    """End its process as if all had gone well."""
+    """End its process with an exit code and without an exception."""
     os._exit(code)
 
 
 def ignore_term(path: str) -> None:
-    """Run for ever, deaf to SIGTERM."""
+    """Run forever and ignore SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    record(path, f"deaf {current_job.id} {os.getpid()}")
+    record(path, f"ignoring {current_job.id} {os.getpid()}")
     while True:
         time.sleep(0.05)
 
 
 def close_descriptors() -> None:
-    """Close the child's end of everything, as a careless daemonization does, and go on."""
+    """Close all file descriptors of the process, as a careless daemon does, and run forever."""
     os.closerange(3, 256)
     while True:
         time.sleep(0.05)
 
 
 def stuck_in_c(path: str) -> None:
-    """Hold the interpreter in a call that takes hours and never looks up.
+    """Hold the interpreter in a C call that takes hours and handles no signals.
 
-    Another program makes the record, when the call has surely begun: before it, Python would
-    still answer a signal.
+    Another program writes the record a little later, when the call has begun: before it, Python
+    would still handle a signal.
     """
     line = f"stuck {current_job.id} {os.getpid()}"
     subprocess.Popen(["sh", "-c", 'sleep 0.3; echo "$1" >> "$0"', path, line])
@@ -202,7 +202,7 @@ def stuck_in_c(path: str) -> None:
 
 
 def with_subprocess(path: str) -> None:
-    """Start a program that goes on by itself, and wait for ever."""
+    """Start a program, ignore SIGTERM and run forever."""
     program = subprocess.Popen(["sleep", "600"])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     record(path, f"{program.pid}")
@@ -211,14 +211,14 @@ def with_subprocess(path: str) -> None:
 
 
 def too_much_memory() -> int:
-    """Ask for more than its limit allows."""
+    """Allocate more memory than the limit of the process allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**30, hard))
     return len(bytearray(2**32))
 
 
 def grow(mebibytes: int) -> int:
-    """Keep memory for as long as the process lives."""
+    """Allocate memory and keep it as long as the process lives."""
     _kept.append(b"x" * (mebibytes * 2**20))
     return os.getpid()
 
@@ -231,13 +231,13 @@ def process_id() -> int:
 
 
 def note_process(path: str, seconds: float = 0.0) -> None:
-    """Note which process runs which job."""
+    """Record the job's id and the process id after ``seconds``."""
     time.sleep(seconds)
     record(path, f"{current_job.id} {os.getpid()}")
 
 
 def report_and_hold(path: str) -> None:
-    """Tell how far it is, then run for ever."""
+    """Report progress, a log line and meta, then run for a minute."""
     current_job.progress(0.5, "half")
     current_job.log("half done")
     current_job.meta["half"] = True
@@ -245,13 +245,13 @@ def report_and_hold(path: str) -> None:
 
 
 def swallow(path: str) -> str:
-    """Finish in spite of every request to stop."""
+    """Ignore a request to stop, and return a result."""
     record(path, f"start {current_job.id}")
     try:
         while True:
             time.sleep(0.01)
     except BaseException:
-        return "finished in spite of it"
+        return "finished despite the request"
 
 
 def enqueue_another(value: int) -> None:
@@ -263,13 +263,13 @@ def wall_clock() -> float:
 
 
 def enqueue_later(value: int, delay: float) -> int:
-    """By the clock of the process that runs this; the id of the new job."""
+    """Enqueue a delayed job from the worker's process; returns its id."""
     return run_background_job("tests.jobs.echo", parameters=[value], delay=delay).id
 
 
 def hang_scheduler(part: str) -> None:
-    """Let a thread of the worker's scheduler wait for ever: the one that calls, or its main one."""
-    # Here, as the names of these jobs are imported by processes that must do without it.
+    """Block a thread of the worker's scheduler: one of its executor, or its main thread."""
+    # Imported here, because some processes import this module but must not import the scheduler.
     from apscheduler.events import EVENT_JOB_SUBMITTED
     from apscheduler.schedulers.background import BackgroundScheduler
 
@@ -288,14 +288,14 @@ def hang_scheduler(part: str) -> None:
 
 
 def tell_slowly(lines: int, seconds: float) -> None:
-    """Log numbered lines, with a pause after each."""
+    """Log numbered lines, with a pause after each line."""
     for number in range(lines):
         current_job.log(f"line {number}")
         time.sleep(seconds)
 
 
 def keep_own_row(journal: str, end: str, how: str) -> None:
-    """Keep the row of this job locked until there is a file ``end``."""
+    """Keep the row of this job locked until the file ``end`` exists."""
     lock = "SELECT id FROM bgjobs_job WHERE id = {} FOR UPDATE"
     statement = lock if how == "locks" else "INSERT INTO export VALUES ({})"
     with current_app.extensions["sqlalchemy"].engine.begin() as connection:
@@ -307,24 +307,24 @@ def keep_own_row(journal: str, end: str, how: str) -> None:
 
 
 def brief(path: str, name: str) -> None:
-    """Note that it runs, and take two milliseconds for it."""
+    """Record ``name`` and run for two milliseconds."""
     record(path, name)
     time.sleep(0.002)
 
 
 def hold_first_attempt(path: str) -> int:
-    """Run for ever at the first attempt, and end at once at a later one."""
+    """Run for ten minutes in the first attempt, and return at once in a later one."""
     if current_job.attempt == 1:
         hold(path, 600)
     return current_job.attempt
 
 
 def hold_gil_first_attempt(path: str, seconds: int) -> int:
-    """At the first attempt let no other thread of the process run for some seconds."""
+    """In the first attempt, hold the GIL for ``seconds``."""
     attempt = current_job.attempt
     record(path, f"start {attempt}")
     while attempt == 1:
-        # Nobody may come in between, and so begin a transaction that then lasts as long.
+        # No other thread may run now: it could begin a transaction that then stays open.
         sys.setswitchinterval(60)
         if _no_thread_writes():
             ctypes.PyDLL(None).sleep(seconds)
@@ -336,14 +336,14 @@ def hold_gil_first_attempt(path: str, seconds: int) -> int:
 
 
 def _no_thread_writes() -> bool:
-    """Whether no thread of this process is in a transaction: others would wait for its locks."""
+    """Whether no thread of this process is in a transaction, whose locks would block others."""
     stacks = (traceback.walk_stack(frame) for frame in sys._current_frames().values())
     frames = (frame for stack in stacks for frame, _ in stack)
     return not any(frame.f_code.co_name == "transaction" for frame in frames)
 
 
 def give(what: str) -> Any:
-    """A result that cannot be stored."""
+    """Return a result that cannot be stored."""
     results: dict[str, Any] = {
         "an object": {"rows": [1, object()]},
         "NaN": {"rows": [1.0, float("nan")]},
@@ -365,7 +365,7 @@ class TwoArguments(Exception):
 
 
 def throw(what: str) -> None:
-    """Raise what is hard to tell."""
+    """Raise an exception that is hard to report."""
     errors: dict[str, BaseException] = {
         "no text": Unreadable(),
         "NUL and surrogates": ValueError("a\0b\ud800c"),
@@ -389,7 +389,7 @@ def throw(what: str) -> None:
 
 
 def spoil_session(how: str) -> None:
-    """Leave the host's session as no job should."""
+    """Leave an open or failed transaction in the host's session."""
     session = current_app.extensions["sqlalchemy"].session
     row = "INSERT INTO bgjobs_queue (name, created_at) VALUES ('left', CURRENT_TIMESTAMP)"
     session.execute(sa.text(row))
@@ -401,7 +401,7 @@ def spoil_session(how: str) -> None:
 
 
 def inspect_session() -> list[Any]:
-    """Where it runs, whether a transaction is open, and what is there by the session."""
+    """Return process, thread, whether a transaction is open, and the rows that a job left."""
     session = current_app.extensions["sqlalchemy"].session
     is_open = session().in_transaction()
     names = session.execute(sa.text("SELECT name FROM bgjobs_queue WHERE name = 'left'"))
@@ -409,7 +409,7 @@ def inspect_session() -> list[Any]:
 
 
 def count_by_session() -> int:
-    """How many jobs the host's session finds."""
+    """The number of jobs that the host's session finds."""
     session = current_app.extensions["sqlalchemy"].session
     return int(session.execute(sa.text("SELECT count(*) FROM bgjobs_job")).scalar_one())
 

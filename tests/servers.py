@@ -1,4 +1,4 @@
-"""Servers of a test's own, and a link to them that can be cut, silenced and timed."""
+"""Database servers for one test, and a proxy that can cut or silence the link to them."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ import pytest
 _DEADLINE_SECONDS = 60.0
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
-    # An immediate stop loses nothing by it: only a crash of the machine would.
+    # An immediate stop loses no data without it; only a crash of the machine would.
     "fsync": "off",
     "max_connections": "60",
     "shared_buffers": "16MB",
     "autovacuum": "off",
-    # Starting again must not take the time of a whole checkpoint.
+    # A restart must not wait for a full checkpoint.
     "checkpoint_timeout": "1h",
 }
 _MARIADB_SETTINGS = {
     "bind-address": "127.0.0.1",
-    # Written at each commit and not synchronized: only a crash of the machine would lose it.
+    # Written at each commit but not synchronized: only a crash of the machine would lose data.
     "innodb-flush-log-at-trx-commit": "2",
     "innodb-buffer-pool-size": "32M",
 }
-# Outside the range from which outgoing connections take theirs, so that a port that is free for
-# the moment of a restart stays so.
+# Outside the range of ephemeral ports, so that no outgoing connection takes the port during a
+# restart.
 _PORTS = range(20_000, 32_000)
-# Where PgBouncer and MariaDB are; not every user has /usr/sbin in the PATH.
+# PgBouncer and MariaDB may be in /usr/sbin, which not every user has in the PATH.
 _PROGRAM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
 def needs_program(name: str, path: Path | str | None) -> str:
-    """The path of a program; without it the test fails in CI and is skipped elsewhere."""
+    """The path of a program. If it is missing, the test fails in CI and is skipped elsewhere."""
     if path is not None:
         return str(path)
     if os.environ.get("CI") == "true":
@@ -59,9 +59,9 @@ def needs_program(name: str, path: Path | str | None) -> str:
 
 
 def postgres_program(name: str) -> str:
-    """The path of a program of the newest PostgreSQL here.
+    """The path of a program of the newest installed PostgreSQL.
 
-    Debian keeps them out of the PATH, in a directory per version.
+    Debian installs them in one directory per version, outside the PATH.
     """
     versions = sorted(
         Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[-3])
@@ -70,7 +70,7 @@ def postgres_program(name: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens at."""
+    """A free TCP port of 127.0.0.1."""
     while True:
         port = random.choice(_PORTS)
         with socket.socket() as probe:
@@ -83,25 +83,25 @@ def free_port() -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerUser:
-    """Who server programs run as: they refuse to run as root."""
+    """The system user of server programs, which refuse to run as root."""
 
     name: str | None
-    """``None``: whoever runs the tests."""
+    """``None`` for the user that runs the tests."""
 
     @classmethod
     def choose(cls, name: str = "postgres") -> Self:
-        """The system's user ``name`` when the tests run as root, else oneself."""
+        """The system user ``name`` if the tests run as root, otherwise the current user."""
         return cls(name if os.geteuid() == 0 else None)
 
     def make_folder(self) -> Path:
-        """A new folder that belongs to this user; pytest's own ones are closed to others."""
+        """Create a folder of this user; pytest's own folders are not accessible to other users."""
         folder = Path(tempfile.mkdtemp(prefix="bgjobs-"))
         if self.name is not None:
             shutil.chown(folder, self.name, self.name)
         return folder
 
     def popen(self, command: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
-        """The program, started as this user, with its output in ``folder/log``."""
+        """Start a program as this user, with its output in ``folder/log``."""
         if self.name is not None:
             options |= {"user": self.name, "group": self.name, "extra_groups": []}
         with (folder / "log").open("a") as log:
@@ -112,38 +112,38 @@ class ServerUser:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
-                # Ctrl-C in the terminal of the tests is not meant for it.
+                # Ctrl-C in the terminal of the tests must not reach it.
                 start_new_session=True,
                 **options,
             )
 
 
 Transcript = list[str]
-"""Of one transaction: its statements, and with ``< `` before it what the server said of each:
+"""The statements of one transaction, and the replies to them after ``< ``:
 ``["BEGIN", "< BEGIN", "UPDATE shop …", "< UPDATE 1", "COMMIT"]``."""
 
 
 class _Protocol(abc.ABC):
-    """What is said on one connection, as far as the proxy must understand it."""
+    """The protocol of one connection, as far as the proxy must understand it."""
 
     client_begins = False
-    """Whether the client speaks before the server does."""
+    """Whether the client sends the first message."""
 
     @abc.abstractmethod
     def read(self, connection: socket.socket) -> bytes:
-        """One message; empty at the end."""
+        """Read one message; empty at the end."""
 
     def read_first(self, client: socket.socket) -> bytes:
-        """The first message of a client that begins."""
+        """Read the first message of a client that begins."""
         raise NotImplementedError
 
     @abc.abstractmethod
     def statement(self, message: bytes) -> str | None:
-        """The text of what a message asks the server to run."""
+        """The statement in a message, if it has one."""
 
     @abc.abstractmethod
     def answer(self, message: bytes) -> str | None:
-        """What the server says of a statement that it has done: ``UPDATE 1``."""
+        """The server's reply to a completed statement, such as ``UPDATE 1``."""
 
     @abc.abstractmethod
     def begins(self, statement: str, transcript: Transcript) -> bool:
@@ -160,7 +160,7 @@ class _PostgresProtocol(_Protocol):
         return self._read(connection, 5)
 
     def read_first(self, client: socket.socket) -> bytes:
-        # It has no type.
+        # The first message has no type byte.
         return self._read(client, 4)
 
     def _read(self, connection: socket.socket, head: int) -> bytes:
@@ -171,7 +171,7 @@ class _PostgresProtocol(_Protocol):
         return header + _read(connection, length - 4)
 
     def statement(self, message: bytes) -> str | None:
-        """Also the text of what was prepared."""
+        """The text of a simple query, or of a prepared statement when it is bound."""
         kind, body = message[:1], message[5:]
         if kind == b"Q":
             return body[:-1].decode()
@@ -195,7 +195,7 @@ class _MysqlProtocol(_Protocol):
 
     def __init__(self) -> None:
         self._verb: str | None = None
-        """Of the statement whose answer has not begun."""
+        """The verb of the statement without a reply so far."""
 
     def read(self, connection: socket.socket) -> bytes:
         header = _read(connection, 4)
@@ -204,7 +204,7 @@ class _MysqlProtocol(_Protocol):
         return header + _read(connection, int.from_bytes(header[:3], "little"))
 
     def statement(self, message: bytes) -> str | None:
-        # Every command begins to count its messages anew.
+        # Each command restarts the sequence numbers at 0.
         is_query = message[3] == 0 and message[4] == self._QUERY
         text = message[5:].decode("utf-8", "replace") if is_query else None
         self._verb = text.split(maxsplit=1)[0] if text else None
@@ -216,28 +216,28 @@ class _MysqlProtocol(_Protocol):
             return None
         if message[4] == self._OK:
             return f"{verb} {_short_number(message[5:])}"
-        # Of an INSERT … RETURNING; its rows follow.
+        # An INSERT … RETURNING; its rows follow.
         return verb if verb == "INSERT" else None
 
     def begins(self, statement: str, transcript: Transcript) -> bool:
-        """There is no BEGIN: what follows the end of one transaction is of the next."""
+        """There is no BEGIN: the statement after a commit or rollback begins a transaction."""
         return any(entry in ("COMMIT", "ROLLBACK") for entry in transcript)
 
 
 def _short_number(data: bytes) -> int:
-    """The number that MySQL writes in one byte, or in the two after a mark."""
+    """Decode a length-encoded integer of MySQL of one or two bytes."""
     return data[0] if data[0] < 0xFB else int.from_bytes(data[1:3], "little")
 
 
 class Server(abc.ABC):
-    """A database server with data of its own, on a free port of 127.0.0.1, for trusted users."""
+    """A database server with its own data, on a free port of 127.0.0.1, without passwords."""
 
     user: str
-    """Who may do everything in it."""
+    """The administrator's name."""
     speaks: ClassVar[Callable[[], _Protocol]]
-    """What a proxy in front of it must understand."""
+    """The protocol for a proxy in front of it."""
     stop_signals: Mapping[str, signal.Signals]
-    """What ends all sessions in order, and what is a crash."""
+    """The signals for a clean stop and for a crash."""
 
     def __init__(self, system_user: str) -> None:
         self.port = free_port()
@@ -246,42 +246,42 @@ class Server(abc.ABC):
         self.folder = self._user.make_folder()
         self._process: subprocess.Popen[str] | None = None
         try:
-            made = self._user.popen(self._initialization(), self.folder)
-            assert made.wait(_DEADLINE_SECONDS) == 0, self.log()
+            initialization = self._user.popen(self._initialization(), self.folder)
+            assert initialization.wait(_DEADLINE_SECONDS) == 0, self.log()
         except BaseException:
             self.close()
             raise
 
     @abc.abstractmethod
     def _find_programs(self) -> None:
-        """Find the programs, or skip the test."""
+        """Find the server's programs, or skip the test."""
 
     @abc.abstractmethod
     def _initialization(self) -> Sequence[str]:
-        """The command that makes its data."""
+        """The command that creates the data directory."""
 
     @abc.abstractmethod
     def _command(self) -> Sequence[str]:
-        """The command that runs it."""
+        """The command that runs the server."""
 
     @abc.abstractmethod
     def execute(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
-        """What a statement answers on a connection of its own, past any proxy."""
+        """Run a statement on a new connection, past any proxy; returns its rows."""
 
     @abc.abstractmethod
     def url(self, database: str, *, port: int | None = None) -> str:
         """The URL of a database.
 
-        :param port: of a proxy in front of it.
+        :param port: the port of a proxy in front of it.
         """
 
     @abc.abstractmethod
     def end_connections(self, database: str) -> int:
-        """End all connections to a database; how many they were."""
+        """End all connections to a database; returns their number."""
 
     @abc.abstractmethod
     def _answers(self) -> bool:
-        """Whether it can be used."""
+        """Whether the server answers a query."""
 
     def __enter__(self) -> Self:
         try:
@@ -296,14 +296,14 @@ class Server(abc.ABC):
 
     @property
     def pid(self) -> int:
-        """Of the server's first process, while it runs."""
-        assert self._process is not None, "it does not run"
+        """The id of the server's main process while it runs."""
+        assert self._process is not None, "the server does not run"
         return self._process.pid
 
     def start(self, *, wait: bool = True) -> None:
-        """Start it.
+        """Start the server.
 
-        :param wait: until it answers; it may have to recover first.
+        :param wait: wait until it answers; it may have to recover first.
         """
         self._launch()
         deadline = time.monotonic() + _DEADLINE_SECONDS
@@ -311,12 +311,12 @@ class Server(abc.ABC):
             assert time.monotonic() < deadline, f"no {type(self).__name__}: {self.log()}"
             assert self._process is not None
             if self._process.poll() is not None:
-                # Processes of the last run may still hold its memory after an immediate stop.
+                # After an immediate stop, old processes may still hold the shared memory.
                 self._launch()
             time.sleep(0.05)
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop it: ``fast`` ends all sessions in order, ``immediate`` is a crash."""
+        """Stop the server: ``fast`` ends all sessions cleanly, ``immediate`` is a crash."""
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -325,24 +325,24 @@ class Server(abc.ABC):
         process.wait(_DEADLINE_SECONDS)
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop it and start it again."""
+        """Stop the server and start it again."""
         self.stop(mode)
         self.start()
 
     def close(self) -> None:
-        """Stop it and delete its data."""
+        """Stop the server and delete its data."""
         with contextlib.suppress(ProcessLookupError):
             self.stop("immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def create_database(self) -> str:
-        """The name of a new, empty database."""
+        """Create an empty database; returns its name."""
         name = f"test_{uuid.uuid4().hex}"
         self.execute(f"CREATE DATABASE {name}")
         return name
 
     def log(self) -> str:
-        """What it has written to its log."""
+        """The text of the server's log."""
         return (self.folder / "log").read_text()
 
     def _launch(self) -> None:
@@ -352,7 +352,7 @@ class Server(abc.ABC):
 class PostgresServer(Server):
     """A PostgreSQL server.
 
-    :param settings: more of ``postgresql.conf``.
+    :param settings: additional settings of ``postgresql.conf``.
     """
 
     user = "postgres"
@@ -364,7 +364,7 @@ class PostgresServer(Server):
         super().__init__("postgres")
 
     def execute(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
-        """What a statement answers on a connection of its own, past any proxy."""
+        """Run a statement on a new connection, past any proxy; returns its rows."""
         with psycopg.connect(
             host="127.0.0.1",
             port=self.port,
@@ -385,11 +385,11 @@ class PostgresServer(Server):
     ) -> str:
         """The URL of a database.
 
-        :param port: of a proxy or a pooler in front of it.
+        :param port: the port of a proxy or a pooler in front of it.
         """
         return (
             f"{driver}://{self.user}@127.0.0.1:{port or self.port}/{database}"
-            # The proxy reads along.
+            # Not encrypted, because the proxy reads the protocol.
             "?sslmode=disable&gssencmode=disable"
         )
 
@@ -435,7 +435,7 @@ class MariaServer(Server):
         super().__init__("mysql")
 
     def execute(self, statement: str, database: str | None = None) -> list[tuple[Any, ...]]:
-        """What a statement answers on a connection of its own, past any proxy."""
+        """Run a statement on a new connection, past any proxy; returns its rows."""
         with self._cursor(database) as cursor:
             cursor.execute(statement)
             return list(cursor.fetchall())
@@ -455,9 +455,9 @@ class MariaServer(Server):
             yield cursor
 
     def url(self, database: str = "", *, port: int | None = None) -> str:
-        # Without TLS: PyMySQL reads the certificates of the system anew for each connection.
-        where = f"{self.user}@127.0.0.1:{port or self.port}/{database}"
-        return f"mysql+pymysql://{where}?ssl_disabled=true"
+        # Without TLS: PyMySQL reads the system's certificates again for each connection.
+        address = f"{self.user}@127.0.0.1:{port or self.port}/{database}"
+        return f"mysql+pymysql://{address}?ssl_disabled=true"
 
     def end_connections(self, database: str) -> int:
         found = f"SELECT id FROM information_schema.processlist WHERE db = '{database}'"
@@ -465,8 +465,8 @@ class MariaServer(Server):
             cursor.execute(found)
             numbers = [number for (number,) in cursor.fetchall()]
             for number in numbers:
+                # KILL fails for a connection that has already ended.
                 with contextlib.suppress(pymysql.err.OperationalError):
-                    # It has ended by itself meanwhile.
                     cursor.execute(f"KILL {number}")
         return len(numbers)
 
@@ -480,7 +480,7 @@ class MariaServer(Server):
         return [
             self._install,
             *("--no-defaults", f"--datadir={self.folder / 'data'}", "--skip-test-db"),
-            # Of its own: servers that are made at once take each other's temporary tables away.
+            # A separate folder: concurrent initializations delete each other's temporary tables.
             f"--tmpdir={self.folder}",
             "--auth-root-authentication-method=normal",
         ]
@@ -510,12 +510,12 @@ Mode = Literal["pass", "cut", "silent"]
 
 
 class Proxy:
-    """A TCP link to a server on this host, whose faults the test chooses.
+    """A TCP proxy to a server on this host; the test chooses its faults.
 
-    It reads the protocol along, so that it can cut a connection at one exact statement. Nothing may
-    be encrypted: the URL of PostgreSQL needs ``sslmode=disable`` and ``gssencmode=disable``.
+    It reads the protocol, so that it can cut a connection at an exact statement. Connections must
+    not be encrypted: the URL of PostgreSQL needs ``sslmode=disable`` and ``gssencmode=disable``.
 
-    :param server: one that runs, now or later.
+    :param server: the server; it can be started later.
     """
 
     def __init__(self, server: Server) -> None:
@@ -537,19 +537,19 @@ class Proxy:
         self.close()
 
     def let_pass(self) -> None:
-        """Forward everything, also what came in while the link was silent, as a network does."""
-        for link in self._copy_of_links():
+        """Forward everything, including data that arrived while the link was silent."""
+        for link in self._list_links():
             link.is_silent = False
         self._set_mode("pass")
 
     def cut(self) -> None:
-        """Close all connections, and new ones as soon as they come."""
+        """Close all connections, and each new one at once."""
         self._set_mode("cut")
         self.cut_once()
 
     def cut_once(self) -> None:
-        """Close all connections; new ones pass."""
-        for link in self._copy_of_links():
+        """Close all connections; new ones work."""
+        for link in self._list_links():
             link.close()
 
     def go_silent(self) -> None:
@@ -557,34 +557,34 @@ class Proxy:
         self._set_mode("silent")
 
     def cut_when(self, matches: Matches, when: When = "before", times: int = 1) -> threading.Event:
-        """Cut the connection whose transaction ``matches``, as soon as its last statement comes.
+        """Cut the connection whose transaction ``matches``, at its last statement.
 
-        :param when: ``before`` the server gets the statement, or ``after`` it has done it, in
-            place of its answer.
-        :param times: so often; then all passes.
-        :returns: set when it was cut so often.
+        :param when: ``before`` the server gets the statement, or ``after`` the server has executed
+            it, in place of the reply.
+        :param times: how many connections to cut; after that everything passes.
+        :returns: an event that is set after the last cut.
         """
         self._rule = _Rule(matches, when, times)
         return self._rule.done
 
     def go_silent_when(self, matches: Matches) -> threading.Event:
-        """Go silent as soon as the last statement of a transaction that ``matches`` comes.
+        """Silence the connection whose transaction ``matches``, at its last statement.
 
-        Only that one connection goes silent. The server gets what was sent on it, with the
-        statement, when the link is told to pass.
+        Other connections are not affected. :meth:`let_pass` delivers the statement and everything
+        after it to the server.
 
-        :returns: set when it went silent.
+        :returns: an event that is set when the connection goes silent.
         """
         self._rule = _Rule(matches, "silent", 1)
         return self._rule.done
 
     def close(self) -> None:
-        """Close everything."""
-        # Closing alone does not wake the thread that accepts.
+        """Close all connections and end all threads."""
+        # Closing the socket does not wake the thread in accept().
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        links = self._copy_of_links()
+        links = self._list_links()
         self.cut()
         for thread in [self._thread, *(thread for link in links for thread in link.threads)]:
             if thread.ident is not None:
@@ -596,7 +596,7 @@ class Proxy:
             self._mode = mode
             self._changed.notify_all()
 
-    def _copy_of_links(self) -> list[_Link]:
+    def _list_links(self) -> list[_Link]:
         with self._changed:
             return list(self._links)
 
@@ -607,7 +607,7 @@ class Proxy:
             except OSError:
                 return
             with self._changed:
-                # Within the lock: who cuts afterwards finds the link, and closes it.
+                # Under the lock, so that a later cut finds the link and closes it.
                 if self._mode != "cut":
                     link = _Link(self, client)
                     self._links.add(link)
@@ -615,31 +615,31 @@ class Proxy:
                     continue
             _close(client)
 
-    # For its links
+    # Used by the links
 
     def connect(self) -> socket.socket:
         """A connection to the server."""
         return socket.create_connection(self._server)
 
-    def wait_until_it_passes(self, link: _Link) -> None:
-        """Return when the link is no longer silent or was closed."""
+    def wait_while_silent(self, link: _Link) -> None:
+        """Wait until the link is no longer silent, or is closed."""
         with self._changed:
             self._changed.wait_for(
                 lambda: link.is_closed or not (link.is_silent or self._mode == "silent")
             )
 
     def wake_waiting(self) -> None:
-        """Let those that wait look again."""
+        """Wake all waiting threads, so that they check their condition again."""
         with self._changed:
             self._changed.notify_all()
 
     def rule_for(self, transcript: Transcript) -> _Rule | None:
-        """The rule for this moment of a connection's life, if there is one."""
+        """The rule that applies to this transcript, if any."""
         rule = self._rule
         return rule if rule is not None and rule.applies(transcript) else None
 
     def forget(self, link: _Link) -> None:
-        """Let go of a link that has ended."""
+        """Remove a link that has ended."""
         with self._changed:
             self._links.discard(link)
 
@@ -665,7 +665,7 @@ class _Rule:
 
 
 def commits(*parts: str) -> Matches:
-    """Whether a transaction is about to commit that holds each of ``parts`` (patterns)."""
+    """Match a transaction at its commit if it contains each of the patterns in ``parts``."""
 
     def matches(transcript: Transcript) -> bool:
         whole = "\n".join(transcript)
@@ -687,7 +687,7 @@ class _Link:
         self._cut_at_answer: _Rule | None = None
         self.threads = [
             threading.Thread(target=self._run, args=[work], name=f"proxy-{name}", daemon=True)
-            for name, work in (("up", self._go_up), ("down", self._go_down))
+            for name, work in (("up", self._forward_to_server), ("down", self._forward_to_client))
         ]
 
     def close(self) -> None:
@@ -706,14 +706,14 @@ class _Link:
             self.close()
             self._proxy.forget(self)
 
-    def _go_up(self) -> None:
-        """From the client to the server."""
-        self._proxy.wait_until_it_passes(self)
+    def _forward_to_server(self) -> None:
+        """Forward messages from the client to the server."""
+        self._proxy.wait_while_silent(self)
         if self.is_closed:
             return
         self._server = self._proxy.connect()
         if self.is_closed:
-            # Before there was this connection to close.
+            # close() was called before this connection existed.
             _close(self._server)
             return
         self.threads[1].start()
@@ -721,7 +721,7 @@ class _Link:
             self._server.sendall(self._protocol.read_first(self._client))
         while not self.is_closed:
             message = self._protocol.read(self._client)
-            self._proxy.wait_until_it_passes(self)
+            self._proxy.wait_while_silent(self)
             if not message or self.is_closed:
                 return
             statement = self._protocol.statement(message)
@@ -729,12 +729,12 @@ class _Link:
                 return
             self._server.sendall(message)
 
-    def _go_down(self) -> None:
-        """From the server to the client."""
+    def _forward_to_client(self) -> None:
+        """Forward messages from the server to the client."""
         assert self._server is not None
         while not self.is_closed:
             message = self._protocol.read(self._server)
-            self._proxy.wait_until_it_passes(self)
+            self._proxy.wait_while_silent(self)
             if not message or self.is_closed:
                 return
             answer = self._protocol.answer(message)
@@ -746,7 +746,7 @@ class _Link:
             self._client.sendall(message)
 
     def _ends_at(self, statement: str) -> bool:
-        """Whether a rule cuts the connection at this statement."""
+        """Apply the rule for this statement; returns whether the connection ends."""
         if self._protocol.begins(statement, self._transcript):
             self._transcript = []
         self._transcript.append(statement)
@@ -759,7 +759,7 @@ class _Link:
         if rule.then == "silent":
             self.is_silent = True
             rule.applied()
-            self._proxy.wait_until_it_passes(self)
+            self._proxy.wait_while_silent(self)
             return self.is_closed
         rule.applied()
         self.close()
@@ -777,7 +777,7 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _close(connection: socket.socket) -> None:
-    # Closing alone does not wake a thread that reads.
+    # Closing the socket does not wake a thread in recv().
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()
@@ -786,8 +786,8 @@ def _close(connection: socket.socket) -> None:
 class PgBouncer:
     """A PgBouncer in transaction mode in front of a PostgreSQL server, on a free port.
 
-    :param server_port: of PostgreSQL.
-    :param connections: to the server at once, for each database.
+    :param server_port: the port of PostgreSQL.
+    :param connections: the number of server connections for each database.
     """
 
     def __init__(self, server_port: int, connections: int = 3) -> None:

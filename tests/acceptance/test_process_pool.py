@@ -214,7 +214,7 @@ def test_job_that_ignores_a_cancel_completes(app: Flask, start: Start, journal: 
     wait_until(lambda: lines(journal), "the start")
     app.extensions["bgjobs"].store.cancel([job.id])
     job.wait(DEADLINE_SECONDS)
-    assert (job.status, job.result) == ("completed", "finished in spite of it")
+    assert (job.status, job.result) == ("completed", "finished despite the request")
 
 
 @pytest.mark.on(*KINDS)

@@ -137,7 +137,7 @@ def test_pool_that_fails_during_a_stop_releases_its_jobs(
 ) -> None:
     """If the pool fails while the worker waits for its jobs to end, they are released."""
     worker = start_worker(
-        "-P", "process", "-c", "1", TEST_SET_UP="pool_fails_in_a_stop", BGJOBS_APP="host"
+        "-P", "process", "-c", "1", TEST_SET_UP="pool_fails_during_a_stop", BGJOBS_APP="host"
     )
     held = enqueue("hold_first_attempt", str(journal))
     wait_until(lambda: lines(journal), "the start")
