@@ -80,26 +80,26 @@ def loop_exits(app: Flask) -> None:
 
 
 def _break_loop(app: Flask, error: BaseException) -> None:
-    from flask_bgjobs.worker import worker
+    from flask_bgjobs.worker.rescue import Sweeper
 
     def fail(*_: object) -> None:
         raise error
 
     def break_loop(_app: Flask, **_values: Any) -> None:
-        worker.Worker._sweep = fail  # type: ignore[method-assign]
+        Sweeper.sweep = fail  # type: ignore[method-assign]
 
     job_failed.connect(break_loop, app, weak=False)
 
 
 def pool_fails(app: Flask) -> None:
-    """Raise an exception in the thread of the process pool once a job has failed."""
-    from flask_bgjobs.execution.pools.process.pool import ProcessPool
+    """Once a job has failed, raise an exception in the process pool's thread at the next job."""
+    from flask_bgjobs.execution.pools.process.tickets import Tickets
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError("injected by the test")
 
     def break_pool(_app: Flask, **_values: Any) -> None:
-        ProcessPool._assign_tasks = fail  # type: ignore[method-assign]
+        Tickets.give = fail  # type: ignore[method-assign]
 
     job_failed.connect(break_pool, app, weak=False)
 
