@@ -52,7 +52,7 @@ _JINJA_OPTIONS = (
 def wait_until(
     condition: Callable[[], Any], what: str = "the condition", seconds: float = DEADLINE_SECONDS
 ) -> Any:
-    """Wait for the first true value of ``condition``; a failure names ``what`` did not happen."""
+    """Wait for the first true value of ``condition``; on failure, says ``what`` did not happen."""
     deadline = time.monotonic() + seconds
     pause = _FIRST_PAUSE_SECONDS
     while not (value := condition()):

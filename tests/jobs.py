@@ -342,7 +342,7 @@ def _no_thread_writes() -> bool:
     return not any(frame.f_code.co_name == "transaction" for frame in frames)
 
 
-def give(what: str) -> Any:
+def return_unstorable(what: str) -> Any:
     """Return a result that cannot be stored."""
     results: dict[str, Any] = {
         "an object": {"rows": [1, object()]},
@@ -462,7 +462,7 @@ NAMES = [
             keep_own_row,
             hold_first_attempt,
             hold_gil_first_attempt,
-            give,
+            return_unstorable,
             throw,
             spoil_session,
             inspect_session,

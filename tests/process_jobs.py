@@ -112,7 +112,7 @@ def write_to_worker(data: str) -> None:
             os.write(int(name), bytes.fromhex(data))
 
 
-tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
+tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="no tenant")
 
 
 def inspect_process() -> dict[str, Any]:
@@ -148,7 +148,7 @@ def change_process_and_raise(folder: str) -> int:
 
 def change_own_state() -> None:
     """Change only the state that a job in a thread can change without affecting other threads."""
-    tenant.set("somebody")
+    tenant.set("acme")
     decimal.getcontext().prec = 5
     signal.setitimer(signal.ITIMER_REAL, 600)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])

@@ -108,7 +108,10 @@ def test_unstorable_result_fails_the_job(site: Site) -> None:
         "a surrogate": r"result\.rows\[1\].*surrogate",
         "too large": r"result.*1,048,576",
     }
-    jobs = {case: in_both_pools("give", case, retries=3, retry_delay=0) for case in expected}
+    jobs = {
+        case: in_both_pools("return_unstorable", case, retries=3, retry_delay=0)
+        for case in expected
+    }
     for case, pattern in expected.items():
         for job in jobs[case]:
             job.wait(DEADLINE_SECONDS)

@@ -34,7 +34,7 @@ def test_next_job_finds_the_child_unchanged(
     changing = run("change_process_and_raise", str(tmp_path))
     assert (changing.status, changing.error_type) == ("failed", "ValueError")
     assert run("inspect_process").result == before
-    assert before["tenant"] == "nobody"
+    assert before["tenant"] == "no tenant"
 
 
 @POOLS
