@@ -211,7 +211,7 @@ def test_worker_without_a_free_child_process_exits(
     assert f"Job cannot be stopped | Job: {job.id} | " in log
     assert "Reason: JobTimeout" in log
     assert "It holds a child process until that ends" in log
-    assert "Error: no child process is free: 1 jobs cannot be stopped" in log
+    assert "Error: no child process is free: 1 jobs have not stopped" in log
 
 
 @pytest.mark.on("sqlite")
