@@ -16,8 +16,8 @@ from sqlalchemy.exc import OperationalError
 from flask_bgjobs import Job
 from flask_bgjobs.state import AppState
 from flask_bgjobs.worker import rescue
+from flask_bgjobs.worker.registration import register
 from flask_bgjobs.worker.rescue import Sweeper
-from flask_bgjobs.worker.worker import register
 from tests.acceptance.helpers import beats, enqueue, lines, stop_between_transactions, workers
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 

@@ -199,9 +199,9 @@ def test_worker_without_a_free_child_process_exits(
     """A job whose child cannot be killed, as in a kernel call, is named in the log. A worker that
     has no other child exits with code 1."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from flask_bgjobs.worker import worker\n"
+        "from flask_bgjobs.worker import pool_health\n"
         "from flask_bgjobs.execution.pools.process.forkserver import ForkServer\n"
-        "worker._FIRST_OVERDUE_SECONDS = 2.0\n"
+        "pool_health._FIRST_LOG_SECONDS = 2.0\n"
         "ForkServer.signal_group = lambda *_: None\n"
     )
     worker = start_worker("-P", "process", "-c", "1", BGJOBS_LEASE=6, BGJOBS_HEARTBEAT_INTERVAL=1)

@@ -16,7 +16,7 @@ from flask_bgjobs.models import AuditedJob, AuditEntry, Worker
 from flask_bgjobs.operations import actions
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import DONE, Actor, Store
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 from tests.integration.test_worker import running_worker
 

@@ -15,7 +15,8 @@ from flask_bgjobs.job.row_check import checked
 from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.testing import drain
-from flask_bgjobs.worker.worker import Worker, WorkerOptions
+from flask_bgjobs.worker.options import WorkerOptions
+from flask_bgjobs.worker.worker import Worker
 from tests.conftest import stored, wait_until
 from tests.unit.helpers import make_spec
 
@@ -291,7 +292,7 @@ def test_bad_row_does_not_block_a_rescue(
     app: Flask, state: AppState, column: str, value: Any
 ) -> None:
     """A row that was spoiled while it ran does not prevent the rescue of other jobs."""
-    from flask_bgjobs.worker.worker import register
+    from flask_bgjobs.worker.registration import register
 
     dead = register(state, "dead", concurrency=1)
     bad, good = (run_background_job("tests.jobs.echo", parameters=[n]) for n in range(2))

@@ -14,7 +14,7 @@ from flask_bgjobs import run_background_job
 from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import Store
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.conftest import stored, wait_until
 from tests.integration.test_redo import RAISE
 from tests.integration.test_worker import running_worker

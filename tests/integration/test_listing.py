@@ -153,7 +153,7 @@ def test_slow_database_still_fills_pages(
     monkeypatch.setattr(listing, "_SEARCH_SECONDS", -1.0)
     assert _pages(state, filters, 7) == expected
     page = list_jobs(state, filters, per=7)
-    assert (len(page.jobs), page.is_cut) == (7, False)
+    assert (len(page.jobs), page.timed_out) == (7, False)
 
 
 def test_slow_search_continues_on_next_page(
@@ -169,7 +169,7 @@ def test_slow_search_continues_on_next_page(
     while True:
         page = list_jobs(state, per=7, after=after, visible=lambda job: job.queue == "mail")
         found += [row.id for row in page.jobs]
-        cuts += page.is_cut
+        cuts += page.timed_out
         if page.older is None:
             break
         after = page.older
@@ -199,7 +199,7 @@ def test_search_reads_limited_rows_per_page(
     filters = JobFilters(sort=sort, queues=("mail",), statuses=("completed", "failed"))
     first = list_jobs(state, filters, per=50)
     expected = _expected(_all_rows(store), filters)
-    assert first.searches_on
+    assert first.may_find_more
     assert [row.id for row in first.jobs] == expected[: len(first.jobs)]
     assert len(first.jobs) < len(expected)
     found = [row.id for row in first.jobs]

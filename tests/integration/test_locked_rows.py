@@ -20,8 +20,8 @@ from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
 from flask_bgjobs.worker.outbox import Outbox
+from flask_bgjobs.worker.registration import register
 from flask_bgjobs.worker.rescue import Sweeper
-from flask_bgjobs.worker.worker import register
 from tests.conftest import EXPORT, stored, wait_until
 from tests.integration.test_worker import rows, running_worker
 

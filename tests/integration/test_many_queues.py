@@ -16,7 +16,7 @@ from flask_bgjobs.models import Queue
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
 from flask_bgjobs.worker.prune import Pruner
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 
 
 @pytest.fixture

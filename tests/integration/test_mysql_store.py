@@ -21,7 +21,9 @@ from flask_bgjobs.job.text import storable
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store.dialects.mysql import require_skip_locked
-from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
+from flask_bgjobs.worker.options import WorkerOptions
+from flask_bgjobs.worker.registration import register
+from flask_bgjobs.worker.worker import Worker
 from tests.apps import build_app
 from tests.conftest import DEADLINE_SECONDS, count_jobs, stored
 

@@ -25,7 +25,7 @@ from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.signals import job_cancelled
 from flask_bgjobs.state import AppState
 from flask_bgjobs.testing import drain
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.apps import build_app
 from tests.conftest import EXPORT, count_jobs, stored
 

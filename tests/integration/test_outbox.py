@@ -21,7 +21,7 @@ from flask_bgjobs.state import AppState
 from flask_bgjobs.store import CommitInDoubt
 from flask_bgjobs.store.dialects import mysql
 from flask_bgjobs.worker.outbox import Outbox
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.conftest import stored
 from tests.integration.test_worker import rows
 

@@ -15,7 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 from flask_bgjobs import run_background_job
 from flask_bgjobs.state import AppState, state_of
-from flask_bgjobs.worker.worker import Worker, WorkerOptions
+from flask_bgjobs.worker.options import WorkerOptions
+from flask_bgjobs.worker.worker import Worker
 from tests.apps import build_app
 from tests.conftest import wait_until
 

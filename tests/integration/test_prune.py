@@ -14,7 +14,7 @@ from flask_bgjobs.models import Attempt, Job, JobLog, Worker
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.state import AppState
 from flask_bgjobs.worker.prune import Pruner
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.conftest import EXPORT, count_jobs
 
 DAY = 86_400.0

@@ -27,7 +27,9 @@ from flask_bgjobs import (
 )
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.testing import drain
-from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
+from flask_bgjobs.worker.options import WorkerOptions
+from flask_bgjobs.worker.registration import register
+from flask_bgjobs.worker.worker import Worker
 from tests.conftest import count_jobs
 
 COUNT = "SELECT count(*) FROM bgjobs_job WHERE status = 'completed'"

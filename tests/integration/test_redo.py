@@ -20,7 +20,7 @@ from flask_bgjobs.job.statuses import OutcomeKind
 from flask_bgjobs.models import Job
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import CommitInDoubt
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.conftest import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.on("postgresql", "mysql")

@@ -12,7 +12,8 @@ from flask import Flask
 
 from flask_bgjobs import run_background_job
 from flask_bgjobs.state import state_of
-from flask_bgjobs.worker.worker import Worker, WorkerOptions
+from flask_bgjobs.worker.options import WorkerOptions
+from flask_bgjobs.worker.worker import Worker
 from tests.apps import build_app, create_tables
 
 

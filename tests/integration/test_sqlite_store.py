@@ -21,7 +21,7 @@ from flask_bgjobs.models import Queue, Worker
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import Store
 from flask_bgjobs.system.mounts import network_file_system
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 from tests.apps import build_app
 from tests.conftest import count_jobs, stored
 

@@ -41,7 +41,7 @@ from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
 from flask_bgjobs.models import Attempt, Base, Job, Queue, Worker
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store.transitions import MOVES, Move
-from flask_bgjobs.worker.worker import register
+from flask_bgjobs.worker.registration import register
 
 _EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "100"))
 _FEWER_ON_SERVERS = 4

@@ -24,8 +24,8 @@ from flask_bgjobs.operations.queries import stats_now
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.store import QueryTimeout, Selection, Store
+from flask_bgjobs.worker.registration import register
 from flask_bgjobs.worker.rescue import Sweeper
-from flask_bgjobs.worker.worker import register
 from tests.conftest import DEADLINE_SECONDS, EXPORT, stored, wait_until
 from tests.databases import END_CONNECTION, number_of, product_of
 

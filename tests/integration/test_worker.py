@@ -37,7 +37,9 @@ from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.state import AppState, state_of
-from flask_bgjobs.worker.worker import Worker, WorkerOptions, register
+from flask_bgjobs.worker.options import WorkerOptions
+from flask_bgjobs.worker.registration import register
+from flask_bgjobs.worker.worker import Worker
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
 
 
@@ -539,7 +541,7 @@ class TestStop:
     ) -> None:
         """The log names a job that holds a thread after its timeout, and its current line; the
         other threads continue."""
-        monkeypatch.setattr("flask_bgjobs.worker.worker._FIRST_OVERDUE_SECONDS", 0.1)
+        monkeypatch.setattr("flask_bgjobs.worker.pool_health._FIRST_LOG_SECONDS", 0.1)
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
         with running_worker(app, concurrency=2):
@@ -858,7 +860,7 @@ class TestLease:
     def test_jobs_of_dead_worker_are_rescued(self, app: Flask, state: AppState) -> None:
         """A worker rescues the jobs of a dead worker without being asked, and sends
         ``job_rescued``."""
-        from flask_bgjobs.worker.worker import register
+        from flask_bgjobs.worker.registration import register
 
         dead = register(state, "dead", concurrency=1)
         job = enqueue("echo", 8)
