@@ -223,7 +223,7 @@ def api_act_on_queue(verb: str) -> ResponseReturnValue:
 
 def api_workers() -> ResponseReturnValue:
     """Return the workers; with ``ended=1`` also stopped and dead ones."""
-    workers = queries.list_workers(current_state(), ended="ended" in request.args)
+    workers = queries.list_workers(current_state(), ended=params.includes_ended())
     return json_response(workers=[queries.plain(worker) for worker in workers])
 
 

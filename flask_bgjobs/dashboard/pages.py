@@ -183,7 +183,7 @@ def list_queues() -> ResponseReturnValue:
 def list_workers() -> ResponseReturnValue:
     """Show the workers and their running jobs."""
     state = current_state()
-    with_ended = "ended" in request.args
+    with_ended = params.includes_ended()
     workers = queries.list_workers(state, ended=with_ended)
     return _live_page(
         "workers",

@@ -68,11 +68,11 @@ def query_string(filters: queries.JobFilters) -> str:
 
 
 def check_query(*names: str) -> None:
-    """Check that the query string has no parameter but ``names``, and that its page size and
-    period are valid.
+    """Check that the query string has no parameter but ``names``, and that its page size, period
+    and ``ended`` are valid.
 
     :raises ValueError: for the first parameter, in alphabetical order, that is not in ``names``;
-        when ``per`` is out of range; or when ``period`` is unknown.
+        when ``per`` is out of range; when ``period`` is unknown; or when ``ended`` is not 1.
     """
     unknown = sorted(request.args.keys() - set(names))
     if unknown:
@@ -83,6 +83,13 @@ def check_query(*names: str) -> None:
         raise ValueError(f"per must be 1 to {queries.MAX_PER_PAGE}, and not {per[:40]!r}")
     if period_name is not None and period_name not in queries.PERIODS:
         raise ValueError(f"period must be one of {', '.join(queries.PERIODS)}")
+    if "ended" in request.args and not includes_ended():
+        raise ValueError(f"ended must be 1, and not {request.args['ended'][:40]!r}")
+
+
+def includes_ended() -> bool:
+    """Whether stopped and dead workers are asked for."""
+    return request.args.get("ended") == "1"
 
 
 def text(name: str) -> str:
