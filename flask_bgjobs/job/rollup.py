@@ -19,7 +19,7 @@ from .statuses import JobStatus, OutcomeKind
 MINUTE, HOUR = 60, 3_600
 """Seconds of the two kinds of periods."""
 RUN, WAIT = "run", "wait"
-"""The two measures: how long the code ran, and how long the due job wait_seconds for its start."""
+"""The two measures: how long the code ran, and how long the due job waited for its start."""
 OUTCOMES = (JobStatus.COMPLETED, JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED)
 """Statuses of a job after an attempt that is counted."""
 
