@@ -18,11 +18,12 @@ TESTS = tests
 test: $(STAMP) ## all tests, in parallel; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
-# The lint covers files changed since the last commit. Tests that need a browser or a server are left out.
+# The lint covers files changed since the last commit. Left out are tests that need a browser or a server, and
+# slow ones: migrations, random orders of events, random requests to the API, the example shop.
 CHANGED = $$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files --others --exclude-standard '*.py')
 quick: $(STAMP) ## lint of changed files, unit tests, and integration tests on SQLite
 	@files="$(CHANGED)"; [ -z "$$files" ] || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }
-	BGJOBS_STATE_EXAMPLES=25 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not browser and not acceptance' \
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not browser and not acceptance and not slow' \
 		-k 'not postgresql and not mysql' tests/unit tests/integration
 
 SECONDS = 300

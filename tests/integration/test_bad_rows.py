@@ -20,6 +20,8 @@ from flask_bgjobs.worker.worker import Worker
 from tests.conftest import stored, wait_until
 from tests.unit.helpers import make_spec
 
+pytestmark = pytest.mark.slow
+
 Cases = Sequence[tuple[str, Any]]
 """Columns with values."""
 MAX = 2_147_483_647

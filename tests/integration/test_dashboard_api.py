@@ -79,6 +79,7 @@ OPERATIONS = [(path, method) for path, each in DESCRIPTION["paths"].items() for 
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
+@pytest.mark.slow
 def test_api_conforms_to_its_description(make_host: MakeHost, path: str, method: str) -> None:
     """For any request, the API answers with a status and a body of its OpenAPI description."""
     host = populated_host(make_host())

@@ -322,6 +322,7 @@ def pages_with_text(host: Host, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("text", CORPUS)
+@pytest.mark.slow
 def test_markup_in_any_field_is_escaped(make_host: MakeHost, text: str, tmp_path: Any) -> None:
     """Whatever text a job contains, its pages have no other tags and attributes than the pages of a
     harmless job."""
@@ -984,6 +985,7 @@ def test_extended_layout(make_host: MakeHost) -> None:
     assert page.count('aria-label="Background jobs"') == 1
 
 
+@pytest.mark.slow
 def test_templates_use_no_undefined_name(make_host: MakeHost) -> None:
     """All pages work with StrictUndefined."""
     host = make_host()
@@ -1086,6 +1088,7 @@ def test_overlong_search_is_refused(host: Host) -> None:
     assert "A search must not exceed 200 characters." in page
 
 
+@pytest.mark.slow
 def test_long_log_shows_newest_lines(host: Host) -> None:
     """Of a long log, the newest lines are shown, with a note that older ones exist."""
     job_id = host.add(status="running", attempt=1)

@@ -27,6 +27,8 @@ from example_app.models import Order, OutboxMail, Product, ProductUpload, Report
 from flask_bgjobs import Job, JobStatus
 from flask_bgjobs.testing import drain
 
+pytestmark = pytest.mark.slow
+
 PASSWORD = "correct horse battery"
 CSV_HEAD = "sku,name,category,price,stock\n"
 

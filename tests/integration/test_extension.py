@@ -163,6 +163,7 @@ def test_dashboard_can_be_turned_off(make_app: Callable[..., Flask]) -> None:
     assert "bgjobs" in make_app(BGJOBS_DASHBOARD=True).blueprints
 
 
+@pytest.mark.slow
 def test_web_process_does_not_import_apscheduler() -> None:
     """Setting up an app and enqueueing a job does not import APScheduler."""
     code = """

@@ -22,6 +22,8 @@ from flask_bgjobs.state import AppState
 from tests import databases
 from tests.apps import build_app
 
+pytestmark = pytest.mark.slow
+
 PLAIN = """
 from flask_sqlalchemy import SQLAlchemy
 db = SQLAlchemy()

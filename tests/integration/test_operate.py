@@ -390,6 +390,7 @@ def test_job_that_fails_during_the_command_is_retried_once(
     assert sorted(retried) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_delete_many(app: Flask, state: AppState, run: Any) -> None:
     """``delete`` deletes all jobs but running ones, and continues after jobs that it cannot
     delete."""

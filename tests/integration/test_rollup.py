@@ -76,6 +76,7 @@ def test_worker_writes_its_counts(state: AppState, run: Any) -> None:
     assert {queue: sum(line) for queue, line in lines.items()} == {"mail": 3, "default": 2}
 
 
+@pytest.mark.slow
 def test_outage_loses_no_counts(
     app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,8 @@ from flask_bgjobs.state import AppState
 from flask_bgjobs.store.transitions import MOVES, Move
 from flask_bgjobs.worker.registration import register
 
+pytestmark = pytest.mark.slow
+
 _EXAMPLES = int(os.environ.get("BGJOBS_STATE_EXAMPLES", "100"))
 _FEWER_ON_SERVERS = 4
 """Divisor for servers, where a step takes several times as long."""

@@ -989,6 +989,7 @@ class TestConcurrency:
         worker_store.dispose()
 
 
+@pytest.mark.slow
 def test_jitter_spreads_simultaneous_retries(store: Store, state: AppState, worker: int) -> None:
     """The retries of 10,000 jobs that fail together are spread over the range of the jitter, and
     waking up for them takes at most one trigger per step."""

@@ -57,6 +57,7 @@ CHILD = (
 
 
 @needs_proc
+@pytest.mark.slow
 def test_ended_child_is_gone() -> None:
     """A child process is gone as soon as it has ended, even before it is reaped."""
     child = subprocess.Popen(
@@ -148,6 +149,7 @@ print(*answers)
 
 
 @needs_proc
+@pytest.mark.slow
 def test_no_free_file_descriptors() -> None:
     """Without free file descriptors, a living process is not regarded as gone."""
     assert THIS_PROCESS.process
@@ -186,6 +188,7 @@ exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"
 
 @needs_proc
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may change how /proc is mounted")
+@pytest.mark.slow
 def test_processes_hidden_from_other_users() -> None:
     """If ``/proc`` hides other users' processes, only an ended process is gone.
 

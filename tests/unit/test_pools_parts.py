@@ -81,6 +81,7 @@ def ends() -> Iterator[tuple[ParentEnd, ChildEnd]]:
 
 class TestChannel:
     @given(st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists), max_size=20))
+    @pytest.mark.slow
     def test_messages_arrive_once_and_in_order(self, sent: list[Any]) -> None:
         """Messages arrive whole, once and in order, in both directions."""
         parent_socket, child_socket = socket.socketpair()
