@@ -92,7 +92,7 @@ class Site:
             wait_until(lambda: len(lines(self.journal)) >= len(jobs), "the starts")
             with locked(self.file, lock):
                 unlock_at = time.monotonic() + LOCKED_SECONDS
-                with pytest.raises(DatabaseUnusable, match="a transaction that is left open"):
+                with pytest.raises(DatabaseUnusable, match="a transaction that was left open"):
                     enqueue("echo", 1)
                 time.sleep(max(0.0, unlock_at - time.monotonic()))
             for job in jobs:

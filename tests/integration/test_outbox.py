@@ -296,8 +296,10 @@ def small_limit(
         return
     if database_kind == "mysql":
         store.dispose()
-        within_packet = mysql._within_packet
-        monkeypatch.setattr(mysql, "_within_packet", lambda link, _: within_packet(link, 1_000_000))
+        within_packet = mysql._query_within_packet
+        monkeypatch.setattr(
+            mysql, "_query_within_packet", lambda link, _: within_packet(link, 1_000_000)
+        )
         yield "max_allowed_packet, 1,000,000"
         return
 
