@@ -255,10 +255,25 @@ def _warn_unknown(given: Mapping[str, Any]) -> None:
 
 
 _PREFIX = "BGJOBS_"
-_COMMAND_PREFIXES = tuple(
-    f"BGJOBS_{command}_"
-    for command in ("WORKER", "ENQUEUE", "LIST", "SHOW", "CANCEL", "DELETE", "HEALTH", "STATS")
+_COMMANDS = (
+    "WORKER",
+    "ENQUEUE",
+    "LIST",
+    "SHOW",
+    "RETRY",
+    "CANCEL",
+    "DELETE",
+    "STATS",
+    "QUEUES",
+    "PAUSE",
+    "RESUME",
+    "WORKERS",
+    "PRUNE",
+    "HEALTH",
+    "INIT_DB",
+    "CHECK",
 )
+_COMMAND_PREFIXES = tuple(f"BGJOBS_{command}_" for command in _COMMANDS)
 """Prefixes of keys for options of commands, such as ``BGJOBS_WORKER_QUEUES``. click reads them from
 environment variables, which ``from_prefixed_env`` copies to ``app.config`` as well."""
 _ALIAS = "BGJOBS_ALLOWED_CLASSES"

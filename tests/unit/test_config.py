@@ -13,6 +13,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, ConfigError
+from flask_bgjobs.cli import bgjobs_commands
 from flask_bgjobs.config import Config, check_queue, is_dotted_name
 from flask_bgjobs.job.statuses import JobStatus
 from flask_bgjobs.state import state_of
@@ -263,6 +264,12 @@ def test_command_options_are_known_keys() -> None:
     ``from_prefixed_env`` reads ``FLASK_BGJOBS_WORKER_QUEUES`` too.
     """
     assert read(BGJOBS_WORKER_QUEUES="mail", BGJOBS_ENQUEUE_QUEUE="mail").queues is None
+
+
+@pytest.mark.parametrize("command", sorted(bgjobs_commands.commands))
+def test_options_of_each_command_are_known(command: str) -> None:
+    """No command is missing from the list of prefixes."""
+    read(**{f"BGJOBS_{command.upper().replace('-', '_')}_JSON": "1"})
 
 
 @pytest.mark.parametrize("text", ["maybe", "[" * 100_000, "1" * 5_000])
