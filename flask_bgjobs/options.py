@@ -160,7 +160,7 @@ def priority_number(value: int | str, priorities: Mapping[str, int]) -> int:
     if isinstance(value, str):
         if value not in priorities:
             raise ValueError(
-                f"unknown priority {shown(value)}; use one of the names in BGJOBS_PRIORITIES "
+                f"priority {shown(value)} is unknown; use one of the names in BGJOBS_PRIORITIES "
                 f"({', '.join(priorities)}) or a whole number"
             )
         return priorities[value]

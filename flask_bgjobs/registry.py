@@ -24,11 +24,12 @@ from .options import NO_OPTIONS, JobOptions
 _FIRST_PARAMETERS = ("self", "cls")
 """Names of the first parameter that identify a method."""
 
-
-def _any_parameters(*args: Any, **kwargs: Any) -> None: ...
-
-
-_ANY_PARAMETERS = inspect.signature(_any_parameters)
+_ANY_PARAMETERS = inspect.Signature(
+    [
+        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Target:
     def _known_signature(self) -> inspect.Signature | None:
         try:
             signature = inspect.signature(self.function)
-        except (TypeError, ValueError):
+        except Exception:
+            # A function written in C may have none, and a `__signature__` may raise anything.
             return None
         if self.cls is None:
             return signature

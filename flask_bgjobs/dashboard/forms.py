@@ -59,11 +59,17 @@ def _choices_of(registry: Registry, name: str) -> list[JobChoice]:
 
 def _choice(registry: Registry, name: str, method: str | None) -> JobChoice:
     label = f"{name}.{method}" if method else name
-    names = [
-        parameter.name if parameter.default is parameter.empty else f"{parameter.name}=…"
-        for parameter in _signature(registry, name, method)
-    ]
+    names = [_parameter_text(parameter) for parameter in _signature(registry, name, method)]
     return JobChoice(job_value(name, method), f"{label}({', '.join(names)})")
+
+
+def _parameter_text(parameter: inspect.Parameter) -> str:
+    """The name of a parameter, as in a signature without types and values."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return f"*{parameter.name}"
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return f"**{parameter.name}"
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}=…"
 
 
 def _signature(registry: Registry, name: str, method: str | None) -> list[inspect.Parameter]:
@@ -172,7 +178,7 @@ class DispatchForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
     def place_error(self, error: BgJobsError) -> None:
         """Show an error at the field that it is about, or above the form."""
         text = str(error)
-        # Messages begin with the option's name: "priority 'x' is not …", "parameters[0]: …".
+        # Messages begin with the option's name: "priority 'x' is unknown …", "parameters[0]: …".
         named = re.match(r"(?:the |each )?([a-z_]+)", text)
         name = "job" if isinstance(error, JobNotAllowed) else named and named[1]
         place = self[name].errors if name in self else self.form_errors

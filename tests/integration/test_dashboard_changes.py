@@ -190,7 +190,7 @@ def test_invalid_local_time_is_refused(host: Host, zone: str, message: str) -> N
         ("parameters", '{"mess": 1}', "do not fit"),
         ("queue", "Mail Box", "Queue must be"),
         ("queue", "é", "Queue must be"),
-        ("priority", "urgent", "Unknown priority 'urgent'"),
+        ("priority", "urgent", "Priority 'urgent' is unknown"),
         ("priority", "99999999999", "must be a whole number"),
         ("delay", "soon", "not a number of seconds"),
         ("delay", "nan", "at most a hundred years"),

@@ -178,9 +178,9 @@ def test_priority_names() -> None:
     """Priority names come from the configuration, and the message lists them."""
     config = Config.from_mapping({"BGJOBS_PRIORITIES": {"urgent": 9, "idle": -9}})
     assert values(config, priority="idle")["priority"] == -9
-    with pytest.raises(InvalidJob, match=r"unknown priority 'high'; .*\(urgent, idle\)"):
+    with pytest.raises(InvalidJob, match=r"priority 'high' is unknown; .*\(urgent, idle\)"):
         values(config, priority="high")
-    with pytest.raises(ValueError, match="unknown priority"):
+    with pytest.raises(ValueError, match="is unknown"):
         priority_number("5", config.priorities)
 
 

@@ -337,6 +337,7 @@ def test_function_with_invalid_signature(module: str) -> None:
     """A function whose ``__signature__`` is not a signature can be a job."""
     target = registry(f"{module}.send").resolve(f"{module}.send")
     target.function.__signature__ = "(order_id)"  # type: ignore[attr-defined]
+    assert str(target.signature) == "(*args, **kwargs)"
     target.check([7])
     assert target.positional_names is None
 

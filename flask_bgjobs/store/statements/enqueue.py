@@ -71,7 +71,8 @@ class Inserts(Database):
         return commit(lambda connection: self.insert(connection, jobs))
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
-        """Insert jobs without a ``unique_key``; return them in the order of ``jobs``."""
+        """Insert jobs, and return them in the order of ``jobs``. If a ``unique_key`` among them is
+        taken, the statement fails."""
         if len(jobs.parameters) == 1:
             parameters = self.insert_parameters(connection, jobs)
             # Leave out empty values, about half of the columns: each parameter costs time.
