@@ -58,6 +58,7 @@ class Faults:
             dict.fromkeys([*_DECK, *database.faults], 0)
         )
         kills = max(1, int(seconds / _SECONDS_PER_KILL))
+        self._seconds = seconds
         self._least = dict.fromkeys(self.counts, 1) | {_CHILD: kills, _WORKER: kills}
         self.errors: list[BaseException] = []
         """Exceptions that ended a thread of the harness."""
@@ -89,6 +90,7 @@ class Faults:
 
     def start(self) -> None:
         """Start both threads."""
+        self._planned_end = time.monotonic() + self._seconds
         self._worker_thread.start()
         self._database_thread.start()
 
@@ -118,6 +120,10 @@ class Faults:
             self._random.uniform(_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         ):
             self._resume(until=time.monotonic())
+            if time.monotonic() >= self._planned_end:
+                # The run was extended, so only the missing faults are injected: others could keep
+                # slow workers from starting their children.
+                deck = [fault for fault in _DECK if self.counts[fault] < self._least[fault]]
             if not deck:
                 deck = [fault for fault, times in _DECK.items() for _ in range(times)]
                 self._random.shuffle(deck)
