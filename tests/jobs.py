@@ -85,9 +85,10 @@ def snooze_once(seconds: float = 0.05) -> str:
 
 def hold(path: str, seconds: float = 60.0) -> str:
     """Run for ``seconds`` in short steps, so that an interruption takes effect soon."""
-    record(path, f"start {current_job.id} {current_job.attempt}")
-    end = time.monotonic() + seconds
     try:
+        # Within the try: on a slow machine a short timeout may have passed already.
+        record(path, f"start {current_job.id} {current_job.attempt}")
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(0.01)
     except BaseException as error:
