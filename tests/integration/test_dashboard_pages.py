@@ -491,9 +491,19 @@ def test_missing_workers_are_announced(host: Host) -> None:
     host.add_worker("winter", heartbeat_at=now(-3_600))
     workers = host.get("/workers")
     assert "<strong>No worker is alive.</strong>" in workers
-    assert "is silent" in workers
+    assert "is silent. The next worker that starts takes over its jobs." in workers
     host.add_worker("summer")
     assert "<strong>No worker is alive.</strong>" not in host.get("/")
+    assert "is silent. Another worker takes over its jobs." in host.get("/workers")
+
+
+def test_job_page_names_the_successor_of_a_silent_worker(host: Host) -> None:
+    """The page of a running job does not promise another worker if none is alive."""
+    host.add_worker("lost", heartbeat_at=now(-3_600))
+    job = host.add(status="running", attempt=1, worker_id=1, claimed_at=now(), started_at=now())
+    assert "The next worker that starts takes over the job" in host.get(f"/job/{job}")
+    host.add_worker("found")
+    assert "Another worker takes over the job" in host.get(f"/job/{job}")
 
 
 def test_drain_button_is_in_a_menu(host: Host) -> None:

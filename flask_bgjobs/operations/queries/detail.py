@@ -171,7 +171,7 @@ def _running_reasons(
     holder = next((worker for worker in service.workers if worker.id == job.worker_id), None)
     if holder is not None and holder.is_silent:
         yield (
-            f"Its worker {holder.name} is silent. Another worker takes over the job after the "
+            f"Its worker {holder.name} is silent. {service.successor} takes over the job after the "
             "lease has expired."
         )
     elif job.started_at is None and job.suspect:

@@ -67,6 +67,11 @@ class Service:
         """Number of workers whose last heartbeat is older than the lease."""
         return len(self.workers) - self.alive
 
+    @property
+    def successor(self) -> str:
+        """The worker that takes over the jobs of a silent one, as the subject of a sentence."""
+        return "Another worker" if self.alive else "The next worker that starts"
+
 
 def service_now(state: AppState, *, within: float | None = None) -> Service:
     """The present state of workers and queues, by the database's clock.
