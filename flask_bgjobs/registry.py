@@ -51,7 +51,7 @@ class Target:
     def signature(self) -> inspect.Signature:
         """The signature that a job's parameters must fit, without ``self``. It accepts any
         parameters if Python knows none, as of some functions written in C."""
-        return _ANY_PARAMETERS if self._known_signature is None else self._known_signature
+        return self._known_signature or _ANY_PARAMETERS
 
     @functools.cached_property
     def _known_signature(self) -> inspect.Signature | None:

@@ -76,7 +76,7 @@ def check_query(*names: str) -> None:
     """
     unknown = sorted(request.args.keys() - set(names))
     if unknown:
-        known = f"the parameters are {', '.join(sorted(names))}" if names else "there are none"
+        known = f"the parameters are {', '.join(sorted(names))}" if names else "it takes none"
         raise ValueError(f"there is no parameter {unknown[0]!r}; {known}")
     per, period_name = request.args.get("per"), request.args.get("period")
     if per is not None and not 1 <= _number(per) <= queries.MAX_PER_PAGE:

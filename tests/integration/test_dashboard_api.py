@@ -372,7 +372,7 @@ class TestRights:
         ("/jobs?per=0", "per must be 1 to 200, and not '0'"),
         ("/jobs?per=many", "per must be 1 to 200"),
         ("/stats?period=2h", "period must be one of 1h, 24h, 7d"),
-        ("/queues?period=1h", "there is no parameter 'period'; there are none"),
+        ("/queues?period=1h", "there is no parameter 'period'; it takes none"),
     ],
 )
 def test_error_names_an_unknown_parameter(host: Host, path: str, message: str) -> None:
