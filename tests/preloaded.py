@@ -2,11 +2,15 @@
 
 Importing Flask, SQLAlchemy and the drivers takes longer than most tests. A forked command is an
 ordinary process: it has its own directory, environment, arguments, standard streams and exit code.
+
+Some commands start other interpreters: a worker with a process pool starts its fork server, and a
+supervisor its workers. Such a command gets spare processes, which are forks in the same state. Each
+becomes one of these interpreters.
 """
 
 from __future__ import annotations
 
-import array
+import abc
 import atexit
 import contextlib
 import functools
@@ -24,11 +28,17 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 _ROOT = Path(__file__).parents[1]
 _MESSAGE_BYTES = 1024 * 1024
 _PAUSE_SECONDS = 0.01
+_STARTING_OTHERS = (
+    "flask_bgjobs.execution.pools.process.forkserver",
+    "flask_bgjobs.worker.supervisor.supervisor",
+)
+"""The modules that start interpreters with ``subprocess.Popen``."""
 _MODULES = (
     "flask.cli",
     "psycopg",
@@ -39,20 +49,19 @@ _MODULES = (
     "tests.apps",
     "flask_bgjobs.worker.worker",
     "flask_bgjobs.cli.worker",
+    *_STARTING_OTHERS,
 )
 """Imported before the first fork; none of these modules starts a thread or opens a file."""
 
 
-class Process:
-    """A forked command, with the methods of ``subprocess.Popen`` that the tests use."""
+class _ForkedProcess(abc.ABC):
+    """A process with methods of ``subprocess.Popen``."""
 
-    def __init__(self, interpreter: PreloadedInterpreter, pid: int) -> None:
-        self._interpreter = interpreter
-        self.pid = pid
+    pid: int
 
+    @abc.abstractmethod
     def poll(self) -> int | None:
         """The exit code, or ``None`` while the process runs."""
-        return self._interpreter.exit_code(self.pid)
 
     def wait(self, timeout: float = math.inf) -> int:
         """Wait for the end of the process and return the exit code.
@@ -79,6 +88,17 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+class Process(_ForkedProcess):
+    """A forked command."""
+
+    def __init__(self, interpreter: PreloadedInterpreter, pid: int) -> None:
+        self._interpreter = interpreter
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return self._interpreter.exit_code(self.pid)
+
+
 class PreloadedInterpreter:
     """The client side: starts the interpreter and requests processes from it."""
 
@@ -101,24 +121,23 @@ class PreloadedInterpreter:
         folder: Path,
         environment: Mapping[str, str],
         output: IO[Any],
+        spares: int = 0,
     ) -> Process:
-        """Start ``python -m module`` with arguments.
+        """Start ``python -m module`` with arguments, in a session of its own.
 
         :param folder: its working directory.
         :param output: its standard output and standard error.
+        :param spares: how many spare processes it gets: interpreters that it starts for certain.
         """
         request = {
             "module": module,
             "arguments": list(arguments),
             "folder": str(folder),
             "environment": dict(environment),
+            "spares": spares,
         }
-        descriptors = array.array("i", [output.fileno()])
         with self._lock:
-            self._socket.sendmsg(
-                [json.dumps(request).encode()],
-                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)],
-            )
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [output.fileno()])
             while (pid := self._receive(0).get("started")) is None:
                 pass
         return Process(self, pid)
@@ -191,14 +210,102 @@ def _run_module(request: dict[str, Any], output: int) -> None:
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
+    os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     paths = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [request["folder"], *paths, *(p for p in sys.path if p not in paths)]
+    spares: list[_SpareProcess] = []
+    for _ in range(request["spares"]):
+        spares.append(spare := _SpareProcess())
+        if spare.pid == 0:
+            for other in spares[:-1]:
+                other.release()
+            spare.become_interpreter()
+            return
+    _use_for_interpreters(spares)
     sys.argv = ["", *request["arguments"]]
     sys.orig_argv = [sys.executable, "-m", request["module"], *request["arguments"]]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+def _use_for_interpreters(spares: list[_SpareProcess]) -> None:
+    """Start interpreters in spare processes, and further ones as usual."""
+
+    def popen(
+        command: Sequence[str], pass_fds: Sequence[int], **options: Any
+    ) -> _SpareProcess | subprocess.Popen[bytes]:
+        if not spares:
+            return subprocess.Popen(command, pass_fds=pass_fds, **options)
+        spare = spares.pop(0)
+        environment = options.get("env", os.environ)
+        spare.start(command, *pass_fds, environment, options.get("start_new_session", False))
+        return spare
+
+    names = {**vars(subprocess), "Popen": popen}
+    for module in _STARTING_OTHERS:
+        sys.modules[module].subprocess = SimpleNamespace(**names)  # type: ignore[attr-defined]
+
+
+class _SpareProcess(_ForkedProcess):
+    """A child process that waits until it becomes another interpreter. If this process ends before
+    that, it ends as well."""
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        self._socket = ours if self.pid else theirs
+        (theirs if self.pid else ours).close()
+
+    def start(
+        self,
+        command: Sequence[str],
+        descriptor: int,
+        environment: Mapping[str, str],
+        has_own_session: bool,
+    ) -> None:
+        """Let the process become ``python -c …`` or ``python -m …`` with a file descriptor."""
+        request = {
+            "command": command[1:],
+            "descriptor": descriptor,
+            "environment": dict(environment),
+            "has_own_session": has_own_session,
+        }
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [descriptor])
+        self.release()
+
+    def release(self) -> None:
+        """Close the connection; a process without a command then ends."""
+        self._socket.close()
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def become_interpreter(self) -> None:
+        """In the child: wait for the command, and run it."""
+        message, received, *_ = socket.recv_fds(self._socket, _MESSAGE_BYTES, 1)
+        self.release()
+        if not message:
+            return
+        request = json.loads(message)
+        if received != [request["descriptor"]]:
+            os.dup2(*received, request["descriptor"])
+            os.close(*received)
+        if request["has_own_session"]:
+            os.setsid()
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        option, program, *sys.argv[1:] = request["command"]
+        sys.orig_argv = [sys.executable, *request["command"]]
+        if option == "-c":
+            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

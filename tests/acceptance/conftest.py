@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +47,8 @@ class Workers:
             "TEST_CONFIG": json.dumps(config),
         }
         with log.open("w") as output:
-            process = self._run_flask(arguments, environment, output)
+            spares = _interpreters_started_by(options, config)
+            process = self._run_flask(arguments, environment, output, spares)
         self._started.append(process)
         process.log = log
         wait_until(
@@ -56,10 +57,21 @@ class Workers:
         )
         return process
 
-    def _run_flask(self, arguments: list[str], environment: dict[str, str], output: IO[str]) -> Any:
+    def _run_flask(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        output: IO[str],
+        spares: int,
+    ) -> Any:
         if not (self._folder / "sitecustomize.py").exists():
             return preloaded_interpreter().start_module(
-                "flask", arguments, folder=self._folder, environment=environment, output=output
+                "flask",
+                arguments,
+                folder=self._folder,
+                environment=environment,
+                output=output,
+                spares=spares,
             )
         # Only a new interpreter imports sitecustomize.
         return subprocess.Popen(
@@ -78,6 +90,15 @@ class Workers:
             process.wait(DEADLINE_SECONDS)
             log: Path = process.log
             print(f"--- {log.name}", log.read_text()[-_SHOWN_CHARACTERS:], sep="\n")
+
+
+def _interpreters_started_by(options: Sequence[str], config: Mapping[str, object]) -> int:
+    """How many interpreters a worker starts for certain: supervised workers, or a fork server."""
+    if "--reload" in options:
+        return 0
+    if "--processes" in options:
+        return int(options[options.index("--processes") + 1])
+    return int("process" in (*options, config.get("BGJOBS_POOL")) or "BGJOBS_QUEUE_POOLS" in config)
 
 
 @pytest.fixture

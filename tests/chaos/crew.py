@@ -6,13 +6,13 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Literal
 
 from tests.acceptance.helpers import descendants
+from tests.preloaded import preloaded_interpreter
 
 from .settings import Settings
 
@@ -47,18 +47,18 @@ class WorkerProcess:
         self.is_stalled = self.is_stopping = False
         self._log = Path(settings.folder) / f"{name}.log"
         self._has_started = False
-        command = ["-m", "flask", "--app", "tests.chaos.app", "bgjobs", "worker"]
+        command = ["--app", "tests.chaos.app", "bgjobs", "worker"]
         options = ["-n", name, "-P", pool, "-c", str(size)]
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *command, *options, "--shutdown-timeout", str(_GRACE_SECONDS)],
-                cwd=_ROOT,
-                env={**os.environ, **settings.environment(), "PYTHONPATH": str(_ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Only the harness handles Ctrl-C; it then ends all workers.
-                start_new_session=True,
+            # It gets a session of its own: only the harness handles Ctrl-C, and ends all workers.
+            self._process = preloaded_interpreter().start_module(
+                "flask",
+                [*command, *options, "--shutdown-timeout", str(_GRACE_SECONDS)],
+                folder=_ROOT,
+                environment={**os.environ, **settings.environment(), "PYTHONPATH": str(_ROOT)},
+                output=log,
+                # A worker with a process pool starts a fork server.
+                spares=int(pool == "process"),
             )
         self.pid = self._process.pid
 
