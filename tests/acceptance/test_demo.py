@@ -42,6 +42,7 @@ class Demo:
     """``python -m example_app.demo`` in its own instance folder."""
 
     def __init__(self, instance: Path, port: int) -> None:
+        self.port = port
         self._instance = instance
         self._log = instance.with_name(f"{instance.name}-{port}.log")
         # Without variables that configure the shop differently.
@@ -130,8 +131,8 @@ StartDemo = Callable[..., Demo]
 def start_demo(tmp_path: Path) -> Iterator[StartDemo]:
     demos: list[Demo] = []
 
-    def start(port: int | None = None) -> Demo:
-        demo = Demo(tmp_path / "instance", free_port() if port is None else port)
+    def start() -> Demo:
+        demo = Demo(tmp_path / "instance", free_port())
         demos.append(demo)
         demo.wait_until_started()
         return demo
@@ -141,20 +142,21 @@ def start_demo(tmp_path: Path) -> Iterator[StartDemo]:
         demo.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_stops_the_demo(start_demo: StartDemo, number: int) -> None:
+def test_signals_stop_the_demo(start_demo: StartDemo) -> None:
     """Ctrl-C or SIGTERM stops the web server and the worker, the demo exits with code 0, and it can
     be started again with the same login."""
-    demo = start_demo()
-    # The demo, the web server, the worker, its fork server and at least one child process.
-    assert len(demo.processes()) >= 5
-    demo.send(number)
-    assert demo.wait_until_ended() == 0, demo.output
-    assert demo.processes() == []
-    assert "Both have stopped." in demo.output
-    assert "Traceback" not in demo.output.partition("Stopping the web server")[2]
-    again = start_demo()
-    assert again.login == demo.login
+    logins = set()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        demo = start_demo()
+        logins.add(demo.login)
+        # The demo, the web server, the worker, its fork server and at least one child process.
+        assert len(demo.processes()) >= 5
+        demo.send(number)
+        assert demo.wait_until_ended() == 0, demo.output
+        assert demo.processes() == []
+        assert "Both have stopped." in demo.output
+        assert "Traceback" not in demo.output.partition("Stopping the web server")[2]
+    assert len(logins) == 1
 
 
 @pytest.mark.parametrize(("command", "name"), [("waitress", "web server"), ("worker", "worker")])
@@ -168,15 +170,12 @@ def test_demo_ends_if_one_process_is_killed(start_demo: StartDemo, command: str,
     wait_until(lambda: not demo.processes(), "the end of the child processes")
 
 
-def test_taken_port_is_replaced(start_demo: StartDemo) -> None:
+def test_taken_port_is_replaced(demo: Demo) -> None:
     """If the port is taken, the demo says so and uses another port."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        demo = start_demo(port)
-        assert f"Port {port} is taken" in demo.output
-        assert demo.address != f"http://127.0.0.1:{port}"
-        with urllib.request.urlopen(demo.address) as answer:
-            assert "Corner Shop" in answer.read().decode()
+    assert f"Port {demo.port} is taken" in demo.output
+    assert demo.address != f"http://127.0.0.1:{demo.port}"
+    with urllib.request.urlopen(demo.address) as answer:
+        assert "Corner Shop" in answer.read().decode()
 
 
 @pytest.mark.parametrize("port", ["http", "-1", "70000"])
@@ -206,9 +205,17 @@ def find_chromium() -> str:
     return found
 
 
-@pytest.fixture
-def demo(start_demo: StartDemo) -> Demo:
-    return start_demo()
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """A demo for several tests, which was started with a port that is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        demo = Demo(tmp_path_factory.mktemp("demo") / "instance", port)
+        try:
+            demo.wait_until_started()
+            yield demo
+        finally:
+            demo.close()
 
 
 @pytest.fixture(scope="session")
