@@ -9,7 +9,13 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs
+from flask_bgjobs.models import add_tables
 from tests import hosts, jobs, process_jobs
+
+TABLES = sa.MetaData()
+"""Our tables, for all apps of a test process that have no others: copying them takes longer than
+the rest of setting up an app."""
+add_tables(TABLES)
 
 
 def build_app(database_url: str, **config: Any) -> Flask:
@@ -30,7 +36,7 @@ def build_app(database_url: str, **config: Any) -> Flask:
         BGJOBS_DASHBOARD=False,
     )
     app.config.update(config)
-    db = SQLAlchemy()
+    db = SQLAlchemy(metadata=None if config.get("BGJOBS_BIND_KEY") else TABLES)
     db.init_app(app)
     BgJobs(app)
     if set_up := app.config.get("TEST_SET_UP"):

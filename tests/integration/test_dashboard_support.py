@@ -17,7 +17,7 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_bgjobs.extension import BgJobs
 from flask_bgjobs.job.statuses import FINAL
 from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
-from tests.apps import create_tables
+from tests.apps import TABLES, create_tables
 from tests.prepared_databases import PreparedDatabases
 
 SAMPLE = f"{__name__}.SampleJob"
@@ -72,7 +72,7 @@ class Host:
             BGJOBS_ALLOWED_JOBS=[SAMPLE, RECEIPT],
         )
         self.app.config.update(config)
-        self.db = SQLAlchemy(self.app)
+        self.db = SQLAlchemy(self.app, metadata=None if config.get("BGJOBS_BIND_KEY") else TABLES)
         self.bgjobs = BgJobs(self.app, self.db)
         if authorizer == "all":
             self.bgjobs.authorize_dashboard(lambda action, job: True)
