@@ -35,6 +35,16 @@ from tests.conftest import DEADLINE_SECONDS, count_jobs, stored, wait_until
 from tests.databases import END_CONNECTION, number_of
 
 
+def _purchases() -> sa.Table:
+    """The table of the app, in metadata of its own."""
+    columns = (sa.Column("id", sa.Integer, primary_key=True), sa.Column("name", sa.String(50)))
+    return sa.Table("purchase", sa.MetaData(), *columns)
+
+
+_PURCHASES = _purchases()
+"""For all apps without a bind key: its metadata gets our tables once."""
+
+
 class Shop:
     """An app with a table, its session and the jobs announced by ``job_enqueued``."""
 
@@ -43,13 +53,19 @@ class Shop:
     ) -> None:
         self.app = Flask("shop")
         self.app.config.update(
-            SQLALCHEMY_DATABASE_URI=url, BGJOBS_ALLOWED_JOBS=jobs.NAMES, SECRET_KEY="x", **config
+            SQLALCHEMY_DATABASE_URI=url,
+            BGJOBS_ALLOWED_JOBS=jobs.NAMES,
+            # Its routes take longer than most tests.
+            BGJOBS_DASHBOARD=False,
+            SECRET_KEY="x",
+            **config,
         )
-        self.db = SQLAlchemy(session_options={"class_": session_class})
+        # With a bind key, our tables are in other metadata.
+        table = _purchases() if "BGJOBS_BIND_KEY" in config else _PURCHASES
+        self.db = SQLAlchemy(metadata=table.metadata, session_options={"class_": session_class})
 
         class Purchase(self.db.Model):  # type: ignore[name-defined]  # made at run time
-            id = sa.Column(sa.Integer, primary_key=True)
-            name = sa.Column(sa.String(50))
+            __table__ = table
 
         self.purchase = Purchase
         self.db.init_app(self.app)
