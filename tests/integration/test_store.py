@@ -991,18 +991,18 @@ class TestConcurrency:
 
 @pytest.mark.slow
 def test_jitter_spreads_simultaneous_retries(store: Store, state: AppState, worker: int) -> None:
-    """The retries of 10,000 jobs that fail together are spread over the range of the jitter, and
+    """The retries of 2,000 jobs that fail together are spread over the range of the jitter, and
     waking up for them takes at most one trigger per step."""
     options = JobOptions(retries=1, retry_delay=30, jitter=0.5)
-    enqueue_many(state, "tests.jobs.fail", None, [["no"]] * 10_000, options)
-    specs = store.claim(worker, 10_000)
+    enqueue_many(state, "tests.jobs.fail", None, [["no"]] * 2_000, options)
+    specs = store.claim(worker, 2_000)
     settled = store.settle(worker, "one", [(s, make_outcome(s, OutcomeKind.FAILED)) for s in specs])
-    assert collections.Counter(entry.status for entry in settled) == {"retrying": 10_000}
+    assert collections.Counter(entry.status for entry in settled) == {"retrying": 2_000}
     with store.read() as connection:
         dues = connection.scalars(sa.select(Job.run_at)).all()
     per_second = collections.Counter(due.replace(microsecond=0) for due in dues)
     assert len(per_second) >= 30
-    assert max(per_second.values()) < 1_000
+    assert max(per_second.values()) < 200
     assert len(store.upcoming(60, 0.05)) <= 60 / 0.05
 
 
