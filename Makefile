@@ -12,8 +12,8 @@ help: ## list the targets
 demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
 	@exec $(BIN)/python -m example_app.demo
 
-# Twice as many as processors, because many tests wait for other processes.
-WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) '*' 2)
+# Three times as many as processors, because many tests wait for other processes.
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) '*' 3)
 TESTS = tests
 test: $(STAMP) ## all tests, in parallel; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)

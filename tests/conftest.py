@@ -89,11 +89,12 @@ def pytest_report_header(config: Any) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each xdist process an equal share of the acceptance tests, to run first.
+    """Give each xdist process an equal share of the acceptance tests and of the slow ones, to run
+    first.
 
-    These tests take most of the time but little processor time, because they wait for other
+    Acceptance tests take most of the time but little processor time, because they wait for other
     processes. Each xdist process gets a part of the list, and steals tests from the others when it
-    has finished its own.
+    has finished its own. A slow test that starts last would run alone.
     """
     parts = [_Part() for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))]
     groups = itertools.groupby(items, lambda item: item.path)
@@ -103,6 +104,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for path in sorted(slow, key=lambda path: (-len(modules[path]), path)):
         min(parts, key=lambda part: len(part.slow)).slow += modules.pop(path)
     rest = list(itertools.chain.from_iterable(modules.values()))
+    for item in [item for item in rest if item.get_closest_marker("slow")]:
+        min(parts, key=lambda part: len(part.slow)).slow.append(item)
+        rest.remove(item)
     share = len(items) // len(parts)
     for part in parts:
         number = max(0, share - len(part.slow))
