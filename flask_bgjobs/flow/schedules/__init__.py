@@ -1,0 +1,1 @@
+"""Recurring jobs: when they run, and which workers enqueue them."""

@@ -1,0 +1,209 @@
+"""When a recurring job runs: by a cron expression in a time zone, or at an interval.
+
+Each time at which it runs is called a tick.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import datetime as dt
+import difflib
+import math
+import zoneinfo
+from typing import Protocol
+
+from cronsim import CronSim, CronSimError
+
+from ...job import durations
+from ...job.text import shown
+
+_SHORT_NAMES = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+_FIELDS = (
+    ("a second", "0 to 59"),
+    ("a minute", "0 to 59"),
+    ("an hour", "0 to 23"),
+    ("a day of the month", "1 to 31, L for the last, LW for the last weekday"),
+    ("a month", "1 to 12 or JAN to DEC"),
+    ("a day of the week", "0 (Sunday) to 7 or SUN to SAT, 5#2 for the second Friday, 5L the last"),
+)
+"""What each field contains, and the values beside ``*``, lists, ranges and steps."""
+_MIN_EVERY_SECONDS = 1.0
+_SECOND = dt.timedelta(seconds=1)
+_ANY_TIME = dt.datetime(2000, 1, 1)
+
+
+class Timing(Protocol):
+    """When a recurring job runs."""
+
+    def next_after(self, moment: dt.datetime) -> dt.datetime:
+        """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Every:
+    """Ticks at a fixed interval, counted from 1970-01-01 UTC, so that a deploy does not shift
+    them."""
+
+    seconds: float
+
+    def next_after(self, moment: dt.datetime) -> dt.datetime:
+        """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
+        number = math.floor(moment.timestamp() / self.seconds) + 1
+        tick = dt.datetime.fromtimestamp(number * self.seconds, dt.UTC)
+        # The division may have been rounded down to the tick at ``moment``.
+        return tick if tick > moment else tick + dt.timedelta(seconds=self.seconds)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cron:
+    """Ticks at the times of a cron expression, by the clocks of a time zone.
+
+    When clocks change and the hour field begins with ``*``, there is a tick whenever the clock
+    shows a time of the expression: ``*/15 * * * *`` ticks every 15 minutes. With any other hour
+    field, each time of the expression counts once: times that the clock skips have one tick
+    together, at the end of the gap, and a time that it shows twice has a tick at the first.
+    """
+
+    expression: str
+    """Five fields, or six with the seconds first."""
+    zone: zoneinfo.ZoneInfo
+
+    def next_after(self, moment: dt.datetime) -> dt.datetime:
+        """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
+        here = moment.astimezone(self.zone)
+        has_any_hour = self.expression.split()[-4].startswith("*")
+        return self._next_shown(here) if has_any_hour else self._next_once(here)
+
+    def _next_once(self, here: dt.datetime) -> dt.datetime:
+        ticks = map(self._first_shown, CronSim(self.expression, here.replace(tzinfo=None)))
+        return next(tick for tick in ticks if tick > here)
+
+    def _next_shown(self, here: dt.datetime) -> dt.datetime:
+        """The next time at which the clock shows a time of the expression."""
+        tick = self._next_shown_later(here.replace(tzinfo=None), here)
+        set_back = self._set_back_after(here)
+        if set_back is None or tick < set_back:
+            return tick
+        # The clock repeats times that it has already shown.
+        just_before = set_back - _SECOND
+        repeated = set_back.astimezone(self.zone).replace(tzinfo=None)
+        return self._next_shown_later(repeated - _SECOND, just_before)
+
+    def _next_shown_later(self, local: dt.datetime, moment: dt.datetime) -> dt.datetime:
+        """The first tick after ``moment``, among times of the expression later than ``local``."""
+        times = map(self._when_shown, CronSim(self.expression, local))
+        return next(tick for ticks in times for tick in ticks if tick > moment)
+
+    def _when_shown(self, local: dt.datetime) -> list[dt.datetime]:
+        """When the clock shows ``local``, in order: never, once or twice."""
+        folds = (local.replace(tzinfo=self.zone, fold=fold).astimezone(dt.UTC) for fold in (0, 1))
+        return sorted({f for f in folds if f.astimezone(self.zone).replace(tzinfo=None) == local})
+
+    def _first_shown(self, local: dt.datetime) -> dt.datetime:
+        """When the clock first shows ``local``; the end of the gap, if the clock skips it."""
+        for first in self._when_shown(local):
+            return first
+        # For a skipped time, fold=1 is the offset after the gap, and so a time before it.
+        before, after = (local.replace(tzinfo=self.zone, fold=fold) for fold in (1, 0))
+        return self._change_after(before, _offset_seconds(before) - _offset_seconds(after))
+
+    def _set_back_after(self, here: dt.datetime) -> dt.datetime | None:
+        """When the clock will be set back, if it will show ``here`` again."""
+        first, second = here.replace(fold=0), here.replace(fold=1)
+        repeated_seconds = _offset_seconds(first) - _offset_seconds(second)
+        if here.fold or repeated_seconds <= 0:
+            return None
+        return self._change_after(here, repeated_seconds)
+
+    def _change_after(self, here: dt.datetime, seconds: float) -> dt.datetime:
+        """When the clock changes next, which is within so many seconds."""
+        start = here.astimezone(dt.UTC).replace(microsecond=0)
+        former = _offset_seconds(start.astimezone(self.zone))
+
+        def has_changed(number: int) -> bool:
+            return _offset_seconds((start + number * _SECOND).astimezone(self.zone)) != former
+
+        number = bisect.bisect_left(range(math.ceil(seconds) + 1), True, key=has_changed)
+        return start + number * _SECOND
+
+
+def _offset_seconds(local: dt.datetime) -> float:
+    offset = local.utcoffset()
+    assert offset is not None
+    return offset.total_seconds()
+
+
+def read_cron(expression: object, zone: zoneinfo.ZoneInfo) -> Cron:
+    """The timing of a cron expression.
+
+    :param expression: five fields, six with the seconds first, or a name such as ``@daily``.
+    :raises ValueError: says what is wrong, and what is allowed.
+    """
+    if not isinstance(expression, str):
+        raise ValueError(f"cron must be a string such as '0 3 * * *', not {shown(expression)}")
+    fields = " ".join(expression.upper().split())
+    if fields.startswith("@"):
+        fields = _SHORT_NAMES.get(fields.lower(), fields)
+    try:
+        next(CronSim(fields, _ANY_TIME))
+    except (CronSimError, StopIteration):
+        raise ValueError(f"cron {shown(expression)}: {_fault(fields)}") from None
+    return Cron(fields, zone)
+
+
+def _fault(fields: str) -> str:
+    """What is wrong with a cron expression."""
+    if fields.startswith("@"):
+        return f"the names are {', '.join(_SHORT_NAMES)}"
+    parts = fields.split()
+    if len(parts) not in (5, 6):
+        return (
+            "an expression has five fields (minute, hour, day of the month, month, day of the "
+            f"week), or six with the seconds first, not {len(parts)}"
+        )
+    for index, (what, allowed) in enumerate(_FIELDS[-len(parts) :]):
+        alone = ["*"] * len(parts)
+        alone[index] = parts[index]
+        try:
+            CronSim(" ".join(alone), _ANY_TIME)
+        except CronSimError:
+            values = f"{allowed}; lists, ranges and steps of these; or *"
+            return f"{shown(parts[index])} is not {what} ({values})"
+    return "it would never run, because no such date exists"
+
+
+def read_zone(name: object) -> zoneinfo.ZoneInfo:
+    """The time zone of a name such as ``Europe/Berlin``.
+
+    :raises ValueError: when there is no such zone, or no data about time zones.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"a time zone is a name such as 'Europe/Berlin', not {shown(name)}")
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError):
+        known = zoneinfo.available_timezones()
+    if not known:
+        raise ValueError("this system has no data about time zones: pip install tzdata")
+    by_lower_case = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    hint = f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""
+    raise ValueError(f"there is no time zone {shown(name)}{hint}")
+
+
+def read_every(value: object) -> Every:
+    """The timing of an interval.
+
+    :param value: seconds or a ``timedelta``, at least a second.
+    :raises ValueError: for any other value.
+    """
+    return Every(durations.seconds(value, "every", minimum=_MIN_EVERY_SECONDS))
