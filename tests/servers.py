@@ -826,6 +826,7 @@ class PgBouncer:
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGQUIT)
+            # A program ignores SIGQUIT if the tests were started in the background by a shell.
+            self._process.kill()
         self._process.wait(_DEADLINE_SECONDS)
         shutil.rmtree(self.folder, ignore_errors=True)
