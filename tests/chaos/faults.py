@@ -153,8 +153,11 @@ class Faults:
         return True
 
     def _kill_child(self, worker: WorkerProcess) -> bool:
-        # One of these is the fork server, and all children end with it.
+        # One of these is the fork server, and all children end with it. A fork server without
+        # children is starting: a worker exits with code 1 if none can start for a whole lease.
         below = worker.descendants()
+        if worker.pool == "process" and len(below) == 1:
+            return False
         if below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._random.choice(below), signal.SIGKILL)
