@@ -17,7 +17,7 @@ from tests.integration.test_dashboard_browser import address as address
 from tests.integration.test_dashboard_browser import browser as browser
 from tests.integration.test_dashboard_browser import host as host
 from tests.integration.test_dashboard_browser import open_page as open_page
-from tests.integration.test_dashboard_support import RECEIPT, Host, now
+from tests.integration.test_dashboard_support import RECEIPT, SECTIONS, Host, now
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
 pytestmark = [*pytestmark, pytest.mark.filterwarnings("default")]
@@ -125,7 +125,7 @@ def test_empty_pages_pass_axe(host: Host, open_page: Browsing, scheme: Any) -> N
     """Pages without content, which show hints, violate no rule."""
     found = []
     page = open_page("/", color_scheme=scheme)
-    for path in ("/", "/list", "/list?status=failed", "/errors", "/queues", "/workers", "/audit"):
+    for path in ("/", "/list", "/list?status=failed", *SECTIONS):
         page.goto(open_page.address + path)
         found += violations_on(page, path)
     assert found == []

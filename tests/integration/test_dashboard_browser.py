@@ -20,6 +20,7 @@ from flask_bgjobs.store import Actor
 from tests.integration.test_dashboard_support import (
     RECEIPT,
     SAMPLE,
+    SECTIONS,
     Host,
     MakeHost,
     now,
@@ -132,7 +133,7 @@ def test_pages_comply_with_the_policy(host: Host, open_page: Browsing) -> None:
     host.state.store.record(Actor("anna", "dashboard"), "cancel", jobs=[job_id])
     host.state.store.add_to_rollup({_cell(host, outcome): 7 for outcome in OUTCOMES})
     paths = ("/", "/list?status=failed", f"/job/{job_id}", f"/dispatch?again={job_id}")
-    for path in (*paths, "/errors", "/queues", "/workers", "/audit"):
+    for path in (*paths, *SECTIONS):
         page = open_page(path)
         page.wait_for_function("document.documentElement.dataset.bsTheme")
 
@@ -587,8 +588,7 @@ def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, schem
     host.add_worker(word, host=word)
     host.pause("q" * 64)
     host.state.store.record(Actor(word, "dashboard", word), "cancel", subject=word, jobs=[job_id])
-    others = ("/errors", "/queues", "/workers", "/audit")
-    for path in ("/", "/list", f"/job/{job_id}", "/dispatch", *others):
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch", *SECTIONS):
         page = open_page(path, viewport={"width": width, "height": 700}, color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.evaluate("document.documentElement.dataset.bsTheme") == scheme

@@ -29,6 +29,7 @@ from tests.integration.test_dashboard_support import (
     PREFIX,
     RECEIPT,
     SAMPLE,
+    SECTIONS,
     Host,
     MakeHost,
     listed_ids,
@@ -317,7 +318,7 @@ def pages_with_text(host: Host, text: str) -> list[str]:
     phrase = text.replace('"', "'")[:150]
     filtered = f"/list?q={quote(chr(34) + phrase + chr(34))}&queue={quote(text)}&tag={quote(text)}"
     host.state.store.record(Actor(text, "dashboard", reason=text), "cancel", subject=text)
-    others = ("/errors", "/queues", "/workers?ended=1", "/audit")
+    others = (*SECTIONS, "/workers?ended=1")
     return [host.get(path) for path in (*paths, filtered, *others)]
 
 
@@ -339,14 +340,14 @@ def test_markup_in_any_field_is_escaped(make_host: MakeHost, text: str, tmp_path
 def test_template_syntax_is_not_evaluated(host: Host) -> None:
     """Template syntax in a job is shown literally."""
     pages = [page for page in pages_with_text(host, "{{ 7*7 }}{% raw %}") if "raw" in page]
-    assert len(pages) == 8
+    assert len(pages) == 9
     assert all("{{ 7*7 }}{% raw %}" in page for page in pages)
 
 
 def test_pages_load_only_own_files(host: Host) -> None:
     """Pages load only files of the dashboard, and have no inline scripts or styles."""
     job_id = host.add(status="failed", error="E: x")
-    pages = ("/errors", "/queues", "/workers", "/audit", "/dispatch")
+    pages = (*SECTIONS, "/dispatch")
     for path in ("/", "/list", f"/job/{job_id}", *pages):
         page = host.get(path)
         assert "style=" not in page
@@ -1002,7 +1003,7 @@ def test_templates_use_no_undefined_name(make_host: MakeHost) -> None:
     host.app.jinja_env.undefined = jinja2.StrictUndefined
     job_id = secret_job(host)
     waiting = host.add(queue="mail")
-    pages = ("/errors", "/queues", "/workers", "/audit", "/list?q=a:b")
+    pages = (*SECTIONS, "/list?q=a:b")
     for path in ("/", "/list?q=x&status=failed", f"/job/{job_id}", f"/job/{waiting}", *pages):
         host.get(path, 400 if ":" in path else 200)
     host.get(f"/dispatch?again={job_id}")

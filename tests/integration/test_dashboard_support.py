@@ -24,6 +24,8 @@ SAMPLE = f"{__name__}.SampleJob"
 RECEIPT = f"{__name__}.send_receipt"
 BROKEN = f"{__name__}.no_such_thing"
 PREFIX = "/jobs"
+SECTIONS = ("/errors", "/queues", "/workers", "/audit")
+"""The pages of the dashboard's navigation, beside the overview and the list."""
 
 MakeHost = Callable[..., "Host"]
 

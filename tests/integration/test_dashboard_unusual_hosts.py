@@ -12,10 +12,16 @@ from flask import Flask
 from flask.json.provider import JSONProvider
 
 from flask_bgjobs.dashboard.assets import address
-from tests.integration.test_dashboard_support import PREFIX, RECEIPT, Host, MakeHost
+from tests.integration.test_dashboard_support import (
+    PREFIX,
+    RECEIPT,
+    SECTIONS,
+    Host,
+    MakeHost,
+)
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
-PAGES = ("/", "/list", "/list?q=x", "/errors", "/queues", "/workers", "/audit", "/dispatch")
+PAGES = ("/", "/list", "/list?q=x", *SECTIONS, "/dispatch")
 API_PAGES = ("stats", "jobs", "errors", "queues", "workers", "audit", "jobs/1")
 
 
