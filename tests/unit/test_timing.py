@@ -30,8 +30,9 @@ CHANGES = [
     # The clock is set back for Ramadan.
     ("Africa/Casablanca", "2026-02-15T02:00"),
     ("Africa/Casablanca", "2026-03-22T02:00"),
-    # The clock skips midnight, and shows the hour before it twice.
+    # The clock skips midnight.
     ("America/Asuncion", "2022-10-02T04:00"),
+    # The clock shows the hour before midnight twice.
     ("America/Santiago", "2026-04-05T03:00"),
     # The clock skips a day.
     ("Pacific/Apia", "2011-12-30T10:00"),
@@ -43,6 +44,8 @@ EXPRESSIONS = [
     "0 * * * *",
     "30 */2 * * *",
     "17 */3 * * *",
+    "15 0-23/2 * * *",
+    "0 1/2 * * *",
     "*/15 2 * * *",
     "0 0 * * *",
     "30 1 * * *",
@@ -85,7 +88,7 @@ def expected(expression: str, zone: str, change: str) -> Iterator[dt.datetime]:
         if time > last:
             break
         matching.add(time)
-    if expression.split()[1].startswith("*"):
+    if expression.split()[1] == "*" or "/" in expression.split()[1]:
         yield from (minute for minute, time in shown.items() if time in matching)
         return
     seen: set[dt.datetime] = set()
@@ -140,7 +143,7 @@ def test_next_tick_is_the_first(now: dt.datetime, expression: str, zone: str) ->
 
 
 def test_six_fields_begin_with_seconds() -> None:
-    """With six fields, the first is the second."""
+    """The first of six fields is for the seconds."""
     timing = read_cron("*/20 30 4 * * *", UTC)
     found = ticks(timing, moment("2026-01-01T00:00"), moment("2026-01-01T12:00"))
     assert [tick.strftime("%H:%M:%S") for tick in found] == ["04:30:00", "04:30:20", "04:30:40"]
@@ -165,7 +168,7 @@ def test_six_fields_begin_with_seconds() -> None:
     ],
 )
 def test_names(name: str, first: str) -> None:
-    """Names of expressions, months and days, in any case, and dates that come rarely."""
+    """Names of expressions, months and days in any case, and rare dates."""
     assert read_cron(name, UTC).next_after(moment("2026-11-27T12:30")) == moment(first)
 
 
@@ -241,7 +244,7 @@ def test_invalid_intervals(every: object) -> None:
     ],
 )
 def test_invalid_zones(zone: object, message: str) -> None:
-    """An unknown time zone is refused, with the name that is meant."""
+    """An unknown time zone is refused, with a suggestion if a known name is similar."""
     with pytest.raises(ValueError, match=message):
         read_zone(zone)
 

@@ -35,7 +35,7 @@ _FIELDS = (
     ("a month", "1 to 12 or JAN to DEC"),
     ("a day of the week", "0 (Sunday) to 7 or SUN to SAT, 5#2 for the second Friday, 5L the last"),
 )
-"""What each field contains, and the values beside ``*``, lists, ranges and steps."""
+"""What each field contains, and its single values."""
 _MIN_EVERY_SECONDS = 1.0
 _SECOND = dt.timedelta(seconds=1)
 _ANY_TIME = dt.datetime(2000, 1, 1)
@@ -67,10 +67,11 @@ class Every:
 class Cron:
     """Ticks at the times of a cron expression, by the clocks of a time zone.
 
-    When clocks change and the hour field begins with ``*``, there is a tick whenever the clock
-    shows a time of the expression: ``*/15 * * * *`` ticks every 15 minutes. With any other hour
-    field, each time of the expression counts once: times that the clock skips have one tick
-    together, at the end of the gap, and a time that it shows twice has a tick at the first.
+    The hour field decides what happens when clocks change. If it is ``*`` or has a step, such as
+    ``*/2`` or ``0-23/2``, there is a tick whenever the clock shows a time of the expression, so
+    ``*/15 * * * *`` ticks every 15 minutes. Otherwise, each time of the expression has one tick.
+    For times that the clock skips, this is a single tick at the end of the gap. For a time that
+    the clock shows twice, it is the first of the two.
     """
 
     expression: str
@@ -80,8 +81,9 @@ class Cron:
     def next_after(self, moment: dt.datetime) -> dt.datetime:
         """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
         here = moment.astimezone(self.zone)
-        has_any_hour = self.expression.split()[-4].startswith("*")
-        return self._next_shown(here) if has_any_hour else self._next_once(here)
+        hours = self.expression.split()[-4]
+        is_repeated = hours.startswith("*") or "/" in hours
+        return self._next_shown(here) if is_repeated else self._next_once(here)
 
     def _next_once(self, here: dt.datetime) -> dt.datetime:
         ticks = map(self._first_shown, CronSim(self.expression, here.replace(tzinfo=None)))
@@ -112,7 +114,7 @@ class Cron:
         """When the clock first shows ``local``; the end of the gap, if the clock skips it."""
         for first in self._when_shown(local):
             return first
-        # For a skipped time, fold=1 is the offset after the gap, and so a time before it.
+        # In a gap, fold=1 applies the offset that is valid after it. The result is before the gap.
         before, after = (local.replace(tzinfo=self.zone, fold=fold) for fold in (1, 0))
         return self._change_after(before, _offset_seconds(before) - _offset_seconds(after))
 
