@@ -12,10 +12,8 @@ from flask_bgjobs import BgJobs
 from flask_bgjobs.models import add_tables
 from tests import hosts, jobs, process_jobs
 
-TABLES = sa.MetaData()
-"""Our tables, for all apps of a test process that have no others: copying them takes longer than
-the rest of setting up an app."""
-add_tables(TABLES)
+_TABLES = sa.MetaData()
+add_tables(_TABLES)
 
 
 def build_app(database_url: str, **config: Any) -> Flask:
@@ -36,12 +34,20 @@ def build_app(database_url: str, **config: Any) -> Flask:
         BGJOBS_DASHBOARD=False,
     )
     app.config.update(config)
-    db = SQLAlchemy(metadata=None if config.get("BGJOBS_BIND_KEY") else TABLES)
-    db.init_app(app)
+    new_database(app)
     BgJobs(app)
     if set_up := app.config.get("TEST_SET_UP"):
         getattr(hosts, set_up)(app)
     return app
+
+
+def new_database(app: Flask) -> SQLAlchemy:
+    """Set up Flask-SQLAlchemy for an app that has no other tables than ours.
+
+    All apps share the metadata: copying our tables takes longer than the rest of setting up an app.
+    With a bind key, our tables belong to the metadata of that bind, which is new.
+    """
+    return SQLAlchemy(app, metadata=None if app.config.get("BGJOBS_BIND_KEY") else _TABLES)
 
 
 def create_tables(app: Flask) -> None:

@@ -12,12 +12,11 @@ import flask
 import pytest
 import sqlalchemy as sa
 from flask.testing import FlaskClient
-from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs.extension import BgJobs
 from flask_bgjobs.job.statuses import FINAL
 from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
-from tests.apps import TABLES, create_tables
+from tests.apps import create_tables, new_database
 from tests.prepared_databases import PreparedDatabases
 
 SAMPLE = f"{__name__}.SampleJob"
@@ -25,7 +24,7 @@ RECEIPT = f"{__name__}.send_receipt"
 BROKEN = f"{__name__}.no_such_thing"
 PREFIX = "/jobs"
 SECTIONS = ("/errors", "/queues", "/workers", "/audit")
-"""The pages of the dashboard's navigation, beside the overview and the list."""
+"""The pages that the navigation of the dashboard links to, without the overview and the list."""
 
 MakeHost = Callable[..., "Host"]
 
@@ -74,7 +73,7 @@ class Host:
             BGJOBS_ALLOWED_JOBS=[SAMPLE, RECEIPT],
         )
         self.app.config.update(config)
-        self.db = SQLAlchemy(self.app, metadata=None if config.get("BGJOBS_BIND_KEY") else TABLES)
+        self.db = new_database(self.app)
         self.bgjobs = BgJobs(self.app, self.db)
         if authorizer == "all":
             self.bgjobs.authorize_dashboard(lambda action, job: True)
