@@ -1,4 +1,4 @@
-"""The tables of the documentation name everything that the code has."""
+"""The tables of the documentation are complete."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _DOCS = Path(__file__).parents[2] / "docs"
 _CODE = Path(flask_bgjobs.__file__).parent
 _LEVELS = {"debug", "info", "warning", "error", "exception", "log"}
 _SHOWN = 40
-"""How many characters of a line the page repeats at most."""
+"""Number of characters of a line that the page must contain."""
 _ONLY_COLUMNS = {"claim_rank", "unique_hash", "metadata", "registry"}
-"""Names of ``Job`` that are for our statements and for SQLAlchemy."""
+"""Names of ``Job`` that only our statements and SQLAlchemy use."""
 
 
 def log_lines() -> Iterator[str]:
