@@ -89,8 +89,7 @@ def pytest_report_header(config: Any) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each xdist process an equal share of the acceptance tests and of the slow ones, to run
-    first.
+    """Give each xdist process an equal share of the acceptance tests and slow tests, to run first.
 
     Acceptance tests take most of the time but little processor time, because they wait for other
     processes. Each xdist process gets a part of the list, and steals tests from the others when it
@@ -104,14 +103,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for path in sorted(slow, key=lambda path: (-len(modules[path]), path)):
         min(parts, key=lambda part: len(part.slow)).slow += modules.pop(path)
     rest = list(itertools.chain.from_iterable(modules.values()))
-    for item in [item for item in rest if item.get_closest_marker("slow")]:
+    for item in filter(_is_slow, rest):
         min(parts, key=lambda part: len(part.slow)).slow.append(item)
-        rest.remove(item)
+    rest = list(itertools.filterfalse(_is_slow, rest))
     share = len(items) // len(parts)
     for part in parts:
         number = max(0, share - len(part.slow))
         part.quick, rest = rest[:number], rest[number:]
     items[:] = [*itertools.chain.from_iterable((*p.slow, *p.quick) for p in parts), *rest]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 @dataclasses.dataclass

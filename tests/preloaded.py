@@ -127,7 +127,7 @@ class PreloadedInterpreter:
 
         :param folder: its working directory.
         :param output: its standard output and standard error.
-        :param spares: how many spare processes it gets: interpreters that it starts for certain.
+        :param spares: number of its spare processes. It must start as many interpreters.
         """
         request = {
             "module": module,
@@ -224,14 +224,15 @@ def _run_module(request: dict[str, Any], output: int) -> None:
                 other.release()
             spare.become_interpreter()
             return
-    _use_for_interpreters(spares)
+    if spares:
+        _use_for_interpreters(spares)
     sys.argv = ["", *request["arguments"]]
     sys.orig_argv = [sys.executable, "-m", request["module"], *request["arguments"]]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
 def _use_for_interpreters(spares: list[_SpareProcess]) -> None:
-    """Start interpreters in spare processes, and further ones as usual."""
+    """Use the spare processes for the first interpreters that this process starts."""
 
     def popen(
         command: Sequence[str], pass_fds: Sequence[int], **options: Any

@@ -93,7 +93,7 @@ class Workers:
 
 
 def _interpreters_started_by(options: Sequence[str], config: Mapping[str, object]) -> int:
-    """How many interpreters a worker starts for certain: supervised workers, or a fork server."""
+    """The number of interpreters that a worker is sure to start."""
     if "--reload" in options:
         return 0
     if "--processes" in options:
