@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import os
 import signal
@@ -111,6 +112,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         number = max(0, share - len(part.slow))
         part.quick, rest = rest[:number], rest[number:]
     items[:] = [*itertools.chain.from_iterable((*p.slow, *p.quick) for p in parts), *rest]
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what is loaded by now from garbage collections: a run takes about 4 % less time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_slow(item: pytest.Item) -> bool:

@@ -104,6 +104,7 @@ def _last_event(row: Any) -> dt.datetime:
     return last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sort", ORDERS)
 @pytest.mark.parametrize(
     "changes",

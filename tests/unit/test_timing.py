@@ -101,6 +101,7 @@ def expected(expression: str, zone: str, change: str) -> Iterator[dt.datetime]:
         highest = max(highest, time)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize(("zone", "change"), CHANGES)
 def test_ticks_when_clocks_change(zone: str, change: str, expression: str) -> None:
