@@ -23,9 +23,6 @@ T = TypeVar("T")
 Interruption = type[JobCancelled] | type[JobTimeout]
 
 _set_async_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-_NO_EXCEPTION = ctypes.py_object()
-"""A null pointer. Sending it takes back an exception that has not arrived yet."""
-
 
 _REPEAT_SECONDS = 1.0
 """Shortest time between two interruptions. Code that caught the first may be cleaning up."""
@@ -141,20 +138,40 @@ class InterruptScope:
         """Call ``stop_task`` for interruptions from now on, also for one that came before."""
         with self._lock:
             was_sent = self.interruption is not None
-            if was_sent and self._stop_task is None and self._thread is not None:
-                _set_async_exception(ctypes.c_ulong(self._thread), _NO_EXCEPTION)
+            if was_sent and self._stop_task is None:
+                _take_back()
             self._stop_task = stop_task
             if was_sent:
                 stop_task()
 
     def _close(self) -> None:
         with self._lock:
-            # Only if one was sent: taking back nothing slows CPython down permanently.
-            if self._thread is not None and self.interruption is not None:
-                _set_async_exception(ctypes.c_ulong(self._thread), _NO_EXCEPTION)
+            if self.interruption is not None:
+                _take_back()
             self._thread = _CLOSED
             if self.overdue_since is None:
                 self.overdue_since = time.monotonic()
+
+
+class _Replacement(BaseException):
+    """Replaces an exception that was sent to a thread and has not arrived yet."""
+
+
+def _take_back() -> None:
+    """Take back an exception that was sent to the calling thread, if it has not arrived yet.
+
+    Another exception replaces it, and is caught here. Sending a null pointer would remove it too,
+    but CPython before 3.13 then checks for an exception again and again, for as long as the process
+    lives. On 3.11, a profiler or tracer makes that an endless loop.
+    """
+    try:
+        if _set_async_exception(
+            ctypes.c_ulong(threading.get_ident()), ctypes.py_object(_Replacement)
+        ):
+            while True:
+                pass
+    except _Replacement:
+        pass
 
 
 def _stop_no_task() -> None:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import random
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,6 +245,39 @@ def test_other_thread_is_not_interrupted() -> None:
     assert isinstance(interrupted.join().error, JobCancelled)
     released.set()
     assert other.join().result == "finished"
+
+
+def test_code_can_be_profiled_after_an_interruption() -> None:
+    """After an interruption, a profiler can be used in the same process.
+
+    The test starts a separate process: on Python 3.11, a failure is an endless loop that handles
+    no signals.
+    """
+    program = """
+        import contextlib, cProfile, threading
+        from flask_bgjobs import JobCancelled
+        from flask_bgjobs.execution.interrupt import InterruptScope
+
+        def loop_forever():
+            started.set()
+            while True:
+                pass
+
+        def interrupt():
+            started.wait()
+            scope.interrupt(JobCancelled)
+
+        scope, started = InterruptScope(), threading.Event()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with contextlib.suppress(JobCancelled):
+            scope.run(loop_forever)
+        thread.join()
+        print(cProfile.Profile().runcall(lambda: "finished"))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "finished\n"
 
 
 class Race:
