@@ -104,7 +104,6 @@ def _last_event(row: Any) -> dt.datetime:
     return last
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sort", ORDERS)
 @pytest.mark.parametrize(
     "changes",
