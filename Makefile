@@ -12,24 +12,26 @@ help: ## list the targets
 demo: $(STAMP) ## the example shop with a worker; PORT=5000 by default
 	@exec $(BIN)/python -m example_app.demo
 
-# The test processes, and the processes that they start, share compiled modules.
+# Python may save compiled modules: otherwise, each of the many processes would compile them again.
 test quick: export PYTHONDONTWRITEBYTECODE =
 
-# Three times as many as processors, because many tests wait for other processes.
+# More test processes than processors, because tests wait: many for other processes, some for a time.
 PROCESSORS := $(shell getconf _NPROCESSORS_ONLN)
 WORKERS = $(shell expr $(PROCESSORS) '*' 3)
+QUICK_WORKERS = $(shell expr $(PROCESSORS) '*' 3 / 2)
 TESTS = tests
 test: $(STAMP) ## all tests, in parallel; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 # The lint covers files changed since the last commit. Left out are tests that need a browser or a server, and
-# slow ones: migrations, random orders of events, random requests to the API, all combinations of filters,
-# all minutes around clock changes, the example shop.
+# slow ones: migrations, random orders of events, random requests to the API, all minutes around clock
+# changes, the example shop.
 CHANGED = $$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files --others --exclude-standard '*.py')
 quick: $(STAMP) ## lint of changed files, unit tests, and integration tests on SQLite
 	@files="$(CHANGED)"; [ -z "$$files" ] || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }
-	$(BIN)/python -m pytest -q -n $(shell expr $(PROCESSORS) '*' 3 / 2) --dist worksteal -m 'not browser and not acceptance and not slow' \
-		-k 'not postgresql and not mysql' tests/unit tests/integration
+	$(BIN)/python -m pytest -q -n $(QUICK_WORKERS) --dist worksteal \
+		-m 'not browser and not acceptance and not slow' -k 'not postgresql and not mysql' \
+		tests/unit tests/integration
 
 SECONDS = 300
 SEED =

@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude what is loaded by now from garbage collections: a run takes about 4 % less time."""
+    """Keep modules and tests out of garbage collections: `make quick` takes about 4 % less time."""
     gc.collect()
     gc.freeze()
 
