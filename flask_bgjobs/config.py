@@ -23,6 +23,7 @@ from .job import durations
 from .job.records import MAX_INTEGER
 from .job.statuses import JobStatus
 from .job.text import shown
+from .job.zones import read_zone
 
 AllowedJobs = Mapping[str, frozenset[str] | None]
 """Allowed methods by dotted name of the class; ``None`` allows all public methods, and is the value
@@ -116,8 +117,12 @@ class Config:
     redact: tuple[str, ...] = DEFAULT_REDACT
     """``BGJOBS_REDACT``: words; values whose keys contain one of them are masked in the dashboard
     and in logs."""
-    schedule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """``BGJOBS_SCHEDULE``: recurring jobs; empty in this version."""
+    schedule: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    """``BGJOBS_SCHEDULE``: recurring jobs by the name of their schedule."""
+    timezone: str = "UTC"
+    """``BGJOBS_TIMEZONE``: time zone of cron expressions."""
     dashboard: bool = True
     """``BGJOBS_DASHBOARD``: whether the dashboard is registered."""
     dashboard_url_prefix: str = "/jobs"
@@ -268,6 +273,7 @@ _COMMANDS = (
     "PAUSE",
     "RESUME",
     "WORKERS",
+    "SCHEDULES",
     "PRUNE",
     "HEALTH",
     "INIT_DB",
@@ -428,10 +434,18 @@ def _text(value: object) -> str:
     return value
 
 
-def _schedule(value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or value:
-        raise ValueError("recurring jobs are not in this version: omit the key, or set it to {}")
-    return MappingProxyType({})
+def _schedule(value: object) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(value, Mapping) or not all(isinstance(e, Mapping) for e in value.values()):
+        raise ValueError(
+            "must be a dict of name to dict, such as "
+            "{'nightly': {'job': 'shop.jobs.report', 'cron': '0 3 * * *'}}"
+        )
+    for name in value:
+        if not isinstance(name, str) or not 0 < len(name) <= 255 or not name.isprintable():
+            raise ValueError(
+                f"{shown(name)} is not a name of a schedule: use 1 to 255 printable characters"
+            )
+    return MappingProxyType({name: dict(entry) for name, entry in value.items()})
 
 
 _KEYS = {
@@ -456,6 +470,7 @@ _KEYS = {
     "BGJOBS_RETENTION": _Key("retention", _retention),
     "BGJOBS_REDACT": _Key("redact", _redact),
     "BGJOBS_SCHEDULE": _Key("schedule", _schedule),
+    "BGJOBS_TIMEZONE": _Key("timezone", lambda value: read_zone(value).key),
     "BGJOBS_DASHBOARD": _Key("dashboard", _boolean),
     "BGJOBS_DASHBOARD_URL_PREFIX": _Key("dashboard_url_prefix", _url_prefix),
     "BGJOBS_DASHBOARD_PUBLIC": _Key("dashboard_public", _boolean),

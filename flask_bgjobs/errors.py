@@ -9,6 +9,8 @@
     ├── UniqueKeyTaken         another unfinished job has the unique_key
     ├── JobNotFound            no job has this id
     ├── QueueNotFound          no queue has this name
+    ├── ScheduleNotFound       no schedule has this name, or several match it
+    ├── ScheduleChanged        others keep changing the schedule at the same time
     ├── JobNotCommitted        the transaction that the job joined has not committed
     ├── WaitTimeout            job.wait() reached its timeout
     ├── DatabaseUnusable       the tables are missing, or the database is locked, full or read-only
@@ -57,6 +59,14 @@ class JobNotFound(BgJobsError, LookupError):
 
 class QueueNotFound(BgJobsError, LookupError):
     """No queue has this name."""
+
+
+class ScheduleNotFound(BgJobsError, LookupError):
+    """No schedule has this name, or several match a shortened name."""
+
+
+class ScheduleChanged(BgJobsError):
+    """Others keep changing the schedule at the same time; try again."""
 
 
 class JobNotCommitted(BgJobsError):

@@ -14,12 +14,14 @@ from .enqueue import transactions
 from .enqueue.decorator import BoundJob, JobFunction
 from .enqueue.enqueue import AUTO, Parameters, SessionChoice
 from .errors import ConfigError, InvalidJob
+from .flow.schedules.definition import check_configured, decorated_recurrence
+from .flow.schedules.manage import Schedules
 from .hooks import is_same, require_plain_function
 from .job.redact import Redactor
 from .job.text import shown
 from .models import Job, add_tables
 from .observability import logs
-from .options import OptionValues, options_from
+from .options import DecoratorValues, options_from, split_recurrence
 from .registry import (
     Decorated,
     Registry,
@@ -28,7 +30,7 @@ from .registry import (
     source_location,
     stored_name,
 )
-from .state import AppState, Authorizer, FailureHook, Identifier, state_of
+from .state import AppState, Authorizer, FailureHook, Identifier, current_state, state_of
 from .store import make_store
 from .worker.embedded import EmbeddedOptions, EmbeddedWorker
 
@@ -74,7 +76,9 @@ class BgJobs:
             )
         database = _find_db(app, db or self._db)
         config = Config.from_mapping(app.config)
-        app.extensions["bgjobs"] = self._make_state(app, database, config)
+        state = self._make_state(app, database, config)
+        check_configured(state)
+        app.extensions["bgjobs"] = state
         logs.connect()
         _add_commands(app)
         if config.dashboard:
@@ -88,7 +92,7 @@ class BgJobs:
 
     @overload
     def job(
-        self, /, *, name: str | None = None, **options: Unpack[OptionValues]
+        self, /, *, name: str | None = None, **options: Unpack[DecoratorValues]
     ) -> Callable[[Callable[P, R]], JobFunction[P, R]]: ...
 
     def job(
@@ -97,7 +101,7 @@ class BgJobs:
         /,
         *,
         name: str | None = None,
-        **options: Unpack[OptionValues],
+        **options: Unpack[DecoratorValues],
     ) -> JobFunction[P, R] | Callable[[Callable[P, R]], JobFunction[P, R]]:
         """Decorator that allows a function to run as a job. The decorated function can still be
         called as before, and has the methods ``enqueue`` and ``using``.
@@ -110,17 +114,23 @@ class BgJobs:
             function replaces the older one.
         :param options: defaults for the jobs of this function: any field of
             :class:`~flask_bgjobs.options.JobOptions`, such as ``queue``, ``retries`` or
-            ``timeout``.
+            ``timeout``. With ``cron`` or ``every``, workers also enqueue a job of the function
+            regularly, without parameters: see
+            :class:`~flask_bgjobs.options.RecurrenceValues` for these options. ``jitter`` then
+            spreads these jobs, and not their retries.
         :raises ConfigError: when a worker could not find the function by its name, when another
-            function already has the name, or when the decorated object is not a plain function.
+            function already has the name, when the decorated object is not a plain function, or
+            when it cannot recur as the options say.
         :raises TypeError: when an option does not exist.
         """
-        chosen = options_from(options)
+        given, recurring = split_recurrence(options)
+        chosen = options_from(given)
 
         def decorate(function: Callable[P, R]) -> JobFunction[P, R]:
             require_job_function(function, name)
             stored = stored_name(function, name)
-            found = decorated(function, chosen)
+            recurrence = decorated_recurrence(function, stored, recurring, chosen)
+            found = decorated(function, chosen, recurrence)
             known = self._decorated.get(stored)
             if known is not None and not found.is_same_definition(known):
                 raise ConfigError(
@@ -159,6 +169,11 @@ class BgJobs:
         if session is not AUTO:
             bound = bound.within(session)
         return bound.enqueue_many(parameter_sets)
+
+    @property
+    def schedules(self) -> Schedules:
+        """The recurring jobs of the current app, by name. Needs an application context."""
+        return Schedules(current_state())
 
     def start_worker(self, app: Flask, **options: Unpack[EmbeddedOptions]) -> EmbeddedWorker:
         """Run a worker inside the web process that serves ``app``, for small deployments.

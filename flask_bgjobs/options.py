@@ -99,6 +99,11 @@ def options_from(given: Mapping[str, Any]) -> JobOptions:
     """
     names = [field.name for field in dataclasses.fields(JobOptions)]
     for name in given:
+        if name not in names and name in RECURRENCE_OPTIONS:
+            raise TypeError(
+                f"{name}= is for @bgjobs.job and BGJOBS_SCHEDULE: it is an option of a schedule, "
+                "not of one job"
+            )
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             meant = _OTHER_NAMES.get(name) or next(iter(close), None)
@@ -125,12 +130,63 @@ class OptionValues(TypedDict, total=False):
     owner: str | None
 
 
+class RecurrenceValues(TypedDict, total=False):
+    """The options that make a job recur, as keyword arguments."""
+
+    cron: str | None
+    """A cron expression, such as ``0 3 * * *``."""
+    every: durations.Duration | None
+    """An interval; an alternative to ``cron``."""
+    timezone: str | None
+    """The time zone of ``cron``; default ``BGJOBS_TIMEZONE``."""
+    missed: str | None
+    """What runs for ticks that no worker ran in time: ``once`` (default), ``skip`` or ``all``."""
+    grace: durations.Duration | None
+    """Time after which a late tick is skipped; default none."""
+    overlap: str | None
+    """What happens at a tick while the last job is not finished: ``skip`` (default), ``queue`` or
+    ``allow``."""
+    jitter: durations.Duration | None
+    """Longest time by which each job is delayed at random; default none."""
+
+
+RECURRENCE_OPTIONS: tuple[str, ...] = tuple(RecurrenceValues.__annotations__)
+
+
+def split_recurrence(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options given to ``@bgjobs.job``: those of each job, and those of the recurrence.
+
+    :returns: two dicts. The second is empty if there is no ``cron`` or ``every``.
+    :raises TypeError: when another option of a recurrence is given without them.
+    """
+    if given.get("cron") is not None or given.get("every") is not None:
+        recurrence = {name: given[name] for name in RECURRENCE_OPTIONS if name in given}
+        return {k: v for k, v in given.items() if k not in recurrence}, recurrence
+    for name in RECURRENCE_OPTIONS:
+        # An option `jitter` exists for retries as well.
+        if name != "jitter" and given.get(name) is not None:
+            raise TypeError(f"{name}= needs cron= or every=")
+    return {k: v for k, v in given.items() if k not in RECURRENCE_OPTIONS or k == "jitter"}, {}
+
+
+class DecoratorValues(OptionValues, total=False):
+    """The options of ``@bgjobs.job``, for type checkers. With ``cron`` or ``every``, ``jitter`` is
+    that of :class:`RecurrenceValues`."""
+
+    cron: str | None
+    every: durations.Duration | None
+    timezone: str | None
+    missed: str | None
+    grace: durations.Duration | None
+    overlap: str | None
+
+
 def column_values(options: JobOptions, config: Config) -> dict[str, Any]:
     """The column values for ``options``, by attribute name of ``Job``.
 
     :raises InvalidJob: names the option, its value and the allowed values.
     """
-    return {name: _checked(read, options, config) for name, read in _COLUMNS.items()}
+    return {name: _checked(read, options, config) for name, read in COLUMNS.items()}
 
 
 def first_run(options: JobOptions) -> tuple[float | None, dt.datetime | None]:
@@ -273,7 +329,7 @@ def _text(value: object, name: str, max_length: int) -> str:
     return value
 
 
-_COLUMNS: dict[str, Callable[[JobOptions, Config], Any]] = {
+COLUMNS: Mapping[str, Callable[[JobOptions, Config], Any]] = {
     "priority": _priority,
     "retries": _retries,
     "retry_delay": _retry_delay,
@@ -286,3 +342,4 @@ _COLUMNS: dict[str, Callable[[JobOptions, Config], Any]] = {
     "owner": _owner,
     "unique_key": _unique_key,
 }
+"""The check of each option that is stored in a column, by attribute name of ``Job``."""

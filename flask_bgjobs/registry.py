@@ -132,6 +132,9 @@ class Decorated:
 
     function: Callable[..., Any]
     options: JobOptions
+    recurrence: Mapping[str, Any] | None = None
+    """The checked values of ``cron=`` or ``every=`` and what belongs to them; ``None`` if it does
+    not recur."""
     module_spec: object = None
     """The ``__spec__`` of its module: a new object after each import or reload."""
 
@@ -195,6 +198,20 @@ class Registry:
         configuration."""
         decorated = self._decorated.get(name)
         return NO_OPTIONS if decorated is None else decorated.options
+
+    def is_allowed(self, name: str) -> bool:
+        """Whether ``name`` is allowed, with any method."""
+        return name in self._allowed or name in self._decorated
+
+    def is_decorated(self, name: str) -> bool:
+        """Whether ``name`` is that of a decorated function."""
+        return name in self._decorated
+
+    def recurrences(self) -> dict[str, Mapping[str, Any]]:
+        """The recurrences of decorated functions, by name, for those that recur."""
+        # Copied, because a module that another thread imports may add functions.
+        each = dict(self._decorated).items()
+        return {name: d.recurrence for name, d in each if d.recurrence is not None}
 
     def queues(self) -> set[str]:
         """The queues given as ``queue=`` to decorators."""
@@ -261,7 +278,7 @@ class Registry:
                 "a job is identified by its dotted name, such as 'shop.jobs.SampleJob', not "
                 f"{shown(name)}{hint}"
             )
-        if name in self._allowed or name in self._decorated:
+        if self.is_allowed(name):
             return
         close = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -290,11 +307,13 @@ def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     return codes[0] is not None and codes[0] is codes[1]
 
 
-def decorated(function: Callable[..., Any], options: JobOptions) -> Decorated:
+def decorated(
+    function: Callable[..., Any], options: JobOptions, recurrence: Mapping[str, Any] | None
+) -> Decorated:
     """The record of a function that ``@bgjobs.job`` decorates."""
     module = sys.modules.get(function.__module__)
     # A reload keeps the module object and replaces its `__spec__`.
-    return Decorated(function, options, getattr(module, "__spec__", None))
+    return Decorated(function, options, recurrence, getattr(module, "__spec__", None))
 
 
 def stored_name(function: Callable[..., Any], name: str | None) -> str:

@@ -5,7 +5,8 @@
 ``job_started`` are sent after the outcome is committed, and also pass ``settled``, a
 :class:`~flask_bgjobs.job.records.Settled`. ``job_cancelled`` passes only ``job`` if the job had not
 started. ``job_refused`` passes ``target``, ``method`` and ``error``. ``worker_started`` and
-``worker_stopped`` pass ``worker``, the name of the worker.
+``worker_stopped`` pass ``worker``, the name of the worker. ``schedule_fired`` and
+``schedule_skipped`` pass ``schedule``, the name of the schedule, and ``tick``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ worker_started = _namespace.signal("bgjobs-worker-started")
 """Sent with ``worker``, its name, when a worker starts."""
 worker_stopped = _namespace.signal("bgjobs-worker-stopped")
 """Sent with ``worker``, its name, when a worker stops; not when it is killed."""
+
+schedule_fired = _namespace.signal("bgjobs-schedule-fired")
+"""Sent with ``schedule``, ``tick`` and ``job`` in a worker that has enqueued the job of a tick."""
+schedule_skipped = _namespace.signal("bgjobs-schedule-skipped")
+"""Sent with ``schedule``, ``tick`` and ``reason`` in a worker that has skipped a tick."""
 
 _SIGNAL_BY_STATUS = {
     JobStatus.COMPLETED: job_completed,

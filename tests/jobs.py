@@ -259,6 +259,11 @@ def enqueue_another(value: int) -> None:
     run_background_job("tests.jobs.echo", parameters=[value])
 
 
+def tick() -> str:
+    """The tick of the schedule for which this job runs."""
+    return str(current_job.meta["tick"])
+
+
 def wall_clock() -> float:
     return time.time()
 
@@ -456,6 +461,7 @@ NAMES = [
             report_and_hold,
             swallow,
             enqueue_another,
+            tick,
             wall_clock,
             enqueue_later,
             hang_scheduler,

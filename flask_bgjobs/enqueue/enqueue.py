@@ -134,7 +134,7 @@ def enqueue(
     :raises InvalidJob: when a parameter or option is not valid; then no job is enqueued.
     """
     try:
-        jobs = _new_jobs(state, target, method, parameter_sets, options)
+        jobs = new_jobs(state, target, method, parameter_sets, options)
     except BgJobsError as error:
         state.emit(job_refused, target=target, method=method, error=error)
         raise
@@ -155,7 +155,7 @@ def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> lis
         return _save(state, jobs)
     with _explaining_missing_tables():
         saved = state.store.insert(connection, jobs)
-    transactions.follow(joined, _new_among(saved), lambda job: _announce(state, [job]))
+    transactions.follow(joined, _new_among(saved), lambda job: announce(state, [job]))
     if commits:
         joined.commit()
     return saved
@@ -188,7 +188,7 @@ def _save(state: AppState, jobs: NewJobs) -> list[Job]:
         if what_to_do is None:
             raise
         raise _not_enqueued(error, what_to_do) from error
-    _announce(state, _new_among(saved))
+    announce(state, _new_among(saved))
     return saved
 
 
@@ -208,13 +208,17 @@ def _not_enqueued(error: DBAPIError, what_to_do: str) -> DatabaseUnusable:
     return DatabaseUnusable(f"the job was not enqueued: {message} ({what_to_do})")
 
 
-def _new_jobs(
+def new_jobs(
     state: AppState,
     target: str,
     method: str | None,
     parameter_sets: Sequence[Parameters],
     options: JobOptions,
 ) -> NewJobs:
+    """Check jobs, without inserting them.
+
+    :raises BgJobsError: as :func:`enqueue` does.
+    """
     registry, config = state.registry, state.config
     registry.check(target, method)
     chosen = options.over(registry.options(target))
@@ -224,7 +228,24 @@ def _new_jobs(
         raise InvalidJob("unique_key is for one job; enqueue these one by one, each with its own")
     resolved = registry.resolve(target, method)
     waits = delay_seconds is not None or run_at is not None
-    common = {
+    common = job_values(target, method, values, waits=waits)
+    parameters_json = []
+    for parameters in parameter_sets:
+        parameters_json.append(_parameters_json(parameters, config.max_payload))
+        _check_signature(resolved, parameters, target)
+    return NewJobs(common, parameters_json, delay_seconds, run_at)
+
+
+def job_values(
+    target: str, method: str | None, values: Mapping[str, Any], *, waits: bool
+) -> dict[str, Any]:
+    """The values of new jobs that do not depend on their parameters.
+
+    :param values: the values of their options, from
+        :func:`~flask_bgjobs.options.column_values`.
+    :param waits: whether they have a due time in the future.
+    """
+    return {
         **values,
         "target": target,
         "method": method,
@@ -232,11 +253,6 @@ def _new_jobs(
         "unique_hash": values["unique_key"] and unique_hash(values["unique_key"]),
         **enqueued(waits=waits),
     }
-    parameters_json = []
-    for parameters in parameter_sets:
-        parameters_json.append(_parameters_json(parameters, config.max_payload))
-        _check_signature(resolved, parameters, target)
-    return NewJobs(common, parameters_json, delay_seconds, run_at)
 
 
 def _parameters_json(parameters: object, max_bytes: int) -> str:
@@ -301,7 +317,8 @@ def _new_among(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not job.deduplicated]
 
 
-def _announce(state: AppState, jobs: Sequence[Job]) -> None:
+def announce(state: AppState, jobs: Sequence[Job]) -> None:
+    """Send ``job_enqueued`` for jobs whose enqueue has committed, and tell this process."""
     emit_each(job_enqueued, state.app, ({"job": job} for job in jobs))
     for job, notify in itertools.product(jobs, list(state.enqueued)):
         try:

@@ -24,6 +24,7 @@ from .job import (
 )
 from .queue import Queue
 from .rollup import Rollup
+from .schedule import Schedule, ScheduleTick
 from .worker import Worker
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "LongText",
     "Queue",
     "Rollup",
+    "Schedule",
+    "ScheduleTick",
     "UtcTime",
     "Worker",
     "add_tables",

@@ -32,6 +32,8 @@ class Worker(Base):
     concurrency: Mapped[int] = mapped_column(sa.Integer)
     queues: Mapped[str | None] = mapped_column(LongText)
     """JSON list of the queues that the worker serves, in order; ``None``: all queues."""
+    schedules: Mapped[str | None] = mapped_column(LongText)
+    """JSON list of the names of the recurring jobs that its code has; ``None``: it runs none."""
     beats: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     """Number of heartbeats. A sweeper checks by its own clock whether this number changes."""
     heartbeat_at: Mapped[dt.datetime] = mapped_column(UtcTime)

@@ -114,6 +114,20 @@ def _on_worker_stopped(app: Flask, worker: str) -> None:
     _write(logging.INFO, "Worker stopped", {"Worker": worker})
 
 
+def _on_schedule_fired(app: Flask, schedule: str, tick: dt.datetime, job: Job) -> None:
+    fields = {"Schedule": schedule, "Tick": _tick_text(tick), "Job": job.id}
+    _write(logging.INFO, "Schedule fired", fields)
+
+
+def _on_schedule_skipped(app: Flask, schedule: str, tick: dt.datetime, reason: str) -> None:
+    fields = {"Schedule": schedule, "Tick": _tick_text(tick), "Reason": reason}
+    _write(logging.WARNING, "Schedule skipped", fields)
+
+
+def _tick_text(tick: dt.datetime) -> str:
+    return tick.isoformat(sep=" ", timespec="seconds")
+
+
 def _job_fields(
     state: AppState, job: Job | JobSpec, settled: Settled | None = None
 ) -> dict[str, object]:
@@ -188,4 +202,6 @@ _RECEIVERS: dict[NamedSignal, Callable[..., None]] = {
     signals.job_rescued: _on_rescued,
     signals.worker_started: _on_worker_started,
     signals.worker_stopped: _on_worker_stopped,
+    signals.schedule_fired: _on_schedule_fired,
+    signals.schedule_skipped: _on_schedule_skipped,
 }

@@ -16,7 +16,9 @@ from .statements.audit import Actor
 from .statements.enqueue import NewJobs, unique_hash
 from .statements.manual import DONE, ActionResult
 from .statements.progress import LeaseView
+from .statements.promote import Work
 from .statements.prune import PruneCursor, Pruned, Retention
+from .statements.schedule import Fired, Plan, Run, ScheduleChange, Skip
 from .statements.select import Conditions, Selection
 
 __all__ = [
@@ -26,15 +28,21 @@ __all__ = [
     "Actor",
     "CommitInDoubt",
     "Conditions",
+    "Fired",
     "Host",
     "LeaseView",
     "NewJobs",
+    "Plan",
     "PruneCursor",
     "Pruned",
     "QueryTimeout",
     "Retention",
+    "Run",
+    "ScheduleChange",
     "Selection",
+    "Skip",
     "Store",
+    "Work",
     "advice",
     "batches",
     "database_sentence",

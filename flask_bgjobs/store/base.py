@@ -6,20 +6,20 @@ Each database has a subclass with its clock, its claim and its insert that toler
 from __future__ import annotations
 
 from .statements.claim import Claims
-from .statements.enqueue import Inserts
 from .statements.lease import Leases
 from .statements.manual import ByHand
 from .statements.promote import Due
 from .statements.prune import Prunes
 from .statements.rollup import Rollups
+from .statements.schedule import Schedules
 from .statements.select import Selections
 
 
-class Store(Inserts, Claims, Leases, Due, Prunes, Rollups, Selections, ByHand):
+class Store(Claims, Leases, Due, Prunes, Rollups, Selections, ByHand, Schedules):
     """The statements on the tables of one app in one database.
 
     In the life of a job: insert, claim, mark_started and observe, settle. For workers: beat,
-    rescue, promote, prune, and add to the roll-up. For people: pause and resume, cancel, retry,
-    delete, each recorded in the audit trail. The store's own transactions are redone after errors
-    that pass, such as a deadlock, a serialization failure or a busy database.
+    rescue, promote, fire, prune, and add to the roll-up. For people: pause and resume, cancel,
+    retry, delete, each recorded in the audit trail. The store's own transactions are redone after
+    errors that pass, such as a deadlock, a serialization failure or a busy database.
     """

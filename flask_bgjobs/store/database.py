@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
 from ..errors import DatabaseUnusable
-from ..models import Attempt, Job, Queue, Rollup, Worker, by_index
+from ..models import Attempt, Job, Queue, Rollup, Schedule, ScheduleTick, Worker, by_index
 from ..system import forks
 from ..system.threading_patches import Lock
 from .watchdog import Watchdog
@@ -32,6 +32,8 @@ WORKERS = cast(sa.Table, Worker.__table__)
 ATTEMPTS = cast(sa.Table, Attempt.__table__)
 QUEUES = cast(sa.Table, Queue.__table__)
 ROLLUPS = cast(sa.Table, Rollup.__table__)
+SCHEDULES = cast(sa.Table, Schedule.__table__)
+TICKS = cast(sa.Table, ScheduleTick.__table__)
 
 READ_ONLY = "bgjobs_read_only"
 """Execution option of connections that only read."""

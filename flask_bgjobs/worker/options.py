@@ -32,7 +32,7 @@ class WorkerOptions:
     shutdown_timeout: float | None = None
     """Grace period of running jobs after a stop request, in seconds."""
     scheduler: bool = True
-    """Whether to prune. Polling, promotion and rescue work without it."""
+    """Whether to fire schedules and to prune. Polling, promotion and rescue work without it."""
     app: str | None = None
     """Import path from which child processes build the app; ``BGJOBS_APP`` overrides it."""
     show_logs: bool = False

@@ -23,9 +23,11 @@ def register(
     pool: str = "thread",
     concurrency: int = 1,
     queues: Sequence[str] | None = None,
+    schedules: Sequence[str] | None = None,
 ) -> int:
     """Insert a worker row for this process, and return its id.
 
+    :param schedules: the names of the schedules that it fires; ``None`` if it fires none.
     :param store: the store that inserts the row; default: the app's.
     """
     me = this_process()
@@ -39,6 +41,7 @@ def register(
             "pool": pool,
             "concurrency": concurrency,
             "queues": None if queues is None else json.dumps(queues),
+            "schedules": None if schedules is None else json.dumps(schedules),
             "beats": 0,
         }
     )

@@ -17,6 +17,7 @@ from ..errors import BgJobsError
 from ..execution.pools.kinds import PoolSettings
 from ..execution.pools.process.child import Limits
 from ..execution.pools.protocol import Finished, Pool
+from ..flow.schedules.ticker import Ticker
 from ..job.records import JobSpec, Key, Outcome, Settled
 from ..job.rollup import RollupCounts
 from ..job.row_check import bad_row, checked
@@ -26,7 +27,7 @@ from ..observability.failures import CallThread, report_lost
 from ..operations import schema
 from ..signals import worker_started, worker_stopped
 from ..state import AppState, call_now, import_jobs
-from ..store import MAKE_TABLES, LeaseView
+from ..store import MAKE_TABLES, LeaseView, Work
 from ..system.memory import memory_in_use
 from ..system.safe_logging import logger as _logger
 from ..system.threads import require_alive
@@ -131,6 +132,8 @@ class Worker:
         state.check_can_work(forks=any(r.kind.forks for r in self.routes), app=self._app)
         _check_tables(state)
         import_jobs(state)
+        self.ticker = Ticker(state, self._store) if options.scheduler else None
+        """The schedules that the worker fires; ``None`` if it fires none."""
 
     def stop(self) -> None:
         """Ask the worker to stop. Running jobs have a grace period, which a second call ends.
@@ -221,6 +224,8 @@ class Worker:
             _logger.info(notice)
         self._register()
         cleanup.callback(lambda: self._guard(lambda: self._store.stop_worker(self._id)))
+        if self.ticker is not None:
+            self.ticker.register()
         self._progress = LoopProgress(self.state.config.lease)
         self._store.on_attempt = self._progress.note_if_own_thread
         self._heartbeat = Heartbeat(
@@ -278,6 +283,7 @@ class Worker:
             pool=self.pool,
             concurrency=self.concurrency,
             queues=self.queues,
+            schedules=None if self.ticker is None else self.ticker.names,
         )
 
     def _start_over(self) -> None:
@@ -294,6 +300,8 @@ class Worker:
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
         self._register()
+        if self.ticker is not None:
+            self.ticker.take_back()
         self._heartbeat.switch_to(self._id)
 
     # One turn
@@ -405,7 +413,8 @@ class Worker:
             self._shown_as_started |= {spec.key for spec in new if spec.id not in locked}
 
     def _poll(self) -> None:
-        """Promote due jobs, set the clock for jobs due soon, and read drain requests."""
+        """Promote due jobs, enqueue those of due ticks, set the clock for the next ones, and read
+        drain requests."""
         now = time.monotonic()
         # A monotonic limit: it works even if the wall clock jumps or the clock's thread hangs.
         late = now - self._polled_at >= self._wake_ups.poll_seconds()
@@ -413,7 +422,7 @@ class Worker:
             return
         # Cleared before the query: jobs that arrive during the query need another poll.
         self._poll_due = False
-        work = self._store.look(self.queues, self._id)
+        work = self._store.look(self.queues, self._id, schedules=bool(self.ticker))
         if work.drain and not self._is_draining:
             _logger.info("Worker draining | Worker: %s | It ends after its running jobs", self.name)
             self._is_draining = True
@@ -422,9 +431,28 @@ class Worker:
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
             promoted = self._store.promote()
             self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
-        if work.pending or promoted:
+        if work.pending or promoted or self._fire(work):
             self._pools.expect_jobs()
         self._polled_at = now
+
+    def _fire(self, work: Work) -> bool:
+        """Enqueue the jobs of due ticks.
+
+        :returns: whether there may be new jobs.
+        """
+        if not self.ticker or self._is_draining:
+            return False
+        self.ticker.note_time(work.now)
+        if work.tick_in is None or work.tick_in > _HORIZON_SECONDS:
+            return False
+        if work.tick_in > 0:
+            self._clock.wake_in([work.tick_in])
+            return False
+        may_be_more = self.ticker.fire()
+        self._progress.note()
+        # The next poll sets the clock for the next tick.
+        self._poll_due |= may_be_more
+        return may_be_more
 
     def _sweep(self) -> None:
         now = time.monotonic()

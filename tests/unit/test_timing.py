@@ -6,13 +6,17 @@ import datetime as dt
 import functools
 import zoneinfo
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from cronsim import CronSim
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_bgjobs.flow.schedules.timing import Every, Timing, read_cron, read_every, read_zone
+from flask_bgjobs.flow.schedules.describe import in_words
+from flask_bgjobs.flow.schedules.recurrence import Recurrence
+from flask_bgjobs.flow.schedules.timing import Every, Timing, read_cron, read_every
+from flask_bgjobs.job.zones import read_zone
 
 UTC = zoneinfo.ZoneInfo("UTC")
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
@@ -260,3 +264,23 @@ def test_system_without_time_zones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoneinfo, "available_timezones", set)
     with pytest.raises(ValueError, match="pip install tzdata"):
         read_zone("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cron": "0 3 * * *"}, "At 03:00"),
+        ({"cron": "@weekly"}, "At 00:00, only on Sunday"),
+        ({"cron": "*/15 2 * * mon-fri"}, "Every 15 minutes, between 02:00 and 02:59, Monday"),
+        ({"cron": "0 3 LW * *"}, "At 03:00, on the last weekday of the month"),
+        ({"every": 1.0}, "Every second"),
+        ({"every": 90.0}, "Every 90 seconds"),
+        ({"every": 120.0}, "Every 2 minutes"),
+        ({"every": 86_400.0}, "Every day"),
+        ({"every": 1.5}, "Every 1.5 seconds"),
+    ],
+    ids=str,
+)
+def test_words(options: Any, words: str) -> None:
+    """A recurrence is described in plain English."""
+    assert in_words(Recurrence("UTC", **options)).startswith(words)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import datetime as dt
-import difflib
 import math
 import zoneinfo
 from typing import Protocol
@@ -44,6 +43,10 @@ _ANY_TIME = dt.datetime(2000, 1, 1)
 class Timing(Protocol):
     """When a recurring job runs."""
 
+    @property
+    def follows_real_time(self) -> bool:
+        """Whether ticks keep their distance when the clock is set back, and so may be repeated."""
+
     def next_after(self, moment: dt.datetime) -> dt.datetime:
         """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
 
@@ -54,6 +57,11 @@ class Every:
     them."""
 
     seconds: float
+
+    @property
+    def follows_real_time(self) -> bool:
+        """``True``: an interval does not depend on what a clock shows."""
+        return True
 
     def next_after(self, moment: dt.datetime) -> dt.datetime:
         """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
@@ -78,12 +86,16 @@ class Cron:
     """Five fields, or six with the seconds first."""
     zone: zoneinfo.ZoneInfo
 
+    @property
+    def follows_real_time(self) -> bool:
+        """Whether the hour field is ``*`` or has a step."""
+        hours = self.expression.split()[-4]
+        return hours.startswith("*") or "/" in hours
+
     def next_after(self, moment: dt.datetime) -> dt.datetime:
         """The first tick later than ``moment``; both are in UTC, with ``tzinfo``."""
         here = moment.astimezone(self.zone)
-        hours = self.expression.split()[-4]
-        is_repeated = hours.startswith("*") or "/" in hours
-        return self._next_shown(here) if is_repeated else self._next_once(here)
+        return self._next_shown(here) if self.follows_real_time else self._next_once(here)
 
     def _next_once(self, here: dt.datetime) -> dt.datetime:
         ticks = map(self._first_shown, CronSim(self.expression, here.replace(tzinfo=None)))
@@ -181,25 +193,6 @@ def _fault(fields: str) -> str:
             values = f"{allowed}; lists, ranges and steps of these; or *"
             return f"{shown(parts[index])} is not {what} ({values})"
     return "it would never run, because no such date exists"
-
-
-def read_zone(name: object) -> zoneinfo.ZoneInfo:
-    """The time zone of a name such as ``Europe/Berlin``.
-
-    :raises ValueError: when there is no such zone, or no data about time zones.
-    """
-    if not isinstance(name, str):
-        raise ValueError(f"a time zone is a name such as 'Europe/Berlin', not {shown(name)}")
-    try:
-        return zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError):
-        known = zoneinfo.available_timezones()
-    if not known:
-        raise ValueError("this system has no data about time zones: pip install tzdata")
-    by_lower_case = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    hint = f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""
-    raise ValueError(f"there is no time zone {shown(name)}{hint}")
 
 
 def read_every(value: object) -> Every:

@@ -20,7 +20,7 @@ from ...models import Job, UtcTime, has_status
 from .. import transitions
 from ..base import Store
 from ..connections import forward
-from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS
+from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS, SCHEDULES
 from ..links import connect_limits, discard_dead_connections, prepare_limits, shut_down
 from ..sizes import batches
 from ..statements.claim import SPEC_COLUMNS
@@ -140,6 +140,11 @@ class MysqlStore(Store):
         # For this GROUP BY, the server uses one index seek for each queue.
         names = sa.select(JOBS.c.queue.label("name")).where(has_status(status))
         return names.group_by(JOBS.c.queue).subquery(f"{status.value}_queue")
+
+    @property
+    def _schedule_insertion(self) -> Any:
+        row = mysql.insert(SCHEDULES).values(revision=0)
+        return row.on_duplicate_key_update(name=row.inserted.name)
 
     @functools.cached_property
     def _addition(self) -> Any:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from ...job.statuses import JobStatus
 from ...models import by_index, has_status
 from .. import transitions
-from ..database import JOBS, WORKERS, Database
+from ..database import JOBS, SCHEDULES, WORKERS, Database
 from .queue import any_job
 
 _JOBS_PER_STATEMENT = 1_000
@@ -39,6 +39,11 @@ class Work:
     due_in: float | None
     """Seconds until the next scheduled or retrying job is due, negative if overdue; ``None`` if
     there is none."""
+    now: dt.datetime
+    """The time of the database's clock."""
+    tick_in: float | None
+    """Seconds until the next tick of a schedule is due, negative if overdue; ``None`` if there is
+    none, or if it was not asked for."""
     drain: bool
     """Whether the worker was asked to finish its running jobs and then to end."""
 
@@ -48,23 +53,31 @@ class Due(Database):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._look_statements: dict[tuple[str, ...] | None, sa.Select[Any]] = {}
-        """Built statements of :meth:`look`, by their queues."""
+        self._look_statements: dict[tuple[tuple[str, ...] | None, bool], sa.Select[Any]] = {}
+        """Built statements of :meth:`look`, by their queues, with and without schedules."""
 
-    def look(self, queues: Sequence[str] | None, worker_id: int) -> Work:
+    def look(
+        self, queues: Sequence[str] | None, worker_id: int, *, schedules: bool = False
+    ) -> Work:
         """Read in one small statement whether there is work for a worker.
 
         :param queues: the queues to look for pending jobs in; ``None``: all.
+        :param schedules: whether to look for ticks of schedules as well.
         """
-        key = None if queues is None else tuple(queues)
+        key = None if queues is None else tuple(queues), schedules
         if key not in self._look_statements:
             # Building the statement takes longer than running it, up to fifty times a second.
-            self._look_statements[key] = self._build_look(key)
+            self._look_statements[key] = self._build_look(*key)
         parameters = {"looking": worker_id}
         row = self.autocommit(lambda c: c.execute(self._look_statements[key], parameters).one())
         dues = [due for due in (row.scheduled, row.retrying) if due is not None]
-        due_in = (min(dues) - row.now).total_seconds() if dues else None
-        return Work(bool(row.pending), due_in, row.drain_requested_at is not None)
+        return Work(
+            pending=bool(row.pending),
+            due_in=(min(dues) - row.now).total_seconds() if dues else None,
+            now=row.now,
+            tick_in=None if row.tick_at is None else (row.tick_at - row.now).total_seconds(),
+            drain=row.drain_requested_at is not None,
+        )
 
     def promote(self) -> int:
         """Make all due jobs pending.
@@ -111,7 +124,7 @@ class Due(Database):
     def _promote_some(self, connection: sa.Connection) -> int:
         return connection.execute(self._promotion).rowcount
 
-    def _build_look(self, queues: Sequence[str] | None) -> sa.Select[Any]:
+    def _build_look(self, queues: Sequence[str] | None, schedules: bool) -> sa.Select[Any]:
         first_due = (
             sa.select(sa.func.min(JOBS.c.run_at))
             .where(has_status(status))
@@ -126,7 +139,11 @@ class Due(Database):
             .scalar_subquery()
             .label("drain_requested_at")
         )
-        return sa.select(self.now.label("now"), pending, *first_due, drain)
+        next_tick: Any = sa.null()
+        if schedules:
+            next_tick = sa.select(sa.func.min(SCHEDULES.c.due_at)).scalar_subquery()
+        tick_at = next_tick.label("tick_at")
+        return sa.select(self.now.label("now"), pending, *first_due, tick_at, drain)
 
     @functools.cached_property
     def _promotion(self) -> sa.Update:
