@@ -36,6 +36,7 @@ from ..worker.supervisor.supervisor import Supervisor
 from .group import NumberRange, QueueNames, bgjobs_commands, one_sentence
 
 if TYPE_CHECKING:
+    from ..flow.schedules.ticker import Ticker
     from ..worker.worker import Worker
 
 _DEFAULT_APP_FILES = ("wsgi.py", "app.py")
@@ -43,6 +44,8 @@ _DEFAULT_APP_FILES = ("wsgi.py", "app.py")
 _MAX_NUMBER = 1e9
 """Upper limit of options in seconds or MiB: more than any sensible value, but not infinite."""
 _MAX_PROCESSES = 1_000
+_MAX_SCHEDULES = 20
+"""How many schedules the banner of a worker lists."""
 _FORCED_EXIT_SECONDS = 11.0
 """Time that a worker has to end after the grace period of its jobs; a supervisor waits longer.
 If the database and the child processes all hang, this time is not enough, and the process is ended
@@ -81,7 +84,7 @@ _SUMMARY_WORDS = {status: status.value for status in JobStatus} | {JobStatus.PEN
     type=_positive,
     help="The same at this memory use in MiB.",
 )
-@click.option("--no-scheduler", is_flag=True, help="Do not prune old jobs.")
+@click.option("--no-scheduler", is_flag=True, help="Do not fire schedules or prune.")
 @click.option("--reload", "reloads", is_flag=True, help="Restart when code changes.")
 @click.option("-n", "--name", help="Name shown on the dashboard; default: host and pid.")
 @click.option(
@@ -238,7 +241,20 @@ def _banner(state: AppState, worker: Worker) -> list[str]:
         f"  pool       {pools}",
         f"  allowed    {len(state.registry)} names",
         f"  dashboard  {dashboard}",
+        *_schedules(worker.ticker),
     ]
+
+
+def _schedules(ticker: Ticker | None) -> list[str]:
+    """The lines of the banner about recurring jobs; none if the app has none."""
+    if not ticker:
+        return []
+    number = len(ticker.names)
+    lines = [f"  schedules  {number:,}"]
+    lines += [f"    {text}" for text in ticker.upcoming(_MAX_SCHEDULES)]
+    if number > _MAX_SCHEDULES:
+        lines.append(f"    and {number - _MAX_SCHEDULES:,} more: flask bgjobs schedules")
+    return lines
 
 
 def _summary(worker: Worker, seconds: float) -> str:

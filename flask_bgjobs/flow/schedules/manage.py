@@ -43,6 +43,8 @@ class RecurringJob:
         self._row = row
         self._now = now
         self._definition = stored_definition(row)
+        self.id: int = row.id
+        """The number of its row; 0 if only the code has it so far."""
         self.name: str = row.name
         """The name of the schedule."""
         self.target: str = self._definition.target
@@ -272,6 +274,10 @@ class Schedules:
         """
         return find(self._state, name)
 
+    def all(self) -> list[RecurringJob]:
+        """All schedules, by name."""
+        return list_schedules(self._state)
+
     def __contains__(self, name: str) -> bool:
         """Whether there is one schedule with this name."""
         with contextlib.suppress(ScheduleNotFound):
@@ -321,7 +327,8 @@ def _matching(state: AppState, name: str) -> Schedule:
     if matches:
         choices = ", ".join(matches[:_TOO_MANY_MATCHES])
         raise ScheduleNotFound(f"several schedules are named {name!r}: give one of {choices}")
-    close = difflib.get_close_matches(name, known, n=1)
+    by_last_part = {each.rpartition(".")[2]: each for each in known}
+    close = difflib.get_close_matches(name, [*known, *by_last_part], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ScheduleNotFound(f"there is no schedule {name!r}{hint}")
 

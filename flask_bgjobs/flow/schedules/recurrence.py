@@ -15,6 +15,7 @@ from .timing import Timing, read_cron, read_every
 MISSED = ("once", "skip", "all")
 OVERLAP = ("skip", "queue", "allow")
 _MIN_JITTER_SECONDS = 1.0
+_UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Recurrence:
 
     @property
     def expression(self) -> str:
-        """The cron expression, or the interval as ``every 30 s``."""
-        return f"every {self.every:g} s" if self.cron is None else self.cron
+        """The cron expression, or the interval, such as ``every 30 seconds``."""
+        return _every(self.every) if self.every is not None else str(self.cron)
 
     def values(self) -> dict[str, Any]:
         """The values as they are stored, by name."""
@@ -59,6 +60,14 @@ class Recurrence:
         # One of them replaces the other.
         none = {"cron": None, "every": None} if {"cron", "every"} & set(given) else {}
         return Recurrence(**{**self.values(), **none, **given})
+
+
+def _every(seconds: float) -> str:
+    for size, unit in _UNITS:
+        number, rest = divmod(seconds, size)
+        if number and not rest:
+            return f"every {unit}" if number == 1 else f"every {number:g} {unit}s"
+    return f"every {seconds:g} seconds"
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from ...job.zones import read_zone
 from ...models import Schedule
 from ...signals import job_enqueued, schedule_fired, schedule_skipped
 from ...state import AppState
@@ -21,6 +22,7 @@ from .timing import Timing
 _AT_ONCE = 50
 """Schedules whose due ticks one transaction handles. Other transactions wait for its locks."""
 _REGISTRATION_TRIES = 10
+_CLOCK = "%Y-%m-%d %H:%M:%S"
 _CLOCK_SECONDS = 1.0
 """By how much a clock may be set back without effect."""
 
@@ -49,11 +51,17 @@ class Ticker:
         """The names of the schedules, sorted."""
         return sorted(self._definitions)
 
-    def register(self) -> dict[str, dt.datetime]:
-        """Write the definitions to the database. They replace those of workers that started before.
+    def upcoming(self, number: int) -> list[str]:
+        """The first ``number`` schedules by name, each with its expression and its next tick, in
+        words."""
+        now, rows = self._store.schedules()
+        known = {row.name: row for row in rows}
+        chosen = (self._definitions[name] for name in self.names[:number])
+        return [_in_words(each, known.get(each.name), now) for each in chosen]
 
-        :returns: the next tick of each schedule that is not paused, in UTC, without ``tzinfo``.
-        """
+    def register(self) -> None:
+        """Write the definitions to the database. They replace those of workers that started
+        before."""
         missing, changes = self._differences()
         for _ in range(_REGISTRATION_TRIES):
             if not (missing or changes):
@@ -61,9 +69,6 @@ class Ticker:
             self._store.add_schedules(missing)
             self._store.change_schedules(changes)
             missing, changes = self._differences()
-        _, rows = self._store.schedules()
-        mine = (row for row in rows if row.name in self._definitions)
-        return {row.name: row.next_tick_at for row in mine if row.paused_at is None}
 
     def take_back(self) -> None:
         """Continue with schedules that were retired while this worker was taken for dead."""
@@ -176,6 +181,20 @@ def rescheduled(timing: Timing, now: dt.datetime, *, is_off: bool) -> dict[str, 
     following = next_tick(timing, now)
     due_at = None if is_off else following
     return {"next_tick_at": following, "due_at": due_at, "held_at": None}
+
+
+def _in_words(definition: Definition, row: Schedule | None, now: dt.datetime) -> str:
+    recurrence = definition.recurrence if row is None else current_recurrence(row, definition)
+    tick = next_tick(recurrence.timing, now)
+    if row is not None and (row.next_tick_at <= now or _recurrence(row) == recurrence):
+        tick = row.next_tick_at
+    when = f"{definition.name}: {recurrence.expression}"
+    if row is not None and row.paused_at is not None:
+        return f"{when}, paused"
+    if tick <= now:
+        return f"{when}, overdue since {tick:{_CLOCK}} UTC"
+    local = tick.replace(tzinfo=dt.UTC).astimezone(read_zone(recurrence.timezone))
+    return f"{when}, next at {local:{_CLOCK}} {local:%Z}"
 
 
 def _registered(row: Schedule, definition: Definition, now: dt.datetime) -> dict[str, Any]:
