@@ -259,6 +259,12 @@ def enqueue_another(value: int) -> None:
     run_background_job("tests.jobs.echo", parameters=[value])
 
 
+def record_tick(path: str) -> None:
+    """Append the schedule, the tick and the id of this job to a file outside the database."""
+    meta = current_job.meta
+    record(path, f"{meta['schedule']} {meta['tick']:%Y-%m-%dT%H:%M:%S} {current_job.id}")
+
+
 def tick() -> str:
     """The tick of the schedule for which this job runs."""
     return str(current_job.meta["tick"])
@@ -461,6 +467,7 @@ NAMES = [
             report_and_hold,
             swallow,
             enqueue_another,
+            record_tick,
             tick,
             wall_clock,
             enqueue_later,
