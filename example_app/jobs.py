@@ -12,6 +12,7 @@ import datetime as dt
 import io
 import itertools
 import time
+import zoneinfo
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,9 @@ from .products_csv import BadRow, ProductRow
 IMPORT_CHUNK = 100
 """Rows per transaction: few enough that orders on SQLite need not wait long for the write lock."""
 MAX_BAD_LINES_LOGGED = 20
+UPLOAD_DAYS = 7
+TIME_ZONE = "Europe/Berlin"
+"""The time zone of the shop."""
 
 
 class SampleJob:
@@ -186,7 +190,42 @@ def build_sales_report(report_id: int) -> int:
 
     :returns: the number of products sold.
     """
-    report = db.session.get_one(Report, report_id)
+    return _build(db.session.get_one(Report, report_id))
+
+
+@bgjobs.job(cron="0 3 * * *", timezone=TIME_ZONE, queue="reports", retries=2, timeout=300)
+def report_last_day() -> int:
+    """Build the sales report of the day before, every night.
+
+    :returns: the number of products sold.
+    """
+    report = db.session.scalar(sa.select(Report).filter_by(job_id=current_job.id))
+    if report is None:
+        # Another attempt of this job finds it by the id of the job.
+        tick: dt.datetime = current_job.meta["tick"]
+        day = tick.astimezone(zoneinfo.ZoneInfo(TIME_ZONE)).date() - dt.timedelta(days=1)
+        report = Report(since=day, until=day, job_id=current_job.id)
+        db.session.add(report)
+        db.session.commit()
+    return _build(report)
+
+
+@bgjobs.job(every=60, retries=0, timeout=30)
+def discard_old_uploads() -> int:
+    """Discard the files of imports that finished a week ago.
+
+    :returns: their number.
+    """
+    is_old = (
+        ProductUpload.finished_at < now() - dt.timedelta(days=UPLOAD_DAYS),
+        sa.func.length(ProductUpload.content) > 0,
+    )
+    discarded = db.session.execute(sa.update(ProductUpload).where(*is_old).values(content=b""))
+    db.session.commit()
+    return int(discarded.rowcount)
+
+
+def _build(report: Report) -> int:
     sales = db.session.execute(_sales(report.since, report.until)).all()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import re
 import shutil
 import socketserver
 import threading
+import zoneinfo
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from werkzeug.test import TestResponse
 from example_app import create_app, photos, samples, trouble
 from example_app.auth import is_local
 from example_app.drawing import draw_photo
-from example_app.extensions import db
-from example_app.models import Order, OutboxMail, Product, ProductUpload, Report, User
+from example_app.extensions import bgjobs, db
+from example_app.models import Order, OutboxMail, Product, ProductUpload, Report, User, now
 from flask_bgjobs import Job, JobStatus
+from flask_bgjobs.state import state_of
 from flask_bgjobs.testing import drain
 
 pytestmark = pytest.mark.slow
@@ -890,6 +893,43 @@ class TestReports:
         answer = admin.post("/admin/reports", data={"since": "2026-02-02", "until": "2026-02-01"})
         assert "before the first" in answer.text
         assert rows(shop, Report) == []
+
+
+class TestRecurringJobs:
+    def test_nightly_report_is_of_the_day_before(self, shop: Flask) -> None:
+        """The nightly job makes one report of the day before, also if it runs again."""
+        with shop.app_context():
+            job = bgjobs.schedules["report_last_day"].run_now()
+            drain(shop)
+            # As if its worker had died after the report was saved.
+            db.session.execute(sa.update(Job).values(status=JobStatus.FAILED))
+            db.session.execute(sa.update(Report).values(content="broken"))
+            db.session.commit()
+            state_of(shop).store.retry([job.id])
+        day = job.meta["tick"].astimezone(zoneinfo.ZoneInfo("Europe/Berlin")).date()
+        drain(shop)
+        (report,) = rows(shop, Report)
+        assert report.since == report.until == day - dt.timedelta(days=1)
+        assert report.job_id == job.id
+        with shop.app_context():
+            assert (
+                db.session.scalar(sa.select(Report.content)) == "sku,name,orders,pieces,revenue\n"
+            )
+
+    def test_old_uploads_are_discarded(self, shop: Flask) -> None:
+        """The files of imports that finished a week ago are discarded, those of others are kept."""
+        with shop.app_context():
+            for days in (8, 6, None):
+                ended = None if days is None else now() - dt.timedelta(days=days)
+                upload = ProductUpload(filename=f"{days}.csv", content=b"x", finished_at=ended)
+                db.session.add(upload)
+            db.session.commit()
+            bgjobs.schedules["discard_old_uploads"].run_now()
+        (outcome,) = drain(shop)
+        assert outcome.result == 1
+        with shop.app_context():
+            kept = sa.select(ProductUpload.filename).where(ProductUpload.content != b"")
+            assert sorted(db.session.scalars(kept)) == ["6.csv", "None.csv"]
 
 
 class TestAccess:
