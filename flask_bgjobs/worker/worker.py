@@ -224,14 +224,15 @@ class Worker:
             _logger.info(notice)
         self._register()
         cleanup.callback(lambda: self._guard(lambda: self._store.stop_worker(self._id)))
-        if self.ticker is not None:
-            self.ticker.register()
         self._progress = LoopProgress(self.state.config.lease)
         self._store.on_attempt = self._progress.note_if_own_thread
         self._heartbeat = Heartbeat(
             self._store, self._id, self.state.config.heartbeat_interval, self._progress
         )
         cleanup.callback(self._heartbeat.stop)
+        if self.ticker is not None:
+            # With thousands of schedules this takes seconds, in which the heartbeat goes on.
+            self.ticker.register()
         cleanup.callback(lambda: self._guard(lambda: self._roll_up(at_once=True)))
         cleanup.callback(self._pools.close)
         if self._options.scheduler:

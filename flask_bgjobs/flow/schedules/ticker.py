@@ -4,6 +4,7 @@ ticks."""
 from __future__ import annotations
 
 import datetime as dt
+import random
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -19,8 +20,10 @@ from .due import next_tick, plan
 from .recurrence import Recurrence
 from .timing import Timing
 
-_AT_ONCE = 50
-"""Schedules whose due ticks one transaction handles. Other transactions wait for its locks."""
+_READ = 100
+"""Due schedules that are read at once."""
+_AT_ONCE = 20
+"""Schedules whose due ticks one transaction handles. Meanwhile the worker claims no jobs."""
 _REGISTRATION_TRIES = 10
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 _CLOCK_SECONDS = 1.0
@@ -81,13 +84,16 @@ class Ticker:
 
         :returns: whether there may be more of them.
         """
-        now, due = self._store.due_schedules(_AT_ONCE)
+        now, due = self._store.due_schedules(_READ)
+        mine = [row for row in due if row.name in self._definitions]
         self._retire([row for row in due if row.name not in self._definitions], now)
-        plans = [each for row in due if (each := self._plan(row, now)) is not None]
+        # At random, so that several workers do not wait for each other.
+        chosen = random.sample(mine, min(_AT_ONCE, len(mine)))
+        plans = [each for row in chosen if (each := self._plan(row, now)) is not None]
         fired = self._store.fire(plans) if plans else []
         for result in fired:
             self._announce(result)
-        return bool(fired) or len(due) == _AT_ONCE
+        return bool(fired) or len(mine) > _AT_ONCE
 
     def note_time(self, now: dt.datetime) -> None:
         """Continue at once with intervals when the database's clock was set back.
@@ -130,10 +136,7 @@ class Ticker:
             )
 
     def _plan(self, row: Schedule, now: dt.datetime) -> Plan | None:
-        """What to do with the due ticks of a schedule; ``None`` if it is not one of ours, or its
-        row is not valid."""
-        if row.name not in self._definitions:
-            return None
+        """What to do with the due ticks of a schedule; ``None`` if its row is not valid."""
         try:
             definition = stored_definition(row)
             return plan(row, definition, current_recurrence(row, definition), now)
