@@ -13,6 +13,7 @@ from .config import Config
 from .enqueue import transactions
 from .enqueue.decorator import BoundJob, JobFunction
 from .enqueue.enqueue import AUTO, Parameters, SessionChoice
+from .enqueue.unique import check_unique
 from .errors import ConfigError, InvalidJob
 from .flow.schedules.definition import check_configured, decorated_recurrence
 from .flow.schedules.manage import Schedules
@@ -25,6 +26,7 @@ from .options import DecoratorValues, options_from, split_recurrence
 from .registry import (
     Decorated,
     Registry,
+    Target,
     decorated,
     require_job_function,
     source_location,
@@ -130,6 +132,10 @@ class BgJobs:
             require_job_function(function, name)
             stored = stored_name(function, name)
             recurrence = decorated_recurrence(function, stored, recurring, chosen)
+            try:
+                check_unique(chosen, Target(function))
+            except ValueError as error:
+                raise ConfigError(f"@bgjobs.job of {stored}: {error}") from None
             found = decorated(function, chosen, recurrence)
             known = self._decorated.get(stored)
             if known is not None and not found.is_same_definition(known):

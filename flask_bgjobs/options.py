@@ -17,6 +17,8 @@ from .job.retry import BACKOFFS, MAX_DELAY_SECONDS
 from .job.text import shown, storable
 
 MAX_TAGS = 20
+MAX_KEY = 255
+"""Maximum length of a unique key."""
 _MAX_RETRIES = 10_000
 
 
@@ -50,6 +52,28 @@ class JobOptions:
     unique_key: str | None = None
     """A key for at most one unfinished job: while a job with this key is not finished, an enqueue
     inserts nothing and returns that job."""
+    unique: bool | str | Callable[..., str] | None = None
+    """An alternative to ``unique_key``, whose key consists of the job's name and its parameters:
+    all of them (``True``), those in a format such as ``"{order_id}"``, or the text that a function
+    of the parameters returns; ``False``: not unique."""
+    unique_until: str | None = None
+    """When a job gives its key up: ``finished`` (default), or ``started``, when a worker claims
+    it."""
+    unique_for: durations.Duration | None = None
+    """Minimum time from the enqueue for which the key stays taken, also after the end of its job;
+    default none."""
+    on_duplicate: str | None = None
+    """What an enqueue does if the key is taken: ``keep`` that job (default), ``replace`` its
+    parameters and options if it has not started, or ``raise``
+    :exc:`~flask_bgjobs.UniqueKeyTaken`."""
+    debounce: durations.Duration | None = None
+    """Time to wait after the last of several enqueues, of which only the last one runs; without
+    ``unique`` or ``unique_key``, all jobs of the function count as the same."""
+    debounce_max: durations.Duration | None = None
+    """Maximum time from the first of several debounced enqueues to the job; default none."""
+    throttle: durations.Duration | None = None
+    """Time in which at most one job becomes due: the first at once, the newest of the others at its
+    end; without ``unique`` or ``unique_key``, all jobs of the function count as the same."""
     tags: Sequence[str] | None = None
     """Up to 20 words by which the job can be found."""
     owner: str | None = None
@@ -86,7 +110,6 @@ _OTHER_NAMES = {
     "schedule_at": "run_at",
     "soft_time_limit": "timeout",
     "time_limit": "timeout",
-    "unique": "unique_key",
     "wait": "delay",
 }
 """Names that other job queues use for the same options."""
@@ -126,6 +149,13 @@ class OptionValues(TypedDict, total=False):
     queue: str | None
     timeout: durations.Duration | None
     unique_key: str | None
+    unique: bool | str | Callable[..., str] | None
+    unique_until: str | None
+    unique_for: durations.Duration | None
+    on_duplicate: str | None
+    debounce: durations.Duration | None
+    debounce_max: durations.Duration | None
+    throttle: durations.Duration | None
     tags: Sequence[str] | None
     owner: str | None
 
@@ -317,7 +347,7 @@ def _owner(options: JobOptions, config: Config) -> str | None:
 
 
 def _unique_key(options: JobOptions, config: Config) -> str | None:
-    return None if options.unique_key is None else _text(options.unique_key, "unique_key", 255)
+    return None if options.unique_key is None else _text(options.unique_key, "unique_key", MAX_KEY)
 
 
 def _text(value: object, name: str, max_length: int) -> str:

@@ -9,8 +9,8 @@ import enum
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 from flask import Flask
@@ -27,10 +27,11 @@ from ..options import JobOptions, column_values, first_run
 from ..registry import Target
 from ..signals import emit_each, job_enqueued, job_refused
 from ..state import AppState, current_state
-from ..store import MAKE_TABLES, NewJobs, advice, is_missing_table, unique_hash
+from ..store import MAKE_TABLES, NewJobs, advice, is_missing_table
 from ..store.transitions import enqueued
 from ..system.safe_logging import logger as _logger
 from . import transactions
+from .unique import check_unique, unique_jobs
 
 
 class _Auto(enum.Enum):
@@ -43,6 +44,7 @@ AUTO: Final = _Auto.AUTO
 _COMMITTING: weakref.WeakSet[Flask] = weakref.WeakSet()
 """The apps for which :func:`committing_clean_sessions` is active."""
 
+T = TypeVar("T")
 SessionChoice = Session | scoped_session[Any] | None | _Auto
 Parameters = Sequence[Any] | Mapping[str, Any]
 
@@ -63,6 +65,13 @@ def run_background_job(
     queue: str | None = None,
     timeout: Duration | None = None,
     unique_key: str | None = None,
+    unique: bool | str | Callable[..., str] | None = None,
+    unique_until: str | None = None,
+    unique_for: Duration | None = None,
+    on_duplicate: str | None = None,
+    debounce: Duration | None = None,
+    debounce_max: Duration | None = None,
+    throttle: Duration | None = None,
     tags: Sequence[str] | None = None,
     owner: str | None = None,
     session: SessionChoice = AUTO,
@@ -90,6 +99,16 @@ def run_background_job(
     :param timeout: for one attempt; default ``BGJOBS_TIMEOUT``.
     :param unique_key: while a job with this key is not finished, nothing is inserted, and that
         job is returned with ``deduplicated`` set.
+    :param unique: a key made from the parameters, instead of ``unique_key``: ``True`` for all of
+        them, a format such as ``"{order_id}"``, or a function of the parameters.
+    :param unique_until: when the key is free again: ``finished`` (default) or ``started``.
+    :param unique_for: minimum time from the enqueue for which the key stays taken; default none.
+    :param on_duplicate: what to do if the key is taken: ``keep`` that job (default), ``replace``
+        its parameters and options if it has not started, or ``raise``.
+    :param debounce: time to wait after the last of several enqueues, of which the last one runs.
+    :param debounce_max: maximum time from the first of them to the job; default none.
+    :param throttle: time in which at most one job becomes due: the first at once, the newest of
+        the others at its end.
     :param tags: up to 20 words by which to find the job.
     :param owner: an identifier of the job's owner, by which to find the job.
     :param session: a session whose transaction the job joins; ``None`` never joins. By default
@@ -97,6 +116,7 @@ def run_background_job(
         otherwise.
     :raises JobNotAllowed: when the allow-list does not hold target or method.
     :raises InvalidJob: when a parameter or option is not valid.
+    :raises UniqueKeyTaken: with ``on_duplicate="raise"``, when another job holds the key.
     :raises DatabaseUnusable: when the tables are missing, or a SQLite file is locked for more than
         30 s, full or read-only.
     :raises sqlalchemy.exc.OperationalError: when the database cannot be reached. If the connection
@@ -114,6 +134,13 @@ def run_background_job(
         queue=queue,
         timeout=timeout,
         unique_key=unique_key,
+        unique=unique,
+        unique_until=unique_until,
+        unique_for=unique_for,
+        on_duplicate=on_duplicate,
+        debounce=debounce,
+        debounce_max=debounce_max,
+        throttle=throttle,
         tags=tags,
         owner=owner,
     )
@@ -223,6 +250,7 @@ def new_jobs(
     registry.check(target, method)
     chosen = options.over(registry.options(target))
     values = column_values(chosen, config)
+    _checked(lambda: check_unique(chosen))
     delay_seconds, run_at = first_run(chosen)
     if values["unique_key"] is not None and len(parameter_sets) > 1:
         raise InvalidJob("unique_key is for one job; enqueue these one by one, each with its own")
@@ -233,7 +261,21 @@ def new_jobs(
     for parameters in parameter_sets:
         parameters_json.append(_parameters_json(parameters, config.max_payload))
         _check_signature(resolved, parameters, target)
-    return NewJobs(common, parameters_json, delay_seconds, run_at)
+    name = target if method is None else f"{target}.{method}"
+    unique = _checked(lambda: unique_jobs(chosen, name, resolved, parameter_sets, state.redactor))
+    if unique is not None and unique.debounce_seconds is not None:
+        delay_seconds = unique.debounce_seconds
+        common |= enqueued(waits=True)
+    return NewJobs(
+        common, parameters_json, unique=unique, delay_seconds=delay_seconds, run_at=run_at
+    )
+
+
+def _checked(check: Callable[[], T]) -> T:
+    try:
+        return check()
+    except ValueError as error:
+        raise InvalidJob(str(error)) from None
 
 
 def job_values(
@@ -250,7 +292,6 @@ def job_values(
         "target": target,
         "method": method,
         "claim_rank": -values["priority"],
-        "unique_hash": values["unique_key"] and unique_hash(values["unique_key"]),
         **enqueued(waits=waits),
     }
 

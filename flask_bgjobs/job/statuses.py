@@ -36,6 +36,8 @@ class JobStatus(enum.StrEnum):
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
 WAITING = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING, JobStatus.RETRYING})
 """Statuses in which no worker holds the job, so that a cancel takes effect at once."""
+NOT_STARTED = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING})
+"""Statuses before the first attempt."""
 CAN_CHANGE: Mapping[str, tuple[JobStatus, ...]] = {
     "cancel": (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
     "retry": (JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED),

@@ -122,10 +122,16 @@ class Job(Base):
     owner: Mapped[str | None] = mapped_column(sa.String(255))
     unique_key: Mapped[str | None] = mapped_column(sa.String(255))
     unique_hash: Mapped[str | None] = mapped_column(sa.String(64))
-    """SHA-256 of ``unique_key`` while the job is unfinished, so that a second job conflicts."""
+    """SHA-256 of ``unique_key`` while the job holds it, so that a second job conflicts."""
+    unique_until_start: Mapped[bool | None] = mapped_column(sa.Boolean)
+    """Whether it gives its key up when it is claimed; otherwise when it ends."""
+    unique_expires_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """Until when it holds its key at least, even after its end."""
+    debounce_until: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """The latest time to which further enqueues move it."""
 
     deduplicated = False
-    """``True`` if an enqueue returned this job because it already held the ``unique_key``."""
+    """``True`` if an enqueue returned this job because it already held the key."""
     committed = True
     """``False`` while the transaction that the job joined has not committed."""
 

@@ -13,7 +13,7 @@ from .dialects.sqlite import SqliteStore, advice, is_in_memory
 from .errors import MAKE_TABLES, database_sentence, is_missing_table
 from .sizes import batches, statement_bytes
 from .statements.audit import Actor
-from .statements.enqueue import NewJobs, unique_hash
+from .statements.enqueue import NewJobs, Unique
 from .statements.manual import DONE, ActionResult
 from .statements.progress import LeaseView
 from .statements.promote import Work
@@ -42,6 +42,7 @@ __all__ = [
     "Selection",
     "Skip",
     "Store",
+    "Unique",
     "Work",
     "advice",
     "batches",
@@ -50,7 +51,6 @@ __all__ = [
     "is_missing_table",
     "make_store",
     "statement_bytes",
-    "unique_hash",
 ]
 
 _STORES: dict[str, type[Store]] = {

@@ -9,6 +9,7 @@ Move          From                          To                       Made by
 ============  ============================  =======================  ==============================
 enqueue       (new)                         pending or scheduled     the app
 promote       scheduled, retrying           pending                  a worker, when it is due
+replace       scheduled, pending            pending or scheduled     the app, with another enqueue
 claim         pending                       running                  a worker
 settle        running                       as the outcome decides   the worker that claimed it, or
                                                                      the worker that rescues it
@@ -28,7 +29,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ..job.records import MAX_ATTEMPT
-from ..job.statuses import CAN_CHANGE, FINAL, WAITING, JobStatus
+from ..job.statuses import CAN_CHANGE, FINAL, NOT_STARTED, WAITING, JobStatus
 from .database import JOBS
 
 Time = sa.ColumnElement[dt.datetime]
@@ -39,6 +40,10 @@ Values = dict[str, Any]
 _ATTEMPT = sa.cast(JOBS.c.attempt, sa.Integer)
 NEXT_ATTEMPT = sa.case((_ATTEMPT >= MAX_ATTEMPT, MAX_ATTEMPT), else_=_ATTEMPT + 1)
 """The number of the attempt that a claim starts."""
+
+
+_GIVES_KEY_UP = sa.and_(JOBS.c.unique_until_start, JOBS.c.unique_expires_at.is_(None))
+"""The condition that a job is no longer unique when it is claimed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ _PENDING = frozenset({JobStatus.PENDING})
 MOVES: Mapping[str, Move] = {
     "enqueue": Move(frozenset(), frozenset({JobStatus.PENDING, JobStatus.SCHEDULED})),
     "promote": Move(_DELAYED, _PENDING),
+    "replace": Move(NOT_STARTED, NOT_STARTED),
     "claim": Move(_PENDING, _RUNNING),
     "settle": Move(_RUNNING, FINAL | _DELAYED | _PENDING),
     "cancel": Move(WAITING, frozenset({JobStatus.CANCELLED})),
@@ -84,6 +90,15 @@ def promoted() -> Values:
     return pending()
 
 
+def replaced(*, is_due: sa.ColumnElement[bool]) -> Values:
+    """The values of a job that has not started when its due time is moved.
+
+    :param is_due: whether it is due nevertheless, because it must not be moved further.
+    """
+    pending_now, later = JobStatus.PENDING.value, JobStatus.SCHEDULED.value
+    return {"status": sa.case((is_due, pending_now), else_=later)}
+
+
 def claimed(worker_id: Any, now: Any) -> Values:
     """The values of a claimed job. They reset those of the previous attempt."""
     return {
@@ -91,6 +106,7 @@ def claimed(worker_id: Any, now: Any) -> Values:
         "attempt": NEXT_ATTEMPT,
         "worker_id": worker_id,
         "claimed_at": now,
+        "unique_hash": sa.case((_GIVES_KEY_UP, sa.null()), else_=JOBS.c.unique_hash),
         **_not_started(),
         "progress": None,
         "progress_note": None,
@@ -138,8 +154,10 @@ def settled(
 
 
 def ended(finished_at: Time) -> Values:
-    """The values of every job that ends: its end time, and the release of its ``unique_key``."""
-    return {"finished_at": finished_at, "unique_hash": None}
+    """The values of every job that ends: its end time, and the release of its unique key, unless
+    it keeps the key for some time."""
+    keeps_key = JOBS.c.unique_expires_at.is_not(None)
+    return {"finished_at": finished_at, "unique_hash": sa.case((keeps_key, JOBS.c.unique_hash))}
 
 
 def cancelled(now: Time) -> Values:

@@ -61,7 +61,10 @@ def test_each_option_is_accepted_and_stored() -> None:
     assert names <= set(inspect.signature(run_background_job).parameters)
     assert names == set(OptionValues.__annotations__)
     columns = {name.removesuffix("_json") for name in column_values(JobOptions(), Config())}
-    assert columns == names - {"delay", "run_at"}, "first_run() has the times"
+    # unique_jobs() reads the options of unique jobs, and first_run() the times.
+    unique = {"unique", "unique_until", "unique_for", "on_duplicate"}
+    times = {"delay", "run_at", "debounce", "debounce_max", "throttle"}
+    assert columns == names - times - unique
 
 
 def test_defaults_from_config() -> None:

@@ -25,7 +25,7 @@ from ...models import Schedule
 from ...options import NO_OPTIONS, RECURRENCE_OPTIONS, JobOptions
 from ...registry import Target
 from ...state import AppState
-from ...store import NewJobs
+from ...store import NewJobs, Unique
 from .recurrence import Recurrence, checked
 
 _OWN_KEYS = ("job", "method", "parameters")
@@ -45,6 +45,8 @@ class Definition:
     values: Mapping[str, Any]
     """The values for the options of each job, by attribute name of ``Job``."""
     delay_seconds: float | None
+    unique: Mapping[str, Any] | None
+    """The fields of :class:`~flask_bgjobs.store.Unique`; ``None`` if its jobs are not unique."""
     recurrence: Recurrence
 
     def to_json(self) -> str:
@@ -74,7 +76,10 @@ class Definition:
         meta = {"schedule": self.name, "tick": tick.replace(tzinfo=dt.UTC)}
         values = job_values(self.target, self.method, self.values, waits=delay > 0)
         values["meta_json"] = serialize.dumps(meta, name="meta")
-        return NewJobs(values, [self.parameters], delay or None)
+        unique = None if self.unique is None else Unique(**self.unique)
+        if unique is not None and unique.debounce_seconds is not None:
+            delay = unique.debounce_seconds
+        return NewJobs(values, [self.parameters], unique=unique, delay_seconds=delay or None)
 
 
 def stored_definition(schedule: Schedule) -> Definition:
@@ -233,6 +238,7 @@ def _definition(state: AppState, name: str, entry: _Entry) -> Definition:
         parameters=jobs.parameters[0],
         values={key: jobs.values[key] for key in options.COLUMNS},
         delay_seconds=jobs.delay_seconds,
+        unique=None if jobs.unique is None else dataclasses.asdict(jobs.unique),
         recurrence=Recurrence(**{"timezone": state.config.timezone, **entry.recurrence}),
     )
 

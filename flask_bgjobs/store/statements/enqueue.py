@@ -1,11 +1,10 @@
-"""Enqueue: insert jobs, or find the job that holds a ``unique_key``."""
+"""Enqueue: insert the rows of jobs."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
 import functools
-import hashlib
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ...errors import UniqueKeyTaken
 from ...models import Job, detached_job
 from ..database import JOBS, Database
 from ..sizes import batches, statement_bytes
 
-_UNIQUE_TRIES = 10
 _JOBS_PER_STATEMENT = 5_000
 """Maximum number of jobs in one INSERT."""
 COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
@@ -26,6 +23,27 @@ COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_att
 _EMPTY_VALUES = dict.fromkeys(COLUMNS)
 SET_BY_DATABASE = {"id", "created_at", "run_at"}
 """Attributes whose values come from the INSERT itself."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unique:
+    """How jobs are kept unique. Each has a key, which one job at a time holds."""
+
+    keys: Sequence[str]
+    """The key of each job."""
+    until_start: bool = False
+    """Whether a job gives its key up when it is claimed, and not when it ends."""
+    for_seconds: float | None = None
+    """Minimum seconds for which the key stays taken, also after the end of its job."""
+    on_duplicate: str = "keep"
+    """What an enqueue does if the key is taken: ``keep`` that job, ``replace`` its parameters and
+    options if it has not started, or ``raise``."""
+    debounce_seconds: float | None = None
+    """Seconds by which each enqueue moves the job on that holds the key and has not started."""
+    debounce_max_seconds: float | None = None
+    """Maximum seconds from the first enqueue to its job."""
+    throttle_seconds: float | None = None
+    """Seconds in which at most one job becomes due. It replaces all other fields but ``keys``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,39 +54,16 @@ class NewJobs:
     """The common values, by attribute name of :class:`~flask_bgjobs.models.Job`."""
     parameters: Sequence[str]
     """The parameters of each job, as JSON."""
+    unique: Unique | None = None
+    """How they are kept unique; ``None`` if they are not."""
     delay_seconds: float | None = None
     """Delay from now, by the database's clock; unused if ``run_at`` is given."""
     run_at: dt.datetime | None = None
     """Due time in UTC, without ``tzinfo``."""
 
 
-class Inserts(Database):
-    """The statements that insert jobs."""
-
-    _holders = sa.select(JOBS)
-    """The query for the holder of a key; it must see what the newest transaction committed."""
-
-    def insert(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
-        """Insert jobs.
-
-        :param connection: of our own transaction, or of the transaction that the jobs join.
-        :returns: the inserted jobs, in the order of ``jobs``. If another job holds the
-            ``unique_key``, nothing is inserted, and the list has that job.
-        """
-        with self.in_our_schema(connection):
-            if jobs.values["unique_hash"] is not None:
-                return [self._insert_unique(connection, jobs)]
-            return self.insert_all(connection, jobs)
-
-    def save(self, jobs: NewJobs) -> list[Job]:
-        """Insert jobs as :meth:`insert` does, in a transaction of its own.
-
-        :raises CommitInDoubt: when the connection is lost, so that the jobs may or may not be
-            saved.
-        """
-        is_one_statement = len(jobs.parameters) == 1 and jobs.values["unique_hash"] is None
-        commit = self.autocommit_once if is_one_statement else self.transaction
-        return commit(lambda connection: self.insert(connection, jobs))
+class RowInserts(Database):
+    """The statements that insert rows of jobs."""
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """Insert jobs, and return them in the order of ``jobs``. If a ``unique_key`` among them is
@@ -99,24 +94,6 @@ class Inserts(Database):
     def typed(self, value: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
         """``value`` with its type, for a SELECT; an INSERT takes the type from the column."""
         return value
-
-    def _insert_unique(self, connection: sa.Connection, jobs: NewJobs) -> Job:
-        for _ in range(_UNIQUE_TRIES):
-            inserted = self.insert_unless_taken(connection, jobs)
-            if inserted is not None:
-                return inserted
-            holder = connection.execute(
-                self._holders.where(JOBS.c.unique_hash == jobs.values["unique_hash"])
-            ).one_or_none()
-            if holder is not None:
-                found = loaded_job(holder)
-                found.deduplicated = True
-                return found
-            # The holder finished between the two statements, so the key is free again: retry.
-        raise UniqueKeyTaken(
-            f"the unique_key {jobs.values['unique_key']!r} was taken and released by other jobs "
-            f"{_UNIQUE_TRIES} times in a row; try again"
-        )
 
     def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
         """Insert a job unless another job holds its ``unique_key``.
@@ -170,11 +147,6 @@ class Inserts(Database):
         given = self.typed(sa.bindparam("given_run_at", type_=JOBS.c.run_at.type))
         due = sa.case((delay.is_not(None), self.after(delay)), else_=self.now)
         return sa.func.coalesce(given, due)
-
-
-def unique_hash(unique_key: str) -> str:
-    """The value for the unique column ``unique_hash`` while a job with this key is active."""
-    return hashlib.sha256(unique_key.encode()).hexdigest()
 
 
 def _split(jobs: NewJobs) -> Iterator[NewJobs]:

@@ -17,8 +17,9 @@ from .. import transitions
 from ..database import JOBS, by_id
 from ..transitions import MOVES
 from .audit import Actor, Audits
-from .enqueue import loaded_job, unique_hash
+from .enqueue import loaded_job
 from .prune import delete_unheld
+from .unique import unique_hash
 
 DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
 """The state of a job after each action, in words."""
@@ -189,9 +190,13 @@ class ByHand(Audits):
             connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(values))
 
     def _retake_key(self, connection: sa.Connection, job_id: int) -> bool:
-        """Let a job hold its ``unique_key`` again; ``False`` if another job holds it."""
-        key = connection.scalar(sa.select(JOBS.c.unique_key).where(JOBS.c.id == job_id))
-        if key is None:
+        """Let a job hold its unique key again; ``False`` if another job holds it.
+
+        A job that gave its key up when it was claimed does not take it again.
+        """
+        columns = sa.select(JOBS.c.unique_key, JOBS.c.unique_until_start)
+        key, until_start = connection.execute(columns.where(JOBS.c.id == job_id)).one()
+        if key is None or until_start:
             return True
         try:
             with connection.begin_nested():

@@ -128,6 +128,8 @@ class Prunes(Database):
         return (
             JOBS.c.status == status.value,
             JOBS.c.finished_at <= self.after(sa.literal(-kept)),
+            # The row keeps the key taken.
+            sa.or_(JOBS.c.unique_expires_at.is_(None), JOBS.c.unique_expires_at <= self.now),
         )
 
 

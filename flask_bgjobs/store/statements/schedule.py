@@ -16,7 +16,8 @@ from ...models import Job, Schedule, ScheduleTick, Worker
 from ..database import JOBS, SCHEDULES, TICKS, WORKERS
 from ..sizes import batches
 from .audit import Actor, Audits
-from .enqueue import Inserts, NewJobs
+from .enqueue import NewJobs
+from .unique import Inserts
 
 _CHANGES_PER_TRANSACTION = 500
 _NEXT_TIME = dt.timedelta(microseconds=1)

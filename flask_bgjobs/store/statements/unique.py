@@ -1,0 +1,264 @@
+"""Unique jobs: insert a job, or find, replace or move the job that holds its key."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from ...errors import UniqueKeyTaken
+from ...job.statuses import NOT_STARTED, JobStatus
+from ...models import Job
+from .. import transitions
+from ..database import JOBS
+from .enqueue import NewJobs, RowInserts, Unique, column_values, loaded_job
+
+_TRIES = 10
+_HAS_NOT_STARTED = sa.and_(
+    JOBS.c.status.in_([status.value for status in NOT_STARTED]), JOBS.c.attempt == 0
+)
+"""The condition that no worker has claimed a job. A job that is retried or was snoozed has the same
+statuses."""
+_UNFINISHED = frozenset(status for status in JobStatus if not status.is_final)
+_THROTTLE_SLOTS = "first", "second"
+"""The windows of a throttle alternate between two hashes: the job of the next window is inserted
+while that of the current one still holds its own."""
+
+
+_REPLACED = frozenset(
+    {
+        *("target", "method", "parameters", "meta", "tags", "owner", "queue", "priority"),
+        *("claim_rank", "retries", "retry_delay", "backoff", "max_retry_delay", "jitter"),
+        *("timeout", "status"),
+    }
+)
+"""The columns that an enqueue replaces in a job that has not started. Those about attempts stay,
+because the number of the attempt must never decrease."""
+
+
+class Inserts(RowInserts):
+    """The statements that insert jobs, unique or not."""
+
+    _holders = sa.select(JOBS)
+    """The query for the holder of a key; it must see what the newest transaction committed."""
+
+    def insert(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        """Insert jobs.
+
+        :param connection: of our own transaction, or of the transaction that the jobs join.
+        :returns: one job for each of ``jobs``, in order. If another job holds the key of a unique
+            job, it is that one, with ``deduplicated`` set.
+        :raises UniqueKeyTaken: when a key is taken, if the jobs ask for that.
+        """
+        with self.in_our_schema(connection):
+            if jobs.unique is None:
+                return self.insert_all(connection, jobs)
+            return [self._insert_unique(connection, each) for each in _one_by_one(jobs)]
+
+    def save(self, jobs: NewJobs) -> list[Job]:
+        """Insert jobs as :meth:`insert` does, in a transaction of its own.
+
+        :raises CommitInDoubt: when the connection is lost, so that the jobs may or may not be
+            saved.
+        """
+        is_one_statement = len(jobs.parameters) == 1 and jobs.unique is None
+        commit = self.autocommit_once if is_one_statement else self.transaction
+        return commit(lambda connection: self.insert(connection, jobs))
+
+    def _insert_unique(self, connection: sa.Connection, job: NewJobs) -> Job:
+        """Insert one unique job, or find the one that holds its key."""
+        unique = job.unique
+        assert unique is not None
+        (key,) = unique.keys
+        try_once = self._throttle if unique.throttle_seconds is not None else self._try_unique
+        for _ in range(_TRIES):
+            if (found := try_once(connection, job, unique, key)) is not None:
+                return found
+        raise UniqueKeyTaken(
+            f"the unique key {key!r} was taken and released by other jobs {_TRIES} times in a row; "
+            "try again"
+        )
+
+    def _try_unique(
+        self, connection: sa.Connection, job: NewJobs, unique: Unique, key: str
+    ) -> Job | None:
+        """Insert the job, or find the holder of its key.
+
+        :returns: ``None`` if that has changed between two statements.
+        """
+        key_hash = unique_hash(key)
+        columns = self._unique_columns(connection, unique, key_hash)
+        inserted = self.insert_unless_taken(connection, _with(job, columns))
+        if inserted is not None:
+            return inserted
+        if _replaces(unique) and self._replace(connection, job, unique, key_hash):
+            return self._holder(connection, key_hash)
+        found = self._holder(connection, key_hash)
+        if found is None or self._free_if_expired(connection, found):
+            return None
+        if unique.on_duplicate == "raise":
+            raise UniqueKeyTaken(
+                f"job {found.id} holds the unique key {key!r}; it is {found.status}"
+            )
+        return found
+
+    def _unique_columns(
+        self, connection: sa.Connection, unique: Unique, key_hash: str
+    ) -> dict[str, Any]:
+        columns: dict[str, Any] = {"unique_hash": key_hash}
+        if unique.until_start:
+            columns["unique_until_start"] = True
+        if unique.for_seconds is not None or unique.debounce_max_seconds is not None:
+            now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+            columns["unique_expires_at"] = _later(now, unique.for_seconds)
+            columns["debounce_until"] = _later(now, unique.debounce_max_seconds)
+        return columns
+
+    def _holder(self, connection: sa.Connection, key_hash: str) -> Job | None:
+        holders = self._holders.where(JOBS.c.unique_hash == key_hash)
+        row = connection.execute(holders).one_or_none()
+        if row is None:
+            return None
+        found = loaded_job(row)
+        found.deduplicated = True
+        return found
+
+    def _free_if_expired(self, connection: sa.Connection, holder: Job) -> bool:
+        """Free the key of a job that has outlived its time, if it would hold it for no other
+        reason."""
+        if holder.unique_expires_at is None:
+            # It gives the key up by itself.
+            return False
+        unfinished = JOBS.c.status.in_([status.value for status in _UNFINISHED])
+        needs_key = _HAS_NOT_STARTED if holder.unique_until_start else unfinished
+        expired = (
+            sa.update(JOBS)
+            .where(
+                JOBS.c.id == holder.id,
+                JOBS.c.unique_hash == holder.unique_hash,
+                JOBS.c.unique_expires_at <= self.now,
+                ~needs_key,
+            )
+            .values(unique_hash=None)
+        )
+        return bool(connection.execute(expired).rowcount)
+
+    def _replace(
+        self, connection: sa.Connection, job: NewJobs, unique: Unique, key_hash: str
+    ) -> bool:
+        """Give the holder of a key the parameters and options of ``job``, if it has not started."""
+        columns = _replaced_columns(job)
+        if unique.debounce_seconds is None:
+            due = (
+                self.now if job.delay_seconds is None else self.after(sa.literal(job.delay_seconds))
+            )
+            columns["run_at"] = due if job.run_at is None else job.run_at
+        else:
+            moved = self.after(sa.literal(unique.debounce_seconds))
+            latest = JOBS.c.debounce_until
+            due = sa.case((latest < moved, latest), else_=moved)
+            is_due = latest <= self.now
+            columns |= transitions.replaced(is_due=is_due)
+            columns["run_at"] = due
+        # MySQL assigns in the order of the columns: the status last, because others depend on it.
+        ordered = sorted(columns.items(), key=lambda item: item[0] == "status")
+        replacement = (
+            sa.update(JOBS)
+            .where(JOBS.c.unique_hash == key_hash, _HAS_NOT_STARTED)
+            .ordered_values(*ordered)
+        )
+        return bool(connection.execute(replacement).rowcount)
+
+    def _throttle(
+        self, connection: sa.Connection, job: NewJobs, unique: Unique, key: str
+    ) -> Job | None:
+        """Insert the job as the first of a window; or else as the one of the next window, or give
+        its parameters to that one.
+
+        :returns: ``None`` if another job was inserted or has changed meanwhile.
+        """
+        seconds = unique.throttle_seconds
+        assert seconds is not None
+        hashes = [unique_hash(f"{key}\n{slot}") for slot in _THROTTLE_SLOTS]
+        window = dt.timedelta(seconds=seconds)
+        now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+        rows = connection.execute(self._holders.where(JOBS.c.unique_hash.in_(hashes)))
+        holders = [loaded_job(row) for row in rows]
+        for later in holders:
+            if later.attempt == 0 and later.run_at > now:
+                return self._give_parameters(connection, later, job)
+        current = [each for each in holders if _ends(each) > now]
+        begins = max((_ends(each) for each in current), default=now)
+        for expired in holders:
+            if expired not in current:
+                freed = sa.update(JOBS).where(
+                    JOBS.c.id == expired.id, JOBS.c.unique_hash == expired.unique_hash
+                )
+                connection.execute(freed.values(unique_hash=None))
+        taken = {each.unique_hash for each in current}
+        free = next(each for each in hashes if each not in taken)
+        columns = {
+            "unique_hash": free,
+            "unique_until_start": True,
+            "unique_expires_at": begins + window,
+            **transitions.enqueued(waits=bool(current)),
+        }
+        due = dataclasses.replace(job, delay_seconds=None, run_at=begins)
+        return self.insert_unless_taken(connection, _with(due, columns))
+
+    def _give_parameters(self, connection: sa.Connection, holder: Job, job: NewJobs) -> Job | None:
+        """Give a job that is not due yet the parameters and options of ``job``."""
+        columns = {k: v for k, v in _replaced_columns(job).items() if k not in ("status", "run_at")}
+        waiting = sa.update(JOBS).where(
+            JOBS.c.id == holder.id,
+            JOBS.c.unique_hash == holder.unique_hash,
+            _HAS_NOT_STARTED,
+        )
+        if not connection.execute(waiting.values(columns)).rowcount:
+            return None
+        return self._holder(connection, str(holder.unique_hash))
+
+
+def unique_hash(unique_key: str) -> str:
+    """The value for the unique column ``unique_hash`` while a job holds this key."""
+    return hashlib.sha256(unique_key.encode()).hexdigest()
+
+
+def _one_by_one(jobs: NewJobs) -> Sequence[NewJobs]:
+    unique = jobs.unique
+    assert unique is not None
+    return [
+        dataclasses.replace(
+            jobs,
+            parameters=[text],
+            values={**jobs.values, "unique_key": key},
+            unique=dataclasses.replace(unique, keys=[key]),
+        )
+        for text, key in zip(jobs.parameters, unique.keys, strict=True)
+    ]
+
+
+def _with(job: NewJobs, columns: dict[str, Any]) -> NewJobs:
+    return dataclasses.replace(job, values={**job.values, **columns})
+
+
+def _replaces(unique: Unique) -> bool:
+    return unique.on_duplicate == "replace" or unique.debounce_seconds is not None
+
+
+def _replaced_columns(job: NewJobs) -> dict[str, Any]:
+    """The columns of a job that has not started, when it gets the values of another."""
+    return {name: value for name, value in column_values(job).items() if name in _REPLACED}
+
+
+def _later(now: dt.datetime, seconds: float | None) -> dt.datetime | None:
+    return None if seconds is None else now + dt.timedelta(seconds=seconds)
+
+
+def _ends(job: Job) -> dt.datetime:
+    """The end of a job's window."""
+    return job.unique_expires_at or job.run_at
