@@ -111,10 +111,16 @@ HARMLESS = [
 HARMLESS_ON_SQLITE = [
     *(
         (name, value)
-        for name in ("created_at", "claimed_at", "started_at", "finished_at", "cancel_requested_at")
+        for name in (
+            *("created_at", "claimed_at", "started_at", "finished_at", "cancel_requested_at"),
+            *("unique_expires_at", "debounce_until"),
+        )
         for value in ("", "never", b"\0", 5)
     ),
-    *((name, "abc") for name in ("progress", "worker_id", "suspect", "claim_rank")),
+    *(
+        (name, "abc")
+        for name in ("progress", "worker_id", "suspect", "claim_rank", "unique_until_start")
+    ),
     ("progress", 1e300),
     *(("priority", value) for value in ("abc", b"\0", 1.5, 2**40)),
     *(("attempt", value) for value in ("abc", b"\0", 1.5)),
