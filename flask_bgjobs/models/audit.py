@@ -23,9 +23,11 @@ class AuditEntry(Base):
     source: Mapped[str] = mapped_column(sa.String(16))
     """Where the change was made: ``dashboard``, ``api`` or ``command line``."""
     action: Mapped[str] = mapped_column(sa.String(16))
-    """``dispatch``, ``cancel``, ``retry``, ``delete``, ``pause``, ``resume`` or ``drain``."""
+    """``dispatch``, ``cancel``, ``retry`` or ``delete``; of queues ``pause`` or ``resume``; of
+    workers ``drain``; of schedules ``run schedule``, ``pause schedule``, ``resume schedule``,
+    ``edit schedule`` or ``reset schedule``."""
     subject: Mapped[str | None] = mapped_column(sa.String(255))
-    """Name of the queue, the worker or the dispatched function."""
+    """Name of the queue, the worker, the schedule or the dispatched function."""
     reason: Mapped[str | None] = mapped_column(sa.Text)
     """The conditions that selected many jobs."""
     result: Mapped[str | None] = mapped_column(sa.String(255))

@@ -585,7 +585,7 @@ class TestChanges:
         assert resumed.next_tick_at.replace(tzinfo=None) > now_of(state)
         ticker.fire()
         assert count_jobs(app) == 0
-        assert audited(state) == [("pause", "s", "ada"), ("resume", "s", "ada")]
+        assert audited(state) == [("pause schedule", "s", "ada"), ("resume schedule", "s", "ada")]
 
     def test_second_pause_changes_nothing(self, make: Callable[..., Flask]) -> None:
         """Pausing twice keeps who paused first, and leaves one entry in the audit trail."""
@@ -646,7 +646,10 @@ class TestChanges:
         assert (reset.recurrence, reset.overrides) == (reset.code, {})
         assert reset.recurrence.cron == "0 3 * * *"
         assert row_of(state).next_tick_at > now_of(state) + 30 * SECOND
-        assert [action for action, _, _ in audited(state)] == ["override"] * 3 + ["reset"]
+        assert [action for action, _, _ in audited(state)] == [
+            *["edit schedule"] * 3,
+            "reset schedule",
+        ]
 
     def test_change_of_the_code_since_the_override(self, make: Callable[..., Flask]) -> None:
         """The schedule says that the code has changed since it was overridden."""
@@ -712,7 +715,7 @@ class TestChanges:
         assert [(t.outcome, t.job_id) for t in ticks_of(state)] == [
             ("by hand", job.id) for job in jobs
         ]
-        assert audited(state) == [("run", "s", "ada")] * 2
+        assert audited(state) == [("run schedule", "s", "ada")] * 2
 
     def test_run_now_checks_the_allow_list(
         self, make: Callable[..., Flask], make_app: Callable[..., Flask]

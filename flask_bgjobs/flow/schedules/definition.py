@@ -121,6 +121,24 @@ def definitions(state: AppState) -> dict[str, Definition]:
     return found
 
 
+def own_names(state: AppState) -> set[str]:
+    """The names of all schedules in the code. No module is imported."""
+    return {*state.config.schedule, *state.registry.recurrences()}
+
+
+def own_definition(state: AppState, name: str) -> Definition:
+    """The definition of one of :func:`own_names`. The module of its job is imported.
+
+    :raises ConfigError: names the schedule, and says what is wrong with it.
+    """
+    with _naming(f"schedule {name}"):
+        entry = state.config.schedule.get(name)
+        if entry is not None:
+            return _definition(state, name, _read_entry(entry))
+        recurrence = state.registry.recurrences()[name]
+        return _definition(state, name, _Entry(name, None, (), recurrence, NO_OPTIONS))
+
+
 def check_configured(state: AppState) -> None:
     """Check ``BGJOBS_SCHEDULE``. What depends on modules that cannot be imported now is left to the
     workers, which check everything when they start.

@@ -15,6 +15,7 @@ from ...enqueue.enqueue import announce
 from ...errors import ConfigError, InvalidJob, ScheduleChanged, ScheduleNotFound
 from ...job import serialize
 from ...models import Job, Schedule
+from ...models.job import detached_job
 from ...options import RECURRENCE_OPTIONS, RecurrenceValues
 from ...state import AppState
 from ...store import Actor, ScheduleChange
@@ -73,9 +74,28 @@ class RecurringJob:
         return str(self._definition.values["queue"])
 
     @property
+    def id(self) -> int:
+        """The id of its row; 0 if it is not in the database."""
+        return self._row.id
+
+    def example_job(self) -> Job:
+        """A job as it makes them, which is not in the database."""
+        jobs = self._definition.job(self._now)
+        values: dict[str, Any] = dict.fromkeys(each.key for each in Job.__mapper__.column_attrs)
+        known = {"id": 0, "attempt": 0, "run_at": self._now, "created_at": self._now}
+        return detached_job(
+            {**values, **jobs.values, **known, "parameters_json": jobs.parameters[0]}
+        )
+
+    @property
     def is_registered(self) -> bool:
         """Whether a worker has registered it. Before that, it does not run."""
         return self._row.registered_at is not None
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether its ticks were stopped, because the code of no live worker had it."""
+        return self._row.retired_at is not None
 
     @property
     def paused_at(self) -> dt.datetime | None:
@@ -145,7 +165,7 @@ class RecurringJob:
             who = None if by is None else by.name[:255]
             return {"paused_at": now, "paused_by": who, "due_at": None, "held_at": None}
 
-        return self._change(pause, by, "pause")
+        return self._change(pause, by, "pause schedule")
 
     def resume(self, by: Actor | None = None) -> RecurringJob:
         """Continue with the next tick.
@@ -161,7 +181,7 @@ class RecurringJob:
             anew = rescheduled(timing, now, is_off=row.retired_at is not None)
             return {"paused_at": None, "paused_by": None, **anew}
 
-        return self._change(resume, by, "resume")
+        return self._change(resume, by, "resume schedule")
 
     def override(self, by: Actor | None = None, **values: Unpack[RecurrenceValues]) -> RecurringJob:
         """Replace options of its recurrence, such as ``cron``, until :meth:`reset`.
@@ -191,7 +211,7 @@ class RecurringJob:
                 **_moved(row, definition, overridden, now),
             }
 
-        return self._change(override, by, "override")
+        return self._change(override, by, "edit schedule")
 
     def reset(self, by: Actor | None = None) -> RecurringJob:
         """Remove the override, so that it recurs as the code says.
@@ -207,7 +227,7 @@ class RecurringJob:
             none = dict.fromkeys(("override", "overridden_at", "overridden_by", "overridden_code"))
             return {**none, **_moved(row, definition, definition.recurrence, now)}
 
-        return self._change(reset, by, "reset")
+        return self._change(reset, by, "reset schedule")
 
     def run_now(self, by: Actor | None = None) -> Job:
         """Enqueue one of its jobs now, also while it is paused. Its ticks stay as they are.
@@ -295,29 +315,35 @@ class Schedules:
 
 def list_schedules(state: AppState) -> list[RecurringJob]:
     """All schedules, by name."""
-    now, rows = state.store.schedules()
+    now, rows = state.store.read_schedules()
     known = {row.name for row in rows}
-    own = (_unsaved(each, now) for name, each in _own(state).items() if name not in known)
-    found = (_read(state, row, now) for row in sorted([*rows, *own], key=lambda row: row.name))
+    own = (unsaved(each, now) for name, each in _own(state).items() if name not in known)
+    found = (read_row(state, row, now) for row in sorted([*rows, *own], key=lambda row: row.name))
     return [each for each in found if each is not None]
 
 
 def find(state: AppState, name: str) -> RecurringJob:
     """The schedule with this name, or with this last part of its name.
 
-    :raises ScheduleNotFound: when there is none, or several match.
+    :raises ScheduleNotFound: when there is none, several match, or its row cannot be read.
     """
-    now, rows = state.store.schedules(name)
+    now, rows = state.store.read_schedules(name)
     row = next(iter(rows), None)
     if row is None:
         row = _matching(state, name)
-    return RecurringJob(state, row, now)
+    found = read_row(state, row, now)
+    if found is None:
+        raise ScheduleNotFound(
+            f"the row of the schedule {name!r} cannot be read; a worker whose code has it writes "
+            "it anew when it starts"
+        )
+    return found
 
 
 def _matching(state: AppState, name: str) -> Schedule:
-    now, rows = state.store.schedules()
+    now, rows = state.store.read_schedules()
     known = {row.name: row for row in rows}
-    own = {n: _unsaved(each, now) for n, each in _own(state).items()}
+    own = {n: unsaved(each, now) for n, each in _own(state).items()}
     known = {**own, **known}
     if name in known:
         return known[name]
@@ -341,11 +367,13 @@ def _own(state: AppState) -> Mapping[str, Definition]:
         return {}
 
 
-def _unsaved(definition: Definition, now: dt.datetime) -> Schedule:
+def unsaved(definition: Definition, now: dt.datetime) -> Schedule:
+    """The row of a schedule that is not in the database."""
     return Schedule(id=_NO_ID, **new_row(definition, now))
 
 
-def _read(state: AppState, row: Schedule, now: dt.datetime) -> RecurringJob | None:
+def read_row(state: AppState, row: Schedule, now: dt.datetime) -> RecurringJob | None:
+    """The schedule of a row; ``None`` if the row cannot be read."""
     try:
         return RecurringJob(state, row, now)
     except Exception:

@@ -66,8 +66,13 @@ def _every(seconds: float) -> str:
     for size, unit in _UNITS:
         number, rest = divmod(seconds, size)
         if number and not rest:
-            return f"every {unit}" if number == 1 else f"every {number:g} {unit}s"
-    return f"every {seconds:g} seconds"
+            return f"every {unit}" if number == 1 else f"every {shortest(number)} {unit}s"
+    return f"every {shortest(seconds)} seconds"
+
+
+def shortest(number: float | None) -> str:
+    """A number without ``.0`` and without an exponent, such as ``30`` or ``2.5``."""
+    return "" if number is None else str(int(number) if number == int(number) else number)
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:

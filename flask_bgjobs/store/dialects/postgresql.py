@@ -20,7 +20,7 @@ from ...job.records import UNREADABLE_TIME
 from ...models import UtcTime
 from ..base import Store
 from ..connections import forward
-from ..database import AUTOCOMMIT, JOBS, READ_ONLY
+from ..database import AUTOCOMMIT, JOBS, READ_ONLY, SCHEDULES
 from ..links import connect_limits, discard_dead_connections, is_readable, prepare_limits, shut_down
 from ..sizes import StatementTooLarge
 from ..statements.claim import ORDER_COLUMNS, pending_in
@@ -58,6 +58,7 @@ class PostgresStore(Store):
     drivers = ("psycopg", "psycopg2")
     # A subquery, so that the clock is read once and comparisons with it can use an index.
     now = sa.literal_column("(SELECT clock_timestamp() AT TIME ZONE 'UTC')", UtcTime)
+    schedule_order = sa.collate(SCHEDULES.c.name, "C")
     insert_into = staticmethod(postgresql.insert)
     can_listen = True
     # The server closes the connection when it gets a larger message.

@@ -47,7 +47,7 @@ class Audits(Database):
         """Record a change in the audit trail.
 
         :param actor: who made the change; ``None`` for the app's own code: nothing is recorded.
-        :param subject: the queue, worker or function that was changed or dispatched.
+        :param subject: the queue, worker, schedule or function that was changed or dispatched.
         :param jobs: the ids of the jobs that were changed.
         :param result: a summary, such as ``3 cancelled, 2 skipped``.
         """

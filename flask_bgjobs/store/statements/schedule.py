@@ -20,6 +20,10 @@ from .enqueue import NewJobs
 from .unique import Inserts
 
 _CHANGES_PER_TRANSACTION = 500
+_TICKS_PER_STATEMENT = 100
+"""Schedules whose ticks one statement reads. SQLite allows 500 parts in a compound statement."""
+_ESCAPE = "/"
+"""The escape character of LIKE patterns."""
 _NEXT_TIME = dt.timedelta(microseconds=1)
 _HOLD_SECONDS = 1.0
 """How often it is checked whether the job has finished for which a tick waits."""
@@ -90,12 +94,40 @@ class ScheduleChange:
 class Schedules(Inserts, Audits):
     """The statements about schedules."""
 
+    schedule_order: sa.ColumnElement[str] = SCHEDULES.c.name
+    """The name of a schedule, in the order of its code points, like strings in Python."""
+
     def schedules(self, name: str | None = None) -> tuple[dt.datetime, list[Schedule]]:
         """The time of the database's clock, and all schedules, or the one with this name."""
         rows = sa.select(SCHEDULES).order_by(SCHEDULES.c.name)
         if name is not None:
             rows = rows.where(SCHEDULES.c.name == name)
         return self.autocommit(lambda c: self._read(c, rows))
+
+    def read_schedules(
+        self,
+        name: str | None = None,
+        *,
+        after: str = "",
+        contains: str = "",
+        limit: int | None = None,
+    ) -> tuple[dt.datetime, list[Schedule]]:
+        """Like :meth:`schedules`, for pages: on a connection for reading, and in parts.
+
+        :param after: only names after this one, in the order of their code points.
+        :param contains: only names with this text, in any case.
+        :param limit: how many to read at most (default: all).
+        """
+        order = self.schedule_order
+        rows = sa.select(SCHEDULES).order_by(order).limit(limit)
+        if name is not None:
+            rows = rows.where(SCHEDULES.c.name == name)
+        if after:
+            rows = rows.where(order > after)
+        if contains:
+            rows = rows.where(_contains(SCHEDULES.c.name, contains))
+        with self.read() as connection:
+            return self._read(connection, rows)
 
     def due_schedules(self, limit: int) -> tuple[dt.datetime, list[Schedule]]:
         """The time of the database's clock, and up to ``limit`` due schedules, in order."""
@@ -295,24 +327,22 @@ class Schedules(Inserts, Audits):
                     created_at=self.now,
                 )
             )
-            self.audit(connection, by, "run", subject=schedule.name, jobs=[saved.id])
+            self.audit(connection, by, "run schedule", subject=schedule.name, jobs=[saved.id])
             return saved
 
         return self.transaction(work)
 
     def last_ticks(self, schedule_ids: Sequence[int], number: int) -> dict[int, list[ScheduleTick]]:
         """The newest ticks of schedules, newest first, by the id of the schedule."""
-        found: dict[int, list[ScheduleTick]] = {}
+        found: dict[int, list[ScheduleTick]] = {schedule_id: [] for schedule_id in schedule_ids}
         with self.read() as connection:
-            for schedule_id in schedule_ids:
-                newest = (
-                    sa.select(TICKS)
-                    .where(TICKS.c.schedule_id == schedule_id)
-                    .order_by(TICKS.c.tick_at.desc())
-                    .limit(number)
-                )
-                rows = connection.execute(newest)
-                found[schedule_id] = [ScheduleTick(**row._mapping) for row in rows]
+            for some in batches(schedule_ids, _one, limit=_TICKS_PER_STATEMENT):
+                # One seek in the index for each: a window function would read all their ticks.
+                newest = sa.union_all(*(_newest_ticks(each, number) for each in some))
+                for row in connection.execute(newest):
+                    found[row.schedule_id].append(ScheduleTick(**row._mapping))
+        for ticks in found.values():
+            ticks.sort(key=lambda tick: tick.tick_at, reverse=True)
         return found
 
     def live_schedule_names(self) -> set[str]:
@@ -373,6 +403,20 @@ class Schedules(Inserts, Audits):
             if deleted >= limit:
                 break
         return deleted
+
+
+def _newest_ticks(schedule_id: int, number: int) -> sa.Select[Any]:
+    mine = sa.select(TICKS).where(TICKS.c.schedule_id == schedule_id)
+    # A subquery, because SQLite allows no LIMIT in the parts of a compound statement.
+    return sa.select(mine.order_by(TICKS.c.tick_at.desc()).limit(number).subquery())
+
+
+def _contains(column: sa.ColumnElement[str], text: str) -> sa.ColumnElement[bool]:
+    """Whether a column contains ``text``, in any case."""
+    special = (_ESCAPE, "%", "_")
+    escaped = text.translate({ord(character): f"{_ESCAPE}{character}" for character in special})
+    pattern = sa.func.lower(f"%{escaped}%")
+    return sa.func.lower(column).like(pattern, escape=_ESCAPE)
 
 
 def _execute_many(
