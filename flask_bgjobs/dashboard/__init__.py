@@ -10,7 +10,7 @@ from werkzeug.routing import Rule
 
 from ..config import Config
 from ..system.safe_logging import logger as _logger
-from . import access, api, assets, changes, pages
+from . import access, api, assets, changes, pages, schedules
 from .rendering import TemplateLoader
 
 _HOST = "bgjobs_host"
@@ -33,6 +33,7 @@ def add_dashboard(app: Flask, config: Config) -> None:
     blueprint = kind("bgjobs", __name__, url_prefix=config.dashboard_url_prefix)
     access.protect(blueprint)
     pages.register(blueprint)
+    schedules.register(blueprint)
     assets.register(blueprint)
     changes.register(blueprint)
     api.register(blueprint)

@@ -31,7 +31,7 @@ from ..store import Actor
 from ..system.safe_logging import logger as _logger
 from . import params
 
-VIEW, AUDIT, DISPATCH = "view", "audit", "dispatch"
+VIEW, AUDIT, DISPATCH, SCHEDULE = "view", "audit", "dispatch", "schedule"
 _ACTIONS = {
     "overview": VIEW,
     "list_jobs": VIEW,
@@ -40,12 +40,14 @@ _ACTIONS = {
     "list_errors": VIEW,
     "list_queues": VIEW,
     "list_workers": VIEW,
+    "list_schedules": VIEW,
     "list_audit": AUDIT,
     "dispatch": DISPATCH,
     "act": "",
     "bulk": "",
     "act_on_queue": "",
     "act_on_worker": "",
+    "act_on_schedule": SCHEDULE,
     "api_description": VIEW,
     "api_stats": VIEW,
     "api_jobs": VIEW,
@@ -53,11 +55,14 @@ _ACTIONS = {
     "api_errors": VIEW,
     "api_queues": VIEW,
     "api_workers": VIEW,
+    "api_schedules": VIEW,
+    "api_schedule": VIEW,
     "api_audit": AUDIT,
     "api_dispatch": DISPATCH,
     "api_act": "",
     "api_act_on_queue": "",
     "api_act_on_worker": "",
+    "api_act_on_schedule": SCHEDULE,
 }
 """The action that the authorizer is asked about, by view; where it is empty, the URL names it."""
 _OPEN = frozenset({"static", "healthz"})
@@ -164,6 +169,18 @@ def _type_name(value: object) -> str:
 def visible(job: Job) -> bool:
     """Whether the visitor may see ``job``."""
     return is_allowed(VIEW, job)
+
+
+def may_see_example(job: Job) -> bool:
+    """Whether the visitor may see ``job``, which is not in the database.
+
+    An authorizer that raises denies it: it may look up a row that belongs to the job.
+    """
+    state = current_state()
+    if state.config.dashboard_public:
+        return True
+    authorizer = state.find_authorizer()
+    return authorizer is not None and _may_see_each(authorizer, [job])
 
 
 def visible_filter() -> Callable[[Job], bool] | None:

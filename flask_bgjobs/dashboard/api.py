@@ -18,13 +18,22 @@ from flask import Blueprint, Response, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
-from ..errors import BgJobsError, JobNotAllowed, QueueNotFound
+from ..errors import (
+    BgJobsError,
+    JobNotAllowed,
+    QueueNotFound,
+    ScheduleChanged,
+    ScheduleNotFound,
+)
+from ..flow.schedules.manage import RecurringJob
 from ..job.text import storable
 from ..operations import actions, queries
+from ..options import RECURRENCE_OPTIONS
 from ..state import current_state
 from . import access, params
 from .changes import ACTS
 from .rendering import json_response
+from .schedule_rows import detail_data, detail_of, find_visible, list_rows, row_data
 
 PREFIX = "/api/v1"
 _OPENAPI = pathlib.Path(__file__).with_name("openapi.json")
@@ -36,6 +45,8 @@ _QUERY = {
     ),
     "api_errors": ("period",),
     "api_workers": ("ended",),
+    "api_schedules": ("q", "after", "per"),
+    "api_schedule": ("name",),
     "api_audit": ("after", "per"),
 }
 """The query parameters of each view; a view that is not listed has none."""
@@ -62,6 +73,9 @@ def register(blueprint: Blueprint) -> None:
         ("/queues/<any(pause, resume):verb>", api_act_on_queue, "POST"),
         ("/workers", api_workers, "GET"),
         ("/workers/<any(drain):verb>", api_act_on_worker, "POST"),
+        ("/schedules", api_schedules, "GET"),
+        ("/schedule", api_schedule, "GET"),
+        ("/schedules/<any(run, pause, resume, override, reset):verb>", api_act_on_schedule, "POST"),
         ("/audit", api_audit, "GET"),
     ):
         blueprint.add_url_rule(PREFIX + path, view_func=_checked(view), methods=[method])
@@ -234,6 +248,75 @@ def api_act_on_worker(verb: str) -> ResponseReturnValue:
         raise BadRequest("worker must be the id of a worker")
     changed = current_state().store.drain_worker(worker_id, access.visitor())
     return json_response(worker=worker_id, changed=changed)
+
+
+def api_schedules() -> ResponseReturnValue:
+    """Return a page of the schedules, by name."""
+    page = list_rows(
+        current_state(),
+        after=params.name("after"),
+        contains=params.name("q"),
+        limit=params.per_page(),
+    )
+    return json_response(schedules=[row_data(row) for row in page.rows], following=page.following)
+
+
+def api_schedule() -> ResponseReturnValue:
+    """Return one schedule, with its last and next runs."""
+    if "name" not in request.args:
+        raise BadRequest("name must be the name of a schedule")
+    state = current_state()
+    return json_response(**detail_data(detail_of(state, _schedule(request.args["name"]))))
+
+
+def api_act_on_schedule(verb: str) -> ResponseReturnValue:
+    """Run, pause, resume, override or reset a schedule."""
+    body = _body()
+    name = body.pop("schedule", None)
+    if not isinstance(name, str):
+        raise BadRequest("schedule must be the name of a schedule")
+    schedule = _schedule(name)
+    options = RECURRENCE_OPTIONS if verb == "override" else ()
+    if unknown := body.keys() - set(options):
+        fields = ", ".join(("schedule", *options))
+        raise BadRequest(f"there is no field {min(unknown)!r}; the fields are {fields}")
+    try:
+        return _change_schedule(schedule, verb, body)
+    except JobNotAllowed as error:
+        return _refused(HTTPStatus.FORBIDDEN, str(error))
+    except ScheduleChanged as error:
+        return _refused(HTTPStatus.CONFLICT, str(error))
+    except (BgJobsError, TypeError) as error:
+        return _refused(HTTPStatus.BAD_REQUEST, str(error))
+
+
+def _change_schedule(schedule: RecurringJob, verb: str, values: dict[str, Any]) -> Response:
+    by = access.visitor()
+    is_changed, job_id = True, None
+    if verb == "run":
+        job = schedule.run_now(by)
+        if job.deduplicated and not access.visible(job):
+            return _refused(HTTPStatus.CONFLICT, "another job holds its unique_key")
+        is_changed, job_id = not job.deduplicated, job.id
+    elif verb == "override":
+        schedule.override(by, **values)
+    elif verb == "pause":
+        schedule.pause(by)
+        is_changed = schedule.paused_at is None
+    elif verb == "resume":
+        schedule.resume(by)
+        is_changed = schedule.paused_at is not None
+    else:
+        schedule.reset(by)
+        is_changed = schedule.overridden_at is not None
+    return json_response(schedule=schedule.name, changed=is_changed, job=job_id)
+
+
+def _schedule(name: str) -> RecurringJob:
+    try:
+        return find_visible(current_state(), name)
+    except ScheduleNotFound as error:
+        raise NotFound(str(error)) from None
 
 
 def api_audit() -> ResponseReturnValue:

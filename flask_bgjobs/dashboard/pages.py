@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from http import HTTPStatus
 from typing import Any
@@ -76,7 +77,7 @@ def overview() -> ResponseReturnValue:
     queues = []
     if counts is not None:
         queues = queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES)
-    return _live_page(
+    return live_page(
         "overview",
         counts=counts,
         service=service,
@@ -113,7 +114,7 @@ def list_jobs() -> ResponseReturnValue:
         code = HTTPStatus.SERVICE_UNAVAILABLE
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
-    response = _live_page(
+    response = live_page(
         "list",
         # Counts of all jobs above a filtered list would look like the counts of that list.
         counts=None if filters.is_narrowed else _counts(state),
@@ -156,12 +157,21 @@ def show_job(job_id: int) -> ResponseReturnValue:
     detail = queries.job_detail(
         current_state(), access.requested_job(), with_totals=access.may_see_totals()
     )
-    return _live_page("job", detail=detail)
+    return live_page("job", detail=detail, schedule=_schedule_name(detail))
+
+
+def _schedule_name(detail: queries.JobDetail) -> str | None:
+    """The name of the schedule that made the job, if its meta says so."""
+    try:
+        name = json.loads(detail.meta or "{}")["schedule"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def list_errors() -> ResponseReturnValue:
     """Show the failed attempts, grouped by job and exception."""
-    return _live_page(
+    return live_page(
         "errors",
         errors=queries.errors_in(current_state(), params.period(), access.visible_filter()),
     )
@@ -172,7 +182,7 @@ def list_queues() -> ResponseReturnValue:
     state = current_state()
     access.require_totals()
     service = queries.service_now(state)
-    return _live_page(
+    return live_page(
         "queues",
         service=service,
         queues=queries.queues_of(state, service, most=queries.COUNTED_IN_QUEUES),
@@ -185,7 +195,7 @@ def list_workers() -> ResponseReturnValue:
     state = current_state()
     with_ended = params.includes_ended()
     workers = queries.list_workers(state, ended=with_ended)
-    return _live_page(
+    return live_page(
         "workers",
         service=queries.service_now(state),
         workers=workers,
@@ -200,7 +210,7 @@ def list_audit() -> ResponseReturnValue:
         page = queries.list_audit(current_state(), after=request.args.get("after"))
     except ValueError as error:
         raise BadRequest(f"{sentence(str(error))}.") from None
-    return _live_page("audit", page=page, is_live="after" not in request.args)
+    return live_page("audit", page=page, is_live="after" not in request.args)
 
 
 def dispatch() -> ResponseReturnValue:
@@ -246,7 +256,7 @@ def _plain_text(text: str, status: HTTPStatus) -> Response:
     return Response(text, status, mimetype="text/plain")
 
 
-def _live_page(name: str, **values: Any) -> Response:
+def live_page(name: str, **values: Any) -> Response:
     """A page; only the part that changes when the dashboard's script refreshes it."""
     if access.wants_fragment():
         return _fragment(name, **values)

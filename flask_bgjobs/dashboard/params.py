@@ -16,6 +16,7 @@ PER_PAGE = 50
 """Jobs on a page, unless the request asks for another number."""
 _MAX_VALUE = 200
 """Highest number of characters in a value."""
+_MAX_NAME = 255
 _MAX_CHOICES = 50
 """Highest number of values of one filter."""
 _LOCAL_PATH = re.compile(r"(?:[a-z0-9]+(?:/[a-z0-9]+)*)?")
@@ -97,6 +98,11 @@ def text(name: str) -> str:
     return storable(request.values.get(name, "").strip()[:_MAX_VALUE])
 
 
+def name(parameter: str) -> str:
+    """A name or a part of one from the query string, stripped and cut to 255 characters."""
+    return storable(request.args.get(parameter, "").strip()[:_MAX_NAME])
+
+
 def _words() -> str:
     """The search text. It is never cut, because the shorter text would match other jobs."""
     if len(request.values.get("q", "").strip()) > _MAX_VALUE:
@@ -137,8 +143,11 @@ def period() -> queries.Period:
     return queries.PERIODS.get(text("period"), queries.DEFAULT_PERIOD)
 
 
-def next_page() -> str:
-    """The form's ``next`` URL if it is a page of this dashboard, else the URL of the job list."""
+def next_page(default: str = ".list_jobs") -> str:
+    """The form's ``next`` URL if it is a page of this dashboard, else the URL of ``default``.
+
+    :param default: the endpoint of a page (default: the job list).
+    """
     root = url_for(".overview")
     wanted = request.form.get("next", "")
     below = wanted.partition("?")[0].removeprefix(root)
@@ -147,7 +156,7 @@ def next_page() -> str:
         and _LOCAL_PATH.fullmatch(below) is not None
         and wanted.isprintable()
     )
-    return wanted if is_ours else url_for(".list_jobs")
+    return wanted if is_ours else url_for(default)
 
 
 def _choices(name: str) -> tuple[str, ...]:
