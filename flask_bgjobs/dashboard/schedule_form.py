@@ -17,11 +17,11 @@ from ..job import durations
 from ..job.text import sentence
 
 MISSED_WORDS = {
-    "once": "one run makes up for all of them",
-    "skip": "they are skipped",
-    "all": "each of them is made up for, at most 100",
+    "once": "one run for all of them",
+    "skip": "none of them runs",
+    "all": "each of them, at most 100",
 }
-"""What happens to the runs that no worker did in time, by the value of ``missed``."""
+"""What runs for times at which no worker was there, by the value of ``missed``."""
 OVERLAP_WORDS = {
     "skip": "the run is skipped",
     "queue": "the run waits until that job has finished",
@@ -108,7 +108,7 @@ class ScheduleForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
             self.changes.update(values)
 
     def _is_changed(self, field: Field) -> bool:
-        return _text(field) != self._before.get(field.name)
+        return _text(field) != self._before.get(field.name, "")
 
     @functools.cached_property
     def _before(self) -> dict[str, Any]:

@@ -154,6 +154,7 @@ LIST_PAGES = [
     "/jobs/errors",
     "/jobs/queues",
     "/jobs/workers",
+    "/jobs/schedules",
     "/jobs/api/v1/jobs",
     "/jobs/api/v1/stats",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -9,8 +10,12 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
+import sqlalchemy as sa
 
+from flask_bgjobs.flow.schedules.manage import find
+from flask_bgjobs.flow.schedules.ticker import Ticker
 from flask_bgjobs.job.rollup import MINUTE, OUTCOMES, RUN, WAIT, Cell
+from flask_bgjobs.models import Schedule, ScheduleTick
 from flask_bgjobs.store import Actor
 from tests.integration.test_dashboard_browser import Browsing, pytestmark
 from tests.integration.test_dashboard_browser import address as address
@@ -39,10 +44,41 @@ PAGES = {
     "errors": "/errors",
     "queues": "/queues",
     "workers": "/workers?ended=1",
+    "schedules": "/schedules",
+    "schedule": "/schedules?name=nightly",
     "audit": "/audit",
     "dispatch": "/dispatch?again=2",
     "missing": "/job/4711",
 }
+
+
+SCHEDULES = {
+    "nightly": {"job": RECEIPT, "parameters": [7], "cron": "0 3 * * *"},
+    "paused": {"job": RECEIPT, "parameters": [7], "cron": "*/15 * * * MON-FRI"},
+    "gone": {"job": RECEIPT, "parameters": [7], "cron": "@monthly"},
+    "held": {"job": RECEIPT, "parameters": [7], "every": 86_400, "overlap": "queue"},
+}
+LIVE = ["held", "nightly", "paused"]
+"""The schedules in the code of a live worker."""
+
+
+def add_schedules(host: Host) -> None:
+    """Add a schedule in each state that looks different."""
+    object.__setattr__(host.state.config, "schedule", SCHEDULES)
+    ada = Actor("ada", "dashboard")
+    with host.app.app_context():
+        Ticker(host.state, host.state.store).register()
+        find(host.state, "paused").pause(ada)
+        nightly = find(host.state, "nightly").override(ada, cron="0 4 * * *", timezone="Asia/Tokyo")
+    for number, outcome in enumerate(("by hand", "skipped", "fired")):
+        host._insert(
+            ScheduleTick, schedule_id=nightly.id, tick_at=now(-60 * number - 90), outcome=outcome,
+            missed=number, job_id=1, created_at=now(),
+            reason="job 1 is not finished" if outcome == "skipped" else None,
+        )  # fmt: skip
+    held = sa.update(Schedule).where(Schedule.name == "held")
+    with host.state.store.engine.begin() as connection:
+        connection.execute(held.values(held_at=now(-40), last_job_id=1))
 
 
 @pytest.fixture
@@ -70,11 +106,12 @@ def populated_host(host: Host) -> Host:
     host.add_line(running, "page 4 imported")
     for status in ("scheduled", "retrying", "completed", "cancelled"):
         host.add(status=status, run_at=now(600))
-    host.add_worker()
+    host.add_worker(schedules=json.dumps(LIVE))
     host.add_worker("worker-2", status="dead", heartbeat_at=now(-900), stopped_at=now(-800))
     host.pause("reports")
     store = host.state.store
     store.record(Actor("anna", "dashboard"), "cancel", jobs=[failed])
+    add_schedules(host)
     minute = store.clock().replace(second=0, microsecond=0)
     store.add_to_rollup(
         {
@@ -117,6 +154,15 @@ def test_dialogs_and_menus_pass_axe(
     page.goto(f"{open_page.address}/job/2")
     page.click('summary:has-text("Delete…")')
     found += violations_on(page, "delete")
+    page.goto(f"{open_page.address}/schedules")
+    page.click('summary:has-text("Run now") >> nth=0')
+    found += violations_on(page, "run now")
+    page.goto(f"{open_page.address}/schedules?name=nightly")
+    page.fill("#cron", "0 3 x * *")
+    page.click("text=Save")
+    page.wait_for_selector("text=is not a day of the month")
+    found += violations_on(page, "edit")
+    open_page.forget_responses(400)
     assert found == []
 
 
@@ -176,6 +222,6 @@ def test_accessibility_tree(
 def _without_times(tree: str) -> str:
     """The tree without times."""
     tree = re.sub(r"\b(now|(in )?\d+ (ms|s|min|h|d)( ago)?)(?=[\s\"]|$)", "…", tree)
-    tree = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "…", tree)
+    tree = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (UTC|JST)", "…", tree)
     tree = re.sub(r"since=[\dT:-]+", "since=…", tree)
     return tree.rstrip() + "\n"

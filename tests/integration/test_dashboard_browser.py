@@ -15,6 +15,7 @@ import pytest
 from flask import Response
 from werkzeug.serving import make_server
 
+from flask_bgjobs.flow.schedules.manage import find
 from flask_bgjobs.job.rollup import MINUTE, OUTCOMES, RUN, Cell
 from flask_bgjobs.store import Actor
 from tests.integration.test_dashboard_support import (
@@ -132,8 +133,10 @@ def test_pages_comply_with_the_policy(host: Host, open_page: Browsing) -> None:
     host.add_worker()
     host.state.store.record(Actor("anna", "dashboard"), "cancel", jobs=[job_id])
     host.state.store.add_to_rollup({_cell(host, outcome): 7 for outcome in OUTCOMES})
+    entry = {"job": RECEIPT, "parameters": [7], "every": 60}
+    object.__setattr__(host.state.config, "schedule", {"poll": entry})
     paths = ("/", "/list?status=failed", f"/job/{job_id}", f"/dispatch?again={job_id}")
-    for path in (*paths, *SECTIONS):
+    for path in (*paths, "/schedules?name=poll", *SECTIONS):
         page = open_page(path)
         page.wait_for_function("document.documentElement.dataset.bsTheme")
 
@@ -588,7 +591,49 @@ def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, schem
     host.add_worker(word, host=word)
     host.pause("q" * 64)
     host.state.store.record(Actor(word, "dashboard", word), "cancel", subject=word, jobs=[job_id])
-    for path in ("/", "/list", f"/job/{job_id}", "/dispatch", *SECTIONS):
+    schedule = {
+        "job": RECEIPT,
+        "parameters": [word],
+        "cron": f"{','.join(map(str, range(60)))} * * * *",
+    }
+    object.__setattr__(host.state.config, "schedule", {word: schedule})
+    with host.app.app_context():
+        find(host.state, word).override(cron=schedule["cron"].replace("0,1", "1")).pause(
+            Actor(word, "dashboard")
+        )
+    more = (f"/schedules?name={word}", *SECTIONS)
+    for path in ("/", "/list", f"/job/{job_id}", "/dispatch", *more):
         page = open_page(path, viewport={"width": width, "height": 700}, color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.evaluate("document.documentElement.dataset.bsTheme") == scheme
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_schedule_is_run_after_a_confirmation(host: Host, open_page: Browsing, width: int) -> None:
+    """The confirmation of "Run now" is inside the screen, holds the refresh, and runs the job."""
+    entry = {"job": RECEIPT, "parameters": [7], "every": 86_400}
+    object.__setattr__(host.state.config, "schedule", {"poll": entry})
+    page = open_page("/schedules", viewport={"width": width, "height": 700})
+    page.click("summary:has-text('Run now')")
+    box = page.locator(".bgj-confirm form").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    assert host.count() == 0
+    playwright_api.expect(page.locator("[data-bgjobs-fresh]")).to_contain_text("a dialog is open")
+    page.click(".bgj-confirm form >> text=Run now")
+    page.wait_for_selector("text=Job 1 of schedule poll enqueued.")
+    page.wait_for_selector("text=run by hand")
+    assert host.count() == 1
+
+
+def test_refresh_keeps_the_form_of_a_schedule(host: Host, open_page: Browsing) -> None:
+    """What was typed into the form of a schedule stays while the page above it refreshes."""
+    entry = {"job": RECEIPT, "parameters": [7], "every": 86_400}
+    object.__setattr__(host.state.config, "schedule", {"poll": entry})
+    page = open_page("/schedules?name=poll")
+    page.fill("#every", "15")
+    with host.app.app_context():
+        find(host.state, "poll").run_now()
+    page.wait_for_selector("text=run by hand")
+    assert page.input_value("#every") == "15"
+    assert page.evaluate("document.activeElement.id") == "every"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gzip
 import re
 from collections.abc import Callable, Iterator
@@ -14,10 +15,12 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_bgjobs import BgJobs, Job, run_background_job
 from flask_bgjobs.dashboard import access
-from flask_bgjobs.models import Attempt
+from flask_bgjobs.flow.schedules.ticker import Ticker
+from flask_bgjobs.models import Attempt, Schedule, ScheduleTick
 from flask_bgjobs.operations.queries import listing
 from flask_bgjobs.state import state_of
 from flask_bgjobs.store import Actor
+from flask_bgjobs.worker.registration import register
 from tests.integration.test_store import _copy_job, _plan_step, _scans, analyze
 
 MOST_STATEMENTS = 8
@@ -39,7 +42,12 @@ PAGES = {
     "errors": "/errors?period=24h",
     "queues": "/queues",
     "workers": "/workers",
+    "schedules": "/schedules",
+    "later schedules": "/schedules?after=s-0700&q=S-",
+    "schedule": "/schedules?name=s-0777",
     "audit": "/audit",
+    "api schedules": "/api/v1/schedules?per=200",
+    "api schedule": "/api/v1/schedule?name=s-0777",
     "api": "/api/v1/stats",
 }
 
@@ -49,12 +57,16 @@ _FIRST_BY_ID = re.compile(r"FROM bgjobs_job ORDER BY bgjobs_job.id( DESC)?\s+LIM
 
 @pytest.fixture
 def crowded(database_url: str) -> Iterator[flask.Flask]:
-    """A host with 50,000 jobs, some failed attempts and an audit entry."""
+    """A host with 50,000 jobs, some failed attempts, an audit entry, and 10,000 schedules, of which
+    the first has 10,000 ticks."""
     app = flask.Flask(__name__)
     app.config.update(
         SECRET_KEY="x",
         SQLALCHEMY_DATABASE_URI=database_url,
         BGJOBS_ALLOWED_JOBS=["tests.jobs.echo"],
+        BGJOBS_SCHEDULE={
+            f"s-{number:04}": {"job": "tests.jobs.echo", "every": 60} for number in range(10_000)
+        },
     )
     db = SQLAlchemy(app)
     BgJobs(app, db).authorize_dashboard(lambda action, job: True)
@@ -70,11 +82,25 @@ def crowded(database_url: str) -> Iterator[flask.Flask]:
         attempt = sa.insert(Attempt).values(job_id=first.id, finished_at=store.now, **failure)
         store.transaction(lambda c: [c.execute(attempt) for _ in range(50)])
         store.record(Actor("anna", "dashboard"), "cancel", jobs=[first.id])
+        _add_schedules(app)
         analyze(store)
         yield app
         store.dispose()
         db.session.remove()
         db.engine.dispose()
+
+
+def _add_schedules(app: flask.Flask) -> None:
+    ticker = Ticker(state_of(app), state_of(app).store)
+    register(state_of(app), "w", schedules=ticker.names)
+    ticker.register()
+    store = state_of(app).store
+    with store.engine.begin() as connection:
+        first = connection.scalar(sa.select(sa.func.min(Schedule.id)))
+        begin = dt.datetime(2026, 1, 1)
+        usual = {"schedule_id": first, "outcome": "fired", "missed": 0, "created_at": begin}
+        ticks = [{**usual, "tick_at": begin + dt.timedelta(minutes=n)} for n in range(10_000)]
+        connection.execute(sa.insert(ScheduleTick), ticks)
 
 
 def test_pages_take_few_statements(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ SAMPLE = f"{__name__}.SampleJob"
 RECEIPT = f"{__name__}.send_receipt"
 BROKEN = f"{__name__}.no_such_thing"
 PREFIX = "/jobs"
-SECTIONS = ("/errors", "/queues", "/workers", "/audit")
+SECTIONS = ("/errors", "/queues", "/workers", "/schedules", "/audit")
 """The pages that the navigation of the dashboard links to, without the overview and the list."""
 
 MakeHost = Callable[..., "Host"]

@@ -22,7 +22,7 @@ from tests.integration.test_dashboard_support import (
 from tests.integration.test_dashboard_support import host_maker as host_maker
 
 PAGES = ("/", "/list", "/list?q=x", *SECTIONS, "/dispatch")
-API_PAGES = ("stats", "jobs", "errors", "queues", "workers", "audit", "jobs/1")
+API_PAGES = ("stats", "jobs", "errors", "queues", "workers", "schedules", "audit", "jobs/1")
 
 
 class OtherDelimiters(Flask):
