@@ -598,7 +598,7 @@ def test_pages_fit_any_screen(host: Host, open_page: Browsing, width: int, schem
     }
     object.__setattr__(host.state.config, "schedule", {word: schedule})
     with host.app.app_context():
-        find(host.state, word).override(cron=schedule["cron"].replace("0,1", "1")).pause(
+        find(host.state, word).override(cron=schedule["cron"].replace("0,1", "1", 1)).pause(
             Actor(word, "dashboard")
         )
     more = (f"/schedules?name={word}", *SECTIONS)
