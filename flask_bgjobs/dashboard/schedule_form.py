@@ -25,7 +25,7 @@ MISSED_WORDS = {
 OVERLAP_WORDS = {
     "skip": "the run is skipped",
     "queue": "the run waits until that job has finished",
-    "allow": "it runs all the same",
+    "allow": "it runs anyway",
 }
 """What happens while the last job is not finished, by the value of ``overlap``."""
 
@@ -108,7 +108,7 @@ class ScheduleForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
             self.changes.update(values)
 
     def _is_changed(self, field: Field) -> bool:
-        return _text(field) != self._before.get(field.name, "")
+        return bool(_text(field) != self._before.get(field.name, ""))
 
     @functools.cached_property
     def _before(self) -> dict[str, Any]:

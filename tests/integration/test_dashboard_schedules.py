@@ -280,7 +280,8 @@ class TestManySchedules:
 
     def test_api_pages(self, many: Host) -> None:
         """The API returns the same pages, of a chosen size."""
-        names, after = [], ""
+        names: list[str] = []
+        after: str | None = ""
         while after is not None:
             page = json.loads(many.get(f"/api/v1/schedules?per=30&after={after}"))
             names += [each["name"] for each in page["schedules"]]
