@@ -154,7 +154,10 @@ def list_rows(state: AppState, *, after: str, contains: str, limit: int) -> Sche
     shown = [each for each in page.schedules if access.may_see_example(each.example_job())]
     live = state.store.live_schedule_names()
     ticks = state.store.last_ticks([each.id for each in shown if each.id], 1)
-    rows = [_row(state, each, live, ticks.get(each.id, ())) for each in shown]
+    names_people = access.is_allowed(access.AUDIT)
+    rows = [
+        _row(state, each, live, ticks.get(each.id, ()), names_people=names_people) for each in shown
+    ]
     unreadable = page.unreadable if access.may_see_totals() else []
     return ScheduleList(page.now, rows, unreadable, page.following, bool(live))
 
@@ -184,7 +187,7 @@ def detail_of(state: AppState, schedule: RecurringJob) -> ScheduleDetail:
     zone = read_zone(schedule.recurrence.timezone)
     return ScheduleDetail(
         state.store.clock(),
-        _row(state, schedule, live, ticks),
+        _row(state, schedule, live, ticks, names_people=access.is_allowed(access.AUDIT)),
         [_tick(each) for each in ticks],
         [
             NextRun(tick.replace(tzinfo=None), f"{tick.astimezone(zone):%Y-%m-%d %H:%M:%S %Z}")
@@ -222,8 +225,9 @@ def _row(
     schedule: RecurringJob,
     live: Collection[str],
     ticks: Sequence[ScheduleTick],
+    *,
+    names_people: bool,
 ) -> ScheduleRow:
-    names_people = access.is_allowed(access.AUDIT)
     is_stopped = schedule.is_retired or (bool(live) and schedule.name not in live)
     return ScheduleRow(
         name=schedule.name,

@@ -27,6 +27,7 @@ from flask_bgjobs import (
 )
 from flask_bgjobs.errors import ConfigError
 from flask_bgjobs.flow.schedules.manage import Schedules, find
+from flask_bgjobs.flow.schedules.pages import schedule_page
 from flask_bgjobs.flow.schedules.ticker import Ticker
 from flask_bgjobs.models import AuditEntry, Schedule, ScheduleTick
 from flask_bgjobs.models import Worker as WorkerRow
@@ -942,6 +943,75 @@ class TestDefinitions:
         with app.app_context():
             ticker.fire()
         assert [outcome.result for outcome in drain(app)] == ["done"]
+
+
+class TestPages:
+    NAMES = ("Zeta", "a-1", "a_2", "a%3", "alpha", "beta", "\u00e9t\u00e9", "\U0001f600")
+
+    @pytest.fixture
+    def state(self, make_app: Callable[..., Flask]) -> Iterator[AppState]:
+        """An app whose schedules a worker has registered, except every third."""
+        every = {name: {**ECHO, "every": PERIOD} for name in self.NAMES}
+        some = make_app(BGJOBS_SCHEDULE={n: e for i, (n, e) in enumerate(every.items()) if i % 3})
+        with some.app_context():
+            ticker_of(some)
+        app = make_app(BGJOBS_SCHEDULE=every)
+        with app.app_context():
+            yield state_of(app)
+
+    @pytest.mark.parametrize("limit", [1, 3, 8, 100])
+    def test_every_schedule_is_on_one_page(self, state: AppState, limit: int) -> None:
+        """Pages have the schedules in the order of Python's strings on each database, whether or
+        not they are in the database."""
+        names: list[str] = []
+        after: str | None = ""
+        while after is not None:
+            page = schedule_page(state, after=after, limit=limit)
+            assert len(page.schedules) <= limit
+            names += [each.name for each in page.schedules]
+            after = page.following
+        assert names == sorted(self.NAMES)
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("A", ["Zeta", "a%3", "a-1", "a_2", "alpha", "beta"]),
+            ("_", ["a_2"]),
+            ("%", ["a%3"]),
+            ("ET", ["Zeta", "beta"]),
+            ("\u00e9t", ["\u00e9t\u00e9"]),
+            ("/", []),
+        ],
+    )
+    def test_search(self, state: AppState, text: str, expected: list[str]) -> None:
+        """A part of a name is found in any case, without wildcards."""
+        page = schedule_page(state, contains=text, limit=100)
+        assert [each.name for each in page.schedules] == expected
+
+    def test_last_ticks_of_many_schedules(self, state: AppState) -> None:
+        """The newest ticks of any number of schedules are read, newest first."""
+        now = now_of(state)
+        values = {"outcome": "fired", "missed": 0, "created_at": now}
+        ticks = [
+            {**values, "schedule_id": number, "tick_at": now - minute * 60 * SECOND}
+            for number in range(1, 251)
+            for minute in (2, 0, 1)
+        ]
+        state.store.transaction(lambda c: c.execute(sa.insert(ScheduleTick), ticks))
+        found = state.store.last_ticks([*range(1, 252)], 2)
+        assert found.pop(251) == []
+        assert len(found) == 250
+        for newest in found.values():
+            assert [tick.tick_at for tick in newest] == [now, now - 60 * SECOND]
+
+    def test_unreadable_row_is_named(self, state: AppState) -> None:
+        """A row that cannot be read is left out of its page, which names it, and is not found."""
+        set_row(state, "a-1", definition="nonsense")
+        page = schedule_page(state, limit=100)
+        assert page.unreadable == ["a-1"]
+        assert "a-1" not in [each.name for each in page.schedules]
+        with pytest.raises(ScheduleNotFound, match="cannot be read"):
+            find(state, "a-1")
 
 
 def audited(state: AppState) -> list[tuple[str, str | None, str]]:
