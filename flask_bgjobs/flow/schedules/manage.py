@@ -24,6 +24,8 @@ from .definition import (
     current_recurrence,
     definitions,
     override_of,
+    own_definition,
+    own_names,
     stored_definition,
 )
 from .due import next_tick
@@ -342,19 +344,22 @@ def find(state: AppState, name: str) -> RecurringJob:
 
 def _matching(state: AppState, name: str) -> Schedule:
     now, rows = state.store.read_schedules()
-    known = {row.name: row for row in rows}
-    own = {n: unsaved(each, now) for n, each in _own(state).items()}
-    known = {**own, **known}
-    if name in known:
-        return known[name]
-    matches = sorted(each for each in known if each.endswith(f".{name}"))
-    if len(matches) == 1:
-        return known[matches[0]]
-    if matches:
+    saved = {row.name: row for row in rows}
+    known = {*saved, *own_names(state)}
+    matches = [name] if name in known else sorted(n for n in known if n.endswith(f".{name}"))
+    if len(matches) > 1:
         choices = ", ".join(matches[:_TOO_MANY_MATCHES])
         raise ScheduleNotFound(f"several schedules are named {name!r}: give one of {choices}")
-    by_last_part = {each.rpartition(".")[2]: each for each in known}
-    close = difflib.get_close_matches(name, [*known, *by_last_part], n=1)
+    for match in matches:
+        if match in saved:
+            return saved[match]
+        # Not valid in this process: as if its code did not have it.
+        with contextlib.suppress(ConfigError):
+            # Only this one: building the definitions of ten thousand takes seconds.
+            return unsaved(own_definition(state, match), now)
+    others = known - set(matches)
+    last_parts = (each.rpartition(".")[2] for each in others)
+    close = difflib.get_close_matches(name, [*others, *last_parts], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ScheduleNotFound(f"there is no schedule {name!r}{hint}")
 
