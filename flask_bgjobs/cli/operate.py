@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import Config
 from ..job import durations
+from ..job.plain import plain, time_text
 from ..job.statuses import FINAL, JobStatus
 from ..operations import actions
 from ..state import AppState, current_state
@@ -31,7 +32,7 @@ _FINISHED = [status for status in JobStatus if status in FINAL]
 @one_sentence
 def stats_command(as_json: bool) -> None:
     """Count the jobs by status and by queue, and the workers."""
-    from ..operations.queries import stats_now, time_text
+    from ..operations.queries import stats_now
 
     stats = stats_now(current_state())
     if as_json:
@@ -84,7 +85,7 @@ def _oldest(queue: QueueStats) -> str:
 @one_sentence
 def queues_command(as_json: bool) -> None:
     """Show how many jobs each queue holds, and how many workers serve it."""
-    from ..operations.queries import plain, queue_stats, time_text
+    from ..operations.queries import queue_stats
 
     queues = queue_stats(current_state())
     if as_json:
@@ -129,7 +130,7 @@ def resume_command(names: Sequence[str]) -> None:
 @one_sentence
 def workers_command(ended: bool, as_json: bool) -> None:
     """Show the workers and their status."""
-    from ..operations.queries import list_workers, plain
+    from ..operations.queries import list_workers
 
     workers = list_workers(current_state(), ended=ended)
     if as_json:

@@ -4,24 +4,24 @@
 from __future__ import annotations
 
 import datetime as dt
-import zoneinfo
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import click
 from flask.cli import AppGroup
 
 from ..flow.schedules.data import (
-    SHOWN_TICKS,
-    detail_data,
-    drift_in_words,
-    schedule_data,
-    state_in_words,
+    SHOWN_RUNS,
+    NextRun,
+    ScheduleRow,
+    Tick,
+    detailed_data,
+    next_runs,
+    row_data,
+    row_of,
 )
-from ..flow.schedules.describe import in_words
 from ..flow.schedules.manage import RecurringJob, Schedules
 from ..flow.schedules.recurrence import MISSED, OVERLAP
-from ..job import serialize
 from ..job.text import one_line
 from ..state import AppState, current_state, import_jobs
 from .group import Duration, bgjobs_commands, json_option, one_sentence
@@ -47,14 +47,13 @@ def schedules_commands(context: click.Context, as_json: bool) -> None:
 def list_command(as_json: bool) -> None:
     """List the recurring jobs by name."""
     state = _state()
-    live = state.store.live_schedule_names()
-    schedules = Schedules(state).all()
+    rows = _rows(state, Schedules(state).all())
     if as_json:
-        print_json([schedule_data(state, each, live) for each in schedules])
-    elif schedules:
+        print_json([row_data(row) for row in rows])
+    elif rows:
         print_table(
             ["NAME", "WHEN", "TIME ZONE", "NEXT RUN (UTC)", "LAST RUN (UTC)", "STATE"],
-            [_cells(each, live) for each in schedules],
+            [_cells(row) for row in rows],
         )
     else:
         click.echo(
@@ -71,13 +70,14 @@ def show_command(name: str, as_json: bool) -> None:
     """Show a recurring job: what it runs, its options, and its last and next runs."""
     state = _state()
     schedule = Schedules(state)[name]
-    live = state.store.live_schedule_names()
-    ticks = state.store.last_ticks([schedule.id], SHOWN_TICKS)[schedule.id]
-    data = detail_data(state, schedule, live, ticks)
+    ticks = state.store.last_ticks([schedule.id], SHOWN_RUNS)[schedule.id]
+    row = row_of(state, schedule, state.store.live_schedule_names(), ticks)
+    last = [Tick.of(tick) for tick in ticks]
+    runs = next_runs(schedule)
     if as_json:
-        print_json(data)
+        print_json(detailed_data(row, last, runs))
     else:
-        _print_schedule(schedule, data)
+        _print_schedule(row, last, runs)
 
 
 @schedules_commands.command("pause")
@@ -129,8 +129,9 @@ def override_command(name: str, **options: Any) -> None:
     values = {option: value for option, value in options.items() if value is not None}
     if not values:
         raise click.UsageError("give at least one option to override, such as --cron")
-    schedule = Schedules(_state())[name].override(this_user(), **values)
-    click.echo(f"Schedule {schedule.name}: {drift_in_words(schedule)}")
+    state = _state()
+    schedule = Schedules(state)[name].override(this_user(), **values)
+    click.echo(f"Schedule {schedule.name}: {_drift(*_rows(state, [schedule]))}")
 
 
 @schedules_commands.command("reset")
@@ -149,29 +150,36 @@ def _state() -> AppState:
     return state
 
 
-def _cells(schedule: RecurringJob, live: set[str]) -> tuple[object, ...]:
-    note = " (overridden)" if schedule.overrides else ""
+def _rows(state: AppState, schedules: Sequence[RecurringJob]) -> list[ScheduleRow]:
+    live = state.store.live_schedule_names()
+    ticks = state.store.last_ticks([each.id for each in schedules if each.id], 1)
+    return [row_of(state, each, live, ticks.get(each.id, ())) for each in schedules]
+
+
+def _cells(row: ScheduleRow) -> tuple[object, ...]:
+    last = None if row.last_tick is None else row.last_tick.tick_at
     return (
-        schedule.name,
-        f"{schedule.recurrence.expression}{note}",
-        schedule.recurrence.timezone,
-        _clock(schedule.next_tick_at),
-        _clock(schedule.last_tick_at),
-        state_in_words(schedule, live),
+        row.name,
+        f"{row.expression}{' (overridden)' if row.overridden else ''}",
+        row.recurrence.timezone,
+        _clock(row.next_run_at),
+        _clock(last),
+        row.state,
     )
 
 
-def _print_schedule(schedule: RecurringJob, data: Mapping[str, Any]) -> None:
-    recurrence = schedule.recurrence
+def _print_schedule(row: ScheduleRow, ticks: Sequence[Tick], runs: Sequence[NextRun]) -> None:
+    recurrence = row.recurrence
+    words = "" if recurrence.cron is None else f"  ({row.words})"
     lines = {
-        "name": schedule.name,
-        "job": schedule.job_name,
-        "parameters": serialize.dumps_plain(data["parameters"]),
-        "queue": schedule.queue,
-        "state": data["state"],
-        "when": f"{recurrence.expression}  ({in_words(recurrence)})",
+        "name": row.name,
+        "job": row.job_name,
+        "parameters": row.parameters or "not readable",
+        "queue": row.queue,
+        "state": row.state,
+        "when": f"{row.expression}{words}",
         "time zone": recurrence.timezone,
-        "override": drift_in_words(schedule),
+        "override": _drift(row),
         "missed": recurrence.missed,
         "grace": "" if recurrence.grace is None else f"{recurrence.grace:g} s",
         "overlap": recurrence.overlap,
@@ -181,17 +189,29 @@ def _print_schedule(schedule: RecurringJob, data: Mapping[str, Any]) -> None:
         if text:
             click.echo(f"{name:>12}  {one_line(text)}")
     click.echo("\nLast runs (UTC)")
-    for tick in data["last_ticks"]:
-        note = tick["reason"] or (f"job {tick['job_id']}" if tick["job_id"] else "")
-        missed = f", {tick['missed']:,} earlier ones missed" if tick["missed"] else ""
-        click.echo(f"  {tick['tick_at']}  {tick['outcome']}  {one_line(note)}{missed}")
-    if not data["last_ticks"]:
+    for tick in ticks:
+        note = tick.reason or (f"job {tick.job_id}" if tick.job_id else "")
+        missed = f", {tick.missed:,} earlier ones missed" if tick.missed else ""
+        click.echo(f"  {_clock(tick.tick_at)}  {tick.outcome}  {one_line(note)}{missed}")
+    if not ticks:
         click.echo("  none")
     click.echo(f"\nNext runs ({recurrence.timezone}, UTC)")
-    zone = zoneinfo.ZoneInfo(recurrence.timezone)
-    for following in schedule.next_ticks(SHOWN_TICKS):
-        local = following.astimezone(zone)
-        click.echo(f"  {local:%a} {local.strftime(_CLOCK)} {local:%Z}   {_clock(following)}")
+    for run in runs:
+        click.echo(f"  {run.local}   {_clock(run.at)}")
+
+
+def _drift(row: ScheduleRow) -> str:
+    """How a schedule differs from the code; empty if it is not overridden."""
+    if not row.overridden:
+        return ""
+    changes = "; ".join(
+        f"{each.label + ' ' if each.label else ''}{each.now}, in the code {each.code}"
+        for each in row.differences
+    )
+    by = f" by {row.overridden_by}" if row.overridden_by else ""
+    when = "" if row.overridden_at is None else f" at {_clock(row.overridden_at)} UTC"
+    later = "; the code has changed since" if row.has_changed_since_override else ""
+    return f"{changes} (overridden{by}{when}{later})"
 
 
 def _clock(time: dt.datetime | None) -> str:

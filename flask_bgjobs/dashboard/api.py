@@ -25,7 +25,9 @@ from ..errors import (
     ScheduleChanged,
     ScheduleNotFound,
 )
+from ..flow.schedules.data import row_data
 from ..flow.schedules.manage import RecurringJob
+from ..job.plain import plain, time_text
 from ..job.text import storable
 from ..operations import actions, queries
 from ..options import RECURRENCE_OPTIONS
@@ -33,7 +35,7 @@ from ..state import current_state
 from . import access, params
 from .changes import ACTS
 from .rendering import json_response
-from .schedule_rows import detail_data, detail_of, find_visible, list_rows, row_data
+from .schedule_rows import detail_data, detail_of, find_visible, list_rows
 
 PREFIX = "/api/v1"
 _OPENAPI = pathlib.Path(__file__).with_name("openapi.json")
@@ -136,7 +138,7 @@ def api_stats() -> ResponseReturnValue:
 def _stats(service: queries.Service) -> dict[str, Any]:
     """The part that is also for visitors who may see only some of the jobs."""
     return {
-        "now": queries.time_text(service.now),
+        "now": time_text(service.now),
         "workers": {"alive": service.alive, "silent": service.silent},
         "unserved_queues": service.unserved,
     }
@@ -210,7 +212,7 @@ def api_errors() -> ResponseReturnValue:
     errors = queries.errors_in(current_state(), params.period(), access.visible_filter())
     return json_response(
         period=errors.period.name,
-        errors=[queries.plain(group) for group in errors.groups],
+        errors=[plain(group) for group in errors.groups],
         is_complete=errors.is_complete,
     )
 
@@ -219,7 +221,7 @@ def api_queues() -> ResponseReturnValue:
     """Return the number of jobs and workers of each queue."""
     access.require_totals()
     stats = queries.queue_stats(current_state(), most=queries.COUNTED_IN_QUEUES)
-    return json_response(queues=[queries.plain(queue) for queue in stats])
+    return json_response(queues=[plain(queue) for queue in stats])
 
 
 def api_act_on_queue(verb: str) -> ResponseReturnValue:
@@ -238,7 +240,7 @@ def api_act_on_queue(verb: str) -> ResponseReturnValue:
 def api_workers() -> ResponseReturnValue:
     """Return the workers; with ``ended=1`` also stopped and dead ones."""
     workers = queries.list_workers(current_state(), ended=params.includes_ended())
-    return json_response(workers=[queries.plain(worker) for worker in workers])
+    return json_response(workers=[plain(worker) for worker in workers])
 
 
 def api_act_on_worker(verb: str) -> ResponseReturnValue:
@@ -327,7 +329,7 @@ def api_audit() -> ResponseReturnValue:
         )
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    return json_response(entries=[queries.plain(row) for row in page.rows], older=page.older)
+    return json_response(entries=[plain(row) for row in page.rows], older=page.older)
 
 
 def _body() -> dict[str, Any]:

@@ -82,9 +82,9 @@ class ScheduleForm(FlaskForm):  # type: ignore[misc]  # Flask-WTF has no types
         self._check(field, _text(field))
 
     def validate_grace(self, field: Field) -> None:
-        if self._is_changed(field) and not _text(field):
-            raise ValidationError("The grace can be changed here, but not removed.")
         self._check(field, _seconds(field))
+        if self._is_changed(field) and not _text(field):
+            self.changes["grace"] = None
 
     def validate_overlap(self, field: Field) -> None:
         self._check(field, _text(field))

@@ -12,6 +12,7 @@ from typing import Any
 from flask import request, url_for
 
 from ..job import durations
+from ..job.plain import time_text
 from ..job.statuses import CAN_CHANGE, JobStatus
 from ..models import Job
 from ..operations import queries
@@ -29,7 +30,7 @@ class Helpers:
     """The object that every template of the dashboard has under the name ``bgjobs``."""
 
     statuses = tuple(status.value for status in JobStatus)
-    iso = staticmethod(queries.time_text)
+    iso = staticmethod(time_text)
     escape_bidi = staticmethod(rendering.escape_bidi)
 
     def __init__(self, state: AppState) -> None:

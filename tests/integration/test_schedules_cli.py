@@ -69,18 +69,18 @@ def test_list_as_json(app: Flask, run: Any) -> None:
     data = json.loads(run("schedules", "--json"))
     assert data == json.loads(run("schedules", "list", "--json"))
     poll, report = data
-    assert (poll["name"], poll["every"], poll["in_words"]) == (
+    assert (poll["name"], poll["every"], poll["words"]) == (
         "shop.poll",
         8.64e6,
         "Every 100 days",
     )
-    assert (report["cron"], report["in_words"], report["state"]) == (
+    assert (report["cron"], report["words"], report["state"]) == (
         "0 3 * * *",
         "At 03:00",
         "active",
     )
     assert "hunter2" not in json.dumps(data)
-    assert report["next_tick_at"].endswith("00:00.000Z")
+    assert report["next_run_at"].endswith("00:00.000Z")
 
 
 def test_no_schedules(make_app: Callable[..., Flask]) -> None:
@@ -101,8 +101,8 @@ def test_show(app: Flask, run: Any) -> None:
     assert "by hand  job 1" in text
     assert "hunter2" not in text
     data = json.loads(run("schedules", "show", "shop.report", "--json"))
-    assert [tick["outcome"] for tick in data["last_ticks"]] == ["by hand"]
-    assert len(data["next_ticks"]) == 5
+    assert [tick["outcome"] for tick in data["ticks"]] == ["by hand"]
+    assert len(data["next_runs"]) == 5
 
 
 def test_pause_and_resume(app: Flask, run: Any) -> None:
@@ -117,7 +117,7 @@ def test_override_and_reset(app: Flask, run: Any) -> None:
     """An override shows how the schedule differs from the code, until it is reset."""
     register_worker(app)
     text = run("schedules", "override", "report", "--cron", "0 4 * * *", "--grace", "5m")
-    assert "cron is 0 4 * * *, in the code 0 3 * * *, grace is 300.0, in the code 600.0" in text
+    assert "0 4 * * *, in the code 0 3 * * *; grace 300 s, in the code 600 s (overridden by " in text
     assert "(overridden)" in run("schedules")
     with app.app_context():
         assert find(state_of(app), "report").recurrence.grace == 300

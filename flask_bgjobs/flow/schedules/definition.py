@@ -97,7 +97,9 @@ def override_of(schedule: Schedule) -> dict[str, Any]:
     if schedule.override is None:
         return {}
     try:
-        return checked(json.loads(schedule.override))
+        stored = json.loads(schedule.override)
+        without_grace = {"grace": None} if stored.get("grace", 0) is None else {}
+        return {**checked(stored), **without_grace}
     except Exception:
         # A person or another version may have written anything.
         return {}

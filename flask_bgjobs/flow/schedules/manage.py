@@ -46,8 +46,6 @@ class RecurringJob:
         self._row = row
         self._now = now
         self._definition = stored_definition(row)
-        self.id: int = row.id
-        """The number of its row; 0 if only the code has it so far."""
         self.name: str = row.name
         """The name of the schedule."""
         self.target: str = self._definition.target
@@ -77,7 +75,7 @@ class RecurringJob:
 
     @property
     def id(self) -> int:
-        """The id of its row; 0 if it is not in the database."""
+        """The number of its row; 0 if only the code has it so far."""
         return self._row.id
 
     def example_job(self) -> Job:
@@ -192,7 +190,8 @@ class RecurringJob:
         overridden before keep their values.
 
         :param by: who overrides it, for the audit trail; ``None`` for the app's own code.
-        :param values: fields of :class:`~flask_bgjobs.options.RecurrenceValues`.
+        :param values: fields of :class:`~flask_bgjobs.options.RecurrenceValues`; ``grace=None``
+            removes the grace of the code.
         :returns: the schedule as it is now.
         :raises InvalidJob: when a value is not valid.
         :raises TypeError: for an option that does not exist, or without any.
@@ -407,6 +406,9 @@ def _checked_override(values: RecurrenceValues) -> dict[str, Any]:
         given = checked(values)
     except ValueError as error:
         raise InvalidJob(str(error)) from None
+    if values.get("grace", 0) is None:
+        # The only option that can be without a value.
+        given["grace"] = None
     if not given:
         raise TypeError(f"give at least one option to override: {names}")
     return given

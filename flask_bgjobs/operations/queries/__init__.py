@@ -8,7 +8,7 @@ connections, never in the host's session.
 from .audit import AuditPage, AuditRow, list_audit
 from .charts import DEFAULT_PERIOD, PERIODS, Chart, Period, chart, finished_by_queue
 from .cursors import InvalidCursor
-from .data import detail_data, job_data, plain, time_text
+from .data import detail_data, job_data
 from .detail import JobDetail, is_possible_id, job_detail
 from .errors import ErrorGroup, Errors, errors_in
 from .filters import DEFAULT_ORDER, ORDERS, JobFilters
@@ -80,12 +80,10 @@ __all__ = [
     "matching_ids",
     "newest_jobs",
     "placeholder_job",
-    "plain",
     "queue_stats",
     "queues_of",
     "recent_failures",
     "service_now",
     "stats_now",
-    "time_text",
     "urgent_first",
 ]

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import json
-from collections.abc import Mapping
 from typing import Any
 
+from ...job.plain import plain, plain_fields
 from .detail import JobDetail
 from .rows import JobRow
-
-
-def plain(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, with times as ISO 8601 text."""
-    return _plain_fields(dataclasses.asdict(value))
 
 
 def job_data(row: JobRow) -> dict[str, Any]:
     """A job of a list, with masked values."""
     fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     del fields["job"]
-    return _plain_fields(fields) | {"parameters": _decoded(row.parameters)}
+    return plain_fields(fields) | {"parameters": _decoded(row.parameters)}
 
 
 def detail_data(detail: JobDetail) -> dict[str, Any]:
@@ -35,15 +29,6 @@ def detail_data(detail: JobDetail) -> dict[str, Any]:
         "attempts": [plain(attempt) for attempt in detail.attempts],
         "log": [plain(line) for line in detail.lines],
     }
-
-
-def time_text(value: dt.datetime) -> str:
-    """A UTC time as ISO 8601 text with milliseconds."""
-    return f"{value.isoformat(timespec='milliseconds')}Z"
-
-
-def _plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: time_text(v) if isinstance(v, dt.datetime) else v for name, v in fields.items()}
 
 
 def _decoded(text: str | None) -> Any:
