@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 from .job import durations
+from .job.failure_rules import exception_names
 from .job.records import MAX_INTEGER
 from .job.statuses import JobStatus
 from .job.text import shown
@@ -93,6 +94,10 @@ class Config:
     """``BGJOBS_RETRIES``: number of retries after the first attempt."""
     retry_delay: tuple[float, ...] = (5.0,)
     """``BGJOBS_RETRY_DELAY``: time to wait before each retry."""
+    retry_on: tuple[str, ...] | None = None
+    """``BGJOBS_RETRY_ON``: names of the exceptions after which jobs are retried; ``None``: all."""
+    fail_on: tuple[str, ...] | None = None
+    """``BGJOBS_FAIL_ON``: names of the exceptions after which jobs fail without a retry."""
     timeout: float | None = None
     """``BGJOBS_TIMEOUT``: time limit of one attempt; ``None`` for no limit."""
     poll_interval: float = 1.0
@@ -460,6 +465,8 @@ _KEYS = {
     "BGJOBS_IMPORTS": _Key("imports", _imports),
     "BGJOBS_RETRIES": _Key("retries", _integer(0, 10_000)),
     "BGJOBS_RETRY_DELAY": _Key("retry_delay", retry_delays),
+    "BGJOBS_RETRY_ON": _Key("retry_on", _optional(lambda v: exception_names(v, "it"))),
+    "BGJOBS_FAIL_ON": _Key("fail_on", _optional(lambda v: exception_names(v, "it"))),
     "BGJOBS_TIMEOUT": _Key("timeout", _optional(_duration(above=True))),
     "BGJOBS_POLL_INTERVAL": _Key("poll_interval", _duration(0.01)),
     "BGJOBS_HEARTBEAT_INTERVAL": _Key("heartbeat_interval", _duration(0.05)),

@@ -12,10 +12,13 @@ from typing import Any, TypedDict
 from .config import Config, check_queue, retry_delays
 from .errors import InvalidJob
 from .job import durations
+from .job.failure_rules import exception_names, rules_json
 from .job.records import MAX_INTEGER
 from .job.retry import BACKOFFS, MAX_DELAY_SECONDS
 from .job.text import shown, storable
 
+ExceptionClass = type[Exception] | str
+ExceptionClasses = ExceptionClass | Sequence[ExceptionClass]
 MAX_TAGS = 20
 MAX_KEY = 255
 """Maximum length of a unique key."""
@@ -74,6 +77,17 @@ class JobOptions:
     throttle: durations.Duration | None = None
     """Time in which at most one job becomes due: the first at once, the newest of the others at its
     end; without ``unique`` or ``unique_key``, all jobs of the function count as the same."""
+    retry_on: ExceptionClasses | None = None
+    """Exceptions after which the job is retried, as classes or dotted names; it fails without a
+    retry after all others. Subclasses count. Default ``BGJOBS_RETRY_ON``."""
+    fail_on: ExceptionClasses | None = None
+    """Exceptions after which the job fails without a retry; default ``BGJOBS_FAIL_ON``."""
+    expires: durations.Duration | dt.datetime | None = None
+    """Time from the enqueue, or a datetime with a time zone, after which the job is cancelled if it
+    has not started; default none."""
+    retention: durations.Duration | None = None
+    """Time for which the job is kept after its end, whatever its status; default
+    ``BGJOBS_RETENTION``."""
     tags: Sequence[str] | None = None
     """Up to 20 words by which the job can be found."""
     owner: str | None = None
@@ -98,7 +112,10 @@ _OTHER_NAMES = {
     "countdown": "delay",
     "default_retry_delay": "retry_delay",
     "enqueue_at": "run_at",
+    "dont_autoretry_for": "fail_on",
+    "autoretry_for": "retry_on",
     "eta": "run_at",
+    "expire": "expires",
     "job_timeout": "timeout",
     "lock": "unique_key",
     "max_attempts": "retries",
@@ -106,7 +123,9 @@ _OTHER_NAMES = {
     "queue_name": "queue",
     "queueing_lock": "unique_key",
     "retry": "retries",
+    "result_ttl": "retention",
     "retry_backoff": "backoff",
+    "throws": "fail_on",
     "schedule_at": "run_at",
     "soft_time_limit": "timeout",
     "time_limit": "timeout",
@@ -156,6 +175,10 @@ class OptionValues(TypedDict, total=False):
     debounce: durations.Duration | None
     debounce_max: durations.Duration | None
     throttle: durations.Duration | None
+    retry_on: ExceptionClasses | None
+    fail_on: ExceptionClasses | None
+    expires: durations.Duration | dt.datetime | None
+    retention: durations.Duration | None
     tags: Sequence[str] | None
     owner: str | None
 
@@ -237,6 +260,31 @@ def first_run(options: JobOptions) -> tuple[float | None, dt.datetime | None]:
         raise InvalidJob(str(error)) from None
 
 
+def first_deadline(
+    options: JobOptions, delay_seconds: float | None, run_at: dt.datetime | None
+) -> tuple[float | None, dt.datetime | None]:
+    """When the job expires: seconds after the enqueue, or an absolute UTC time. At most one of them
+    is set.
+
+    :param delay_seconds: with ``run_at``, the result of :func:`first_run`.
+    :raises InvalidJob: when it is not valid, or the job would expire before it is due.
+    """
+    if options.expires is None:
+        return None, None
+    if isinstance(options.expires, dt.datetime):
+        expires_at = _utc(options.expires, "expires")
+        if run_at is not None and expires_at <= run_at:
+            raise InvalidJob("expires must be later than run_at, or the job would never run")
+        return None, expires_at
+    try:
+        seconds = durations.seconds(options.expires, "expires", above=True)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from None
+    if delay_seconds is not None and seconds <= delay_seconds:
+        raise InvalidJob("expires must be longer than delay, or the job would never run")
+    return seconds, None
+
+
 def priority_number(value: int | str, priorities: Mapping[str, int]) -> int:
     """The number of a priority that is given as a number or a name.
 
@@ -265,10 +313,10 @@ def _checked(read: Callable[[JobOptions, Config], Any], options: JobOptions, con
         raise InvalidJob(str(error)) from None
 
 
-def _utc(value: object) -> dt.datetime:
+def _utc(value: object, name: str = "run_at") -> dt.datetime:
     if not isinstance(value, dt.datetime) or value.tzinfo is None or value.utcoffset() is None:
         raise InvalidJob(
-            f"run_at must be a datetime with a time zone, such as "
+            f"{name} must be a datetime with a time zone, such as "
             f"datetime.now(UTC) + timedelta(hours=1), not {shown(value)}"
         )
     try:
@@ -277,7 +325,7 @@ def _utc(value: object) -> dt.datetime:
     except OverflowError:
         ahead = MAX_DELAY_SECONDS * 2
     if abs(ahead) > MAX_DELAY_SECONDS:
-        raise InvalidJob(f"run_at must be within a hundred years of now, not {value.isoformat()}")
+        raise InvalidJob(f"{name} must be within a hundred years of now, not {value.isoformat()}")
     return utc.replace(tzinfo=None)
 
 
@@ -327,6 +375,19 @@ def _timeout(options: JobOptions, config: Config) -> float | None:
     return config.timeout if value is None else durations.seconds(value, "timeout", above=True)
 
 
+def _failure_rules(options: JobOptions, config: Config) -> str | None:
+    retry_on, fail_on = options.retry_on, options.fail_on
+    return rules_json(
+        config.retry_on if retry_on is None else exception_names(retry_on, "retry_on"),
+        config.fail_on if fail_on is None else exception_names(fail_on, "fail_on"),
+    )
+
+
+def _retention(options: JobOptions, config: Config) -> float | None:
+    value = options.retention
+    return None if value is None else durations.seconds(value, "retention")
+
+
 def _queue(options: JobOptions, config: Config) -> str:
     return "default" if options.queue is None else check_queue(options.queue)
 
@@ -367,6 +428,8 @@ COLUMNS: Mapping[str, Callable[[JobOptions, Config], Any]] = {
     "max_retry_delay": _max_retry_delay,
     "jitter": _jitter,
     "timeout": _timeout,
+    "failure_rules": _failure_rules,
+    "retention_seconds": _retention,
     "queue": _queue,
     "tags_json": _tags,
     "owner": _owner,

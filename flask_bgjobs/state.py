@@ -26,6 +26,9 @@ from .system.threading_patches import patched_by, refusal
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
 
+_EXPIRED_AT_ONCE = 500
+"""Jobs that one transaction cancels because they have expired."""
+
 Authorizer = Callable[[str, Job | None], bool]
 Identifier = Callable[[], str]
 FailureHook = Callable[..., object]
@@ -120,6 +123,17 @@ class AppState:
         for job in self.store.get_many(result.done) if result.done else ():
             self.emit(job_cancelled, job=job)
         return result
+
+    def expire(self, store: Store) -> list[Job]:
+        """Cancel jobs that have not started by their deadline, and send ``job_cancelled`` for each
+        of them.
+
+        :param store: the worker's store.
+        """
+        jobs = store.get_many(ids) if (ids := store.expire(_EXPIRED_AT_ONCE)) else []
+        for job in jobs:
+            self.emit_in_worker(job_cancelled, job=job)
+        return jobs
 
     def logged_parameters(
         self, job: Job | JobSpec, parameters: Any, names: tuple[str, ...] | None

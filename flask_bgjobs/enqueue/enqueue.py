@@ -23,7 +23,7 @@ from ..job.durations import Duration
 from ..job.redact import signature_text
 from ..job.text import one_line, shown
 from ..models import Job
-from ..options import JobOptions, column_values, first_run
+from ..options import ExceptionClasses, JobOptions, column_values, first_deadline, first_run
 from ..registry import Target
 from ..signals import emit_each, job_enqueued, job_refused
 from ..state import AppState, current_state
@@ -72,6 +72,10 @@ def run_background_job(
     debounce: Duration | None = None,
     debounce_max: Duration | None = None,
     throttle: Duration | None = None,
+    retry_on: ExceptionClasses | None = None,
+    fail_on: ExceptionClasses | None = None,
+    expires: Duration | dt.datetime | None = None,
+    retention: Duration | None = None,
     tags: Sequence[str] | None = None,
     owner: str | None = None,
     session: SessionChoice = AUTO,
@@ -109,6 +113,13 @@ def run_background_job(
     :param debounce_max: maximum time from the first of them to the job; default none.
     :param throttle: time in which at most one job becomes due: the first at once, the newest of
         the others at its end.
+    :param retry_on: exceptions after which to retry, as classes or dotted names; the job fails
+        without a retry after all others. Default ``BGJOBS_RETRY_ON``, then all.
+    :param fail_on: exceptions after which the job fails without a retry; default
+        ``BGJOBS_FAIL_ON``, then none.
+    :param expires: time from the enqueue, or a datetime with a time zone, after which the job is
+        cancelled if it has not started; default none.
+    :param retention: time for which to keep the job after its end; default ``BGJOBS_RETENTION``.
     :param tags: up to 20 words by which to find the job.
     :param owner: an identifier of the job's owner, by which to find the job.
     :param session: a session whose transaction the job joins; ``None`` never joins. By default
@@ -141,6 +152,10 @@ def run_background_job(
         debounce=debounce,
         debounce_max=debounce_max,
         throttle=throttle,
+        retry_on=retry_on,
+        fail_on=fail_on,
+        expires=expires,
+        retention=retention,
         tags=tags,
         owner=owner,
     )
@@ -266,8 +281,14 @@ def new_jobs(
     if unique is not None and unique.debounce_seconds is not None:
         delay_seconds = unique.debounce_seconds
         common |= enqueued(waits=True)
+    expires_seconds, common["deadline_at"] = first_deadline(chosen, delay_seconds, run_at)
     return NewJobs(
-        common, parameters_json, unique=unique, delay_seconds=delay_seconds, run_at=run_at
+        common,
+        parameters_json,
+        unique=unique,
+        delay_seconds=delay_seconds,
+        run_at=run_at,
+        expires_seconds=expires_seconds,
     )
 
 

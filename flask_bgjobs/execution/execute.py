@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import Fail, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
 from ..job import durations, serialize
-from ..job.records import JobSpec, Outcome
+from ..job.failure_rules import is_final
+from ..job.records import JobSpec, Outcome, expired_outcome
 from ..job.statuses import OutcomeKind
 from ..job.text import MAX_TRACEBACK_CHARS, storable
 from ..observability import failures, tracebacks
@@ -67,6 +68,8 @@ def execute(
 def _execute(
     state: AppState, spec: JobSpec, job: CurrentJob, scope: InterruptScope, claimed: float
 ) -> Outcome:
+    if (expired := expired_outcome(spec)) is not None:
+        return expired
     # Both contexts refer to the same decimal context, so the job gets its own.
     decimal.setcontext(decimal.getcontext().copy())
     job.mask_with(lambda: state.redactor.forms)
@@ -89,7 +92,7 @@ def _execute(
     except BaseException as error:
         # A teardown function of the host raised, after the code had ended.
         if not outcome:
-            outcome = _outcome_of_exception(job, error)
+            outcome = _outcome_of_exception(spec, job, error)
         else:
             SafeLogger(state.app.logger).exception("Teardown after job %s raised", spec.id)
     return Outcome(
@@ -130,10 +133,10 @@ def _attempt(
     except JobTimeout as error:
         error.args = (f"it ran longer than {spec.timeout} s",)
         state.roll_back_session()
-        return _outcome_of_exception(job, error)
+        return _outcome_of_exception(spec, job, error)
     except BaseException as error:
         state.roll_back_session()
-        return _outcome_of_exception(job, error)
+        return _outcome_of_exception(spec, job, error)
     finally:
         context.leave(token)
         state.remove_session()
@@ -149,7 +152,7 @@ def _call(scope: InterruptScope, target: Target, parameters: Any) -> Any:
     return scope.run_coroutine(result) if inspect.iscoroutine(result) else result
 
 
-def _outcome_of_exception(job: CurrentJob, error: BaseException) -> dict[str, Any]:
+def _outcome_of_exception(spec: JobSpec, job: CurrentJob, error: BaseException) -> dict[str, Any]:
     """Outcome fields for an exception. Only this function maps exceptions to outcomes."""
     match error:
         case Retry():
@@ -162,6 +165,8 @@ def _outcome_of_exception(job: CurrentJob, error: BaseException) -> dict[str, An
             kind, delay = OutcomeKind.CANCELLED, None
         case JobTimeout():
             kind, delay = OutcomeKind.TIMEOUT, None
+        case _ if is_final(spec.failure_rules, error):
+            kind, delay = OutcomeKind.FAILED_FINALLY, None
         case _:
             kind, delay = OutcomeKind.FAILED, None
     return {"kind": kind, "delay_seconds": delay, **_described(job, error)}

@@ -50,6 +50,7 @@ class JobSpec(NamedTuple):
     max_retry_delay: float | None
     jitter: float
     timeout: float | None
+    failure_rules: str | None
     suspect: bool
     crash_count: int
     meta_json: str | None
@@ -60,6 +61,8 @@ class JobSpec(NamedTuple):
     started_at: dt.datetime | None
     """The start of the code. Set only for a job of a dead worker, and only if the start was
     committed."""
+    deadline_at: dt.datetime | None
+    """When the job expires; ``None``: never, or it has been started before."""
 
     @property
     def key(self) -> Key:
@@ -144,6 +147,16 @@ def settlement_of(
         retry_delay=lambda retry: spec.retry_policy.delay(retry),
         delay_seconds=outcome.delay_seconds,
     )
+
+
+def expired_outcome(spec: JobSpec) -> Outcome | None:
+    """The outcome of a job that was claimed too late; ``None`` if it was not."""
+    deadline = spec.deadline_at
+    if deadline is None or deadline is UNREADABLE_TIME or spec.claimed_at < deadline:
+        return None
+    error = f"Expired: it had not started by {deadline:%Y-%m-%d %H:%M:%S} UTC"
+    kind = OutcomeKind.EXPIRED
+    return Outcome(spec.id, spec.attempt, kind, error_type="Expired", error=error)
 
 
 def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcome:

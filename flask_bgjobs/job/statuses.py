@@ -63,6 +63,8 @@ class OutcomeKind(enum.StrEnum):
     REFUSED = "refused"
     """The name is not on the worker's allow-list. Nothing was imported."""
     CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    """It was claimed after its ``expires``. Its code was not started."""
     GIVEN_BACK = "given back"
     """The worker stopped before the attempt ended. No retry is used."""
     LOST = "lost"
@@ -114,7 +116,7 @@ def settlement(
     """
     if kind is OutcomeKind.COMPLETED:
         return Settlement(JobStatus.COMPLETED, retry_count, crash_count)
-    if cancel_requested or kind is OutcomeKind.CANCELLED:
+    if cancel_requested or kind in (OutcomeKind.CANCELLED, OutcomeKind.EXPIRED):
         return Settlement(JobStatus.CANCELLED, retry_count, crash_count)
     match kind:
         case OutcomeKind.FAILED_FINALLY | OutcomeKind.REFUSED:

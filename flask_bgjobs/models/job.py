@@ -56,6 +56,7 @@ class Job(Base):
         index("ix_bgjobs_job_list", "status", "id"),
         index("ix_bgjobs_job_finished", "status", "finished_at", "id", where=_IS_FINISHED),
         index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
+        index("ix_bgjobs_job_deadline", "deadline_at", "id", where="deadline_at IS NOT NULL"),
         NUMBERED_TABLE_OPTIONS,
     )
 
@@ -94,6 +95,13 @@ class Job(Base):
     """Maximum random change of a retry delay, as a fraction of it, 0 to 1."""
     timeout: Mapped[float | None] = mapped_column(sa.Double)
     """Maximum seconds for one attempt."""
+    failure_rules: Mapped[str | None] = mapped_column(sa.Text)
+    """JSON of ``retry_on`` and ``fail_on``, as names of exception classes."""
+    deadline_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """When it expires, until it has started (``expires``); after its end, when it is deleted
+    (``retention``)."""
+    retention_seconds: Mapped[float | None] = mapped_column(sa.Double)
+    """Seconds for which it is kept after its end; ``None``: as ``BGJOBS_RETENTION`` says."""
 
     worker_id: Mapped[int | None] = mapped_column(sa.BigInteger)
     """Id of the worker that claimed the job last; kept after the job ends."""

@@ -133,6 +133,12 @@ class Database(abc.ABC):
         """SQL expression for the time of the database's clock plus ``seconds``."""
         return self.add_seconds(self.now, seconds)
 
+    def deleted_at(self, finished_at: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        """SQL expression for the time at which a job with its own retention is deleted after its
+        end; ``NULL`` for others."""
+        kept = JOBS.c.retention_seconds
+        return sa.case((kept.is_not(None), self.add_seconds(finished_at, kept)))
+
     insert_into: Callable[[sa.Table], Any]
     """The dialect's ``insert()``, which can handle conflicts."""
 

@@ -14,6 +14,7 @@ claim         pending                       running                  a worker
 settle        running                       as the outcome decides   the worker that claimed it, or
                                                                      the worker that rescues it
 cancel        scheduled, pending, retrying  cancelled                a person or the app
+expire        scheduled, pending            cancelled                a worker
 retry         retrying, failed, cancelled   pending                  a person
 delete        all but running               (gone)                   a person, or the retention
 ============  ============================  =======================  ==============================
@@ -66,6 +67,7 @@ MOVES: Mapping[str, Move] = {
     "claim": Move(_PENDING, _RUNNING),
     "settle": Move(_RUNNING, FINAL | _DELAYED | _PENDING),
     "cancel": Move(WAITING, frozenset({JobStatus.CANCELLED})),
+    "expire": Move(NOT_STARTED, frozenset({JobStatus.CANCELLED})),
     "retry": Move(frozenset(CAN_CHANGE["retry"]), _PENDING),
     "delete": Move(frozenset(CAN_CHANGE["delete"]), frozenset()),
 }
@@ -118,11 +120,14 @@ def started(now: Time) -> Values:
     return {"started_at": now}
 
 
-def completed(started_at: Time, finished_at: Time, result: Any) -> Values:
-    """The values of a job that completed without a report."""
+def completed(started_at: Time, finished_at: Time, result: Any, deleted_at: Any) -> Values:
+    """The values of a job that completed without a report.
+
+    :param deleted_at: when a job with its own retention is deleted.
+    """
     return {
         **_with_status(JobStatus.COMPLETED),
-        **ended(finished_at),
+        **ended(finished_at, deleted_at),
         "started_at": started_at,
         "result": result,
         "suspect": False,
@@ -135,7 +140,9 @@ def settled(
     status: Any,
     *,
     is_final: sa.ColumnElement[bool],
+    has_started: sa.ColumnElement[bool],
     finished_at: Time,
+    deleted_at: Any,
     due_at: Time,
     **columns: Any,
 ) -> Values:
@@ -143,26 +150,44 @@ def settled(
 
     :param status: the new status, one of the targets of ``settle``.
     :param is_final: whether the new status is final.
+    :param has_started: whether its code may have started, so that it does not expire any more.
+    :param deleted_at: when a job with its own retention is deleted.
     :param due_at: when the job is due.
     :param columns: values from the outcome and the report.
     """
     final_values = {
         name: sa.case((is_final, value), else_=JOBS.c[name])
-        for name, value in ended(finished_at).items()
+        for name, value in ended(finished_at, deleted_at).items()
     }
+    final_values["deadline_at"] = sa.case(
+        (is_final, deleted_at), (has_started, sa.null()), else_=JOBS.c.deadline_at
+    )
     return {"status": status, **columns, **final_values, "run_at": due_at}
 
 
-def ended(finished_at: Time) -> Values:
-    """The values of every job that ends: its end time, and the release of its unique key, unless
-    it keeps the key for some time."""
+def ended(finished_at: Time, deleted_at: Any) -> Values:
+    """The values of every job that ends: its end time, when it is deleted if it has its own
+    retention, and the release of its unique key, unless it keeps the key for some time."""
     keeps_key = JOBS.c.unique_expires_at.is_not(None)
-    return {"finished_at": finished_at, "unique_hash": sa.case((keeps_key, JOBS.c.unique_hash))}
+    return {
+        "finished_at": finished_at,
+        "deadline_at": deleted_at,
+        "unique_hash": sa.case((keeps_key, JOBS.c.unique_hash)),
+    }
 
 
-def cancelled(now: Time) -> Values:
+def cancelled(now: Time, deleted_at: Any) -> Values:
     """The values of a waiting job that is cancelled."""
-    return {**_with_status(JobStatus.CANCELLED), **ended(now)}
+    return {**_with_status(JobStatus.CANCELLED), **ended(now, deleted_at)}
+
+
+def expired(now: Time, deleted_at: Any) -> Values:
+    """The values of a job that did not start in time."""
+    return {
+        **cancelled(now, deleted_at),
+        "error_type": "Expired",
+        "error": "Expired: no worker started it in time",
+    }
 
 
 def asked_to_stop(now: Time) -> Values:
@@ -178,6 +203,7 @@ def retried_by_hand(now: Time) -> Values:
         "retry_count": 0,
         "crash_count": 0,
         "suspect": False,
+        "deadline_at": None,
         "cancel_requested_at": None,
         **_not_started(),
     }

@@ -102,6 +102,8 @@ HARMLESS = [
     ("tags", "5"),
     ("owner", "\u202e<b>"),
     ("unique_key", ""),
+    *(("failure_rules", value) for value in ("nonsense", "[]", "[" * 5_000)),
+    ("retention_seconds", -1.0),
     ("worker_id", -1),
     ("progress_note", "x" * 255),
     ("result", "nonsense"),
@@ -121,6 +123,8 @@ HARMLESS_ON_SQLITE = [
         (name, "abc")
         for name in ("progress", "worker_id", "suspect", "claim_rank", "unique_until_start")
     ),
+    ("retention_seconds", "abc"),
+    ("failure_rules", b"\xff"),
     ("progress", 1e300),
     *(("priority", value) for value in ("abc", b"\0", 1.5, 2**40)),
     *(("attempt", value) for value in ("abc", b"\0", 1.5)),
@@ -261,8 +265,19 @@ def test_every_column_has_a_case() -> None:
     """Every column that an edit can spoil has a case in this module."""
     cases = [*ON_ALL, *ON_POSTGRESQL, *ON_SQLITE, *HARMLESS, *HARMLESS_ON_SQLITE]
     left = ALL_COLUMNS - {column for column, _ in cases}
-    # Unknown statuses are tested below.
-    assert left == {"id", "error_type", "unique_hash", "status"}
+    # Unknown statuses and invalid deadlines are tested below.
+    assert left == {"id", "error_type", "unique_hash", "status", "deadline_at"}
+
+
+@pytest.mark.on("sqlite")
+def test_invalid_deadlines_end_only_their_jobs(app: Flask, run: Any) -> None:
+    """A job whose deadline is no time runs or expires, and others run."""
+    bad = spoil_each(app, [("deadline_at", value) for value in ("", "never", b"\0", 5)])
+    good = run_background_job("tests.jobs.echo")
+    assert_pages_and_commands_work(app, run, bad)
+    run_burst(app)
+    assert stored(app, good).status == "completed"
+    assert {stored(app, job).status for job in bad} <= {"completed", "cancelled"}
 
 
 def test_unknown_statuses_are_shown(app: Flask, run: Any) -> None:

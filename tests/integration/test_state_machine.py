@@ -76,7 +76,7 @@ _REACHED_PER_EXAMPLE = {
 _ACTIVE = {"scheduled", "pending", "running", "retrying"}
 _WITH_A_TIME = {"scheduled", "retrying"}
 _WAITING = _ACTIVE - {"running"}
-_WITHOUT_A_ROW = {"completed", "given back", "snoozed"}
+_WITHOUT_A_ROW = {"completed", "given back", "snoozed", "expired"}
 """Outcomes of attempts that leave no row."""
 
 _QUEUES = ("a", "b")
@@ -136,7 +136,7 @@ class _Job:
         was_suspect, self.suspect = self.suspect, False
         if kind == "completed":
             self.status = "completed"
-        elif self.cancelling or kind == "cancelled":
+        elif self.cancelling or kind in ("cancelled", "expired"):
             self.status = "cancelled"
         elif kind in ("failed finally", "refused"):
             self.status = "failed"

@@ -219,8 +219,8 @@ class TestPlans:
 
     @pytest.mark.on("sqlite", "postgresql")
     def test_partial_indexes_hold_few_statuses(self, store: Store) -> None:
-        """The indexes for claims hold only waiting jobs, and the index of finished jobs only
-        those."""
+        """The indexes for claims hold only waiting jobs, those of finished jobs and of deadlines
+        only these."""
         with store.read() as connection:
             found = sa.inspect(connection).get_indexes("bgjobs_job")
         where = {
@@ -237,6 +237,7 @@ class TestPlans:
             "claim_queue": {"pending", "scheduled", "retrying"},
             "due": {"scheduled", "retrying"},
             "finished": {"NULL"},
+            "deadline": {"NULL"},
         }
 
     def test_promotion_reads_index(self, crowded: Store) -> None:

@@ -34,7 +34,10 @@ from flask_bgjobs.testing import drain
 from flask_bgjobs.worker.registration import register
 from tests.conftest import count_jobs, stored
 
-_TIMES = ("run_at", "created_at", "unique_expires_at", "debounce_until", "finished_at")
+_TIMES = (
+    *("run_at", "created_at", "finished_at", "deadline_at"),
+    *("unique_expires_at", "debounce_until"),
+)
 
 
 def enqueue(*parameters: Any, **options: Any) -> Job:

@@ -31,12 +31,14 @@ def make_spec(**changes: Any) -> JobSpec:
         "max_retry_delay": None,
         "jitter": 0.0,
         "timeout": None,
+        "failure_rules": None,
         "suspect": False,
         "crash_count": 0,
         "meta_json": None,
         "run_at": dt.datetime(2026, 1, 1),
         "claimed_at": dt.datetime(2026, 1, 1),
         "started_at": None,
+        "deadline_at": None,
     }
     return JobSpec(**{**values, **changes})
 

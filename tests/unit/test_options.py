@@ -47,6 +47,8 @@ def test_defaults() -> None:
         "max_retry_delay": None,
         "jitter": 0.0,
         "timeout": None,
+        "failure_rules": None,
+        "retention_seconds": None,
         "queue": "default",
         "tags_json": None,
         "owner": None,
@@ -63,8 +65,13 @@ def test_each_option_is_accepted_and_stored() -> None:
     columns = {name.removesuffix("_json") for name in column_values(JobOptions(), Config())}
     # unique_jobs() reads the options of unique jobs, and first_run() the times.
     unique = {"unique", "unique_until", "unique_for", "on_duplicate"}
-    times = {"delay", "run_at", "debounce", "debounce_max", "throttle"}
-    assert columns == names - times - unique
+    times = {"delay", "run_at", "debounce", "debounce_max", "throttle", "expires"}
+    others = {
+        "retry_on": "failure_rules",
+        "fail_on": "failure_rules",
+        "retention": "retention_seconds",
+    }
+    assert columns == {others.get(name, name) for name in names - times - unique}
 
 
 def test_defaults_from_config() -> None:

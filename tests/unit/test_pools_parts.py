@@ -36,12 +36,14 @@ SPEC = JobSpec(
     max_retry_delay=None,
     jitter=0.5,
     timeout=1.5,
+    failure_rules=None,
     suspect=True,
     crash_count=1,
     meta_json=None,
     run_at=NOW,
     claimed_at=NOW,
     started_at=NOW,
+    deadline_at=NOW,
 )
 
 

@@ -20,6 +20,7 @@ WITH_RETRIES_LEFT = {
     OutcomeKind.FAILED_FINALLY: "failed",
     OutcomeKind.REFUSED: "failed",
     OutcomeKind.CANCELLED: "cancelled",
+    OutcomeKind.EXPIRED: "cancelled",
     OutcomeKind.GIVEN_BACK: "pending",
     OutcomeKind.LOST: "pending",
     OutcomeKind.LOST_AMONG: "pending",

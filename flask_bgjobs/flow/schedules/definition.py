@@ -45,6 +45,7 @@ class Definition:
     values: Mapping[str, Any]
     """The values for the options of each job, by attribute name of ``Job``."""
     delay_seconds: float | None
+    expires_seconds: float | None
     unique: Mapping[str, Any] | None
     """The fields of :class:`~flask_bgjobs.store.Unique`; ``None`` if its jobs are not unique."""
     recurrence: Recurrence
@@ -79,7 +80,13 @@ class Definition:
         unique = None if self.unique is None else Unique(**self.unique)
         if unique is not None and unique.debounce_seconds is not None:
             delay = unique.debounce_seconds
-        return NewJobs(values, [self.parameters], unique=unique, delay_seconds=delay or None)
+        return NewJobs(
+            values,
+            [self.parameters],
+            unique=unique,
+            delay_seconds=delay or None,
+            expires_seconds=self.expires_seconds,
+        )
 
 
 def stored_definition(schedule: Schedule) -> Definition:
@@ -251,6 +258,8 @@ def _definition(state: AppState, name: str, entry: _Entry) -> Definition:
     jobs = new_jobs(state, entry.target, entry.method, [entry.parameters], entry.options)
     if jobs.run_at is not None:
         raise InvalidJob(_RUN_AT)
+    if jobs.values["deadline_at"] is not None:
+        raise InvalidJob("expires of a recurring job is a time from each tick, in seconds")
     return Definition(
         name=name,
         target=entry.target,
@@ -258,6 +267,7 @@ def _definition(state: AppState, name: str, entry: _Entry) -> Definition:
         parameters=jobs.parameters[0],
         values={key: jobs.values[key] for key in options.COLUMNS},
         delay_seconds=jobs.delay_seconds,
+        expires_seconds=jobs.expires_seconds,
         unique=None if jobs.unique is None else dataclasses.asdict(jobs.unique),
         recurrence=Recurrence(**{"timezone": state.config.timezone, **entry.recurrence}),
     )

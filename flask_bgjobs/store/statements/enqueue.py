@@ -60,6 +60,9 @@ class NewJobs:
     """Delay from now, by the database's clock; unused if ``run_at`` is given."""
     run_at: dt.datetime | None = None
     """Due time in UTC, without ``tzinfo``."""
+    expires_seconds: float | None = None
+    """Seconds from now, by the database's clock, after which they expire; ``None``: their
+    ``deadline_at`` is among the values."""
 
 
 class RowInserts(Database):

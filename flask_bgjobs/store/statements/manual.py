@@ -85,7 +85,9 @@ class ByHand(Audits):
                     result.requested.append(job_id)
                 else:
                     result.skipped[job_id] = f"it is already {status}"
-            self._update_each(connection, result.done, transitions.cancelled(self.now))
+            self._update_each(
+                connection, result.done, transitions.cancelled(self.now, self.deleted_at(self.now))
+            )
             self._update_each(connection, result.requested, transitions.asked_to_stop(self.now))
             return result
 

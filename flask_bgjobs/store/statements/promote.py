@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ...job.statuses import JobStatus
+from ...job.statuses import NOT_STARTED, JobStatus
 from ...models import by_index, has_status
 from .. import transitions
 from ..database import JOBS, SCHEDULES, WORKERS, Database
@@ -90,6 +90,30 @@ class Due(Database):
             promoted_count += batch
             if batch < _JOBS_PER_STATEMENT:
                 return promoted_count
+
+    def expire(self, limit: int) -> list[int]:
+        """Cancel up to ``limit`` jobs that have not started by their deadline.
+
+        :returns: their ids.
+        """
+
+        def work(connection: sa.Connection) -> list[int]:
+            ids = list(connection.scalars(self.locked(self._expired(limit))))
+            if ids:
+                values = transitions.expired(self.now, self.deleted_at(self.now))
+                connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(values))
+            return ids
+
+        return self.transaction(work)
+
+    def _expired(self, limit: int) -> sa.Select[Any]:
+        """The query for the ids of jobs that have not started by their deadline."""
+        overdue = sa.select(JOBS.c.id).where(
+            JOBS.c.deadline_at <= self.now,
+            JOBS.c.status.in_([status.value for status in NOT_STARTED]),
+        )
+        ordered = by_index(overdue, "ix_bgjobs_job_deadline")
+        return ordered.order_by(JOBS.c.deadline_at, JOBS.c.id).limit(limit)
 
     def upcoming(self, horizon_seconds: float, step_seconds: float) -> list[float]:
         """The times at which jobs become due, as seconds from now in ascending order.

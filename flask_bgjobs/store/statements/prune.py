@@ -21,6 +21,9 @@ Every restart of a worker leaves a row."""
 _MAX_LOCK_TIMEOUTS = 3
 """Lock timeouts in one batch after which its remaining jobs are left for a later pass."""
 
+_DEADLINE = "deadline"
+"""The group of jobs with their own retention."""
+
 Retention = Mapping[JobStatus, float | None]
 """Seconds for which finished jobs are kept, by status. Jobs of a status that is missing or has the
 value ``None`` are kept for ever."""
@@ -30,8 +33,10 @@ value ``None`` are kept for ever."""
 class PruneCursor:
     """The last job of a batch: the next batch starts after it."""
 
-    status: JobStatus
-    finished_at: dt.datetime
+    group: str
+    """Its status, or ``deadline`` if it has its own retention."""
+    at: dt.datetime
+    """Its end, or its deadline."""
     id: int
 
 
@@ -64,10 +69,10 @@ class Prunes(Database):
     def count_prunable(self, retention: Retention) -> int:
         """The number of jobs that are older than their retention, including held ones."""
         with self.read() as connection:
+            conditions = [self._is_old(status, kept) for status, kept in _limited(retention)]
             return sum(
-                connection.scalar(sa.select(sa.func.count()).where(*self._is_old(status, kept)))
-                or 0
-                for status, kept in _limited(retention)
+                connection.scalar(sa.select(sa.func.count()).select_from(JOBS).where(*each)) or 0
+                for each in (*conditions, self._is_over)
             )
 
     def prune_workers(self, limit: int) -> int:
@@ -101,7 +106,7 @@ class Prunes(Database):
                 # Locked jobs are left for the next pass.
                 self.limit_ordered(statement, limit - len(found)).with_for_update(skip_locked=True)
             )
-            found += (PruneCursor(JobStatus(row.status), row.finished_at, row.id) for row in rows)
+            found += (PruneCursor(row.group, row.at, row.id) for row in rows)
             if len(found) >= limit:
                 break
         held = delete_unheld(connection, [each.id for each in found], self.is_lock_timeout)
@@ -112,24 +117,42 @@ class Prunes(Database):
         self, retention: Retention, after: PruneCursor | None
     ) -> Iterator[sa.Select[tuple[Any, ...]]]:
         """The queries for old jobs, one for each status, in the order of an index."""
-        for status, kept in _limited(retention):
+        groups = {
+            status.value: (JOBS.c.finished_at, self._is_old(status, kept))
+            for status, kept in _limited(retention)
+        }
+        groups[_DEADLINE] = JOBS.c.deadline_at, self._is_over
+        for group, (at, conditions) in groups.items():
+            name = sa.literal_column(f"'{group}'", sa.String)
             statement = (
-                sa.select(JOBS.c.status, JOBS.c.finished_at, JOBS.c.id)
-                .where(*self._is_old(status, kept))
-                .order_by(JOBS.c.finished_at, JOBS.c.id)
+                sa.select(name.label("group"), at.label("at"), JOBS.c.id)
+                .where(*conditions)
+                .order_by(at, JOBS.c.id)
             )
             if after is None:
                 yield statement
-            elif status == after.status:
-                yield statement.where(*_follows(after))
+            elif group == after.group:
+                yield statement.where(*_follows(at, after))
                 after = None
+
+    @property
+    def _is_over(self) -> tuple[sa.ColumnElement[bool], ...]:
+        """The conditions that a job's own retention is over."""
+        return JOBS.c.deadline_at <= self.now, JOBS.c.finished_at.is_not(None), *self._holds_no_key
+
+    @property
+    def _holds_no_key(self) -> tuple[sa.ColumnElement[bool], ...]:
+        """The condition that no unique key is taken because of this row."""
+        expires = JOBS.c.unique_expires_at
+        return (sa.or_(expires.is_(None), expires <= self.now),)
 
     def _is_old(self, status: JobStatus, kept: float) -> tuple[sa.ColumnElement[bool], ...]:
         return (
             JOBS.c.status == status.value,
             JOBS.c.finished_at <= self.after(sa.literal(-kept)),
-            # The row keeps the key taken.
-            sa.or_(JOBS.c.unique_expires_at.is_(None), JOBS.c.unique_expires_at <= self.now),
+            # Those with their own retention are deleted at their deadline.
+            JOBS.c.retention_seconds.is_(None),
+            *self._holds_no_key,
         )
 
 
@@ -177,10 +200,7 @@ def _limited(retention: Retention) -> list[tuple[JobStatus, float]]:
     return [(status, kept) for status, kept in retention.items() if kept is not None]
 
 
-def _follows(cursor: PruneCursor) -> tuple[sa.ColumnElement[bool], ...]:
+def _follows(at: sa.ColumnElement[Any], cursor: PruneCursor) -> tuple[sa.ColumnElement[bool], ...]:
     # The first condition is a range of the index; the second skips jobs with the cursor's own time
     # that come before it.
-    return (
-        JOBS.c.finished_at >= cursor.finished_at,
-        sa.or_(JOBS.c.finished_at > cursor.finished_at, JOBS.c.id > cursor.id),
-    )
+    return at >= cursor.at, sa.or_(at > cursor.at, JOBS.c.id > cursor.id)

@@ -24,10 +24,17 @@ from .progress import Runs, by_key
 _NO_BULK_SECONDS = 10.0
 """How long :meth:`Settles.complete` avoids bulk statements after a locked row made one fail. A job
 that keeps its own row locked is often followed by jobs that do the same."""
-_NO_ATTEMPT_ROW = frozenset({OutcomeKind.COMPLETED, OutcomeKind.GIVEN_BACK, OutcomeKind.SNOOZED})
-"""Outcomes for which no row is added to the table of attempts."""
-_NO_ERROR = frozenset({*_NO_ATTEMPT_ROW, OutcomeKind.CANCELLED})
+_NO_ERROR = frozenset(
+    {
+        OutcomeKind.COMPLETED,
+        OutcomeKind.GIVEN_BACK,
+        OutcomeKind.SNOOZED,
+        OutcomeKind.CANCELLED,
+    }
+)
 """Outcomes that are no failure, so the error of the job is cleared."""
+_NO_ATTEMPT_ROW = frozenset({OutcomeKind.EXPIRED, *_NO_ERROR} - {OutcomeKind.CANCELLED})
+"""Outcomes for which no row is added to the table of attempts."""
 
 
 class Completion(TypedDict):
@@ -135,6 +142,9 @@ class Settles(Runs):
                     self.add_seconds(JOBS.c.claimed_at, given.started_after),
                     self.add_seconds(JOBS.c.claimed_at, given.finished_after),
                     given.new_result,
+                    self.deleted_at(
+                        self.add_seconds(JOBS.c.claimed_at, given.finished_after),
+                    ),
                 )
             )
         )
@@ -255,7 +265,9 @@ class Settles(Runs):
             .values(
                 transitions.settled(
                     is_final=is_final,
+                    has_started=sa.bindparam("has_started", type_=sa.Boolean),
                     finished_at=self._or_now("new_finished_at"),
+                    deleted_at=self.deleted_at(self._or_now("new_finished_at")),
                     due_at=sa.case((delay.is_not(None), self.after(delay)), else_=JOBS.c.run_at),
                     meta=sa.func.coalesce(new_meta, JOBS.c.meta),
                     progress=sa.func.coalesce(
@@ -304,6 +316,8 @@ def _settle_parameters(
         "fence_worker": worker_id,
         "delay_seconds": decided.delay_seconds,
         "is_final": decided.status in FINAL,
+        # The code of a job whose worker died may have started.
+        "has_started": outcome.kind is not OutcomeKind.GIVEN_BACK or started_at is not None,
         "new_status": decided.status.value,
         "new_retry_count": decided.retry_count,
         "new_crash_count": decided.crash_count,

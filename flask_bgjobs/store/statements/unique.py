@@ -33,7 +33,7 @@ _REPLACED = frozenset(
     {
         *("target", "method", "parameters", "meta", "tags", "owner", "queue", "priority"),
         *("claim_rank", "retries", "retry_delay", "backoff", "max_retry_delay", "jitter"),
-        *("timeout", "status"),
+        *("timeout", "failure_rules", "deadline_at", "retention_seconds", "status"),
     }
 )
 """The columns that an enqueue replaces in a job that has not started. Those about attempts stay,
@@ -55,6 +55,9 @@ class Inserts(RowInserts):
         :raises UniqueKeyTaken: when a key is taken, if the jobs ask for that.
         """
         with self.in_our_schema(connection):
+            if jobs.expires_seconds is not None:
+                now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+                jobs = _with(jobs, {"deadline_at": _later(now, jobs.expires_seconds)})
             if jobs.unique is None:
                 return self.insert_all(connection, jobs)
             return [self._insert_unique(connection, each) for each in _one_by_one(jobs)]
