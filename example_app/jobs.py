@@ -210,6 +210,20 @@ def report_last_day() -> int:
     return _build(report)
 
 
+@bgjobs.job(unique="{product_id}", debounce=10, debounce_max=60, queue="stock", timeout=30)
+def sync_stock(product_id: int) -> int:
+    """Tell the marketplaces how many pieces of a product are left.
+
+    Several orders within seconds need one message only. This shop has no marketplaces, so the
+    message is a log line of the job.
+
+    :returns: the number of pieces.
+    """
+    product = db.session.get_one(Product, product_id)
+    current_job.log(f"{product.sku}: {product.stock} in stock")
+    return product.stock
+
+
 @bgjobs.job(every=60, retries=0, timeout=30)
 def discard_old_uploads() -> int:
     """Discard the files of imports that finished a week ago.

@@ -24,7 +24,7 @@ from flask_bgjobs import Job, run_background_job
 from . import photos
 from .extensions import db
 from .forms import OrderForm
-from .jobs import send_receipt
+from .jobs import send_receipt, sync_stock
 from .models import Order, Product
 
 PER_PAGE = 24
@@ -121,6 +121,7 @@ def _place_order(product: Product, quantity: int) -> Order:
     # The session holds uncommitted writes, so the job joins their transaction: every order gets its
     # receipt, and an order that is rolled back gets none.
     send_receipt.using(owner=current_user.get_id(), tags=["receipt"]).enqueue(order.id)
+    sync_stock.enqueue(product.id)
     db.session.commit()
     return order
 
