@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import itertools
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -418,6 +419,17 @@ class TestOverlap:
         fired, skipped = ticks_of(state)
         assert skipped.reason == f"job {fired.job_id} holds its unique_key"
 
+    def test_unique_key_with_an_error(self, make: Callable[..., Flask]) -> None:
+        """Also with ``on_duplicate="raise"``, a tick is skipped, and the worker goes on."""
+        app = make(unique_key="k", overlap="allow", on_duplicate="raise")
+        state = state_of(app)
+        ticker = ticker_of(app)
+        for _ in range(2):
+            make_due(state)
+            ticker.fire()
+        fired, skipped = ticks_of(state)
+        assert str(skipped.reason).startswith(f"job {fired.job_id} holds the unique key 'k'")
+
 
 class TestCode:
     def test_newest_worker_decides(self, make: Callable[..., Flask]) -> None:
@@ -451,6 +463,19 @@ class TestCode:
         ticker_of(make(every=60))
         row = row_of(state)
         assert row.next_tick_at == row.due_at <= now_of(state) + 60 * SECOND
+
+    def test_definition_of_another_version(self, make: Callable[..., Flask]) -> None:
+        """A definition that a newer version of flask-bgjobs has written still runs."""
+        app = make()
+        state = state_of(app)
+        ticker = ticker_of(app)
+        definition = json.loads(row_of(state).definition)
+        definition |= {"added": 1, "recurrence": {**definition["recurrence"], "added": 2}}
+        del definition["unique"]
+        set_row(state, definition=json.dumps(definition))
+        make_due(state)
+        ticker.fire()
+        assert count_jobs(app) == 1
 
     def test_unchanged_definition_keeps_the_row(self, make: Callable[..., Flask]) -> None:
         """A restart writes nothing."""

@@ -44,11 +44,11 @@ class Definition:
     """JSON of the parameters."""
     values: Mapping[str, Any]
     """The values for the options of each job, by attribute name of ``Job``."""
-    delay_seconds: float | None
-    expires_seconds: float | None
-    unique: Mapping[str, Any] | None
-    """The fields of :class:`~flask_bgjobs.store.Unique`; ``None`` if its jobs are not unique."""
     recurrence: Recurrence
+    delay_seconds: float | None = None
+    expires_seconds: float | None = None
+    unique: Mapping[str, Any] | None = None
+    """The fields of :class:`~flask_bgjobs.store.Unique`; ``None`` if its jobs are not unique."""
 
     def to_json(self) -> str:
         """The definition as stored in the database."""
@@ -58,9 +58,10 @@ class Definition:
 
     @classmethod
     def from_json(cls, text: str) -> Definition:
-        """The definition from the database."""
+        """The definition from the database. What another version has added is left out."""
         stored = json.loads(text)
-        return cls(**{**stored, "recurrence": Recurrence(**stored["recurrence"])})
+        recurrence = Recurrence(**_fields_of(Recurrence, stored["recurrence"]))
+        return cls(**{**_fields_of(cls, stored), "recurrence": recurrence})
 
     @property
     def job_name(self) -> str:
@@ -77,7 +78,7 @@ class Definition:
         meta = {"schedule": self.name, "tick": tick.replace(tzinfo=dt.UTC)}
         values = job_values(self.target, self.method, self.values, waits=delay > 0)
         values["meta_json"] = serialize.dumps(meta, name="meta")
-        unique = None if self.unique is None else Unique(**self.unique)
+        unique = None if self.unique is None else Unique(**_fields_of(Unique, self.unique))
         if unique is not None and unique.debounce_seconds is not None:
             delay = unique.debounce_seconds
         return NewJobs(
@@ -87,6 +88,12 @@ class Definition:
             delay_seconds=delay or None,
             expires_seconds=self.expires_seconds,
         )
+
+
+def _fields_of(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that a dataclass has."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def stored_definition(schedule: Schedule) -> Definition:

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from ...errors import UniqueKeyTaken
 from ...job.statuses import FINAL
 from ...models import Job, Schedule, ScheduleTick, Worker
 from ..database import JOBS, SCHEDULES, TICKS, WORKERS
@@ -24,6 +25,7 @@ _TICKS_PER_STATEMENT = 100
 """Schedules whose ticks one statement reads. SQLite allows 500 parts in a compound statement."""
 _ESCAPE = "/"
 """The escape character of LIKE patterns."""
+_MAX_REASON = 255
 _NEXT_TIME = dt.timedelta(microseconds=1)
 _HOLD_SECONDS = 1.0
 """How often it is checked whether the job has finished for which a tick waits."""
@@ -256,12 +258,18 @@ class Schedules(Inserts, Audits):
             reason = f"job {last_job} is not finished"
             skips += [Skip(run.tick_at, reason, run.missed, last_job) for run in runs]
             runs = ()
-        jobs = [(run, self.insert(connection, run.job)[0]) for run in runs]
-        new_jobs = [(run, job) for run, job in jobs if not job.deduplicated]
-        for run, job in jobs:
+        new_jobs = []
+        for run in runs:
+            try:
+                (job,) = self.insert(connection, run.job)
+            except UniqueKeyTaken as error:
+                skips.append(Skip(run.tick_at, str(error)[:_MAX_REASON], run.missed))
+                continue
             if job.deduplicated:
                 reason = f"job {job.id} holds its unique_key"
                 skips.append(Skip(run.tick_at, reason, run.missed, job.id))
+            else:
+                new_jobs.append((run, job))
         if new_jobs:
             values["last_job_id"] = new_jobs[-1][1].id
         self._record_ticks(connection, plan.schedule.id, new_jobs, skips)
