@@ -432,7 +432,9 @@ class Worker:
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
             promoted = self._store.promote()
             self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
-        if work.pending or promoted or self._fire(work):
+        # First, so that a backlog of pending jobs does not hold ticks back.
+        fired = self._fire(work)
+        if work.pending or promoted or fired:
             self._pools.expect_jobs()
         self._polled_at = now
 

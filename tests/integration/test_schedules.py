@@ -23,6 +23,7 @@ from flask_bgjobs import (
     JobNotAllowed,
     JobStatus,
     ScheduleNotFound,
+    run_background_job,
     schedule_fired,
     schedule_skipped,
 )
@@ -188,6 +189,25 @@ class TestTicks:
         ticks = ticks_of(state_of(app))
         assert {(tick.tick_at.microsecond, tick.outcome) for tick in ticks} == {(0, "fired")}
         assert len({tick.tick_at for tick in ticks}) == len(ticks)
+
+    def test_backlog_does_not_hold_ticks_back(
+        self, make: Callable[..., Flask], tmp_path: Path
+    ) -> None:
+        """While other jobs wait for a free thread, ticks are enqueued on time."""
+        app = make(every=1, overlap="allow")
+        gate = tmp_path / "gate"
+        for _ in range(2):
+            run_background_job("tests.jobs.wait_for_file", parameters=[str(gate)])
+        worker = Worker(state_of(app), WorkerOptions(concurrency=1))
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        try:
+            wait_until(lambda: state_of(app).store.schedules()[1], "the registration")
+            wait_until(lambda: len(ticks_of(state_of(app))) >= 2, "two ticks", 20)
+        finally:
+            gate.touch()
+            worker.stop()
+            thread.join()
 
     def test_worker_without_scheduler_runs_none(self, make: Callable[..., Flask]) -> None:
         """With ``--no-scheduler``, a worker neither registers schedules nor fires them."""
