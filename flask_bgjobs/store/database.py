@@ -129,6 +129,11 @@ class Database(abc.ABC):
     ) -> sa.ColumnElement[dt.datetime]:
         """SQL expression for ``time`` plus ``seconds``."""
 
+    def time_on(self, connection: sa.Connection) -> dt.datetime:
+        """The time of the database's clock, in UTC, without ``tzinfo``."""
+        time: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+        return time
+
     def after(self, seconds: sa.ColumnElement[float]) -> sa.ColumnElement[dt.datetime]:
         """SQL expression for the time of the database's clock plus ``seconds``."""
         return self.add_seconds(self.now, seconds)

@@ -134,7 +134,7 @@ class Due(Database):
     def _upcoming(
         self, connection: sa.Connection, status: JobStatus, horizon: float, step: float
     ) -> Iterator[float]:
-        now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+        now = self.time_on(connection)
         end = now + dt.timedelta(seconds=horizon)
         last = now - dt.timedelta(days=1)
         next_due = _NEXT_DUE.where(has_status(status))

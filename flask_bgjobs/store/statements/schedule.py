@@ -6,14 +6,14 @@ import dataclasses
 import datetime as dt
 import functools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from ...errors import UniqueKeyTaken
 from ...job.statuses import FINAL
-from ...models import Job, Schedule, ScheduleTick, Worker
+from ...models import Job, Schedule, ScheduleTick
 from ..database import JOBS, SCHEDULES, TICKS, WORKERS
 from ..sizes import batches
 from .audit import Actor, Audits
@@ -141,7 +141,7 @@ class Schedules(Inserts, Audits):
         self, connection: sa.Connection, rows: sa.Select[Any]
     ) -> tuple[dt.datetime, list[Schedule]]:
         found = [Schedule(**row._mapping) for row in connection.execute(rows)]
-        return connection.execute(sa.select(self.now)).scalar_one(), found
+        return self.time_on(connection), found
 
     def add_schedules(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Insert schedules, except those that another process has inserted meanwhile.
@@ -362,12 +362,6 @@ class Schedules(Inserts, Audits):
         with self.read() as connection:
             found = connection.scalars(lists.distinct()).all()
         return {name for names in found for name in json.loads(names)}
-
-    def note_schedules(self, worker_id: int, names: Iterable[str]) -> None:
-        """Record the names of the schedules that a worker's code has."""
-        mine = sa.update(Worker).where(Worker.id == worker_id)
-        text = json.dumps(sorted(names))
-        self.transaction(lambda c: c.execute(mine.values(schedules=text)))
 
     def prune_schedules(self, limit: int) -> int:
         """Delete up to ``limit`` ticks older than a week, and schedules retired for 30 days.

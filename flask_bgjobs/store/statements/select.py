@@ -57,8 +57,7 @@ class Selections(Database):
     def clock(self) -> dt.datetime:
         """The current time of the database, UTC without ``tzinfo``."""
         with self.read() as connection:
-            now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
-        return now
+            return self.time_on(connection)
 
     def count_selected(self, selection: Selection) -> int:
         """The number of selected jobs."""

@@ -56,7 +56,7 @@ class Inserts(RowInserts):
         """
         with self.in_our_schema(connection):
             if jobs.expires_seconds is not None:
-                now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+                now = self.time_on(connection)
                 jobs = _with(jobs, {"deadline_at": _later(now, jobs.expires_seconds)})
             if jobs.unique is None:
                 return self.insert_all(connection, jobs)
@@ -116,7 +116,7 @@ class Inserts(RowInserts):
         if unique.until_start:
             columns["unique_until_start"] = True
         if unique.for_seconds is not None or unique.debounce_max_seconds is not None:
-            now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+            now = self.time_on(connection)
             columns["unique_expires_at"] = _later(now, unique.for_seconds)
             columns["debounce_until"] = _later(now, unique.debounce_max_seconds)
         return columns
@@ -188,7 +188,7 @@ class Inserts(RowInserts):
         assert seconds is not None
         hashes = [unique_hash(f"{key}\n{slot}") for slot in _THROTTLE_SLOTS]
         window = dt.timedelta(seconds=seconds)
-        now: dt.datetime = connection.execute(sa.select(self.now)).scalar_one()
+        now = self.time_on(connection)
         rows = connection.execute(self._holders.where(JOBS.c.unique_hash.in_(hashes)))
         holders = [loaded_job(row) for row in rows]
         for later in holders:
