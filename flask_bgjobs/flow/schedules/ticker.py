@@ -144,8 +144,8 @@ class Ticker:
             values = {"retired_at": now, "due_at": None}
             self._store.change_schedules([ScheduleChange(row, values)])
             _logger.error(
-                "Schedule stopped | Schedule: %s | Its row is not valid: %s: %s | Reset it with "
-                "`flask bgjobs schedules reset`, and restart a worker",
+                "Schedule stopped | Schedule: %s | Its row is not valid: %s: %s | Restart a worker "
+                "whose code has it: the worker writes the row again",
                 row.name,
                 type(error).__name__,
                 error,
