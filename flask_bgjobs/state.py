@@ -124,16 +124,15 @@ class AppState:
             self.emit(job_cancelled, job=job)
         return result
 
-    def expire(self, store: Store) -> list[Job]:
+    def expire(self, store: Store) -> None:
         """Cancel jobs that have not started by their deadline, and send ``job_cancelled`` for each
         of them.
 
         :param store: the worker's store.
         """
-        jobs = store.get_many(ids) if (ids := store.expire(_EXPIRED_AT_ONCE)) else []
-        for job in jobs:
-            self.emit_in_worker(job_cancelled, job=job)
-        return jobs
+        if ids := store.expire(_EXPIRED_AT_ONCE):
+            for job in store.get_many(ids):
+                self.emit_in_worker(job_cancelled, job=job)
 
     def logged_parameters(
         self, job: Job | JobSpec, parameters: Any, names: tuple[str, ...] | None

@@ -16,8 +16,8 @@ from ..options import MAX_KEY, JobOptions
 from ..registry import Target
 from ..store import Unique
 
-UNTIL = ("finished", "started")
-ON_DUPLICATE = ("keep", "replace", "raise")
+_UNTIL = ("finished", "started")
+_ON_DUPLICATE = ("keep", "replace", "raise")
 _NEED_KEY = ("unique_until", "unique_for", "on_duplicate")
 _EXCLUDED = {
     "debounce": ("throttle", "delay", "run_at", *_NEED_KEY),
@@ -47,8 +47,8 @@ def check_unique(options: JobOptions, target: Target | None = None) -> None:
     for name in _NEED_KEY:
         if getattr(options, name) is not None and not has_key:
             raise ValueError(f"{name} needs unique or unique_key")
-    _choice(options.unique_until, "unique_until", UNTIL)
-    _choice(options.on_duplicate, "on_duplicate", ON_DUPLICATE)
+    _choice(options.unique_until, "unique_until", _UNTIL)
+    _choice(options.on_duplicate, "on_duplicate", _ON_DUPLICATE)
     _seconds(options, "unique_for")
     _seconds(options, "throttle")
     wait, longest = _seconds(options, "debounce"), _seconds(options, "debounce_max")

@@ -462,9 +462,8 @@ class Worker:
         if now - self._swept_at < self.state.config.heartbeat_interval:
             return
         self._swept_at = now
-        for job in self.state.expire(self._store):
-            self._progress.note()
-            _logger.debug("Job %s expired", job.id)
+        self.state.expire(self._store)
+        self._progress.note()
         for settled in self._sweeper.sweep(self._id):
             self._poll_due = True
             self._rollup_counts.note(settled)

@@ -127,14 +127,11 @@ def definitions(state: AppState) -> dict[str, Definition]:
 
     :raises ConfigError: names the schedule, and says what is wrong with it.
     """
-    found = {}
-    for name, entry in state.config.schedule.items():
-        with _naming(f"BGJOBS_SCHEDULE[{name!r}]"):
-            found[name] = _definition(state, name, _read_entry(entry))
-    for name, recurrence in _decorated(state).items():
-        with _naming(f"@bgjobs.job of {name}"):
-            found[name] = _definition(state, name, _Entry(name, None, (), recurrence, NO_OPTIONS))
-    return found
+    recurrences = _decorated(state)
+    return {
+        **{name: _configured(state, name) for name in state.config.schedule},
+        **{name: _of_function(state, name, each) for name, each in recurrences.items()},
+    }
 
 
 def own_names(state: AppState) -> set[str]:
@@ -147,12 +144,9 @@ def own_definition(state: AppState, name: str) -> Definition:
 
     :raises ConfigError: names the schedule, and says what is wrong with it.
     """
-    with _naming(f"schedule {name}"):
-        entry = state.config.schedule.get(name)
-        if entry is not None:
-            return _definition(state, name, _read_entry(entry))
-        recurrence = state.registry.recurrences()[name]
-        return _definition(state, name, _Entry(name, None, (), recurrence, NO_OPTIONS))
+    if name in state.config.schedule:
+        return _configured(state, name)
+    return _of_function(state, name, state.registry.recurrences()[name])
 
 
 def check_configured(state: AppState) -> None:
@@ -217,6 +211,18 @@ def _naming(place: str) -> Iterator[None]:
         yield
     except (BgJobsError, ValueError, TypeError) as error:
         raise ConfigError(f"{place}: {error}") from None
+
+
+def _configured(state: AppState, name: str) -> Definition:
+    """The definition in ``BGJOBS_SCHEDULE``."""
+    with _naming(f"BGJOBS_SCHEDULE[{name!r}]"):
+        return _definition(state, name, _read_entry(state.config.schedule[name]))
+
+
+def _of_function(state: AppState, name: str, recurrence: Mapping[str, Any]) -> Definition:
+    """The definition of a decorated function."""
+    with _naming(f"@bgjobs.job of {name}"):
+        return _definition(state, name, _Entry(name, None, (), recurrence, NO_OPTIONS))
 
 
 def _decorated(state: AppState) -> Mapping[str, Mapping[str, Any]]:
@@ -287,7 +293,7 @@ def _can_be_resolved(state: AppState, target: str) -> bool:
     modules may then need what is not defined yet.
     """
     if not state.registry.is_allowed(target):
-        return not may_appear(target)
+        return not _may_appear(target)
     module = target.rpartition(".")[0]
     if any(_is_being_imported(name) for name in _prefixes(module)):
         return False
@@ -303,7 +309,7 @@ def _can_be_resolved(state: AppState, target: str) -> bool:
     return True
 
 
-def may_appear(target: str) -> bool:
+def _may_appear(target: str) -> bool:
     """Whether a name may be that of a decorated function whose module is not imported yet."""
     module = target.rpartition(".")[0]
     if not module:

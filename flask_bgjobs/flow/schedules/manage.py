@@ -30,7 +30,7 @@ from .definition import (
 )
 from .due import next_tick
 from .recurrence import Recurrence, checked
-from .ticker import new_row, rescheduled
+from .ticker import is_off, new_row, rescheduled
 
 _TRIES = 10
 _NO_ID = 0
@@ -420,8 +420,7 @@ def _moved(
     """The values that move the next tick if the timing changes. A tick that is due stays so."""
     if row.next_tick_at <= now or current_recurrence(row, definition).timing == after.timing:
         return {}
-    is_off = row.paused_at is not None or row.retired_at is not None
-    return rescheduled(after.timing, now, is_off=is_off)
+    return rescheduled(after.timing, now, is_off=is_off(row))
 
 
 def _recurrence_json(recurrence: Recurrence) -> str:

@@ -186,6 +186,11 @@ def rescheduled(timing: Timing, now: dt.datetime, *, is_off: bool) -> dict[str, 
     return {"next_tick_at": following, "due_at": due_at, "held_at": None}
 
 
+def is_off(row: Schedule) -> bool:
+    """Whether a schedule has no ticks, because it is paused or retired."""
+    return row.paused_at is not None or row.retired_at is not None
+
+
 def _in_words(definition: Definition, row: Schedule | None, now: dt.datetime) -> str:
     recurrence = definition.recurrence if row is None else current_recurrence(row, definition)
     tick = next_tick(recurrence.timing, now)
@@ -240,8 +245,7 @@ def _set_back(rows: Iterable[Schedule], now: dt.datetime) -> list[ScheduleChange
             continue
         recurrence = _recurrence(row)
         if recurrence is not None and recurrence.timing.follows_real_time:
-            is_off = row.paused_at is not None or row.retired_at is not None
-            values = rescheduled(recurrence.timing, now, is_off=is_off)
+            values = rescheduled(recurrence.timing, now, is_off=is_off(row))
             values["last_tick_at"] = None
             changes.append(ScheduleChange(row, values, forget_after=now))
     return changes
