@@ -124,3 +124,69 @@ def start_worker(tmp_path: Path, app: object, database_url: str) -> Iterator[Cal
     workers = Workers(tmp_path, database_url)
     yield workers.start
     workers.end()
+
+
+SLEEP_BY_SELECT = """
+import select, time
+time.sleep = lambda seconds: select.select([], [], [], seconds)
+"""
+"""Every Python process with a faked clock imports this: libfaketime 0.9.10 breaks the system call
+of ``time.sleep``, which is ``clock_nanosleep`` with a monotonic time."""
+
+
+class WallClock:
+    """A fake wall clock for processes that are started with its :meth:`environment`."""
+
+    def __init__(self, file: Path, library: Path) -> None:
+        self._file, self._library = file, library
+        self.jump_to(0)
+
+    def jump_to(self, seconds: float) -> None:
+        """Set how many seconds the clock is ahead of the true time."""
+        new = self._file.with_suffix(".new")
+        new.write_text(f"{seconds:+g}")
+        new.replace(self._file)
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a process that reads this clock."""
+        return {
+            "LD_PRELOAD": str(self._library),
+            "FAKETIME_TIMESTAMP_FILE": str(self._file),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+
+
+@pytest.fixture
+def make_clock(tmp_path: Path) -> Callable[[str], WallClock]:
+    """Creates wall clocks by name."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        reason = "libfaketime is not installed (apt-get install faketime)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    (tmp_path / "sitecustomize.py").write_text(SLEEP_BY_SELECT)
+    return lambda name: WallClock(tmp_path / name, library)
+
+
+@pytest.fixture
+def clock(make_clock: Callable[[str], WallClock]) -> WallClock:
+    """A fake wall clock."""
+    return make_clock("clock")
+
+
+@pytest.fixture
+def start_with(
+    start_worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Starts a worker with the given wall clock."""
+
+    def start(clock: WallClock, *options: str, **config: object) -> Any:
+        with monkeypatch.context() as patch:
+            for name, value in clock.environment().items():
+                patch.setenv(name, value)
+            return start_worker(*options, **config)
+
+    return start

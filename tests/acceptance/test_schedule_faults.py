@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask
 
 from flask_bgjobs.flow.schedules.manage import find
 from flask_bgjobs.flow.schedules.timing import read_every
 from flask_bgjobs.models import ScheduleTick
-from flask_bgjobs.state import AppState, state_of
+from flask_bgjobs.state import AppState
+from tests.acceptance.conftest import WallClock
 from tests.acceptance.helpers import lines
-from tests.acceptance.test_clocks import WallClock, clock, make_clock, start_with
 from tests.acceptance.test_outages import SERVERS
-from tests.apps import build_app, create_tables
 from tests.conftest import DEADLINE_SECONDS, wait_until
 from tests.servers import Server
 
 pytestmark = pytest.mark.acceptance
 Start = Callable[..., Any]
-__all__ = ["clock", "make_clock", "start_with"]
 
 SECONDS = float(os.environ.get("BGJOBS_TEST_SCHEDULE_SECONDS", "12"))
 """How long workers are killed; longer for a thorough run by hand."""
@@ -56,17 +53,6 @@ def database_url(server: Server | None, tmp_path: Path) -> str:
     if server is None:
         return f"sqlite:///{tmp_path / 'test.db'}"
     return str(server.url(server.create_database()))
-
-
-@pytest.fixture
-def app(database_url: str) -> Iterator[Flask]:
-    """The app in this process; pytest-flask pushes its context."""
-    app = build_app(database_url)
-    create_tables(app)
-    yield app
-    with app.app_context():
-        app.extensions["sqlalchemy"].engine.dispose()
-    state_of(app).store.dispose()
 
 
 def schedule(journal: Path, **options: Any) -> dict[str, Any]:
