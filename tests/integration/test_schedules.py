@@ -36,7 +36,7 @@ from flask_bgjobs.models import Worker as WorkerRow
 from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.state import AppState, state_of
-from flask_bgjobs.store import Actor
+from flask_bgjobs.store import Actor, ScheduleChange
 from flask_bgjobs.testing import drain
 from flask_bgjobs.worker.options import WorkerOptions
 from flask_bgjobs.worker.registration import register
@@ -783,6 +783,17 @@ class TestChanges:
         ticker.fire()
         find(state, "s").override(overlap="allow")
         assert stale.override(missed="all").overrides == {"overlap": "allow", "missed": "all"}
+
+    def test_change_of_a_stale_row_is_refused(self, make: Callable[..., Flask]) -> None:
+        """A change that was made for an earlier state of the row changes nothing, and says so."""
+        state = state_of(make())
+        ticker_of(state.app)
+        stale = row_of(state)
+        find(state, "s").pause(ADA)
+        change = ScheduleChange(stale, {"due_at": stale.next_tick_at})
+        assert state.store.change_schedules([change], ADA, "edit schedule") == [change]
+        assert row_of(state).due_at is None
+        assert len(audited(state)) == 1
 
     def test_deleted_row(self, make: Callable[..., Flask], make_app: Callable[..., Flask]) -> None:
         """A change of a schedule that is gone says so."""
