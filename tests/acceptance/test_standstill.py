@@ -177,7 +177,8 @@ def test_jobs_are_released_when_the_fork_server_cannot_start(
         f"if os.path.exists({str(refuse)!r}) and 'forkserver' in ' '.join(sys.orig_argv):\n"
         "    os._exit(1)\n"
     )
-    worker = start_worker("-P", "process", "-c", "1")
+    # A worker gives up once no child could start for the time of a lease.
+    worker = start_worker("-P", "process", "-c", "1", BGJOBS_LEASE=DEADLINE_SECONDS)
     child = enqueue("process_id").wait(DEADLINE_SECONDS).result
     refuse.touch()
     fork_server = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
