@@ -90,6 +90,11 @@ class Config:
     """``BGJOBS_PRIORITIES``: names of priorities, with their numbers; higher runs first."""
     imports: tuple[str, ...] = ()
     """``BGJOBS_IMPORTS``: modules that a worker imports when it starts."""
+    unknown_jobs: str = "wait"
+    """``BGJOBS_UNKNOWN_JOBS``: what a worker does with a job that its code does not have: ``wait``
+    for a worker that has it, or ``fail``."""
+    unknown_timeout: float = 86_400.0
+    """``BGJOBS_UNKNOWN_TIMEOUT``: time for which such a job waits before it fails."""
     retries: int = 3
     """``BGJOBS_RETRIES``: number of retries after the first attempt."""
     retry_delay: tuple[float, ...] = (5.0,)
@@ -463,6 +468,8 @@ _KEYS = {
     "BGJOBS_QUEUES": _Key("queues", _optional(_queues)),
     "BGJOBS_PRIORITIES": _Key("priorities", _priorities),
     "BGJOBS_IMPORTS": _Key("imports", _imports),
+    "BGJOBS_UNKNOWN_JOBS": _Key("unknown_jobs", _one_of("wait", "fail")),
+    "BGJOBS_UNKNOWN_TIMEOUT": _Key("unknown_timeout", _duration(above=True)),
     "BGJOBS_RETRIES": _Key("retries", _integer(0, 10_000)),
     "BGJOBS_RETRY_DELAY": _Key("retry_delay", retry_delays),
     "BGJOBS_RETRY_ON": _Key("retry_on", _optional(lambda v: exception_names(v, "it"))),

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,10 @@ _ANY_PARAMETERS = inspect.Signature(
         inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
     ]
 )
+
+
+class MissingCode(InvalidJob):
+    """The name is allowed, but the code of this process does not define it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +276,65 @@ class Registry:
         thing = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
         return None if thing is None else _target_of(thing, name, method)
 
+    def may_be_elsewhere(self, error: BaseException, name: str, method: str | None) -> bool:
+        """Whether another release of the app may have the job that :meth:`resolve` has refused.
+
+        ``False`` for a name that no release can have: one that is malformed or private, or that
+        goes on after the name of an allowed job, to one of its attributes. Nothing is imported.
+
+        :param error: the error of :meth:`resolve`.
+        """
+        if not isinstance(error, JobNotAllowed | MissingCode):
+            return False
+        if not is_dotted_name(name, parts=1) or (method is not None and not _is_public(method)):
+            return False
+        if not unicodedata.is_normalized("NFKC", name):
+            # Python normalizes all names in source code.
+            return False
+        parts = name.split(".")
+        prefixes = [".".join(parts[:end]) for end in range(1, len(parts))]
+        return not any(part.startswith("_") for part in parts) and not any(
+            map(self._is_name_of_code, prefixes)
+        )
+
+    def has(self, name: str, method: str | None) -> bool:
+        """Whether a worker with this code would not let the job wait for another release.
+
+        ``True`` also for an allowed name whose module is not imported in this process. Nothing is
+        imported.
+        """
+        try:
+            self.resolve_imported(name, method)
+        except (JobNotAllowed, InvalidJob) as error:
+            return not self.may_be_elsewhere(error, name, method)
+        return True
+
+    def why_unknown(self, name: str, method: str | None) -> str:
+        """The likely reason why this process does not have a job, and what to do."""
+        elsewhere = "the release that has it is not deployed here"
+        if self.is_allowed(name):
+            thing = name if method is None else f"{name}.{method}"
+            return f"this worker's code has no {thing}, or does not allow it: {elsewhere}"
+        module = name.rpartition(".")[0]
+        if module and module not in sys.modules:
+            return (
+                f"this worker has not imported {module}: import it in the app factory or name it "
+                f"in BGJOBS_IMPORTS, or {elsewhere}"
+            )
+        return (
+            "this worker has no job function of this name: name it in BGJOBS_ALLOWED_JOBS, or "
+            f"{elsewhere}"
+        )
+
+    def _is_name_of_code(self, name: str) -> bool:
+        """Whether ``name`` is allowed, and is the place of a class or function in the code. A name
+        given to a decorator with ``name=`` may be anything."""
+        decorated = self._decorated.get(name)
+        if decorated is None:
+            return name in self._allowed
+        function = decorated.function
+        return name == f"{function.__module__}.{function.__qualname__}"
+
     def _check_name(self, name: object) -> None:
         if not isinstance(name, str):
             hint = ": call its own enqueue(…)" if hasattr(name, "job_name") else ""
@@ -427,13 +491,16 @@ def _import(name: str) -> Any:
         raise
     except BaseException as error:
         # A module may call `sys.exit()` when it is imported; that must not end the process.
-        raise InvalidJob(
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
+            f"{error.name}."
+        )
+        raise (MissingCode if is_missing else InvalidJob)(
             f"{name} is allowed, but its module cannot be imported: {type(error).__name__}: {error}"
         ) from error
     try:
         return vars(module)[attribute]
     except KeyError:
-        raise InvalidJob(f"{name} is allowed, but {module_name} defines no {attribute}") from None
+        raise MissingCode(f"{name} is allowed, but {module_name} defines no {attribute}") from None
 
 
 def _target_of(thing: Any, name: str, method: str | None) -> Target:
@@ -453,7 +520,8 @@ def _method_of(cls: type, name: str, method: str | None) -> Target:
         raise InvalidJob(f"{name} is a class: name the method to call, such as 'execute'")
     found = _find_method(cls, method)
     if found is None:
-        raise InvalidJob(f"{name} has no method {shown(method)}")
+        is_missing = not any(method in vars(base) for base in cls.__mro__)
+        raise (MissingCode if is_missing else InvalidJob)(f"{name} has no method {shown(method)}")
     if isinstance(found, staticmethod | classmethod):
         return Target(found.__get__(None, cls))
     return Target(found, cls)

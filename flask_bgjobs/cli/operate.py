@@ -47,7 +47,7 @@ def _stats_data(stats: Stats) -> dict[str, Any]:
         "queues": [
             {
                 "name": queue.name,
-                "waiting": queue.waiting,
+                "queued": queue.queued,
                 "running": queue.running,
                 "oldest_pending_seconds": queue.oldest_pending_seconds,
             }
@@ -66,8 +66,8 @@ def _print_stats(stats: Stats) -> None:
     if stats.queues:
         click.echo()
         print_table(
-            ["QUEUE", "WAITING", "RUNNING", "OLDEST PENDING"],
-            [(q.name, f"{q.waiting:,}", f"{q.running:,}", _oldest(q)) for q in stats.queues],
+            ["QUEUE", "QUEUED", "RUNNING", "OLDEST PENDING"],
+            [(q.name, f"{q.queued:,}", f"{q.running:,}", _oldest(q)) for q in stats.queues],
         )
     click.echo(
         f"\nLast hour: {stats.completed_last_hour:,} completed, {stats.failed_last_hour:,} failed"
@@ -92,11 +92,12 @@ def queues_command(as_json: bool) -> None:
         print_json([plain(queue) for queue in queues])
     elif queues:
         print_table(
-            ["QUEUE", "PENDING", "SCHEDULED", "RETRYING", "RUNNING", "OLDEST PENDING", "WORKERS",
-             "PAUSED SINCE"],
+            ["QUEUE", "PENDING", "SCHEDULED", "WAITING", "RETRYING", "RUNNING", "OLDEST PENDING",
+             "WORKERS", "PAUSED SINCE"],
             [
-                (q.name, f"{q.pending:,}", f"{q.scheduled:,}", f"{q.retrying:,}", f"{q.running:,}",
-                 _oldest(q), q.workers, "" if q.paused_at is None else time_text(q.paused_at))
+                (q.name, f"{q.pending:,}", f"{q.scheduled:,}", f"{q.waiting:,}", f"{q.retrying:,}",
+                 f"{q.running:,}", _oldest(q), q.workers,
+                 "" if q.paused_at is None else time_text(q.paused_at))
                 for q in queues
             ],
         )  # fmt: skip
@@ -220,6 +221,7 @@ class _Health:
     alive: int = 0
     silent: int = 0
     unserved: Sequence[str] = ()
+    waiting_for_code: Sequence[str] = ()
     message: str = ""
 
 
@@ -253,6 +255,14 @@ def _health(state: AppState) -> _Health:
         message += f", {service.silent:,} silent"
     if service.unserved:
         message += f"; no live worker serves {', '.join(service.unserved)}"
+    if waiting := service.waiting_for_code:
+        message += f"; jobs wait for code that their workers do not have: {', '.join(waiting)}"
     return _Health(
-        service.alive > 0, True, service.alive, service.silent, service.unserved, message
+        service.alive > 0,
+        True,
+        service.alive,
+        service.silent,
+        service.unserved,
+        waiting,
+        message,
     )

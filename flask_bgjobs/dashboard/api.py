@@ -119,7 +119,9 @@ def api_stats() -> ResponseReturnValue:
     if not access.may_see_totals():
         return json_response(
             **_stats(service),
-            **dict.fromkeys(("jobs", "capped", "ended", "wait_seconds", "run_seconds")),
+            **dict.fromkeys(
+                ("jobs", "capped", "waiting_for_code", "ended", "wait_seconds", "run_seconds")
+            ),
             period=params.period().name,
         )
     chart = queries.chart(state, service.now, params.period())
@@ -127,6 +129,7 @@ def api_stats() -> ResponseReturnValue:
     return json_response(
         **_stats(service),
         jobs={status: min(count.number, count.limit) for status, count in counts.items()},
+        waiting_for_code=service.waiting_for_code,
         capped=[status for status, count in counts.items() if count.number > count.limit],
         period=chart.period.name,
         ended=dict(chart.totals),

@@ -51,6 +51,11 @@ class Helpers:
         """Whether the visitor may do ``action``, so that its link or button is shown."""
         return access.is_allowed(action, job)
 
+    @property
+    def sees_totals(self) -> bool:
+        """Whether the visitor may see facts about all jobs."""
+        return access.may_see_totals()
+
     def actions(self, row: JobRow) -> list[str]:
         """The actions that the visitor may take on a job in its present status.
 

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import Fail, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
+from ..errors import Fail, InvalidJob, JobCancelled, JobNotAllowed, JobTimeout, Retry, Snooze
 from ..job import durations, serialize
 from ..job.failure_rules import is_final
-from ..job.records import JobSpec, Outcome, expired_outcome
+from ..job.records import JobSpec, Outcome, expired_outcome, waited_seconds
 from ..job.statuses import OutcomeKind
 from ..job.text import MAX_TRACEBACK_CHARS, storable
 from ..observability import failures, tracebacks
@@ -79,8 +79,8 @@ def _execute(
         if not isinstance(parameters, list | dict):
             raise ValueError("the parameters in the row are neither a list nor a dict")
         job.mask_with(lambda: state.redactor.masker(parameters, _named_function(target)))
-    except JobNotAllowed as error:
-        return _failure(job, spec, OutcomeKind.REFUSED, error)
+    except (JobNotAllowed, InvalidJob) as error:
+        return _without_code(state, spec, job, error)
     except BaseException as error:
         # The import of a module may raise anything, also KeyboardInterrupt.
         return _failure(job, spec, OutcomeKind.FAILED_FINALLY, error)
@@ -104,6 +104,24 @@ def _execute(
         parameter_names=target.positional_names if isinstance(parameters, list) else None,
         **outcome,
     )
+
+
+def _without_code(
+    state: AppState, spec: JobSpec, job: CurrentJob, error: JobNotAllowed | InvalidJob
+) -> Outcome:
+    """The outcome of a job whose name is not allowed, or is not defined, in this process."""
+    config = state.config
+    is_refused = isinstance(error, JobNotAllowed)
+    if config.unknown_jobs == "wait" and state.registry.may_be_elsewhere(
+        error, spec.target, spec.method
+    ):
+        if waited_seconds(spec) < config.unknown_timeout:
+            return Outcome(spec.id, spec.attempt, OutcomeKind.UNKNOWN, error=str(error))
+        words = durations.in_words(config.unknown_timeout)
+        waited = f" No worker has had its code for {words} (BGJOBS_UNKNOWN_TIMEOUT)."
+        error, is_refused = JobNotAllowed(f"{error}{waited}"), True
+    kind = OutcomeKind.REFUSED if is_refused else OutcomeKind.FAILED_FINALLY
+    return _failure(job, spec, kind, error)
 
 
 def _named_function(target: Target) -> Callable[..., Any] | None:

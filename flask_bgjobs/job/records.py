@@ -63,6 +63,9 @@ class JobSpec(NamedTuple):
     committed."""
     deadline_at: dt.datetime | None
     """When the job expires; ``None``: never, or it has been started before."""
+    waiting_since: dt.datetime | None
+    """Since when the job has waited for code, counted from the first worker that did not have it;
+    ``None``: it has not waited since its last start."""
 
     @property
     def key(self) -> Key:
@@ -159,6 +162,12 @@ def expired_outcome(spec: JobSpec) -> Outcome | None:
     return Outcome(spec.id, spec.attempt, kind, error_type="Expired", error=error)
 
 
+def waited_seconds(spec: JobSpec) -> float:
+    """Seconds for which the job has waited for code when it was claimed."""
+    since = spec.waiting_since
+    return 0.0 if since is None else (spec.claimed_at - since).total_seconds()
+
+
 def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcome:
     """The outcome of an attempt whose worker, or whose pool's processes, died while it ran.
 
@@ -171,6 +180,17 @@ def lost_outcome(spec: JobSpec, kind: OutcomeKind, what_happened: str) -> Outcom
         error_type, reason = "WorkerLost", what_happened
     error = f"{error_type}: {reason}"
     return Outcome(spec.id, spec.attempt, kind, error_type=error_type, error=error)
+
+
+def code_name(spec: JobSpec) -> str:
+    """The name of the code that the job waits for, as stored: ``target`` or ``target:method``."""
+    return spec.target if spec.method is None else f"{spec.target}:{spec.method}"
+
+
+def split_code_name(name: str) -> tuple[str, str | None]:
+    """The target and the method of a :func:`code_name`."""
+    target, _, method = name.partition(":")
+    return target, method or None
 
 
 class Settled(NamedTuple):

@@ -16,6 +16,8 @@ class JobStatus(enum.StrEnum):
 
     SCHEDULED = "scheduled"
     """Enqueued with a delay or a ``run_at`` that has not come yet."""
+    WAITING = "waiting"
+    """Not allowed to run yet. ``Job.waits_for`` says what it waits for; see :class:`WaitsFor`."""
     PENDING = "pending"
     """Due, and ready for any worker that serves its queue."""
     RUNNING = "running"
@@ -33,13 +35,29 @@ class JobStatus(enum.StrEnum):
         return self in FINAL
 
 
+class WaitsFor(enum.StrEnum):
+    """What a job with the status ``waiting`` waits for."""
+
+    CODE = "code"
+    """A worker claimed it whose code does not have the job. A worker that has it, perhaps of
+    another release of the app, will run it."""
+
+
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})
-WAITING = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING, JobStatus.RETRYING})
-"""Statuses in which no worker holds the job, so that a cancel takes effect at once."""
-NOT_STARTED = frozenset({JobStatus.SCHEDULED, JobStatus.PENDING})
-"""Statuses before the first attempt."""
+UNCLAIMED = frozenset(
+    {JobStatus.SCHEDULED, JobStatus.WAITING, JobStatus.PENDING, JobStatus.RETRYING}
+)
+"""Statuses of unfinished jobs that no worker holds, so that a cancel takes effect at once."""
+NOT_STARTED = frozenset({JobStatus.SCHEDULED, JobStatus.WAITING, JobStatus.PENDING})
+"""Statuses before the code has started for the first time."""
 CAN_CHANGE: Mapping[str, tuple[JobStatus, ...]] = {
-    "cancel": (JobStatus.SCHEDULED, JobStatus.RETRYING, JobStatus.PENDING, JobStatus.RUNNING),
+    "cancel": (
+        JobStatus.SCHEDULED,
+        JobStatus.RETRYING,
+        JobStatus.WAITING,
+        JobStatus.PENDING,
+        JobStatus.RUNNING,
+    ),
     "retry": (JobStatus.RETRYING, JobStatus.FAILED, JobStatus.CANCELLED),
     "delete": tuple(status for status in JobStatus if status is not JobStatus.RUNNING),
 }
@@ -62,6 +80,9 @@ class OutcomeKind(enum.StrEnum):
     """The code raised :class:`~flask_bgjobs.Fail`, or a retry could not succeed."""
     REFUSED = "refused"
     """The name is not on the worker's allow-list. Nothing was imported."""
+    UNKNOWN = "unknown"
+    """The worker's code does not have the job, but another release of the app may have it. The job
+    waits for code, and no retry is used."""
     CANCELLED = "cancelled"
     EXPIRED = "expired"
     """It was claimed after its ``expires``. Its code was not started."""
@@ -131,6 +152,8 @@ def settlement(
             return Settlement(
                 JobStatus.SCHEDULED, retry_count, crash_count, delay_seconds=delay_seconds or 0.0
             )
+        case OutcomeKind.UNKNOWN:
+            return Settlement(JobStatus.WAITING, retry_count, crash_count, suspect=suspect)
         case OutcomeKind.GIVEN_BACK:
             # The attempt proves nothing, so a suspect stays a suspect.
             return Settlement(JobStatus.PENDING, retry_count, crash_count, suspect=suspect)

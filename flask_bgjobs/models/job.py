@@ -27,6 +27,7 @@ could use that index and skip the jobs of all other queues one by one."""
 _IS_PENDING = "status = 'pending'"
 # OR instead of IN: SQLite would use a partial index with IN only for statements with the same list.
 _IS_DELAYED = "status = 'scheduled' OR status = 'retrying'"
+_IS_WAITING = "status = 'waiting'"
 _IS_FINISHED = "finished_at IS NOT NULL"
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
@@ -50,13 +51,18 @@ class Job(Base):
         index(
             "ix_bgjobs_job_claim_queue",
             *("status", "queue", "claim_rank", "run_at", "id"),
-            where=f"{_IS_PENDING} OR {_IS_DELAYED}",
+            where=f"{_IS_PENDING} OR {_IS_DELAYED} OR {_IS_WAITING}",
         ),
         index("ix_bgjobs_job_due", "status", "run_at", "id", where=_IS_DELAYED),
         index("ix_bgjobs_job_list", "status", "id"),
         index("ix_bgjobs_job_finished", "status", "finished_at", "id", where=_IS_FINISHED),
         index("uq_bgjobs_job_unique_hash", "unique_hash", unique=True),
         index("ix_bgjobs_job_deadline", "deadline_at", "id", where="deadline_at IS NOT NULL"),
+        index(
+            "ix_bgjobs_job_waits",
+            *("waits_for", "queue", "waiting_on", "waiting_since", "id"),
+            where="waits_for IS NOT NULL",
+        ),
         NUMBERED_TABLE_OPTIONS,
     )
 
@@ -75,6 +81,12 @@ class Job(Base):
     """The negated priority, so that the claim's index is ascending throughout."""
     status: Mapped[str] = mapped_column(sa.String(16))
     """One of :class:`~flask_bgjobs.JobStatus`."""
+    waits_for: Mapped[str | None] = mapped_column(sa.String(16))
+    """What a ``waiting`` job waits for: ``code``, a worker whose code has the job."""
+    waiting_on: Mapped[str | None] = mapped_column(sa.String(511))
+    """The name of what a ``waiting`` job waits for: of the code, ``target`` or ``target:method``"""
+    waiting_since: Mapped[dt.datetime | None] = mapped_column(UtcTime)
+    """When a worker first found that it has to wait. Kept until its code starts."""
     run_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     """When the job is or was due."""
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)
@@ -162,6 +174,12 @@ class Job(Base):
     def tags(self) -> list[str]:
         """The tags of the enqueue."""
         return [] if self.tags_json is None else json.loads(self.tags_json)
+
+    @property
+    def _needed_from_worker(self) -> str:
+        """What a worker must do to run it, for an error message."""
+        serves = f"serve the queue {self.queue!r}"
+        return f"with {self.name} in its code {serves}" if self.waits_for else serves
 
     @hybrid_property
     def is_finished(self) -> bool:
@@ -256,7 +274,7 @@ class Job(Base):
             if left <= 0:
                 raise WaitTimeout(
                     f"job {self.id} is still {self.status} after {timeout:g} s; does a worker "
-                    f"serve the queue {self.queue!r}?"
+                    f"{self._needed_from_worker}?"
                 )
             time.sleep(min(pause, left))
             pause = min(pause * 2, _LAST_WAIT_SECONDS)

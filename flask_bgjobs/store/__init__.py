@@ -20,12 +20,14 @@ from .statements.promote import Work
 from .statements.prune import PruneCursor, Pruned, Retention
 from .statements.schedule import Fired, Plan, Run, ScheduleChange, Skip
 from .statements.select import Conditions, Selection
+from .statements.waiting import CodeWait
 
 __all__ = [
     "DONE",
     "MAKE_TABLES",
     "ActionResult",
     "Actor",
+    "CodeWait",
     "CommitInDoubt",
     "Conditions",
     "Fired",

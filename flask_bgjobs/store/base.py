@@ -13,13 +13,14 @@ from .statements.prune import Prunes
 from .statements.rollup import Rollups
 from .statements.schedule import Schedules
 from .statements.select import Selections
+from .statements.waiting import Waiting
 
 
-class Store(Claims, Leases, Due, Prunes, Rollups, Selections, ByHand, Schedules):
+class Store(Claims, Leases, Due, Prunes, Rollups, Selections, ByHand, Schedules, Waiting):
     """The statements on the tables of one app in one database.
 
     In the life of a job: insert, claim, mark_started and observe, settle. For workers: beat,
-    rescue, promote, fire, prune, and add to the roll-up. For people: pause and resume, cancel,
-    retry, delete, each recorded in the audit trail. The store's own transactions are redone after
-    errors that pass, such as a deadlock, a serialization failure or a busy database.
+    rescue, promote, free, fire, prune, and add to the roll-up. For people: pause and resume,
+    cancel, retry, delete, each recorded in the audit trail. The store's own transactions are
+    redone after errors that pass, such as a deadlock, a serialization failure or a busy database.
     """

@@ -4,20 +4,22 @@ No other module of the store writes a status. Add values for every job that beco
 :func:`pending`, and values for every job that ends to :func:`ended`. Only
 :func:`flask_bgjobs.testing.inline` claims a scheduled job without promoting it first.
 
-============  ============================  =======================  ==============================
-Move          From                          To                       Made by
-============  ============================  =======================  ==============================
-enqueue       (new)                         pending or scheduled     the app
-promote       scheduled, retrying           pending                  a worker, when it is due
-replace       scheduled, pending            pending or scheduled     the app, with another enqueue
-claim         pending                       running                  a worker
-settle        running                       as the outcome decides   the worker that claimed it, or
+========  ===================================  ====================  =============================
+Move      From                                 To                    Made by
+========  ===================================  ====================  =============================
+enqueue   (new)                                pending, scheduled    the app
+promote   scheduled, retrying                  pending               a worker, when it is due
+free      waiting                              pending               a worker
+replace   scheduled, pending                   pending, scheduled    the app, with another enqueue
+claim     pending                              running               a worker
+settle    running                              as the outcome says   the worker that claimed it, or
                                                                      the worker that rescues it
-cancel        scheduled, pending, retrying  cancelled                a person or the app
-expire        scheduled, pending            cancelled                a worker
-retry         retrying, failed, cancelled   pending                  a person
-delete        all but running               (gone)                   a person, or the retention
-============  ============================  =======================  ==============================
+cancel    scheduled, waiting, pending,         cancelled             a person or the app
+          retrying
+expire    scheduled, waiting, pending          cancelled             a worker
+retry     retrying, failed, cancelled          pending               a person
+delete    all but running                      (gone)                a person, or the retention
+========  ===================================  ====================  =============================
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ..job.records import MAX_ATTEMPT
-from ..job.statuses import CAN_CHANGE, FINAL, NOT_STARTED, WAITING, JobStatus
+from ..job.statuses import CAN_CHANGE, FINAL, NOT_STARTED, UNCLAIMED, JobStatus
 from .database import JOBS
 
 Time = sa.ColumnElement[dt.datetime]
@@ -60,13 +62,16 @@ class Move:
 _DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
 _RUNNING = frozenset({JobStatus.RUNNING})
 _PENDING = frozenset({JobStatus.PENDING})
+_WAITING = frozenset({JobStatus.WAITING})
+_NEW = frozenset({JobStatus.PENDING, JobStatus.SCHEDULED})
 MOVES: Mapping[str, Move] = {
-    "enqueue": Move(frozenset(), frozenset({JobStatus.PENDING, JobStatus.SCHEDULED})),
+    "enqueue": Move(frozenset(), _NEW),
     "promote": Move(_DELAYED, _PENDING),
-    "replace": Move(NOT_STARTED, NOT_STARTED),
+    "free": Move(_WAITING, _PENDING),
+    "replace": Move(_NEW, _NEW),
     "claim": Move(_PENDING, _RUNNING),
-    "settle": Move(_RUNNING, FINAL | _DELAYED | _PENDING),
-    "cancel": Move(WAITING, frozenset({JobStatus.CANCELLED})),
+    "settle": Move(_RUNNING, FINAL | _DELAYED | _PENDING | _WAITING),
+    "cancel": Move(UNCLAIMED, frozenset({JobStatus.CANCELLED})),
     "expire": Move(NOT_STARTED, frozenset({JobStatus.CANCELLED})),
     "retry": Move(frozenset(CAN_CHANGE["retry"]), _PENDING),
     "delete": Move(frozenset(CAN_CHANGE["delete"]), frozenset()),
@@ -90,6 +95,11 @@ def pending() -> Values:
 def promoted() -> Values:
     """The values of a scheduled or retrying job that is due."""
     return pending()
+
+
+def freed() -> Values:
+    """The values of a waiting job that may run now."""
+    return {**pending(), **_waits_for_nothing()}
 
 
 def replaced(*, is_due: sa.ColumnElement[bool]) -> Values:
@@ -139,6 +149,8 @@ def completed(started_at: Time, finished_at: Time, result: Any, deleted_at: Any)
 def settled(
     status: Any,
     *,
+    waits: sa.ColumnElement[bool],
+    now: Time,
     is_final: sa.ColumnElement[bool],
     has_started: sa.ColumnElement[bool],
     finished_at: Time,
@@ -149,6 +161,7 @@ def settled(
     """The values of a job after any outcome, as SQL expressions for one statement.
 
     :param status: the new status, one of the targets of ``settle``.
+    :param waits: whether the new status is ``waiting``.
     :param is_final: whether the new status is final.
     :param has_started: whether its code may have started, so that it does not expire any more.
     :param deleted_at: when a job with its own retention is deleted.
@@ -162,7 +175,18 @@ def settled(
     final_values["deadline_at"] = sa.case(
         (is_final, deleted_at), (has_started, sa.null()), else_=JOBS.c.deadline_at
     )
-    return {"status": status, **columns, **final_values, "run_at": due_at}
+    waiting_since = sa.case(
+        (waits, sa.func.coalesce(JOBS.c.waiting_since, now)),
+        (has_started, sa.null()),
+        else_=JOBS.c.waiting_since,
+    )
+    return {
+        "status": status,
+        **columns,
+        **final_values,
+        "run_at": due_at,
+        "waiting_since": waiting_since,
+    }
 
 
 def ended(finished_at: Time, deleted_at: Any) -> Values:
@@ -177,8 +201,12 @@ def ended(finished_at: Time, deleted_at: Any) -> Values:
 
 
 def cancelled(now: Time, deleted_at: Any) -> Values:
-    """The values of a waiting job that is cancelled."""
-    return {**_with_status(JobStatus.CANCELLED), **ended(now, deleted_at)}
+    """The values of a job that no worker holds when it is cancelled."""
+    return {
+        **_with_status(JobStatus.CANCELLED),
+        **_waits_for_nothing(),
+        **ended(now, deleted_at),
+    }
 
 
 def expired(now: Time, deleted_at: Any) -> Values:
@@ -205,6 +233,7 @@ def retried_by_hand(now: Time) -> Values:
         "suspect": False,
         "deadline_at": None,
         "cancel_requested_at": None,
+        "waiting_since": None,
         **_not_started(),
     }
 
@@ -220,6 +249,10 @@ def is_running_for(worker_id: Any, attempt: Any) -> sa.ColumnElement[bool]:
 
 def _with_status(status: JobStatus) -> Values:
     return {"status": status.value}
+
+
+def _waits_for_nothing() -> Values:
+    return {"waits_for": None, "waiting_on": None}
 
 
 def _not_started() -> Values:

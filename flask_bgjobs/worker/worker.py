@@ -18,6 +18,7 @@ from ..execution.pools.kinds import PoolSettings
 from ..execution.pools.process.child import Limits
 from ..execution.pools.protocol import Finished, Pool
 from ..flow.schedules.ticker import Ticker
+from ..flow.unknown_jobs import UnknownJobs
 from ..job.records import JobSpec, Key, Outcome, Settled
 from ..job.rollup import RollupCounts
 from ..job.row_check import bad_row, checked
@@ -51,6 +52,9 @@ _GATHER_SECONDS = 0.005
 """How long outcomes are gathered while jobs wait in a pool, to settle them in one transaction."""
 _HORIZON_SECONDS = 60.0
 """Jobs due within this time get a trigger of the clock; a later poll finds the others."""
+_FREED_PER_SWEEP = 100
+"""Waiting jobs that a sweep makes pending, however busy the worker is. A worker that does not have
+their code may claim them again, so they are not all made pending at once."""
 _PRUNE_INTERVAL_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Pause between two steps of pruning, in which other connections can write."""
@@ -125,6 +129,7 @@ class Worker:
         self._own_limits = Limits() if self.routes[0].kind.forks else self._limits
         self._started_at = time.monotonic()
         self._sweeper = Sweeper(self._store, config.lease)
+        self._unknown_jobs = UnknownJobs(state, self._store, self.name, self.queues)
         self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
         self._pools = WorkerPools([])
@@ -245,8 +250,8 @@ class Worker:
         cleanup.callback(self.state.enqueued.remove, self._on_enqueued)
         if not self.state.registry:
             _logger.warning(
-                "No job is allowed | Worker: %s | It will refuse every job: name the modules of "
-                "functions decorated with @bgjobs.job in BGJOBS_IMPORTS, or list names in "
+                "No job is allowed | Worker: %s | It can run no job: name the modules of functions "
+                "decorated with @bgjobs.job in BGJOBS_IMPORTS, or list names in "
                 "BGJOBS_ALLOWED_JOBS",
                 self.name,
             )
@@ -320,6 +325,7 @@ class Worker:
             self._outbox.put(spec, shutdown.given_back(spec))
         self._poll()
         self._sweep()
+        self._free()
         self._start_suspects()
         self._claim()
         self._roll_up()
@@ -352,6 +358,7 @@ class Worker:
             )
             return
         self.counts[settled.status] += 1
+        self._unknown_jobs.note(settled)
         self._rollup_counts.note(settled)
         self._poll_due |= settled.status is JobStatus.PENDING
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
@@ -464,11 +471,29 @@ class Worker:
         self._swept_at = now
         self.state.expire(self._store)
         self._progress.note()
+        self._free_waiting(_FREED_PER_SWEEP)
+        self._progress.note()
         for settled in self._sweeper.sweep(self._id):
             self._poll_due = True
             self._rollup_counts.note(settled)
             self._announce(settled)
             self._progress.note()
+
+    def _free(self) -> None:
+        """Free more of the jobs that wait for code that this worker has, if no others are pending:
+        as many as it can run now."""
+        if room := self._room_for_waiting():
+            self._free_waiting(room)
+
+    def _free_waiting(self, limit: int) -> None:
+        if not self._is_draining and self._unknown_jobs.free(limit):
+            self._pools.expect_jobs()
+
+    def _room_for_waiting(self) -> int:
+        """Number of waiting jobs to free at once; 0 if there are none, or others are pending."""
+        if not self._unknown_jobs.may_free_more or any(r.expects_jobs for r in self._pools):
+            return 0
+        return sum(max(0, self._room(routed)) for routed in self._pools)
 
     def _roll_up(self, *, at_once: bool = False) -> None:
         """Add the attempts settled since the last call to the roll-up, the data of the charts."""
@@ -596,6 +621,7 @@ class Worker:
 
     def _wait(self) -> None:
         may_claim = any(routed.expects_jobs and self._room(routed) > 0 for routed in self._pools)
+        may_claim = may_claim or self._room_for_waiting() > 0
         if may_claim and not (self._stops or self._is_draining):
             return
         busy = self._pools.running() or self._pools.unstarted()
@@ -637,6 +663,7 @@ class Worker:
         try:
             # A retry without a delay is due at once.
             self._store.promote()
+            self._free_waiting(_FREED_PER_SWEEP)
             has_unfinished = self._store.unfinished(self.queues)
         except SQLAlchemyError as error:
             self._back_off(error)

@@ -52,7 +52,7 @@ ON_ALL = [
     ("timeout", -1.0),
     ("max_retry_delay", -1.0),
     ("target", ""),
-    ("target", "os.system"),
+    ("target", "os._exit"),
     ("target", "tests.jobs.echo "),
     ("method", "execute"),
     ("method", "__init__"),
@@ -108,6 +108,9 @@ HARMLESS = [
     ("progress_note", "x" * 255),
     ("result", "nonsense"),
     ("error", "\u202e<b>"),
+    ("waits_for", "nonsense"),
+    ("waits_for", "code"),
+    ("waiting_on", "\u202e<b>"),
 ]
 """Invalid values that do not prevent a job from running."""
 HARMLESS_ON_SQLITE = [
@@ -115,7 +118,7 @@ HARMLESS_ON_SQLITE = [
         (name, value)
         for name in (
             *("created_at", "claimed_at", "started_at", "finished_at", "cancel_requested_at"),
-            *("unique_expires_at", "debounce_until"),
+            *("unique_expires_at", "debounce_until", "waiting_since"),
         )
         for value in ("", "never", b"\0", 5)
     ),

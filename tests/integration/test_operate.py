@@ -97,6 +97,7 @@ def test_stats(state: AppState, run: Any) -> None:
     data = run_json(run, "stats")
     assert data["jobs"] == {
         "scheduled": 1,
+        "waiting": 0,
         "pending": 2,
         "running": 1,
         "retrying": 0,
@@ -105,14 +106,14 @@ def test_stats(state: AppState, run: Any) -> None:
         "cancelled": 0,
     }
     default, mail = data["queues"]
-    assert (default["name"], default["waiting"], default["running"]) == ("default", 0, 1)
+    assert (default["name"], default["queued"], default["running"]) == ("default", 0, 1)
     assert default["oldest_pending_seconds"] is None
-    assert (mail["name"], mail["waiting"], mail["running"]) == ("mail", 3, 0)
+    assert (mail["name"], mail["queued"], mail["running"]) == ("mail", 3, 0)
     assert 120 <= mail["oldest_pending_seconds"] < 180
     assert data["last_hour"] == {"completed": 3, "failed": 1}
     assert data["workers"] == {"alive": 1, "silent": 1}
     output = run("stats")
-    for line in ("completed  4", "mail     3        0        2 min", "1 alive, 1 silent"):
+    for line in ("completed  4", "mail     3       0        2 min", "1 alive, 1 silent"):
         assert line in output
     assert "Last hour: 3 completed, 1 failed" in output
 

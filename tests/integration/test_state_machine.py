@@ -68,15 +68,16 @@ _REACHED_PER_EXAMPLE = {
     "orphans freed": 0.02,
     "claims given back unseen": 0.02,
     "jobs with a key ended": 0.02,
+    "waiting jobs freed": 0.02,
     "pauses that held jobs back": 0.02,
     "lost among in a rescue": 0.02,
 }
 """How often an example must reach each state on average; usually it is several times as often."""
 
-_ACTIVE = {"scheduled", "pending", "running", "retrying"}
+_ACTIVE = {"scheduled", "waiting", "pending", "running", "retrying"}
 _WITH_A_TIME = {"scheduled", "retrying"}
 _WAITING = _ACTIVE - {"running"}
-_WITHOUT_A_ROW = {"completed", "given back", "snoozed", "expired"}
+_WITHOUT_A_ROW = {"completed", "given back", "unknown", "snoozed", "expired"}
 """Outcomes of attempts that leave no row."""
 
 _QUEUES = ("a", "b")
@@ -84,6 +85,7 @@ _names = st.sampled_from(_QUEUES)
 _workers = st.integers(0, 1)
 _picks = st.integers(0, 1_000)
 """Picks an element of a list; Hypothesis shrinks it to the first."""
+_WITHOUT_START = (OutcomeKind.GIVEN_BACK, OutcomeKind.UNKNOWN)
 _ends = st.sampled_from(["silent", "silent", "deleted", "deleted", "stopped"])
 _kinds = st.sampled_from([*OutcomeKind, *[OutcomeKind.GIVEN_BACK] * 3])
 _new_jobs = st.fixed_dictionaries(
@@ -148,8 +150,9 @@ class _Job:
                 self.status, self.due = "retrying", False
         elif kind == "snoozed":
             self.status, self.due = "scheduled", False
-        elif kind == "given back":
-            self.status, self.suspect = "pending", was_suspect and not self.started
+        elif kind in ("given back", "unknown"):
+            self.status = "pending" if kind == "given back" else "waiting"
+            self.suspect = was_suspect and not self.started
         elif kind in ("lost", "lost among"):
             self.status, self.suspect = "pending", True
         elif kind == "crashed":
@@ -313,6 +316,23 @@ class LifeOfJobs(RuleBasedStateMachine):
         if promote:
             self._promote()
 
+    @precondition(lambda self: self._any("waiting"))
+    @rule(limit=st.integers(1, 3))
+    def free(self, limit: int) -> None:
+        """A worker that has the code of waiting jobs frees some of them."""
+        for wait in self.store.code_waits():
+            waiting = [
+                job
+                for job in self.jobs.values()
+                if (job.status, job.queue) == ("waiting", wait.queue)
+            ]
+            before = {row.id: row.status for row in self._rows(Job)}
+            assert self.store.free(wait, limit) == min(limit, len(waiting))
+            for row in self._rows(Job):
+                if row.status != before[row.id]:
+                    self.jobs[row.id].status = "pending"
+                    self._reach("waiting jobs freed")
+
     # Invariants
 
     @invariant()
@@ -336,6 +356,8 @@ class LifeOfJobs(RuleBasedStateMachine):
             self.store.rescue(worker.id, worker.beats)
         self._execute(sa.update(Job).values(run_at=self.store.after(sa.literal(-1.0))))
         self.store.promote()
+        for wait in self.store.code_waits():
+            self.store.free(wait, len(self.jobs))
         worker = self._new_worker()
         while specs := self.store.claim(worker.id, 10):
             done = [(spec, _outcome(spec, OutcomeKind.COMPLETED)) for spec in specs]
@@ -564,7 +586,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         """``kind``, but ``COMPLETED`` for the release of a started suspect: whether such a suspect
         can be blamed later is not specified."""
         job = self.jobs[spec.id]
-        is_open = job.suspect and job.started and kind is OutcomeKind.GIVEN_BACK
+        is_open = job.suspect and job.started and kind in _WITHOUT_START
         return OutcomeKind.COMPLETED if is_open else kind
 
     def _claimable(self, queues: Sequence[str] | None, paused: Collection[str]) -> list[_Job]:
@@ -615,7 +637,7 @@ def _empty(connection: sa.Connection) -> None:
 
 
 def _outcome(spec: JobSpec, kind: OutcomeKind) -> Outcome:
-    if kind is OutcomeKind.GIVEN_BACK:
+    if kind in _WITHOUT_START:
         return Outcome(spec.id, spec.attempt, kind)
     delay = _LONG if kind is OutcomeKind.SNOOZED else None
     return Outcome(
@@ -635,6 +657,7 @@ def _actual(row: Any) -> tuple[Any, ...]:
         row.unique_hash is not None,
         row.worker_id,
         row.status == "running" and row.started_at is not None,
+        (row.waits_for, row.waiting_on),
     )
 
 
@@ -649,6 +672,7 @@ def _expected(job: _Job) -> tuple[Any, ...]:
         job.key is not None and job.status in _ACTIVE,
         job.worker,
         job.status == "running" and job.started,
+        ("code", "tests.jobs.echo") if job.status == "waiting" else (None, None),
     )
 
 

@@ -219,8 +219,8 @@ class TestPlans:
 
     @pytest.mark.on("sqlite", "postgresql")
     def test_partial_indexes_hold_few_statuses(self, store: Store) -> None:
-        """The indexes for claims hold only waiting jobs, those of finished jobs and of deadlines
-        only these."""
+        """The indexes for claims hold only unfinished jobs, those of finished jobs, deadlines
+        and waiting jobs only these."""
         with store.read() as connection:
             found = sa.inspect(connection).get_indexes("bgjobs_job")
         where = {
@@ -229,15 +229,15 @@ class TestPlans:
             for option, condition in index.get("dialect_options", {}).items()
             if option.endswith("_where")
         }
-        words = {
-            name: set(re.findall("pending|scheduled|retrying|NULL", where[name])) for name in where
-        }
-        assert words == {
+        words = re.compile("pending|scheduled|waiting|retrying|NULL")
+        found_words = {name: set(words.findall(condition)) for name, condition in where.items()}
+        assert found_words == {
             "claim": {"pending"},
-            "claim_queue": {"pending", "scheduled", "retrying"},
+            "claim_queue": {"pending", "scheduled", "waiting", "retrying"},
             "due": {"scheduled", "retrying"},
             "finished": {"NULL"},
             "deadline": {"NULL"},
+            "waits": {"NULL"},
         }
 
     def test_promotion_reads_index(self, crowded: Store) -> None:

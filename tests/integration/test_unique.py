@@ -35,7 +35,7 @@ from flask_bgjobs.worker.registration import register
 from tests.conftest import count_jobs, stored
 
 _TIMES = (
-    *("run_at", "created_at", "finished_at", "deadline_at"),
+    *("run_at", "created_at", "finished_at", "deadline_at", "waiting_since"),
     *("unique_expires_at", "debounce_until"),
 )
 

@@ -39,6 +39,7 @@ def make_spec(**changes: Any) -> JobSpec:
         "claimed_at": dt.datetime(2026, 1, 1),
         "started_at": None,
         "deadline_at": None,
+        "waiting_since": None,
     }
     return JobSpec(**{**values, **changes})
 

@@ -129,7 +129,7 @@ def test_exception_after_interrupt_is_not_reported(
     state: AppState, calls: list[Call], attempt: Attempt, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An exception raised after an interruption is not reported as a failure."""
-    spec = make_spec(target="unknown.job")
+    spec = make_spec(target="unknown._job")
     scope = InterruptScope()
     scope.interrupt(JobCancelled)
     outcome = run(state, spec, scope)
@@ -142,7 +142,7 @@ def test_refused_name_is_reported(
 ) -> None:
     """A name that is not in the worker's allow-list is logged with its own message."""
     state.registry = Registry((), {})
-    spec = make_spec(target="os.system")
+    spec = make_spec(target="os._exit")
     run(state, spec, InterruptScope())
     (record,) = warning_records(caplog)
     assert record.getMessage().startswith("Unauthorized or invalid job class/method |")
@@ -276,7 +276,7 @@ def test_function_registered_before_init_app(host: Flask) -> None:
 
     bgjobs.init_app(host)
     state: AppState = host.extensions["bgjobs"]
-    spec = make_spec(target="unknown.job")
+    spec = make_spec(target="unknown._job")
     run(state, spec, InterruptScope())
     assert seen == [True]
 

@@ -44,6 +44,7 @@ SPEC = JobSpec(
     claimed_at=NOW,
     started_at=NOW,
     deadline_at=NOW,
+    waiting_since=NOW,
 )
 
 

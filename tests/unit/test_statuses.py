@@ -21,6 +21,7 @@ WITH_RETRIES_LEFT = {
     OutcomeKind.REFUSED: "failed",
     OutcomeKind.CANCELLED: "cancelled",
     OutcomeKind.EXPIRED: "cancelled",
+    OutcomeKind.UNKNOWN: "waiting",
     OutcomeKind.GIVEN_BACK: "pending",
     OutcomeKind.LOST: "pending",
     OutcomeKind.LOST_AMONG: "pending",
@@ -148,9 +149,10 @@ def test_crash_is_independent_of_retries() -> None:
 
 
 def test_status_groups() -> None:
-    """Each status is exactly one of final, waiting or running."""
-    names = {"scheduled", "pending", "running", "retrying", "completed", "failed", "cancelled"}
-    assert {status.value for status in JobStatus} == names
+    """Each status is exactly one of final, unclaimed or running."""
+    unfinished = {"scheduled", "waiting", "pending", "running", "retrying"}
+    final = {"completed", "failed", "cancelled"}
+    assert {status.value for status in JobStatus} == unfinished | final
     assert {status for status in JobStatus if status.is_final} == statuses.FINAL
-    assert statuses.FINAL | statuses.WAITING | {JobStatus.RUNNING} == set(JobStatus)
-    assert not statuses.FINAL & (statuses.WAITING | {JobStatus.RUNNING})
+    assert statuses.FINAL | statuses.UNCLAIMED | {JobStatus.RUNNING} == set(JobStatus)
+    assert not statuses.FINAL & (statuses.UNCLAIMED | {JobStatus.RUNNING})

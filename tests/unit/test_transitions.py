@@ -31,7 +31,7 @@ def test_outcomes_match_targets_of_settle() -> None:
 def test_status_can_be_reached_and_left() -> None:
     """Each status can be reached; without manual moves, all but final statuses can be left."""
     assert set().union(*(move.targets for move in MOVES.values())) == set(JobStatus)
-    automatic = ("promote", "claim", "settle")
+    automatic = ("promote", "free", "claim", "settle")
     left = set().union(*(MOVES[name].sources for name in automatic))
     assert left == {status for status in JobStatus if not status.is_final}
 

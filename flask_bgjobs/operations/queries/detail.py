@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from ...job.records import MAX_ID
-from ...job.statuses import WAITING, JobStatus
+from ...job.statuses import UNCLAIMED, JobStatus, WaitsFor
 from ...models import Job, Worker, has_status
 from ...state import AppState
+from ...store import CodeWait
 from .attempts import AttemptRow, LogLine, Run, attempts_of, lines_of, runs_of
 from .audit import AuditRow, audit_of
 from .rows import JobRow, job_row
@@ -71,6 +72,9 @@ def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDet
                 _count_held(job, service),
             )
         ).one()
+    if with_totals and job.waits_for == WaitsFor.CODE and job.waiting_on is not None:
+        wait = CodeWait(job.queue, job.waiting_on, seconds=0.0)
+        ahead = state.store.count_waiting(wait, _MAX_AHEAD + 2) - 1
     return JobDetail(
         row=job_row(job, shown),
         parameters=shown.parameters(indented=True) or "not readable",
@@ -81,7 +85,7 @@ def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDet
         runs=runs_of(job, worker_name, attempts, lines),
         changes=changes,
         worker_name=worker_name,
-        reasons=_reasons(job, service, worker_name, ahead, held),
+        reasons=_reasons(state, job, service, worker_name, ahead, held),
         now=service.now,
     )
 
@@ -107,14 +111,20 @@ def _count_held(job: Job, service: Service) -> sa.ColumnElement[int]:
 
 
 def _reasons(
-    job: Job, service: Service, worker_name: str | None, ahead: int, held: int
+    state: AppState, job: Job, service: Service, worker_name: str | None, ahead: int, held: int
 ) -> list[str]:
+    """
+    :param ahead: the number of jobs ahead of a pending job, or of the other jobs that wait for the
+        same code.
+    """
     if job.status == JobStatus.RUNNING:
         return list(_running_reasons(job, service, worker_name, held))
-    if job.status not in WAITING:
+    if job.status not in UNCLAIMED:
         return []
-    reasons = []
-    if job.status == JobStatus.RETRYING and job.run_at > service.now:
+    reasons: list[str] = []
+    if job.status == JobStatus.WAITING:
+        reasons += _waiting_reasons(state, job, ahead)
+    elif job.status == JobStatus.RETRYING and job.run_at > service.now:
         reasons.append("Its last attempt failed, and its next retry is not due yet.")
     elif job.status != JobStatus.PENDING and job.run_at > service.now:
         reasons.append("It is not due yet.")
@@ -133,11 +143,34 @@ def _reasons(
         reasons.append(
             f"No live worker serves the queue {job.queue}. Start one with: flask bgjobs worker"
         )
-    if ahead:
+    if ahead and job.status == JobStatus.PENDING:
         more = "More than 1,000" if ahead > _MAX_AHEAD else f"{ahead:,}"
         jobs, are = ("job", "is") if ahead == 1 else ("jobs", "are")
         reasons.append(f"{more} {jobs} of the queue {job.queue} {are} ahead of it.")
     return reasons or ["It is due; the next free worker takes it."]
+
+
+def _waiting_reasons(state: AppState, job: Job, others: int) -> Iterator[str]:
+    if job.waits_for != WaitsFor.CODE:
+        yield (
+            f"Its row was edited: it waits for {job.waits_for or 'nothing'}, which no worker "
+            "handles. Cancel it or delete it."
+        )
+        return
+    yield (
+        f"It waits for code: the worker that claimed it does not have {job.name}. A worker with "
+        "the release that has it runs the job."
+    )
+    if job.waiting_since is not None:
+        fails_at = job.waiting_since + dt.timedelta(seconds=state.config.unknown_timeout)
+        yield (
+            f"If no such worker serves the queue {job.queue} until {fails_at:%Y-%m-%d %H:%M:%S} "
+            "UTC, it fails (BGJOBS_UNKNOWN_TIMEOUT)."
+        )
+    if others > 0:
+        more = "More than 1,000" if others > _MAX_AHEAD else f"{others:,}"
+        jobs, wait = ("job", "waits") if others == 1 else ("jobs", "wait")
+        yield f"{more} other {jobs} of the queue {job.queue} {wait} for the same code."
 
 
 def _count_ahead(job: Job) -> sa.ScalarSelect[int]:

@@ -15,9 +15,9 @@ from ...state import AppState
 from .service import Service, service_now
 
 _job = cast(sa.Table, Job.__table__)
-_WAITING = (JobStatus.PENDING, JobStatus.SCHEDULED, JobStatus.RETRYING)
+_QUEUED = (JobStatus.PENDING, JobStatus.SCHEDULED, JobStatus.WAITING, JobStatus.RETRYING)
 COUNTED_IN_QUEUES = 10_000
-"""How far the pages count the waiting jobs of a status in a queue."""
+"""How far the pages count the jobs of a status in a queue."""
 _QUEUES_PER_STATEMENT = 50
 _OLDEST = "oldest"
 """Stands for a status in the result rows that hold the due time of the oldest pending job."""
@@ -32,6 +32,8 @@ class QueueStats:
     name: str
     pending: int
     scheduled: int
+    waiting: int
+    """Number of jobs that are not allowed to run yet, such as those that wait for code."""
     retrying: int
     running: int
     oldest_pending_at: dt.datetime | None
@@ -42,15 +44,15 @@ class QueueStats:
     """Number of live workers that serve the queue."""
 
     @property
-    def waiting(self) -> int:
-        """Number of jobs that wait to run, due or not."""
-        return self.pending + self.scheduled + self.retrying
+    def queued(self) -> int:
+        """Number of unfinished jobs that no worker holds, due or not."""
+        return self.pending + self.scheduled + self.waiting + self.retrying
 
 
 def queue_stats(state: AppState, *, most: int | None = None) -> list[QueueStats]:
     """The jobs and workers of all known queues, sorted by name.
 
-    :param most: how far the waiting jobs of a status are counted (default: all). The number
+    :param most: how far the jobs of a status are counted (default: all). The number
         ``most + 1`` means that there are more than ``most``.
     """
     return queues_of(state, service_now(state), most=most)
@@ -72,7 +74,7 @@ def queues_of(state: AppState, service: Service, *, most: int | None = None) -> 
     with state.store.read() as connection:
         for begin in range(0, max(1, len(names)), _QUEUES_PER_STATEMENT):
             batch = names[begin : begin + _QUEUES_PER_STATEMENT]
-            counts = [_count(name, status, most) for name in batch for status in _WAITING]
+            counts = [_count(name, status, most) for name in batch for status in _QUEUED]
             if begin == 0:
                 counts += [_running_by_queue(), _oldest_by_queue(state)]
             for name, status, number, oldest in connection.execute(sa.union_all(*counts)):
@@ -166,6 +168,7 @@ def _one_queue(
         name=name,
         pending=counts[JobStatus.PENDING][0],
         scheduled=counts[JobStatus.SCHEDULED][0],
+        waiting=counts[JobStatus.WAITING][0],
         retrying=counts[JobStatus.RETRYING][0],
         running=counts[JobStatus.RUNNING][0],
         oldest_pending_at=oldest,

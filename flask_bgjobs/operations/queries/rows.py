@@ -21,6 +21,8 @@ class JobRow:
     """JSON on one line; ``None`` when it is too large for a list or cannot be decoded."""
     queue: str
     status: str
+    waits_for: str | None
+    """What a waiting job waits for."""
     is_cancelling: bool
     """Whether the job is running and was asked to stop."""
     priority: int
@@ -74,6 +76,7 @@ def job_row(job: Job, shown: Shown) -> JobRow:
         parameters=shown.parameters(),
         queue=job.queue,
         status=job.status,
+        waits_for=job.waits_for if job.status == JobStatus.WAITING else None,
         is_cancelling=job.is_cancelling,
         priority=job.priority,
         attempt=job.attempt,

@@ -10,9 +10,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ...job.statuses import WAITING, JobStatus
+from ...job.statuses import UNCLAIMED, JobStatus
 from ...models import Job, Queue, Worker
 from ...state import AppState
+from ...store import CodeWait
 
 HEALTH_SECONDS = 5.0
 """Time in which the database must respond to a health check."""
@@ -56,6 +57,8 @@ class Service:
     """The paused queues, and when each was paused."""
     unserved: list[str]
     """Queues with pending jobs that are not paused and that no live worker serves."""
+    code_waits: list[CodeWait]
+    """The jobs that wait for code, by queue and name."""
 
     @property
     def alive(self) -> int:
@@ -66,6 +69,11 @@ class Service:
     def silent(self) -> int:
         """Number of workers whose last heartbeat is older than the lease."""
         return len(self.workers) - self.alive
+
+    @property
+    def waiting_for_code(self) -> list[str]:
+        """The names of the jobs that wait for a worker whose code has them, sorted."""
+        return sorted({wait.name for wait in self.code_waits})
 
     @property
     def successor(self) -> str:
@@ -93,6 +101,7 @@ def service_now(state: AppState, *, within: float | None = None) -> Service:
     lease = state.config.lease
     workers = [_worker_row(row, now, lease) for row in rows if row.id is not None]
     paused = {row.name: row.paused_at for row in queues if row.paused_at is not None}
+    has_waiting = any(row.source == JobStatus.WAITING for row in queues)
     pending = [row.name for row in queues if row.source == JobStatus.PENDING]
     configured = {*(state.config.queues or ()), *state.config.queue_pools}
     return Service(
@@ -105,6 +114,7 @@ def service_now(state: AppState, *, within: float | None = None) -> Service:
             for name in pending
             if name not in paused and not any(worker.serves(name) for worker in workers)
         ],
+        code_waits=state.store.code_waits() if has_waiting else [],
     )
 
 
@@ -125,7 +135,7 @@ def _queues(state: AppState) -> sa.CompoundSelect[*tuple[Any, ...]]:
     known = sa.select(sa.literal("known", sa.String).label("source"), Queue.name, Queue.paused_at)
     never = sa.cast(sa.null(), Queue.__table__.c.paused_at.type)
     holding = []
-    for status in sorted(WAITING):
+    for status in sorted(UNCLAIMED):
         names = state.store.queues_holding(status)
         source = sa.literal(status.value, sa.String)
         holding.append(sa.select(source, names.c.name, never).where(names.c.name.is_not(None)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ...job.statuses import WAITING, JobStatus
+from ...job.statuses import UNCLAIMED, JobStatus
 from ...models import IS_OF_ANY_QUEUE, Queue, has_status
 from ..database import JOBS, QUEUES
 from .audit import Actor, Audits
@@ -45,7 +45,7 @@ class Queues(Audits):
         A queue has a row while it is paused, and for at least a week after a worker claimed from
         it.
         """
-        holding = (sa.select(self.queues_holding(status).c.name) for status in sorted(WAITING))
+        holding = (sa.select(self.queues_holding(status).c.name) for status in sorted(UNCLAIMED))
         names = sa.union_all(sa.select(Queue.name), *holding)
         with self.read() as connection:
             return {name for name in connection.scalars(names) if name is not None}
@@ -111,7 +111,7 @@ class Queues(Audits):
         )
         holds = (
             sa.exists().where(has_status(status), JOBS.c.queue == QUEUES.c.name)
-            for status in sorted(WAITING)
+            for status in sorted(UNCLAIMED)
         )
         unused = sa.select(QUEUES.c.name).where(is_old, ~sa.or_(*holds)).limit(limit)
 

@@ -14,8 +14,8 @@ from typing import Any, TypedDict
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from ...job.records import JobSpec, Key, Outcome, Report, Settled, settlement_of
-from ...job.statuses import FINAL, JobStatus, OutcomeKind, Settlement
+from ...job.records import JobSpec, Key, Outcome, Report, Settled, code_name, settlement_of
+from ...job.statuses import FINAL, JobStatus, OutcomeKind, Settlement, WaitsFor
 from ...models import UtcTime
 from .. import transitions
 from ..database import ATTEMPTS, JOBS, WORKERS
@@ -28,11 +28,14 @@ _NO_ERROR = frozenset(
     {
         OutcomeKind.COMPLETED,
         OutcomeKind.GIVEN_BACK,
+        OutcomeKind.UNKNOWN,
         OutcomeKind.SNOOZED,
         OutcomeKind.CANCELLED,
     }
 )
 """Outcomes that are no failure, so the error of the job is cleared."""
+_WITHOUT_START = frozenset({OutcomeKind.GIVEN_BACK, OutcomeKind.UNKNOWN})
+"""Outcomes of attempts whose code has not started, unless they have a start time."""
 _NO_ATTEMPT_ROW = frozenset({OutcomeKind.EXPIRED, *_NO_ERROR} - {OutcomeKind.CANCELLED})
 """Outcomes for which no row is added to the table of attempts."""
 
@@ -245,6 +248,8 @@ class Settles(Runs):
             name: sa.bindparam(f"new_{name}", type_=JOBS.c[name].type)
             for name in (
                 "status",
+                "waits_for",
+                "waiting_on",
                 "retry_count",
                 "crash_count",
                 "suspect",
@@ -264,6 +269,8 @@ class Settles(Runs):
             )
             .values(
                 transitions.settled(
+                    waits=sa.bindparam("waits", type_=sa.Boolean),
+                    now=self.now,
                     is_final=is_final,
                     has_started=sa.bindparam("has_started", type_=sa.Boolean),
                     finished_at=self._or_now("new_finished_at"),
@@ -310,6 +317,7 @@ def _settle_parameters(
 ) -> dict[str, Any]:
     started_at, finished_at = _times(spec, outcome)
     report = outcome.report or Report()
+    waits = decided.status is JobStatus.WAITING
     return {
         "job_id": spec.id,
         "fence_attempt": spec.attempt,
@@ -317,8 +325,11 @@ def _settle_parameters(
         "delay_seconds": decided.delay_seconds,
         "is_final": decided.status in FINAL,
         # The code of a job whose worker died may have started.
-        "has_started": outcome.kind is not OutcomeKind.GIVEN_BACK or started_at is not None,
+        "has_started": outcome.kind not in _WITHOUT_START or started_at is not None,
+        "waits": waits,
         "new_status": decided.status.value,
+        "new_waits_for": WaitsFor.CODE.value if waits else None,
+        "new_waiting_on": code_name(spec) if waits else None,
         "new_retry_count": decided.retry_count,
         "new_crash_count": decided.crash_count,
         "new_suspect": decided.suspect,

@@ -11,7 +11,8 @@ from ....job.records import JobSpec, Outcome, Report
 from ....job.statuses import OutcomeKind
 
 _TIMES = [
-    JobSpec._fields.index(name) for name in ("run_at", "claimed_at", "started_at", "deadline_at")
+    JobSpec._fields.index(name)
+    for name in ("run_at", "claimed_at", "started_at", "deadline_at", "waiting_since")
 ]
 _KIND, _REPORT, _NAMES = map(Outcome._fields.index, ("kind", "report", "parameter_names"))
 
