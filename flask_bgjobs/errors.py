@@ -50,7 +50,8 @@ class InvalidJob(BgJobsError, ValueError):
 
 
 class UniqueKeyTaken(BgJobsError):
-    """Another job with the same ``unique_key`` is not finished."""
+    """Another job with the same ``unique_key`` is not finished, or another open transaction has
+    enqueued one."""
 
 
 class JobNotFound(BgJobsError, LookupError):

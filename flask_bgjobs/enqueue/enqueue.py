@@ -127,7 +127,8 @@ def run_background_job(
         otherwise.
     :raises JobNotAllowed: when the allow-list does not hold target or method.
     :raises InvalidJob: when a parameter or option is not valid.
-    :raises UniqueKeyTaken: with ``on_duplicate="raise"``, when another job holds the key.
+    :raises UniqueKeyTaken: with ``on_duplicate="raise"``, when another job holds the key; also when
+        another open transaction has held it for 5 s, except on SQLite.
     :raises DatabaseUnusable: when the tables are missing, or a SQLite file is locked for more than
         30 s, full or read-only.
     :raises sqlalchemy.exc.OperationalError: when the database cannot be reached. If the connection

@@ -219,6 +219,17 @@ class Database(abc.ABC):
     def is_lock_timeout(self, error: DBAPIError) -> bool:
         """Whether the error is a lock timeout: another transaction held a row lock for too long."""
 
+    @contextlib.contextmanager
+    def lock_limit(
+        self, connection: sa.Connection, seconds: float, *, is_hosts: bool
+    ) -> Iterator[None]:
+        """A block in which no statement waits for a row lock longer than ``seconds``.
+
+        :param is_hosts: whether it is the host's transaction. A lock timeout does not abort it.
+        """
+        # SQLite has no row locks.
+        yield
+
     @abc.abstractmethod
     def query_timeout(
         self, connection: sa.Connection, seconds: float

@@ -7,6 +7,7 @@ import datetime as dt
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.orm import Session
 
 from flask_bgjobs import (
     BgJobs,
@@ -30,6 +32,7 @@ from flask_bgjobs.models import Base
 from flask_bgjobs.options import options_from
 from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.state import AppState
+from flask_bgjobs.store.statements import unique
 from flask_bgjobs.testing import drain
 from flask_bgjobs.worker.registration import register
 from tests.conftest import count_jobs, stored
@@ -81,6 +84,13 @@ def allow(state: AppState, function: Callable[..., Any], **options: Any) -> None
     state.registry = Registry(state.config.allowed_jobs, decorated)
 
 
+def _lock_settings(session: Any) -> Any:
+    """The time for which the session's transaction waits for a lock."""
+    is_mysql = session.get_bind().dialect.name in ("mysql", "mariadb")
+    name = "@@SESSION.innodb_lock_wait_timeout" if is_mysql else "current_setting('lock_timeout')"
+    return session.scalar(sa.text(f"SELECT {name}"))
+
+
 class TestKeys:
     def test_all_parameters(self, app: Flask, state: AppState) -> None:
         """With ``unique=True``, jobs with equal parameters are the same, however they are
@@ -130,8 +140,8 @@ class TestKeys:
 
     def test_secrets_are_not_in_the_key(self, app: Flask, state: AppState) -> None:
         """A key that is made from a secret cannot be read."""
-        for unique in (True, "{password}"):
-            allow(state, lambda password: None, unique=unique)
+        for key in (True, "{password}"):
+            allow(state, lambda password: None, unique=key)
             job = run_background_job("f", parameters=["hunter2"])
             assert "hunter2" not in str(job.unique_key)
             assert run_background_job("f", parameters=["hunter2"]).id == job.id
@@ -171,6 +181,55 @@ class TestKeys:
         db.session.commit()
         assert (replaced.id, stored(app, kept).tags) == (kept.id, ["new"])
         assert stored(app, moved).status == JobStatus.SCHEDULED
+
+    @pytest.mark.on("postgresql", "mysql")
+    @pytest.mark.parametrize("options", [{"unique": True}, {"debounce": 60}], ids=str)
+    def test_long_transaction_of_another_enqueue(
+        self, app: Flask, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    ) -> None:
+        """An enqueue does not wait long for the transaction of another one with the same key. It
+        raises, and its own transaction can be used further."""
+        monkeypatch.setattr(unique, "_LOCK_SECONDS", 1.0)
+        db = app.extensions["sqlalchemy"]
+        with Session(db.engine) as other:
+            kept = enqueue(1, session=other, **options)
+            before = _lock_settings(db.session)
+            for session in (db.session, None):
+                began = time.monotonic()
+                with pytest.raises(UniqueKeyTaken, match="has not ended within 1 s: commit soon "):
+                    enqueue(1, session=session, **options)
+                assert time.monotonic() - began < 10
+            assert _lock_settings(db.session) == before
+            joined = enqueue(2, session=db.session)
+            db.session.commit()
+            assert (stored(app, joined).status, count_jobs(app)) == ("pending", 1)
+            other.commit()
+        assert enqueue(1, session=db.session, **options).id == kept.id
+        db.session.rollback()
+        assert count_jobs(app) == 2
+
+    @pytest.mark.on("postgresql")
+    def test_session_in_autocommit_mode(self, app: Flask) -> None:
+        """A unique job can join a session without transactions, and holds its key at once."""
+        db = app.extensions["sqlalchemy"]
+        engine = db.engine.execution_options(isolation_level="AUTOCOMMIT")
+        with Session(engine) as session:
+            job = enqueue(1, unique=True, session=session)
+            assert enqueue(1, unique=True, session=None).id == job.id
+
+    @pytest.mark.on("postgresql")
+    def test_shorter_lock_timeout_of_the_host(self, app: Flask) -> None:
+        """A shorter lock timeout of the host's transaction applies, and is kept."""
+        db = app.extensions["sqlalchemy"]
+        with Session(db.engine) as other:
+            enqueue(1, unique=True, session=other)
+            db.session.execute(sa.text("SET LOCAL lock_timeout = '150ms'"))
+            began = time.monotonic()
+            with pytest.raises(UniqueKeyTaken):
+                enqueue(1, unique=True, session=db.session)
+            assert time.monotonic() - began < 4
+            assert _lock_settings(db.session) == "150ms"
+            db.session.rollback()
 
     def test_switched_off_for_one_enqueue(self, app: Flask, state: AppState) -> None:
         """``unique=False`` overrides the decorator."""

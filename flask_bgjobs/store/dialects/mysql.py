@@ -271,6 +271,22 @@ class MysqlStore(Store):
         finally:
             _reset_variable(connection, name)
 
+    @contextlib.contextmanager
+    def lock_limit(
+        self, connection: sa.Connection, seconds: float, *, is_hosts: bool
+    ) -> Iterator[None]:
+        select = "SELECT @@SESSION.innodb_lock_wait_timeout"
+        before: int = connection.exec_driver_sql(select).scalar_one()
+        if before <= seconds:
+            yield
+            return
+        _set_lock_wait(connection, math.ceil(seconds))
+        try:
+            yield
+        finally:
+            if not connection.invalidated:
+                _set_lock_wait(connection, before)
+
     def is_timeout(self, error: DBAPIError) -> bool:
         return _code(error) in _QUERY_TIMEOUTS
 
@@ -301,6 +317,10 @@ def _time_or_unreadable(value: object) -> dt.datetime:
 def _begin(connection: sa.Connection) -> None:
     if not {READ_ONLY, AUTOCOMMIT} & connection.get_execution_options().keys():
         connection.exec_driver_sql("BEGIN")
+
+
+def _set_lock_wait(connection: sa.Connection, seconds: int) -> None:
+    connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
 
 
 def _reset_variable(connection: sa.Connection, name: str) -> None:

@@ -40,6 +40,13 @@ _REDOABLE = frozenset({"40001", "40P01", _LOCK_NOT_AVAILABLE})
 _LOCK_WAIT_SECONDS = 0.5
 """How long a worker's statement waits for a row lock. The transaction is then redone, or skips the
 row."""
+_LIMIT_LOCKS = (
+    "SELECT before FROM (SELECT current_setting('lock_timeout') AS before) AS setting, "
+    "LATERAL (SELECT CASE WHEN before::interval NOT BETWEEN '1 ms' AND '{seconds} s' "
+    "THEN set_config('lock_timeout', '{seconds}s', true) END) AS change"
+)
+"""Sets a lock timeout for the transaction, unless a shorter one is set, and returns the value
+before."""
 _QUERY_CANCELED = "57014"
 _TIMESTAMP_OID = 1114
 _DEAD_LINK_OPTIONS = frozenset({"keepalives_idle", "tcp_user_timeout"})
@@ -263,6 +270,31 @@ class PostgresStore(Store):
         # Compiling a query would use up much of its time.
         _set_for_transaction(connection, statement_timeout=f"{seconds:.3f}s", jit="off")
         yield
+
+    @contextlib.contextmanager
+    def lock_limit(
+        self, connection: sa.Connection, seconds: float, *, is_hosts: bool
+    ) -> Iterator[None]:
+        if not is_hosts:
+            connection.exec_driver_sql(_LIMIT_LOCKS.format(seconds=seconds))
+            yield
+            return
+        driver_connection: Any = connection.connection.driver_connection
+        if driver_connection.autocommit:
+            # Without a transaction, nothing keeps a lock, and there are no savepoints.
+            yield
+            return
+        savepoint = connection.begin_nested()
+        try:
+            before = connection.exec_driver_sql(_LIMIT_LOCKS.format(seconds=seconds)).scalar_one()
+            yield
+            _set_for_transaction(connection, lock_timeout=before)
+            savepoint.commit()
+        except BaseException:
+            # A lost connection has no savepoint, and its error must reach the caller.
+            with contextlib.suppress(DBAPIError):
+                savepoint.rollback()
+            raise
 
     def is_timeout(self, error: DBAPIError) -> bool:
         return _sqlstate(error) == _QUERY_CANCELED

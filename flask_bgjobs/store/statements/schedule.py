@@ -261,7 +261,7 @@ class Schedules(Inserts, Audits):
         new_jobs = []
         for run in runs:
             try:
-                (job,) = self.insert(connection, run.job)
+                (job,) = self.insert_within(connection, run.job)
             except UniqueKeyTaken as error:
                 skips.append(Skip(run.tick_at, str(error)[:_MAX_REASON], run.missed))
                 continue

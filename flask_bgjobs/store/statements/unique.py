@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from ...errors import UniqueKeyTaken
 from ...job.statuses import NOT_STARTED, JobStatus
@@ -18,6 +19,8 @@ from ..database import JOBS
 from .enqueue import NewJobs, RowInserts, Unique, column_values, loaded_job
 
 _TRIES = 10
+_LOCK_SECONDS = 5.0
+"""How long an enqueue waits for the transaction of another enqueue with the same unique key."""
 _HAS_NOT_STARTED = sa.and_(
     JOBS.c.status.in_([status.value for status in NOT_STARTED]), JOBS.c.attempt == 0
 )
@@ -49,11 +52,29 @@ class Inserts(RowInserts):
     def insert(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """Insert jobs.
 
-        :param connection: of our own transaction, or of the transaction that the jobs join.
+        :param connection: of the transaction that the jobs join.
         :returns: one job for each of ``jobs``, in order. If another job holds the key of a unique
             job, it is that one, with ``deduplicated`` set.
-        :raises UniqueKeyTaken: when a key is taken, if the jobs ask for that.
+        :raises UniqueKeyTaken: when a key is taken, if the jobs ask for that, or when another open
+            transaction has held a key for 5 s.
         """
+        return self._insert_with_limit(connection, jobs, is_hosts=True)
+
+    def _insert_with_limit(
+        self, connection: sa.Connection, jobs: NewJobs, *, is_hosts: bool
+    ) -> list[Job]:
+        if jobs.unique is None:
+            return self.insert_within(connection, jobs)
+        try:
+            with self.lock_limit(connection, _LOCK_SECONDS, is_hosts=is_hosts):
+                return self.insert_within(connection, jobs)
+        except DBAPIError as error:
+            if not self.is_lock_timeout(error):
+                raise
+            raise _key_is_locked(jobs, jobs.unique) from error
+
+    def insert_within(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        """Do the work of :meth:`insert` within a larger transaction of ours."""
         with self.in_our_schema(connection):
             if jobs.expires_seconds is not None:
                 now = self.time_on(connection)
@@ -70,7 +91,9 @@ class Inserts(RowInserts):
         """
         is_one_statement = len(jobs.parameters) == 1 and jobs.unique is None
         commit = self.autocommit_once if is_one_statement else self.transaction
-        return commit(lambda connection: self.insert(connection, jobs))
+        # A test may have bound the host's sessions to one connection.
+        is_hosts = self.outer_connection is not None
+        return commit(lambda c: self._insert_with_limit(c, jobs, is_hosts=is_hosts))
 
     def _insert_unique(self, connection: sa.Connection, job: NewJobs) -> Job:
         """Insert one unique job, or find the one that holds its key."""
@@ -243,6 +266,17 @@ def _one_by_one(jobs: NewJobs) -> Sequence[NewJobs]:
         )
         for text, key in zip(jobs.parameters, unique.keys, strict=True)
     ]
+
+
+def _key_is_locked(jobs: NewJobs, unique: Unique) -> UniqueKeyTaken:
+    key = (
+        f"the unique key {unique.keys[0]!r}" if len(unique.keys) == 1 else "one of the unique keys"
+    )
+    return UniqueKeyTaken(
+        f"{jobs.values['target']}: another transaction has enqueued a job with {key}, and has not "
+        f"ended within {_LOCK_SECONDS:g} s: commit soon after such an enqueue, or give it "
+        "session=None, so that it holds the key only for a moment"
+    )
 
 
 def _with(job: NewJobs, columns: dict[str, Any]) -> NewJobs:
