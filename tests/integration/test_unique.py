@@ -182,6 +182,18 @@ class TestKeys:
         assert (replaced.id, stored(app, kept).tags) == (kept.id, ["new"])
         assert stored(app, moved).status == JobStatus.SCHEDULED
 
+    def test_cancelled_job_of_the_next_window(self, app: Flask, state: AppState) -> None:
+        """If the job of the next window was cancelled, the next enqueue is due in its place; if
+        the first one was cancelled before it ran, at once."""
+        first = enqueue(1, throttle=60)
+        state.cancel([enqueue(2, throttle=60).id])
+        second = enqueue(3, throttle=60)
+        assert (stored(app, second).status, stored(app, second).parameters) == ("scheduled", [3])
+        waits = stored(app, second).run_at - stored(app, first).run_at
+        assert abs(waits.total_seconds() - 60) < 5
+        state.cancel([first.id, second.id])
+        assert enqueue(4, throttle=60).status == "pending"
+
     @pytest.mark.on("postgresql", "mysql")
     @pytest.mark.parametrize("options", [{"unique": True}, {"debounce": 60}], ids=str)
     def test_long_transaction_of_another_enqueue(
@@ -596,7 +608,8 @@ class Model:
                 job.value = value
                 return number
         for _, job in holders:
-            job.holds = (job.expires or 0.0) > self.now
+            never_ran = job.status == "cancelled" and not job.has_started
+            job.holds = (job.expires or 0.0) > self.now and not never_ran
         begins = max((job.expires or 0.0 for _, job in holders if job.holds), default=self.now)
         self.jobs.append(ModelJob(value, begins, expires=begins + window))
         return len(self.jobs) - 1

@@ -214,10 +214,12 @@ class Inserts(RowInserts):
         now = self.time_on(connection)
         rows = connection.execute(self._holders.where(JOBS.c.unique_hash.in_(hashes)))
         holders = [loaded_job(row) for row in rows]
-        for later in holders:
+        # A job that ended before it was claimed, such as a cancelled one, has no window.
+        possible = [each for each in holders if not (each.is_finished and each.attempt == 0)]
+        for later in possible:
             if later.attempt == 0 and later.run_at > now:
                 return self._give_parameters(connection, later, job)
-        current = [each for each in holders if _ends(each) > now]
+        current = [each for each in possible if _ends(each) > now]
         begins = max((_ends(each) for each in current), default=now)
         for expired in holders:
             if expired not in current:
