@@ -26,10 +26,11 @@ from flask_bgjobs import (
     UniqueKeyTaken,
     run_background_job,
 )
+from flask_bgjobs.enqueue.enqueue import enqueue as enqueue_all
 from flask_bgjobs.job.records import JobSpec, Outcome
 from flask_bgjobs.job.statuses import FINAL, JobStatus, OutcomeKind
 from flask_bgjobs.models import Base
-from flask_bgjobs.options import options_from
+from flask_bgjobs.options import NO_OPTIONS, options_from
 from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store.statements import unique
@@ -82,6 +83,22 @@ def allow(state: AppState, function: Callable[..., Any], **options: Any) -> None
     """Allow a function as the job ``f``, as ``@bgjobs.job(name="f")`` does."""
     decorated = {"f": Decorated(function, options_from(options))}
     state.registry = Registry(state.config.allowed_jobs, decorated)
+
+
+def bulk(state: AppState, parameter_sets: list[list[Any]]) -> list[Job]:
+    """Enqueue jobs of the function ``f`` at once, with its own options."""
+    return enqueue_all(state, "f", None, parameter_sets, NO_OPTIONS)
+
+
+def _statements_of(state: AppState, seen: list[str]) -> tuple[Any, ...]:
+    """Record the statements of the store's own connections."""
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    listen = state.store.engine, "before_cursor_execute", note
+    sa.event.listen(*listen)
+    return listen
 
 
 def _lock_settings(session: Any) -> Any:
@@ -167,6 +184,44 @@ class TestKeys:
         assert [job.deduplicated for job in jobs] == [False, True, False, True]
         assert count_jobs(app) == 3
         assert stored(app, jobs[0]).parameters == [1, "x"]
+
+    def test_many_take_few_statements(self, app: Flask, state: AppState) -> None:
+        """Jobs with free keys are inserted together, in order; jobs with taken ones are found."""
+        allow(state, lambda n: None, unique=True)
+        held = run_background_job("f", parameters=[500])
+        statements: list[str] = []
+        listen = _statements_of(state, statements)
+        with app.app_context():
+            jobs = bulk(state, [[n] for n in (*range(1_000), 3, 3)])
+        sa.event.remove(*listen)
+        assert len(statements) < 30
+        assert [job.parameters for job in jobs] == [[n] for n in (*range(1_000), 3, 3)]
+        assert [job.id for job in jobs if job.deduplicated] == [held.id, jobs[3].id, jobs[3].id]
+        ids = [job.id for job in jobs[:1_000] if job.id != held.id]
+        assert ids == sorted(set(ids))
+        with state.store.read() as connection:
+            rows = connection.execute(sa.select(Job.id, Job.unique_key, Job.unique_hash)).all()
+        assert len(rows) == 1_000
+        assert {row.id: unique.unique_hash(row.unique_key) for row in rows} == {
+            row.id: row.unique_hash for row in rows
+        }
+
+    def test_many_with_other_options(self, app: Flask, state: AppState) -> None:
+        """``replace``, ``debounce`` and ``raise`` apply to each of many jobs."""
+        allow(state, lambda n, m=0: None, unique="{n}", on_duplicate="replace", tags=["new"])
+        held = run_background_job("f", parameters=[1, 1], tags=["old"])
+        jobs = bulk(state, [[1, 2], [2, 1], [2, 2]])
+        assert [job.id for job in jobs] == [held.id, jobs[1].id, jobs[1].id]
+        assert [stored(app, jobs[n]).parameters for n in (0, 1)] == [[1, 2], [2, 2]]
+        assert stored(app, held).tags == ["new"]
+        allow(state, lambda n, m=0: None, unique="{n}", debounce=60)
+        (job, again) = bulk(state, [[7, 1], [7, 2]])
+        assert (again.id, stored(app, job).status) == (job.id, "scheduled")
+        assert stored(app, job).parameters == [7, 2]
+        allow(state, lambda n, m=0: None, unique="{n}", on_duplicate="raise")
+        with pytest.raises(UniqueKeyTaken):
+            bulk(state, [[8], [8]])
+        assert count_jobs(app) == 3
 
     def test_joined_transaction(self, app: Flask) -> None:
         """A unique job joins a transaction, and a duplicate does not abort it."""
@@ -454,6 +509,21 @@ def test_concurrent_enqueues_make_one_job(app: Flask, options: Any) -> None:
         key = f"k{round_number}"
         assert call_at_once(app, lambda n, key=key: enqueue(n, unique_key=key, **options)) == []
         assert count_jobs(app) == round_number + 1
+
+
+def test_concurrent_bulk_enqueues_make_one_job_each(app: Flask, state: AppState) -> None:
+    """The same holds for many jobs at once, whatever their order."""
+    allow(state, lambda n: None, unique=True)
+    numbers = [[n] for n in range(200)]
+
+    def call(number: int) -> None:
+        jobs = bulk(state, numbers if number % 2 else numbers[::-1])
+        assert len({job.id for job in jobs}) == len(numbers)
+
+    for round_number in range(3):
+        assert call_at_once(app, call) == []
+        assert count_jobs(app) == len(numbers) * (round_number + 1)
+        numbers = [[n + 1_000] for (n,) in numbers]
 
 
 def call_at_once(app: Flask, call: Callable[[int], object]) -> list[BaseException]:

@@ -6,7 +6,7 @@ import contextlib
 import datetime as dt
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,7 +24,7 @@ from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS, SCHEDULES
 from ..links import connect_limits, discard_dead_connections, prepare_limits, shut_down
 from ..sizes import batches
 from ..statements.claim import SPEC_COLUMNS
-from ..statements.enqueue import NewJobs, column_values, inserted_job
+from ..statements.enqueue import NewJobs, chosen, column_values, inserted_job, with_key
 from ..statements.progress import by_key
 from ..statements.promote import promotion
 from ..statements.settle import COMPLETION_TYPES
@@ -99,30 +99,59 @@ class MysqlStore(Store):
         if len(jobs.parameters) == 1 and connection.dialect.insert_returning:
             # MariaDB supports INSERT … RETURNING.
             return super().insert_all(connection, jobs)
-        now, step = connection.execute(
-            sa.select(self.now, sa.literal_column("@@auto_increment_increment", sa.Integer))
-        ).one()
-        times = {"created_at": now, "run_at": _due(jobs, now)}
+        times, step = self._times_and_step(connection, jobs)
         common = {**column_values(jobs), **times}
         inserted: list[Job] = []
         for batch in _batches(jobs):
-            result = connection.execute(
-                sa.insert(JOBS), [{**common, "parameters": text} for text in batch]
-            )
-            # The ids of one statement are consecutive, and the driver returns the first.
-            ids = range(result.lastrowid, result.lastrowid + len(batch) * step, step)
-            pairs = zip(batch, ids, strict=True)
+            rows = [{**common, "parameters": text} for text in batch]
+            pairs = zip(batch, _insert_rows(connection, rows, step), strict=True)
             inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in pairs)
         return inserted
 
+    def _times_and_step(
+        self, connection: sa.Connection, jobs: NewJobs
+    ) -> tuple[dict[str, dt.datetime], int]:
+        """The times of new jobs, and the difference between the ids of two rows."""
+        now, step = connection.execute(
+            sa.select(self.now, sa.literal_column("@@auto_increment_increment", sa.Integer))
+        ).one()
+        return {"created_at": now, "run_at": _due(jobs, now)}, step
+
+    def insert_free(self, connection: sa.Connection, jobs: NewJobs) -> list[Job | None]:
+        _check_packets(connection, jobs)
+        times, step = self._times_and_step(connection, jobs)
+        common = {**column_values(jobs), **times}
+        each = [with_key(jobs, number) for number in range(len(jobs.parameters))]
+        hashes = [job.values["unique_hash"] for job in each]
+        taken = set(
+            connection.scalars(sa.select(JOBS.c.unique_hash).where(JOBS.c.unique_hash.in_(hashes)))
+        )
+        free = [number for number, key_hash in enumerate(hashes) if key_hash not in taken]
+        inserted: list[Job | None] = [None] * len(each)
+        begin = 0
+        for batch in _batches(chosen(jobs, free)):
+            numbers = free[begin : begin + len(batch)]
+            begin += len(batch)
+            rows = [
+                {
+                    **common,
+                    "parameters": each[n].parameters[0],
+                    "unique_key": each[n].values["unique_key"],
+                    "unique_hash": hashes[n],
+                }
+                for n in numbers
+            ]
+            # If a key was taken meanwhile, the server rolls back only this statement.
+            with _ignoring_taken_keys():
+                for n, job_id in zip(numbers, _insert_rows(connection, rows, step), strict=True):
+                    inserted[n] = inserted_job(each[n], each[n].parameters[0], job_id, **times)
+        return inserted
+
     def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
-        try:
+        # The server rolls back only this statement. The transaction is still usable.
+        inserted = None
+        with _ignoring_taken_keys():
             (inserted,) = self.insert_all(connection, jobs)
-        except IntegrityError as error:
-            # The server has rolled back only this statement. The transaction is still usable.
-            if _code(error) == _DUPLICATE and "unique_hash" in str(error.orig):
-                return None
-            raise
         return inserted
 
     def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
@@ -417,6 +446,29 @@ def _mark_disconnect(context: sa.engine.ExceptionContext) -> None:
     is_closed = _code_of(error) in (_SHUTDOWN, _PACKET_TOO_LARGE) and not is_our_own
     if is_closed or _is_read_only(error):
         context.is_disconnect = True
+
+
+def _insert_rows(
+    connection: sa.Connection, rows: Sequence[Mapping[str, Any]], step: int
+) -> Sequence[int]:
+    """Insert rows with one statement.
+
+    :param step: the difference between the ids of two rows.
+    :returns: their ids, in order.
+    """
+    result = connection.execute(sa.insert(JOBS), rows)
+    # The ids of one statement are consecutive, and the driver returns the first.
+    return range(result.lastrowid, result.lastrowid + len(rows) * step, step)
+
+
+@contextlib.contextmanager
+def _ignoring_taken_keys() -> Iterator[None]:
+    """End the block if another job holds the unique key of a row to insert."""
+    try:
+        yield
+    except IntegrityError as error:
+        if _code(error) != _DUPLICATE or "unique_hash" not in str(error.orig):
+            raise
 
 
 def _batches(jobs: NewJobs) -> Iterator[list[str]]:

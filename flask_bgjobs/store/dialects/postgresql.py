@@ -230,6 +230,12 @@ class PostgresStore(Store):
         each = elements.table_valued("text", with_ordinality="position").render_derived()
         return each.c.position, each.c.text
 
+    def json_lists(self, array: sa.BindParameter[str], length: int) -> tuple[Any, list[Any]]:
+        elements = sa.func.json_array_elements(array.cast(postgresql.JSON))
+        each = elements.table_valued("list", with_ordinality="position").render_derived()
+        strings = [each.c.list.op("->>", return_type=sa.Text())(n) for n in range(length)]
+        return each.c.position, strings
+
     def typed(self, value: sa.BindParameter[Any]) -> sa.ColumnElement[Any]:
         return sa.cast(value, value.type)
 

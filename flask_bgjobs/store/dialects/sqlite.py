@@ -81,6 +81,11 @@ class SqliteStore(Store):
         element = sa.func.json_each(array).table_valued("key", "value")
         return element.c.key, element.c.value
 
+    def json_lists(self, array: sa.BindParameter[str], length: int) -> tuple[Any, list[Any]]:
+        each = sa.func.json_each(array).table_valued("key", "value")
+        strings = [sa.func.json_extract(each.c.value, f"$[{n}]") for n in range(length)]
+        return each.c.key, strings
+
     def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
         completion = sa.func.json_each(array).table_valued("value").c.value
         fields = (

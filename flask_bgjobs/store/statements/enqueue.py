@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import functools
+import hashlib
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,36 @@ class RowInserts(Database):
         pairs = zip(jobs.parameters, rows, strict=True)
         return (inserted_job(jobs, text, *row[:3]) for text, row in pairs)
 
+    def insert_free(self, connection: sa.Connection, jobs: NewJobs) -> list[Job | None]:
+        """Insert those of several unique jobs whose keys are free, in one statement for each batch.
+
+        :param jobs: jobs with different unique keys.
+        :returns: one entry for each of ``jobs``; ``None`` if another job holds its key.
+        """
+        return [job for batch in _split(jobs) for job in self._insert_free_batch(connection, batch)]
+
+    def _insert_free_batch(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job | None]:
+        parameters = self.insert_parameters(connection, jobs)
+        for name in ("parameters", "unique_key", "unique_hash"):
+            del parameters[name]
+        each = [with_key(jobs, n) for n in range(len(jobs.parameters))]
+        rows = [
+            (job.parameters[0], job.values["unique_key"], job.values["unique_hash"]) for job in each
+        ]
+        statement = self._insert_free
+        inserted = connection.execute(statement, {**parameters, "rows": json.dumps(rows)})
+        times_by_hash = {row.unique_hash: row[1:4] for row in inserted}
+        for job, (text, _, key_hash) in zip(each, rows, strict=True):
+            times = times_by_hash.get(key_hash)
+            yield None if times is None else inserted_job(job, text, *times)
+
+    def json_lists(self, array: sa.BindParameter[str], length: int) -> tuple[Any, list[Any]]:
+        """Columns to select: the position of each list in a JSON array, and its strings.
+
+        :param length: the number of strings in each list.
+        """
+        raise NotImplementedError
+
     def json_array_rows(self, array: sa.BindParameter[str]) -> tuple[Any, Any]:
         """Columns to select: the position and the text of each string in a JSON array."""
         raise NotImplementedError
@@ -135,14 +166,32 @@ class RowInserts(Database):
     @functools.cached_property
     def _insert_many(self) -> Any:
         position, text = self.json_array_rows(sa.bindparam("texts", type_=sa.Text))
+        insert = self._insert_from(position, parameters=text)
+        return insert.returning(*self.returned)
+
+    @functools.cached_property
+    def _insert_free(self) -> Any:
+        rows = sa.bindparam("rows", type_=sa.Text)
+        position, (text, key, key_hash) = self.json_lists(rows, 3)
+        insert = self._insert_from(
+            position, parameters=text, unique_key=key, unique_hash=key_hash
+        ).on_conflict_do_nothing(index_elements=["unique_hash"])
+        return insert.returning(JOBS.c.unique_hash, *self.returned)
+
+    def _insert_from(self, position: Any, **columns: Any) -> Any:
+        """An INSERT of rows that differ in some columns.
+
+        :param position: gives their order.
+        """
         values = {
             column.name: self.typed(sa.bindparam(column.name, type_=column.type))
             for key, column in COLUMNS.items()
             if key not in SET_BY_DATABASE
         }
-        values |= {"parameters": text, "created_at": self.now, "run_at": self._first_run}
-        selected = sa.select(*values.values()).order_by(position)
-        return sa.insert(JOBS).from_select(list(values), selected).returning(*self.returned)
+        values |= {"created_at": self.now, "run_at": self._first_run, **columns}
+        # SQLite needs a WHERE to tell ON CONFLICT from the ON of a join.
+        selected = sa.select(*values.values()).where(sa.text("1 = 1")).order_by(position)
+        return self.insert_into(JOBS).from_select(list(values), selected)
 
     @property
     def _first_run(self) -> sa.ColumnElement[dt.datetime]:
@@ -153,8 +202,33 @@ class RowInserts(Database):
 
 
 def _split(jobs: NewJobs) -> Iterator[NewJobs]:
+    begin = 0
     for batch in batches(jobs.parameters, statement_bytes, most_items=_JOBS_PER_STATEMENT):
-        yield dataclasses.replace(jobs, parameters=batch)
+        yield chosen(jobs, range(begin, begin + len(batch)))
+        begin += len(batch)
+
+
+def chosen(jobs: NewJobs, numbers: Sequence[int]) -> NewJobs:
+    """Those of ``jobs`` with these numbers."""
+    unique = jobs.unique
+    if unique is not None:
+        unique = dataclasses.replace(unique, keys=[unique.keys[n] for n in numbers])
+    parameters = [jobs.parameters[n] for n in numbers]
+    return dataclasses.replace(jobs, parameters=parameters, unique=unique)
+
+
+def with_key(jobs: NewJobs, number: int) -> NewJobs:
+    """One of several unique jobs, with its key and the hash of it among its values."""
+    job = chosen(jobs, [number])
+    assert job.unique is not None
+    (key,) = job.unique.keys
+    values = {**job.values, "unique_key": key, "unique_hash": unique_hash(key)}
+    return dataclasses.replace(job, values=values)
+
+
+def unique_hash(unique_key: str) -> str:
+    """The value for the unique column ``unique_hash`` while a job holds this key."""
+    return hashlib.sha256(unique_key.encode()).hexdigest()
 
 
 def column_values(jobs: NewJobs) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from .. import transitions
 from ..database import JOBS, by_id
 from ..transitions import MOVES
 from .audit import Actor, Audits
-from .enqueue import loaded_job
+from .enqueue import loaded_job, unique_hash
 from .prune import delete_unheld
-from .unique import unique_hash
 
 DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
 """The state of a job after each action, in words."""

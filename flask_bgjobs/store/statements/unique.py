@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,15 @@ from ...job.statuses import NOT_STARTED, JobStatus
 from ...models import Job
 from .. import transitions
 from ..database import JOBS
-from .enqueue import NewJobs, RowInserts, Unique, column_values, loaded_job
+from .enqueue import (
+    NewJobs,
+    RowInserts,
+    Unique,
+    chosen,
+    column_values,
+    loaded_job,
+    unique_hash,
+)
 
 _TRIES = 10
 _LOCK_SECONDS = 5.0
@@ -81,7 +88,27 @@ class Inserts(RowInserts):
                 jobs = _with(jobs, {"deadline_at": _later(now, jobs.expires_seconds)})
             if jobs.unique is None:
                 return self.insert_all(connection, jobs)
-            return [self._insert_unique(connection, each) for each in _one_by_one(jobs)]
+            found: dict[int, Job] = {}
+            if len(jobs.parameters) > 1 and jobs.unique.throttle_seconds is None:
+                found = self._insert_first_of_each_key(connection, jobs, jobs.unique)
+            return [
+                found[number] if number in found else self._insert_unique(connection, each)
+                for number, each in enumerate(_one_by_one(jobs))
+            ]
+
+    def _insert_first_of_each_key(
+        self, connection: sa.Connection, jobs: NewJobs, unique: Unique
+    ) -> dict[int, Job]:
+        """Insert the first of ``jobs`` with each key that is free, with few statements.
+
+        :returns: the inserted jobs by their number in ``jobs``.
+        """
+        numbers = {key: n for n, key in reversed([*enumerate(unique.keys)])}
+        firsts = sorted(numbers.values())
+        columns = self._unique_columns(connection, unique)
+        inserted = self.insert_free(connection, _with(chosen(jobs, firsts), columns))
+        pairs = zip(firsts, inserted, strict=True)
+        return {number: job for number, job in pairs if job is not None}
 
     def save(self, jobs: NewJobs) -> list[Job]:
         """Insert jobs as :meth:`insert` does, in a transaction of its own.
@@ -117,7 +144,7 @@ class Inserts(RowInserts):
         :returns: ``None`` if that has changed between two statements.
         """
         key_hash = unique_hash(key)
-        columns = self._unique_columns(connection, unique, key_hash)
+        columns = {"unique_hash": key_hash, **self._unique_columns(connection, unique)}
         inserted = self.insert_unless_taken(connection, _with(job, columns))
         if inserted is not None:
             return inserted
@@ -132,10 +159,9 @@ class Inserts(RowInserts):
             )
         return found
 
-    def _unique_columns(
-        self, connection: sa.Connection, unique: Unique, key_hash: str
-    ) -> dict[str, Any]:
-        columns: dict[str, Any] = {"unique_hash": key_hash}
+    def _unique_columns(self, connection: sa.Connection, unique: Unique) -> dict[str, Any]:
+        """The values of a unique job other than its key."""
+        columns: dict[str, Any] = {}
         if unique.until_start:
             columns["unique_until_start"] = True
         if unique.for_seconds is not None or unique.debounce_max_seconds is not None:
@@ -249,11 +275,6 @@ class Inserts(RowInserts):
         if not connection.execute(waiting.values(columns)).rowcount:
             return None
         return self._holder(connection, str(holder.unique_hash))
-
-
-def unique_hash(unique_key: str) -> str:
-    """The value for the unique column ``unique_hash`` while a job holds this key."""
-    return hashlib.sha256(unique_key.encode()).hexdigest()
 
 
 def _one_by_one(jobs: NewJobs) -> Sequence[NewJobs]:
