@@ -20,7 +20,7 @@ from ..flow.schedules.data import (
     row_data,
     row_of,
 )
-from ..flow.schedules.manage import RecurringJob, Schedules
+from ..flow.schedules.manage import RecurringJob, Schedules, readable_schedules
 from ..flow.schedules.recurrence import MISSED, OVERLAP
 from ..job.text import one_line
 from ..state import AppState, current_state, import_jobs
@@ -47,7 +47,14 @@ def schedules_commands(context: click.Context, as_json: bool) -> None:
 def list_command(as_json: bool) -> None:
     """List the recurring jobs by name."""
     state = _state()
-    rows = _rows(state, Schedules(state).all())
+    schedules, unreadable = readable_schedules(state)
+    for name in unreadable:
+        click.echo(
+            f"The row of the schedule {one_line(name)} cannot be read; a worker whose code has it "
+            "writes it anew when it starts",
+            err=True,
+        )
+    rows = _rows(state, schedules)
     if as_json:
         print_json([row_data(row) for row in rows])
     elif rows:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs.flow.schedules.manage import find
 from flask_bgjobs.flow.schedules.ticker import Ticker
+from flask_bgjobs.models import Schedule
 from flask_bgjobs.state import state_of
 from flask_bgjobs.worker.registration import register
 from tests.conftest import count_jobs
@@ -81,6 +83,17 @@ def test_list_as_json(app: Flask, run: Any) -> None:
     )
     assert "hunter2" not in json.dumps(data)
     assert report["next_run_at"].endswith("00:00.000Z")
+
+
+def test_unreadable_row(app: Flask) -> None:
+    """The list goes on after a row that cannot be read, and names it on standard error."""
+    register_worker(app)
+    broken = sa.update(Schedule).where(Schedule.name == "shop.poll").values(definition="{")
+    state_of(app).store.transaction(lambda connection: connection.execute(broken))
+    result = app.test_cli_runner().invoke(args=["bgjobs", "schedules", "list", "--json"])
+    assert result.exit_code == 0
+    assert [row["name"] for row in json.loads(result.stdout)] == ["shop.report"]
+    assert "The row of the schedule shop.poll cannot be read; a worker" in result.stderr
 
 
 def test_no_schedules(make_app: Callable[..., Flask]) -> None:

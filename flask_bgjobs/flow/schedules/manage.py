@@ -315,12 +315,19 @@ class Schedules:
 
 
 def list_schedules(state: AppState) -> list[RecurringJob]:
-    """All schedules, by name."""
+    """All schedules, by name. Those whose rows cannot be read are left out."""
+    return readable_schedules(state)[0]
+
+
+def readable_schedules(state: AppState) -> tuple[list[RecurringJob], list[str]]:
+    """All schedules, and the names of those whose rows cannot be read, both by name."""
     now, rows = state.store.read_schedules()
     known = {row.name for row in rows}
     own = (unsaved(each, now) for name, each in _own(state).items() if name not in known)
-    found = (read_row(state, row, now) for row in sorted([*rows, *own], key=lambda row: row.name))
-    return [each for each in found if each is not None]
+    in_order = sorted([*rows, *own], key=lambda row: row.name)
+    found = {row.name: read_row(state, row, now) for row in in_order}
+    unreadable = [name for name, each in found.items() if each is None]
+    return [each for each in found.values() if each is not None], unreadable
 
 
 def find(state: AppState, name: str) -> RecurringJob:
