@@ -36,6 +36,9 @@ _ANY_PARAMETERS = inspect.Signature(
 class MissingCode(InvalidJob):
     """The name is allowed, but the code of this process does not define it."""
 
+    # Users see the name of the documented class, for example in `job.error_type`.
+    __qualname__ = InvalidJob.__qualname__
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:

@@ -111,7 +111,6 @@ def _without_code(
 ) -> Outcome:
     """The outcome of a job whose name is not allowed, or is not defined, in this process."""
     config = state.config
-    is_refused = isinstance(error, JobNotAllowed)
     if config.unknown_jobs == "wait" and state.registry.may_be_elsewhere(
         error, spec.target, spec.method
     ):
@@ -119,8 +118,8 @@ def _without_code(
             return Outcome(spec.id, spec.attempt, OutcomeKind.UNKNOWN, error=str(error))
         words = durations.in_words(config.unknown_timeout)
         waited = f" No worker has had its code for {words} (BGJOBS_UNKNOWN_TIMEOUT)."
-        error, is_refused = JobNotAllowed(f"{error}{waited}"), True
-    kind = OutcomeKind.REFUSED if is_refused else OutcomeKind.FAILED_FINALLY
+        return _failure(job, spec, OutcomeKind.REFUSED, JobNotAllowed(f"{error}{waited}"))
+    kind = OutcomeKind.REFUSED if isinstance(error, JobNotAllowed) else OutcomeKind.FAILED_FINALLY
     return _failure(job, spec, kind, error)
 
 

@@ -223,6 +223,13 @@ class TestTimeout:
         run_burst(state)
         assert [stored(strict, job).status for job in (old, new)] == ["failed", "failed"]
         assert "BGJOBS_UNKNOWN_TIMEOUT" not in str(stored(strict, new).error)
+        with strict.app_context():
+            missing = run_background_job("tests.jobs.echo")
+        edit(state, missing, target="tests.later.send")
+        deploy(state, allowed=["tests.later.send"])
+        run_burst(state)
+        failed = stored(strict, missing)
+        assert (failed.status, failed.error_type) == ("failed", "InvalidJob")
 
 
 class TestNames:

@@ -113,7 +113,8 @@ def _count_held(job: Job, service: Service) -> sa.ColumnElement[int]:
 def _reasons(
     state: AppState, job: Job, service: Service, worker_name: str | None, ahead: int, held: int
 ) -> list[str]:
-    """
+    """Why the job's code is not running.
+
     :param ahead: the number of jobs ahead of a pending job, or of the other jobs that wait for the
         same code.
     """
@@ -144,9 +145,8 @@ def _reasons(
             f"No live worker serves the queue {job.queue}. Start one with: flask bgjobs worker"
         )
     if ahead and job.status == JobStatus.PENDING:
-        more = "More than 1,000" if ahead > _MAX_AHEAD else f"{ahead:,}"
         jobs, are = ("job", "is") if ahead == 1 else ("jobs", "are")
-        reasons.append(f"{more} {jobs} of the queue {job.queue} {are} ahead of it.")
+        reasons.append(f"{_capped(ahead)} {jobs} of the queue {job.queue} {are} ahead of it.")
     return reasons or ["It is due; the next free worker takes it."]
 
 
@@ -168,9 +168,12 @@ def _waiting_reasons(state: AppState, job: Job, others: int) -> Iterator[str]:
             "UTC, it fails (BGJOBS_UNKNOWN_TIMEOUT)."
         )
     if others > 0:
-        more = "More than 1,000" if others > _MAX_AHEAD else f"{others:,}"
         jobs, wait = ("job", "waits") if others == 1 else ("jobs", "wait")
-        yield f"{more} other {jobs} of the queue {job.queue} {wait} for the same code."
+        yield f"{_capped(others)} other {jobs} of the queue {job.queue} {wait} for the same code."
+
+
+def _capped(number: int) -> str:
+    return f"More than {_MAX_AHEAD:,}" if number > _MAX_AHEAD else f"{number:,}"
 
 
 def _count_ahead(job: Job) -> sa.ScalarSelect[int]:

@@ -114,7 +114,7 @@ def service_now(state: AppState, *, within: float | None = None) -> Service:
             for name in pending
             if name not in paused and not any(worker.serves(name) for worker in workers)
         ],
-        code_waits=state.store.code_waits() if has_waiting else [],
+        code_waits=state.store.code_waits(within=within) if has_waiting else [],
     )
 
 

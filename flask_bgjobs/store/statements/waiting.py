@@ -48,17 +48,21 @@ class CodeWait(NamedTuple):
 class Waiting(Database):
     """The statements about waiting jobs."""
 
-    def code_waits(self, queues: Sequence[str] | None = None) -> list[CodeWait]:
+    def code_waits(
+        self, queues: Sequence[str] | None = None, *, within: float | None = None
+    ) -> list[CodeWait]:
         """What jobs wait for code, at most 1,000 names, by queue and name.
 
         :param queues: the queues to look in; ``None``: all.
+        :param within: seconds in which the database must respond (default: no limit).
         """
         names = self._names_by_seeks() if self.seeks_ranges else self._names_by_group()
-        seconds = sa.select(names.c.queue, names.c.waiting_on, names.c.since, self.now.label("now"))
-        found = seconds.where(names.c.waiting_on.is_not(None))
+        found = sa.select(names.c.queue, names.c.waiting_on, names.c.since, self.now.label("now"))
+        found = found.where(names.c.waiting_on.is_not(None))
         if queues is not None:
             found = found.where(names.c.queue.in_(queues))
-        rows = self.autocommit(lambda c: c.execute(found).all())
+        with self.read(within=within) as connection:
+            rows = connection.execute(found).all()
         return sorted(
             CodeWait(row.queue, row.waiting_on, (row.now - row.since).total_seconds())
             for row in rows
