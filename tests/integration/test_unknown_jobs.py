@@ -57,6 +57,16 @@ def edit(state: AppState, job: Job, **values: Any) -> None:
     state.store.transaction(lambda connection: connection.execute(change))
 
 
+def with_names(
+    state: AppState, names: Sequence[tuple[str, str | None]]
+) -> dict[tuple[str, str | None], Job]:
+    """Jobs whose rows were edited to these targets and methods."""
+    jobs = {name: run_background_job("tests.jobs.echo") for name in names}
+    for (target, method), job in jobs.items():
+        edit(state, job, target=target, method=method)
+    return jobs
+
+
 class TestWaiting:
     def test_unknown_job_waits_and_runs_with_the_next_release(
         self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
@@ -232,82 +242,78 @@ class TestTimeout:
         assert (failed.status, failed.error_type) == ("failed", "InvalidJob")
 
 
-class TestNames:
-    @pytest.mark.parametrize(
-        ("target", "method"),
-        [
-            ("shop.jobs._private", None),
-            ("shop.__init__.run", None),
-            ("_shop.jobs.run", None),
-            ("os._exit", None),
-            ("shop.jobs:run", None),
-            ("shop.jobs.run ", None),
-            ("shop.jobs.run()", None),
-            ("shop..run", None),
-            ("shop.jobs.class", None),
-            ("shop.jobs.\uff52un", None),
-            ("", None),
-            ("x" * 256, None),
-            ("tests.jobs.SampleJob.execute", None),
-            ("tests.jobs.SampleJob.execute.again", None),
-            ("tests.jobs.SampleJob", "_private"),
-            ("tests.jobs.SampleJob", "__init__"),
-            ("tests.jobs.SampleJob", "mro"),
-            ("tests.jobs.SampleJob", "attribute"),
-            ("tests.jobs.SampleJob", "execute.again"),
-            ("tests.jobs.SampleJob", None),
-            ("tests.jobs.echo", "execute"),
-        ],
-    )
-    @pytest.mark.on("sqlite")
-    def test_name_of_no_release_fails_at_once(
-        self, app: Flask, state: AppState, target: str, method: str | None
-    ) -> None:
-        """A job whose name is malformed or private, or goes on to an attribute, does not wait."""
-        job = run_background_job("tests.jobs.echo")
-        edit(state, job, target=target, method=method)
-        run_burst(state)
-        assert (stored(app, job).status, stored(app, job).attempt) == ("failed", 1)
+OF_NO_RELEASE = [
+    ("shop.jobs._private", None),
+    ("shop.__init__.run", None),
+    ("_shop.jobs.run", None),
+    ("os._exit", None),
+    ("shop.jobs:run", None),
+    ("shop.jobs.run ", None),
+    ("shop.jobs.run()", None),
+    ("shop..run", None),
+    ("shop.jobs.class", None),
+    ("shop.jobs.\uff52un", None),
+    ("", None),
+    ("x" * 256, None),
+    ("tests.jobs.SampleJob.execute", None),
+    ("tests.jobs.SampleJob.execute.again", None),
+    ("tests.jobs.SampleJob", "_private"),
+    ("tests.jobs.SampleJob", "__init__"),
+    ("tests.jobs.SampleJob", "mro"),
+    ("tests.jobs.SampleJob", "attribute"),
+    ("tests.jobs.SampleJob", "execute.again"),
+    ("tests.jobs.SampleJob", None),
+    ("tests.jobs.echo", "execute"),
+]
+OF_ANOTHER_RELEASE = [
+    ("os.system", None),
+    ("send", None),
+    ("tests.jobs.sent", None),
+    ("tests.jobs.SampleJobs", "execute"),
+    ("tests.jobs.SampleJob", "archive"),
+    ("tests.process_jobs.Report", "archive"),
+    ("tests.jobs.later", None),
+    ("tests.later.send", None),
+    ("later.send", None),
+    ("отчёты.продажи", None),
+]
+ALLOWED = {
+    "tests.jobs.echo": None,
+    "tests.jobs.SampleJob": None,
+    "tests.process_jobs.Report": ["execute"],
+    **dict.fromkeys(("tests.jobs.later", "tests.later.send", "later.send")),
+}
 
-    @pytest.mark.parametrize(
-        ("target", "method", "allowed"),
-        [
-            ("os.system", None, ["tests.jobs.echo"]),
-            ("send", None, ["tests.jobs.echo"]),
-            ("tests.jobs.sent", None, ["tests.jobs.echo"]),
-            ("tests.jobs.SampleJobs", "execute", ["tests.jobs.SampleJob"]),
-            ("tests.jobs.SampleJob", "archive", ["tests.jobs.SampleJob"]),
-            ("tests.jobs.SampleJob", "boom", {"tests.jobs.SampleJob": ["execute"]}),
-            ("tests.jobs.later", None, ["tests.jobs.later"]),
-            ("tests.later.send", None, ["tests.later.send"]),
-            ("later.send", None, ["later.send"]),
-            ("отчёты.продажи", None, ["tests.jobs.echo"]),
-        ],
-    )
-    @pytest.mark.on("sqlite")
+
+@pytest.mark.on("sqlite")
+class TestNames:
+    def test_name_of_no_release_fails_at_once(self, app: Flask, state: AppState) -> None:
+        """A job whose name is malformed or private, or goes on to an attribute, does not wait."""
+        jobs = with_names(state, OF_NO_RELEASE)
+        run_burst(state)
+        ended = {name: stored(app, job) for name, job in jobs.items()}
+        assert {name: (job.status, job.attempt) for name, job in ended.items()} == dict.fromkeys(
+            OF_NO_RELEASE, ("failed", 1)
+        )
+
     def test_name_that_another_release_may_have_waits(
-        self,
-        app: Flask,
-        state: AppState,
-        target: str,
-        method: str | None,
-        allowed: Any,
-        caplog: pytest.LogCaptureFixture,
+        self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A job waits for a function, a class, a method or an entry of the allow-list that only
         another release has."""
-        job = run_background_job("tests.jobs.echo")
-        edit(state, job, target=target, method=method)
-        deploy(state, allowed=allowed)
+        jobs = with_names(state, OF_ANOTHER_RELEASE)
+        deploy(state, allowed=ALLOWED)
         run_burst(state)
-        waiting = stored(app, job)
-        assert (waiting.status, waiting.attempt) == ("waiting", 1)
-        (wait,) = state.store.code_waits()
-        assert (wait.target, wait.method) == (target, method)
-        (warning,) = warnings_in(caplog)
-        assert "the release that has it is not deployed here" in warning
+        waiting = {name: stored(app, job) for name, job in jobs.items()}
+        assert {name: (job.status, job.attempt) for name, job in waiting.items()} == dict.fromkeys(
+            OF_ANOTHER_RELEASE, ("waiting", 1)
+        )
+        found = {(wait.target, wait.method) for wait in state.store.code_waits()}
+        assert found == set(OF_ANOTHER_RELEASE)
+        warnings = warnings_in(caplog)
+        assert len(warnings) == len(OF_ANOTHER_RELEASE)
+        assert all("the release that has it is not deployed here" in line for line in warnings)
 
-    @pytest.mark.on("sqlite")
     def test_broken_module_fails_at_once(
         self, app: Flask, state: AppState, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -321,7 +327,6 @@ class TestNames:
         assert stored(app, job).status == "failed"
         assert "no_such_library" in str(stored(app, job).error)
 
-    @pytest.mark.on("sqlite")
     def test_name_beneath_that_of_a_decorated_function(self, app: Flask, state: AppState) -> None:
         """A decorated function has no attributes that are jobs; its ``name=`` may be the beginning
         of another name."""
@@ -333,7 +338,6 @@ class TestNames:
             run_burst(state)
             assert stored(app, job).status == status
 
-    @pytest.mark.on("sqlite")
     def test_warning_for_each_name(
         self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
     ) -> None:
