@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -56,17 +57,12 @@ class Waiting(Database):
         :param queues: the queues to look in; ``None``: all.
         :param within: seconds in which the database must respond (default: no limit).
         """
-        names = self._names_by_seeks() if self.seeks_ranges else self._names_by_group()
-        found = sa.select(names.c.queue, names.c.waiting_on, names.c.since, self.now.label("now"))
-        found = found.where(names.c.waiting_on.is_not(None))
-        if queues is not None:
-            found = found.where(names.c.queue.in_(queues))
         with self.read(within=within) as connection:
-            rows = connection.execute(found).all()
+            rows = connection.execute(self._code_waits).all()
         return sorted(
             CodeWait(row.queue, row.waiting_on, (row.now - row.since).total_seconds())
             for row in rows
-            if row.since is not None
+            if row.since is not None and (queues is None or row.queue in queues)
         )
 
     def count_waiting(self, wait: CodeWait, limit: int) -> int:
@@ -96,6 +92,12 @@ class Waiting(Database):
             return len(ids)
 
         return self.transaction(work)
+
+    @functools.cached_property
+    def _code_waits(self) -> sa.Select[Any]:
+        names = self._names_by_seeks() if self.seeks_ranges else self._names_by_group()
+        columns = names.c.queue, names.c.waiting_on, names.c.since
+        return sa.select(*columns, self.now.label("now")).where(names.c.waiting_on.is_not(None))
 
     def _names_by_seeks(self) -> sa.Subquery:
         """The names in each queue with their first job, by one index seek each.
