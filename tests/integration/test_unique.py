@@ -258,9 +258,10 @@ class TestKeys:
         raises, and its own transaction can be used further."""
         monkeypatch.setattr(unique, "_LOCK_SECONDS", 1.0)
         db = app.extensions["sqlalchemy"]
+        before = _lock_settings(db.session)
         with Session(db.engine) as other:
             kept = enqueue(1, session=other, **options)
-            before = _lock_settings(db.session)
+            assert _lock_settings(other) == before
             for session in (db.session, None):
                 began = time.monotonic()
                 with pytest.raises(UniqueKeyTaken, match="has not ended within 1 s: commit soon "):

@@ -217,6 +217,11 @@ class TestTimeout:
         state.store.retry([job.id])
         run_burst(state)
         assert stored(app, job).status == "waiting"
+        state.cancel([job.id])
+        pass_time(state, 2 * DAY)
+        state.store.retry([job.id])
+        run_burst(state)
+        assert stored(app, job).status == "waiting"
 
     def test_fail_refuses_at_once(self, make_app: Callable[..., Flask]) -> None:
         """With ``BGJOBS_UNKNOWN_JOBS = "fail"`` a job does not wait, and one that waits already
