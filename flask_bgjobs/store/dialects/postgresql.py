@@ -41,9 +41,10 @@ _LOCK_WAIT_SECONDS = 0.5
 """How long a worker's statement waits for a row lock. The transaction is then redone, or skips the
 row."""
 _LIMIT_LOCKS = (
-    "SELECT before FROM (SELECT current_setting('lock_timeout') AS before) AS setting, "
-    "LATERAL (SELECT CASE WHEN before::interval NOT BETWEEN '1 ms' AND '{seconds} s' "
-    "THEN set_config('lock_timeout', '{seconds}s', true) END) AS change"
+    # Materialized, or the server could read the setting after it has been changed.
+    "WITH setting AS MATERIALIZED (SELECT current_setting('lock_timeout') AS before) "
+    "SELECT before, CASE WHEN before::interval NOT BETWEEN '1 ms' AND '{seconds} s' "
+    "THEN set_config('lock_timeout', '{seconds}s', true) END FROM setting"
 )
 """Sets a lock timeout for the transaction, unless a shorter one is set, and returns the value
 before."""
@@ -286,13 +287,14 @@ class PostgresStore(Store):
             yield
             return
         driver_connection: Any = connection.connection.driver_connection
-        if driver_connection.autocommit:
+        if getattr(driver_connection, "autocommit", False):
             # Without a transaction, nothing keeps a lock, and there are no savepoints.
             yield
             return
         savepoint = connection.begin_nested()
         try:
-            before = connection.exec_driver_sql(_LIMIT_LOCKS.format(seconds=seconds)).scalar_one()
+            limit = _LIMIT_LOCKS.format(seconds=seconds)
+            before: str = connection.exec_driver_sql(limit).scalars().one()
             yield
             _set_for_transaction(connection, lock_timeout=before)
             savepoint.commit()
