@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from ..job.records import Settled, code_name
 from ..job.statuses import OutcomeKind
 from ..state import AppState
-from ..store import Store
+from ..store import MAX_NAMES, CodeWait, Store
 from ..system.safe_logging import logger as _logger
 
-_MAX_NAMES = 1_000
+_MAX_WARNINGS = 1_000
 """For how many names a worker warns. Forged rows may have any number."""
 
 
@@ -39,6 +39,8 @@ class UnknownJobs:
         self._queues = queues
         self._names: set[str] = set()
         """The names of jobs that this worker has given back."""
+        self._after: CodeWait | None = None
+        """Where the next :meth:`free` goes on if there are more names than one call reads."""
         self.may_free_more = False
         """Whether the last :meth:`free` has reached its limit."""
 
@@ -48,7 +50,7 @@ class UnknownJobs:
         if settled.outcome.kind is not OutcomeKind.UNKNOWN:
             return
         name = code_name(spec)
-        if name in self._names or len(self._names) >= _MAX_NAMES:
+        if name in self._names or len(self._names) >= _MAX_WARNINGS:
             return
         self._names.add(name)
         _logger.warning(
@@ -66,7 +68,11 @@ class UnknownJobs:
         :returns: the number of freed jobs, at most ``limit``.
         """
         freed = 0
-        for wait in self._store.code_waits(self._queues):
+        waits = self._store.code_waits(after=self._after)
+        self._after = waits[-1] if len(waits) == MAX_NAMES else None
+        for wait in waits:
+            if self._queues is not None and wait.queue not in self._queues:
+                continue
             # A child process may lack code that this process has.
             is_known = wait.stored_name not in self._names and self._state.registry.has(
                 wait.target, wait.method

@@ -20,11 +20,12 @@ from .statements.promote import Work
 from .statements.prune import PruneCursor, Pruned, Retention
 from .statements.schedule import Fired, Plan, Run, ScheduleChange, Skip
 from .statements.select import Conditions, Selection
-from .statements.waiting import CodeWait
+from .statements.waiting import MAX_NAMES, CodeWait
 
 __all__ = [
     "DONE",
     "MAKE_TABLES",
+    "MAX_NAMES",
     "ActionResult",
     "Actor",
     "CodeWait",

@@ -17,7 +17,7 @@ from flask_bgjobs.models import Attempt
 from flask_bgjobs.options import NO_OPTIONS
 from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.state import AppState
-from flask_bgjobs.store import CodeWait
+from flask_bgjobs.store import MAX_NAMES, CodeWait
 from flask_bgjobs.worker.options import WorkerOptions
 from flask_bgjobs.worker.worker import Worker
 from tests.conftest import stored, wait_until
@@ -193,7 +193,7 @@ class TestTimeout:
     def test_time_adds_up_until_the_code_starts(self, app: Flask, state: AppState) -> None:
         """The time of a job that is freed and given back again is counted from the first time;
         a job that has run since waits anew."""
-        (job,) = enqueue_new(state)
+        (job,) = enqueue_new(state, retry_delay=3600)
         run_burst(state)
         since = stored(app, job).waiting_since
         assert state.store.free(CodeWait("default", NEW, 0), 10) == 1
@@ -394,6 +394,28 @@ class TestOtherMoves:
 
 
 class TestStatements:
+    def test_job_after_many_unknown_names(self, app: Flask, state: AppState) -> None:
+        """However many names wait that nobody has, a worker gets to those that it has."""
+        deploy(state, NEW)
+        job = run_background_job(NEW)
+        values = {"status": "waiting", "waits_for": "code", "waiting_on": NEW}
+        edit(state, job, **values, waiting_since=state.store.now)
+        row = {**values, "target": "shop.forged", "method": None}
+        with state.store.read() as connection:
+            stored_row = connection.execute(sa.select(Job.__table__)).one()._mapping
+        forged = [
+            {**stored_row, **row, "id": None, "waiting_on": f"shop.a{number}"}
+            for number in range(MAX_NAMES + 10)
+        ]
+        for each in forged:
+            del each["id"]
+        insert = sa.insert(Job.__table__)
+        state.store.transaction(lambda connection: connection.execute(insert, forged))
+        unknown = UnknownJobs(state, state.store, "w", None)
+        assert [unknown.free(10), unknown.free(10)] == [0, 1]
+        assert stored(app, job).status == "pending"
+        assert unknown.free(10) == 0
+
     def test_names_by_queue(self, app: Flask, state: AppState) -> None:
         """Each name is listed once for each queue, with the time of its first job."""
         for queue in ("b", "a"):
@@ -404,11 +426,17 @@ class TestStatements:
         deploy(state)
         run_burst(state)
         pass_time(state, 100)
+        for values in ({"waiting_on": None}, {"waiting_since": None}):
+            edited = run_background_job("tests.jobs.echo", queue="a")
+            usual = {"waiting_on": "a", "waiting_since": state.store.now}
+            edit(state, edited, status="waiting", waits_for="code", **usual | values)
         waits = state.store.code_waits()
         names = [(wait.queue, wait.name) for wait in waits]
         assert names == [(q, n) for q in ("a", "b") for n in (NEW, "shop.jobs.other")]
         assert all(99 < wait.seconds < 200 for wait in waits)
-        assert [w.queue for w in state.store.code_waits(["b"])] == ["b", "b"]
+        for position in range(len(waits)):
+            following = state.store.code_waits(after=waits[position])
+            assert [(w.queue, w.name) for w in following] == names[position + 1 :]
         assert state.store.count_waiting(waits[0], 10) == 3
         assert state.store.count_waiting(waits[0], 2) == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -15,10 +14,17 @@ from .. import transitions
 from ..database import JOBS, Database
 
 _INDEX = "ix_bgjobs_job_waits"
-_MAX_NAMES = 1_000
-"""How many names are read. An app waits for a few, a database with forged rows for any number."""
+MAX_NAMES = 1_000
+"""How many names are read at once. An app waits for a few, a database with forged rows for any
+number."""
 # A literal: a planner that does not know the value could not use the partial index.
 _WAITS_FOR_CODE = JOBS.c.waits_for == sa.literal_column(f"'{WaitsFor.CODE.value}'", sa.String)
+
+
+_HAS_VALUES = JOBS.c.waiting_on.is_not(None), JOBS.c.waiting_since.is_not(None)
+"""The conditions that exclude edited rows."""
+_Position = tuple[sa.ColumnElement[str], sa.ColumnElement[str]]
+"""A queue, and a name in it."""
 
 
 class CodeWait(NamedTuple):
@@ -50,20 +56,21 @@ class Waiting(Database):
     """The statements about waiting jobs."""
 
     def code_waits(
-        self, queues: Sequence[str] | None = None, *, within: float | None = None
+        self, *, after: CodeWait | None = None, within: float | None = None
     ) -> list[CodeWait]:
         """What jobs wait for code, at most 1,000 names, by queue and name.
 
-        :param queues: the queues to look in; ``None``: all.
+        :param after: only queues and names after this one.
         :param within: seconds in which the database must respond (default: no limit).
         """
+        statement = self._first_code_waits if after is None else self._later_code_waits
+        given = {} if after is None else {"queue": after.queue, "name": after.stored_name}
         with self.read(within=within) as connection:
-            rows = connection.execute(self._code_waits).all()
-        return sorted(
+            rows = connection.execute(statement, given).all()
+        return [
             CodeWait(row.queue, row.waiting_on, (row.now - row.since).total_seconds())
             for row in rows
-            if row.since is not None and (queues is None or row.queue in queues)
-        )
+        ]
 
     def count_waiting(self, wait: CodeWait, limit: int) -> int:
         """The number of jobs that wait for the same code in the same queue, counted up to
@@ -94,39 +101,53 @@ class Waiting(Database):
         return self.transaction(work)
 
     @functools.cached_property
-    def _code_waits(self) -> sa.Select[Any]:
-        names = self._names_by_seeks() if self.seeks_ranges else self._names_by_group()
-        columns = names.c.queue, names.c.waiting_on, names.c.since
-        return sa.select(*columns, self.now.label("now")).where(names.c.waiting_on.is_not(None))
+    def _first_code_waits(self) -> sa.Select[Any]:
+        return self._code_waits(after=None)
 
-    def _names_by_seeks(self) -> sa.Subquery:
+    @functools.cached_property
+    def _later_code_waits(self) -> sa.Select[Any]:
+        given = (sa.bindparam(name, type_=sa.String) for name in ("queue", "name"))
+        return self._code_waits(after=(next(given), next(given)))
+
+    def _code_waits(self, after: _Position | None) -> sa.Select[Any]:
+        build = self._names_by_seeks if self.seeks_ranges else self._names_by_group
+        names = build(after)
+        columns = names.c.queue, names.c.waiting_on, names.c.since
+        found = sa.select(*columns, self.now.label("now"))
+        return found.order_by(names.c.queue, names.c.waiting_on)
+
+    def _names_by_seeks(self, after: _Position | None) -> sa.Subquery:
         """The names in each queue with their first job, by one index seek each.
 
         For databases where ``GROUP BY`` would read all these jobs.
         """
         current = JOBS.alias()
-        first = _first_job().label("id")
-        walk = sa.select(first, sa.literal(1).label("step")).cte("code_name", recursive=True)
-        following = sa.func.coalesce(
-            _first_job(JOBS.c.queue == current.c.queue, JOBS.c.waiting_on > current.c.waiting_on),
-            _first_job(JOBS.c.queue > current.c.queue),
-        )
+        first = _first_job() if after is None else _first_job_after(*after)
+        begin = sa.select(first.label("id"), sa.literal(1).label("step"))
+        walk = begin.cte("code_name", recursive=True)
+        following = _first_job_after(current.c.queue, current.c.waiting_on)
         step = sa.select(following, walk.c.step + 1).join_from(
             walk, current, current.c.id == walk.c.id
         )
-        walk = walk.union_all(step.where(walk.c.step < _MAX_NAMES))
+        walk = walk.union_all(step.where(walk.c.step < MAX_NAMES))
         found = sa.select(JOBS.c.queue, JOBS.c.waiting_on, JOBS.c.waiting_since.label("since"))
         return found.join_from(walk, JOBS, JOBS.c.id == walk.c.id).subquery()
 
-    def _names_by_group(self) -> sa.Subquery:
+    def _names_by_group(self, after: _Position | None) -> sa.Subquery:
         """The names in each queue with the time of their first job, by ``GROUP BY``.
 
         For databases that group by index seeks.
         """
         since = sa.func.min(JOBS.c.waiting_since).label("since")
-        found = sa.select(JOBS.c.queue, JOBS.c.waiting_on, since).where(_WAITS_FOR_CODE)
+        found = sa.select(JOBS.c.queue, JOBS.c.waiting_on, since)
+        found = found.where(_WAITS_FOR_CODE, *_HAS_VALUES)
+        if after is not None:
+            queue, name = after
+            is_same = sa.and_(JOBS.c.queue == queue, JOBS.c.waiting_on > name)
+            found = found.where(sa.or_(JOBS.c.queue > queue, is_same))
         groups = JOBS.c.waits_for, JOBS.c.queue, JOBS.c.waiting_on
-        return by_index(found, _INDEX).group_by(*groups).limit(_MAX_NAMES).subquery()
+        ordered = by_index(found, _INDEX).group_by(*groups).order_by(*groups)
+        return ordered.limit(MAX_NAMES).subquery()
 
 
 def _jobs_of(wait: CodeWait) -> sa.Select[tuple[int]]:
@@ -137,8 +158,16 @@ def _jobs_of(wait: CodeWait) -> sa.Select[tuple[int]]:
     return by_index(jobs, _INDEX)
 
 
+def _first_job_after(queue: Any, name: Any) -> sa.ColumnElement[int]:
+    """The id of the first job after a queue and a name."""
+    return sa.func.coalesce(
+        _first_job(JOBS.c.queue == queue, JOBS.c.waiting_on > name),
+        _first_job(JOBS.c.queue > queue),
+    )
+
+
 def _first_job(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
     """The id of the first job that waits for code, in the order of the index."""
-    found = sa.select(JOBS.c.id).where(_WAITS_FOR_CODE, *conditions)
+    found = sa.select(JOBS.c.id).where(_WAITS_FOR_CODE, *_HAS_VALUES, *conditions)
     order = JOBS.c.queue, JOBS.c.waiting_on, JOBS.c.waiting_since, JOBS.c.id
     return found.order_by(*order).limit(1).correlate_except(JOBS).scalar_subquery()
