@@ -21,7 +21,6 @@ from ..flow.schedules.ticker import Ticker
 from ..flow.unknown_jobs import UnknownJobs
 from ..job.records import JobSpec, Key, Outcome, Settled
 from ..job.rollup import RollupCounts
-from ..job.row_check import bad_row, checked
 from ..job.statuses import JobStatus, OutcomeKind
 from ..models import Job
 from ..observability.failures import CallThread, report_lost
@@ -33,6 +32,7 @@ from ..system.memory import memory_in_use
 from ..system.safe_logging import logger as _logger
 from ..system.threads import require_alive
 from . import shutdown
+from .claims import Claims
 from .clock import STEP_SECONDS, Clock
 from .heartbeat import Heartbeat, LoopProgress
 from .listener import Wake, WakeUps
@@ -44,7 +44,6 @@ from .prune import Pruner
 from .registration import checked_name, register
 from .rescue import Sweeper
 from .routing import Route, RoutedPool, WorkerPools, routes
-from .suspects import Suspects
 
 _OBSERVE_SECONDS = 0.25
 """Interval for reading cancel requests and leases of running jobs, and writing their progress."""
@@ -109,12 +108,6 @@ class Worker:
         self._rollup_counts = RollupCounts()
         self._rolled_up_at = -float("inf")
         self._is_rollup_denied = False
-        self._claimed = 0
-        self._suspects = Suspects()
-        self._held: set[Key] = set()
-        """Claimed attempts whose outcome is not recorded yet."""
-        self._claim_in_doubt = False
-        """Whether the last claim may have been committed without a reply."""
         self._shown_as_started: set[Key] = set()
         """Running attempts whose start was written to the database."""
         self._observed_at = 0.0
@@ -127,6 +120,8 @@ class Worker:
         )
         # Child processes are replaced at these limits, so the worker itself has none.
         self._own_limits = Limits() if self.routes[0].kind.forks else self._limits
+        self._claims = Claims(self._store, self._outbox, max_jobs=self._own_limits.max_jobs)
+        self._suspects = self._claims.suspects
         self._started_at = time.monotonic()
         self._sweeper = Sweeper(self._store, config.lease)
         self._unknown_jobs = UnknownJobs(state, self._store, self.name, self.queues)
@@ -295,13 +290,9 @@ class Worker:
     def _start_over(self) -> None:
         """Continue under a new id, after another worker took this worker's lease and jobs."""
         _logger.warning("Lease lost | Worker: %s | It starts over under a new id", self.name)
-        for spec in self._pools.take_unstarted():
-            # It will have no outcome.
-            self._suspects.note_end(spec.key)
-        self._suspects.take_waiting()
+        self._claims.forget(self._pools.take_unstarted())
         self._poll_due = True
         self._outbox.take_reports()
-        self._held.clear()
         self._shown_as_started.clear()
         for spec in self._pools.running_specs():
             self._pools.cancel(spec)
@@ -318,7 +309,7 @@ class Worker:
         if self._heartbeat.lease_lost:
             self._start_over()
         self._settle()
-        self._give_back_unknown_claims()
+        self._claims.give_back_unseen(self._id, self._settle)
         self._observe_running()
         self._pool_health.check_overdue(self._pools)
         for spec in self._pool_health.take_from_failing(self._pools):
@@ -344,11 +335,10 @@ class Worker:
     def _after_settle(self, settled: Settled) -> None:
         spec = settled.spec
         key = spec.key
-        self._held.discard(key)
         self._pool_health.forget(key)
         self._shown_as_started.discard(key)
-        if spec.suspect:
-            self._poll_due |= self._suspects.note_end(key)
+        if self._claims.note_end(spec):
+            self._poll_due = True
         if settled.status is None:
             _logger.warning(
                 "Lease lost | Job: %s | Attempt: %s | Its outcome (%s) was not recorded",
@@ -360,7 +350,8 @@ class Worker:
         self.counts[settled.status] += 1
         self._unknown_jobs.note(settled)
         self._rollup_counts.note(settled)
-        self._poll_due |= settled.status is JobStatus.PENDING
+        if settled.status is JobStatus.PENDING:
+            self._poll_due = True
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
             self._clock.wake_in([settled.delay_seconds])
         self._announce(settled)
@@ -368,16 +359,6 @@ class Worker:
     def _announce(self, settled: Settled) -> None:
         self.state.emit_settled(settled)
         report_lost(self.state, settled)
-
-    def _give_back_unknown_claims(self) -> None:
-        """Give back the jobs of a claim that may have been committed without a reply."""
-        if not self._claim_in_doubt:
-            return
-        unknown = [spec for spec in self._store.held_by(self._id) if spec.key not in self._held]
-        for spec in unknown:
-            self._outbox.put(spec, shutdown.given_back(spec))
-        self._settle()
-        self._claim_in_doubt = False
 
     def _observe_running(self) -> None:
         """Write the reports of running jobs, and stop jobs that are cancelled or have no lease."""
@@ -461,7 +442,8 @@ class Worker:
         may_be_more = self.ticker.fire()
         self._progress.note()
         # The next poll sets the clock for the next tick.
-        self._poll_due |= may_be_more
+        if may_be_more:
+            self._poll_due = True
         return may_be_more
 
     def _sweep(self) -> None:
@@ -493,7 +475,7 @@ class Worker:
         """Number of waiting jobs to free at once; 0 if there are none, or others are pending."""
         if not self._unknown_jobs.may_free_more or any(r.expects_jobs for r in self._pools):
             return 0
-        return sum(max(0, self._room(routed)) for routed in self._pools)
+        return sum(max(0, self._claims.room(routed)) for routed in self._pools)
 
     def _roll_up(self, *, at_once: bool = False) -> None:
         """Add the attempts settled since the last call to the roll-up, the data of the charts."""
@@ -537,90 +519,20 @@ class Worker:
         if self._is_draining:
             return
         for routed in self._pools:
-            if routed.expects_jobs and (room := self._room(routed)) > 0:
-                self._claim_for(routed, room)
+            if not routed.expects_jobs or (room := self._claims.room(routed)) <= 0:
+                continue
+            if self._claims.take(self._id, routed, room):
+                self._wake_ups.note_work()
         self._start_suspects()
 
-    def _claim_for(self, routed: RoutedPool, room: int) -> None:
-        route = routed.route
-        self._claim_in_doubt = True
-        specs = self._store.claim(
-            self._id,
-            room,
-            route.queues,
-            without=route.excluded,
-            suspects=self._suspects.may_claim,
-        )
-        suspects = [spec for spec in specs if spec.suspect]
-        # The claim is still in doubt, so its jobs are given back if this query fails.
-        exclusive = self._store.lost_among_others(suspects) if suspects else ()
-        self._claim_in_doubt = False
-        self._held |= {spec.key for spec in specs}
-        claimed = time.monotonic()
-        routed.expects_jobs = len(specs) == room
-        if specs:
-            self._wake_ups.note_work()
-        good = self._without_bad_rows(specs)
-        refused = [
-            spec
-            for spec in good
-            if spec.suspect
-            and not self._suspects.add(spec, is_exclusive=spec.id in exclusive, claimed=claimed)
-        ]
-        for spec in refused:
-            self._outbox.put(spec, shutdown.given_back(spec))
-        self._claimed += len(specs) - len(refused)
-        routed.submit([spec for spec in good if not spec.suspect], claimed)
-
-    def _without_bad_rows(self, specs: Sequence[JobSpec]) -> list[JobSpec]:
-        """The jobs whose rows are valid. The others fail without being started."""
-        good = []
-        for claimed in specs:
-            spec, flaw = checked(claimed)
-            if flaw is None:
-                good.append(spec)
-            else:
-                self._outbox.put(spec, bad_row(spec, flaw))
-        return good
-
-    def _room(self, routed: RoutedPool) -> int:
-        """Number of jobs to claim for a pool; suspects that wait for their turn count as well."""
-        waiting = sum(routed.route.serves(spec.queue) for spec in self._suspects)
-        if waiting and self._suspects.may_start_one(routed.route.serves):
-            # Reserve the next free thread or child process for a suspect: none may ever be free
-            # for it otherwise.
-            return 0
-        room = routed.room() - waiting
-        if self._own_limits.max_jobs is not None:
-            room = min(room, self._own_limits.max_jobs - self._claimed)
-        return room
-
     def _start_suspects(self) -> None:
-        """Start the suspects whose turn it is, each start committed before its code runs."""
-        # Only suspects that begin at once: with a committed start, a suspect that still waits in
-        # its pool could be blamed for a crash although its code never ran.
-        while spec := self._suspects.next(self._pools.can_begin, self._pools.has_own_process):
-            started = self._store.mark_started(self._id, [spec])
-            claimed = self._suspects.claimed_at(spec)
-            # Removed only after the commit: during an outage the suspect keeps waiting.
-            self._suspects.remove(spec)
-            if spec.id in started.locked:
-                # Its start cannot be committed, and other suspects must not wait for that.
-                self._outbox.put(spec, shutdown.given_back(spec))
-            elif spec.id in started.ours:
-                own = self._pools.has_own_process(spec)
-                self._suspects.note_start(spec, has_own_process=own)
-                self._pools.submit(spec, claimed)
-            else:
-                # Another worker took the lease, so this attempt will have no outcome.
-                self._held.discard(spec.key)
-                self._suspects.note_end(spec.key)
-                self._poll_due = True
+        if self._claims.start_suspects(self._id, self._pools):
+            self._poll_due = True
 
     # Waiting, stopping, outages
 
     def _wait(self) -> None:
-        may_claim = any(routed.expects_jobs and self._room(routed) > 0 for routed in self._pools)
+        may_claim = any(r.expects_jobs and self._claims.room(r) > 0 for r in self._pools)
         may_claim = may_claim or self._room_for_waiting() > 0
         if may_claim and not (self._stops or self._is_draining):
             return
@@ -647,8 +559,7 @@ class Worker:
         idle = idle and not self._suspects
         if self._is_draining:
             return idle
-        max_jobs = self._own_limits.max_jobs
-        if max_jobs is not None and self._claimed >= max_jobs:
+        if self._claims.has_reached_limit:
             return idle
         return self._options.burst and idle and self._has_no_jobs_left()
 
