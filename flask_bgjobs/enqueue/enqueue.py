@@ -128,7 +128,8 @@ def run_background_job(
     :raises JobNotAllowed: when the allow-list does not hold target or method.
     :raises InvalidJob: when a parameter or option is not valid.
     :raises UniqueKeyTaken: with ``on_duplicate="raise"``, when another job holds the key; also when
-        another open transaction has held it for 5 s, except on SQLite.
+        another open transaction has held it for 5 s, or for 30 s if this job joins none. On SQLite
+        it waits for any open transaction that has written.
     :raises DatabaseUnusable: when the tables are missing, or a SQLite file is locked for more than
         30 s, full or read-only.
     :raises sqlalchemy.exc.OperationalError: when the database cannot be reached. If the connection

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,7 +28,8 @@ from .enqueue import (
 
 _TRIES = 10
 _LOCK_SECONDS = 5.0
-"""How long an enqueue waits for the transaction of another enqueue with the same unique key."""
+"""How long a statement waits for the transaction of another enqueue with the same unique key. The
+enqueue then fails if it has joined a transaction; otherwise its own is redone."""
 _HAS_NOT_STARTED = sa.and_(
     JOBS.c.status.in_([status.value for status in NOT_STARTED]), JOBS.c.attempt == 0
 )
@@ -65,20 +67,27 @@ class Inserts(RowInserts):
         :raises UniqueKeyTaken: when a key is taken, if the jobs ask for that, or when another open
             transaction has held a key for 5 s.
         """
-        return self._insert_with_limit(connection, jobs, is_hosts=True)
+        if jobs.unique is None:
+            return self.insert_within(connection, jobs)
+        with self._naming_locked_keys(jobs, jobs.unique):
+            return self._insert_with_limit(connection, jobs, is_hosts=True)
 
     def _insert_with_limit(
         self, connection: sa.Connection, jobs: NewJobs, *, is_hosts: bool
     ) -> list[Job]:
-        if jobs.unique is None:
+        with self.lock_limit(connection, _LOCK_SECONDS, is_hosts=is_hosts):
             return self.insert_within(connection, jobs)
+
+    @contextlib.contextmanager
+    def _naming_locked_keys(self, jobs: NewJobs, unique: Unique) -> Iterator[None]:
+        """Raise an error that says what to do when another transaction has held a key for too
+        long."""
         try:
-            with self.lock_limit(connection, _LOCK_SECONDS, is_hosts=is_hosts):
-                return self.insert_within(connection, jobs)
+            yield
         except DBAPIError as error:
             if not self.is_lock_timeout(error):
                 raise
-            raise _key_is_locked(jobs, jobs.unique) from error
+            raise _key_is_locked(jobs, unique) from error
 
     def insert_within(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """Do the work of :meth:`insert` within a larger transaction of ours."""
@@ -115,12 +124,15 @@ class Inserts(RowInserts):
 
         :raises CommitInDoubt: when the connection is lost, so that the jobs may or may not be
             saved.
+        :raises UniqueKeyTaken: as :meth:`insert`, but after 30 s.
         """
-        is_one_statement = len(jobs.parameters) == 1 and jobs.unique is None
-        commit = self.autocommit_once if is_one_statement else self.transaction
+        if jobs.unique is None:
+            commit = self.autocommit_once if len(jobs.parameters) == 1 else self.transaction
+            return commit(lambda connection: self.insert_within(connection, jobs))
         # A test may have bound the host's sessions to one connection.
         is_hosts = self.outer_connection is not None
-        return commit(lambda c: self._insert_with_limit(c, jobs, is_hosts=is_hosts))
+        with self._naming_locked_keys(jobs, jobs.unique):
+            return self.transaction(lambda c: self._insert_with_limit(c, jobs, is_hosts=is_hosts))
 
     def _insert_unique(self, connection: sa.Connection, job: NewJobs) -> Job:
         """Insert one unique job, or find the one that holds its key."""
@@ -297,8 +309,8 @@ def _key_is_locked(jobs: NewJobs, unique: Unique) -> UniqueKeyTaken:
     )
     return UniqueKeyTaken(
         f"{jobs.values['target']}: another transaction has enqueued a job with {key}, and has not "
-        f"ended within {_LOCK_SECONDS:g} s: commit soon after such an enqueue, or give it "
-        "session=None, so that it holds the key only for a moment"
+        "ended for too long: commit soon after such an enqueue, or give it session=None, so that "
+        "it holds the key only for a moment"
     )
 
 
