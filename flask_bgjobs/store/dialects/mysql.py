@@ -22,9 +22,8 @@ from ..base import Store
 from ..connections import forward
 from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS, SCHEDULES
 from ..links import connect_limits, discard_dead_connections, prepare_limits, shut_down
-from ..sizes import batches
 from ..statements.claim import SPEC_COLUMNS
-from ..statements.enqueue import NewJobs, chosen, column_values, inserted_job, with_key
+from ..statements.enqueue import NewJobs, column_values, inserted_job, split, with_key
 from ..statements.progress import by_key
 from ..statements.promote import promotion
 from ..statements.settle import COMPLETION_TYPES
@@ -62,7 +61,7 @@ _BATCH_CHARACTERS = 200_000
 """Limit of the text in one INSERT. Escaped and encoded, it takes at most four times as many bytes.
 PyMySQL splits an INSERT of more than 1,024,000 bytes, and then most of the ids are unknown."""
 _ROW_CHARACTERS = 1_000
-"""Upper limit for the text of all numbers and times of a row in an INSERT."""
+"""Upper limit for the text of all numbers, times and hashes of a row in an INSERT."""
 
 
 class MysqlStore(Store):
@@ -103,8 +102,8 @@ class MysqlStore(Store):
         common = {**column_values(jobs), **times}
         inserted: list[Job] = []
         for batch in _batches(jobs):
-            rows = [{**common, "parameters": text} for text in batch]
-            pairs = zip(batch, _insert_rows(connection, rows, step), strict=True)
+            rows = [{**common, "parameters": text} for text in batch.parameters]
+            pairs = zip(batch.parameters, _insert_rows(connection, rows, step), strict=True)
             inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in pairs)
         return inserted
 
@@ -120,31 +119,26 @@ class MysqlStore(Store):
     def insert_free(self, connection: sa.Connection, jobs: NewJobs) -> list[Job | None]:
         _check_packets(connection, jobs)
         times, step = self._times_and_step(connection, jobs)
-        common = {**column_values(jobs), **times}
-        each = [with_key(jobs, number) for number in range(len(jobs.parameters))]
-        hashes = [job.values["unique_hash"] for job in each]
-        taken = set(
-            connection.scalars(sa.select(JOBS.c.unique_hash).where(JOBS.c.unique_hash.in_(hashes)))
-        )
-        free = [number for number, key_hash in enumerate(hashes) if key_hash not in taken]
-        inserted: list[Job | None] = [None] * len(each)
-        begin = 0
-        for batch in _batches(chosen(jobs, free)):
-            numbers = free[begin : begin + len(batch)]
-            begin += len(batch)
-            rows = [
-                {
-                    **common,
-                    "parameters": each[n].parameters[0],
-                    "unique_key": each[n].values["unique_key"],
-                    "unique_hash": hashes[n],
-                }
-                for n in numbers
-            ]
+        inserted: list[Job | None] = []
+        for batch in _batches(jobs):
+            each = [with_key(batch, number) for number in range(len(batch.parameters))]
+            hashes = [job.values["unique_hash"] for job in each]
+            holders = sa.select(JOBS.c.unique_hash).where(JOBS.c.unique_hash.in_(hashes))
+            taken = set(connection.scalars(holders))
+            free = [job for job in each if job.values["unique_hash"] not in taken]
+            ids: Sequence[int] = []
             # If a key was taken meanwhile, the server rolls back only this statement.
             with _ignoring_taken_keys():
-                for n, job_id in zip(numbers, _insert_rows(connection, rows, step), strict=True):
-                    inserted[n] = inserted_job(each[n], each[n].parameters[0], job_id, **times)
+                rows = [{**column_values(job), **times} for job in free]
+                ids = _insert_rows(connection, rows, step) if rows else []
+            id_by_hash = {job.values["unique_hash"]: n for job, n in zip(free, ids, strict=False)}
+            for job, key_hash in zip(each, hashes, strict=True):
+                job_id = id_by_hash.get(key_hash)
+                inserted.append(
+                    None
+                    if job_id is None
+                    else inserted_job(job, job.parameters[0], job_id, **times)
+                )
         return inserted
 
     def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
@@ -475,11 +469,12 @@ def _ignoring_taken_keys() -> Iterator[None]:
             raise
 
 
-def _batches(jobs: NewJobs) -> Iterator[list[str]]:
-    """The parameters of the jobs in batches that fit into one INSERT each."""
+def _batches(jobs: NewJobs) -> Iterator[NewJobs]:
+    """The jobs in batches that fit into one INSERT each."""
     common = sum(len(value) for value in jobs.values.values() if isinstance(value, str))
-    fixed = _ROW_CHARACTERS + common
-    return batches(jobs.parameters, lambda text: fixed + len(text), limit=_BATCH_CHARACTERS)
+    keys = () if jobs.unique is None else jobs.unique.keys
+    fixed = _ROW_CHARACTERS + common + max(map(len, keys), default=0)
+    return split(jobs, lambda text: fixed + len(text), limit=_BATCH_CHARACTERS)
 
 
 def _check_packets(connection: sa.Connection, jobs: NewJobs) -> None:

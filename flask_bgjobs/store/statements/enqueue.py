@@ -8,14 +8,14 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from ...models import Job, detached_job
 from ..database import JOBS, Database
-from ..sizes import batches, statement_bytes
+from ..sizes import BATCH_BYTES, batches, statement_bytes
 
 _JOBS_PER_STATEMENT = 5_000
 """Maximum number of jobs in one INSERT."""
@@ -78,7 +78,8 @@ class RowInserts(Database):
             given = {k: v for k, v in parameters.items() if v is not None or k not in JOBS.c}
             row = connection.execute(self._insert_one, given).one()
             return [inserted_job(jobs, jobs.parameters[0], *row[:3])]
-        return [job for batch in _split(jobs) for job in self._insert_batch(connection, batch)]
+        parts = split(jobs, statement_bytes, most_jobs=_JOBS_PER_STATEMENT)
+        return [job for batch in parts for job in self._insert_batch(connection, batch)]
 
     def _insert_batch(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
         parameters = self.insert_parameters(connection, jobs)
@@ -97,7 +98,8 @@ class RowInserts(Database):
         :param jobs: jobs with different unique keys.
         :returns: one entry for each of ``jobs``; ``None`` if another job holds its key.
         """
-        return [job for batch in _split(jobs) for job in self._insert_free_batch(connection, batch)]
+        parts = split(jobs, statement_bytes, most_jobs=_JOBS_PER_STATEMENT)
+        return [job for batch in parts for job in self._insert_free_batch(connection, batch)]
 
     def _insert_free_batch(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job | None]:
         parameters = self.insert_parameters(connection, jobs)
@@ -201,9 +203,19 @@ class RowInserts(Database):
         return sa.func.coalesce(given, due)
 
 
-def _split(jobs: NewJobs) -> Iterator[NewJobs]:
+def split(
+    jobs: NewJobs,
+    size_of: Callable[[str], int],
+    *,
+    limit: int = BATCH_BYTES,
+    most_jobs: int | None = None,
+) -> Iterator[NewJobs]:
+    """Split jobs into batches, each for one statement; see :func:`.sizes.batches`.
+
+    :param size_of: returns the size of a job with these parameters.
+    """
     begin = 0
-    for batch in batches(jobs.parameters, statement_bytes, most_items=_JOBS_PER_STATEMENT):
+    for batch in batches(jobs.parameters, size_of, limit=limit, most_items=most_jobs):
         yield chosen(jobs, range(begin, begin + len(batch)))
         begin += len(batch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from .enqueue import (
     column_values,
     loaded_job,
     unique_hash,
+    with_key,
 )
 
 _TRIES = 10
@@ -101,8 +102,10 @@ class Inserts(RowInserts):
             if len(jobs.parameters) > 1 and jobs.unique.throttle_seconds is None:
                 found = self._insert_first_of_each_key(connection, jobs, jobs.unique)
             return [
-                found[number] if number in found else self._insert_unique(connection, each)
-                for number, each in enumerate(_one_by_one(jobs))
+                found[number]
+                if number in found
+                else self._insert_unique(connection, with_key(jobs, number))
+                for number in range(len(jobs.parameters))
             ]
 
     def _insert_first_of_each_key(
@@ -156,7 +159,7 @@ class Inserts(RowInserts):
         :returns: ``None`` if that has changed between two statements.
         """
         key_hash = unique_hash(key)
-        columns = {"unique_hash": key_hash, **self._unique_columns(connection, unique)}
+        columns = self._unique_columns(connection, unique)
         inserted = self.insert_unless_taken(connection, _with(job, columns))
         if inserted is not None:
             return inserted
@@ -287,20 +290,6 @@ class Inserts(RowInserts):
         if not connection.execute(waiting.values(columns)).rowcount:
             return None
         return self._holder(connection, str(holder.unique_hash))
-
-
-def _one_by_one(jobs: NewJobs) -> Sequence[NewJobs]:
-    unique = jobs.unique
-    assert unique is not None
-    return [
-        dataclasses.replace(
-            jobs,
-            parameters=[text],
-            values={**jobs.values, "unique_key": key},
-            unique=dataclasses.replace(unique, keys=[key]),
-        )
-        for text, key in zip(jobs.parameters, unique.keys, strict=True)
-    ]
 
 
 def _key_is_locked(jobs: NewJobs, unique: Unique) -> UniqueKeyTaken:
