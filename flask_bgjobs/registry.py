@@ -282,8 +282,8 @@ class Registry:
     def may_be_elsewhere(self, error: BaseException, name: str, method: str | None) -> bool:
         """Whether another release of the app may have the job that :meth:`resolve` has refused.
 
-        ``False`` for a name that no release can have: one that is malformed or private, or that
-        goes on after the name of an allowed job, to one of its attributes. Nothing is imported.
+        ``False`` for a name that no release can have: one that is malformed or private, or the
+        name of an attribute of an allowed job. Nothing is imported.
 
         :param error: the error of :meth:`resolve`.
         """

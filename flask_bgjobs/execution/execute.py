@@ -117,7 +117,7 @@ def _without_code(
         if waited_seconds(spec) < config.unknown_timeout:
             return Outcome(spec.id, spec.attempt, OutcomeKind.UNKNOWN, error=str(error))
         words = durations.in_words(config.unknown_timeout)
-        waited = f" No worker has had its code for {words} (BGJOBS_UNKNOWN_TIMEOUT)."
+        waited = f" No worker had its code within {words} (BGJOBS_UNKNOWN_TIMEOUT)."
         return _failure(job, spec, OutcomeKind.REFUSED, JobNotAllowed(f"{error}{waited}"))
     kind = OutcomeKind.REFUSED if isinstance(error, JobNotAllowed) else OutcomeKind.FAILED_FINALLY
     return _failure(job, spec, kind, error)

@@ -64,8 +64,8 @@ class JobSpec(NamedTuple):
     deadline_at: dt.datetime | None
     """When the job expires; ``None``: never, or it has been started before."""
     waiting_since: dt.datetime | None
-    """Since when the job has waited for code, counted from the first worker that did not have it;
-    ``None``: it has not waited since its last start."""
+    """When a worker first found that it does not have the job's code; ``None`` if the code has
+    started since, or no worker has found that."""
 
     @property
     def key(self) -> Key:

@@ -39,8 +39,8 @@ class WaitsFor(enum.StrEnum):
     """What a job with the status ``waiting`` waits for."""
 
     CODE = "code"
-    """A worker claimed it whose code does not have the job. A worker that has it, perhaps of
-    another release of the app, will run it."""
+    """The worker that claimed it does not have the job's code. A worker that has it, such as one
+    of another release of the app, runs it."""
 
 
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})

@@ -84,9 +84,9 @@ class Job(Base):
     waits_for: Mapped[str | None] = mapped_column(sa.String(16))
     """What a ``waiting`` job waits for: ``code``, a worker whose code has the job."""
     waiting_on: Mapped[str | None] = mapped_column(sa.String(511))
-    """The name of what a ``waiting`` job waits for: of the code, ``target`` or ``target:method``"""
+    """The name of what a ``waiting`` job waits for; for code, ``target`` or ``target:method``."""
     waiting_since: Mapped[dt.datetime | None] = mapped_column(UtcTime)
-    """When a worker first found that it has to wait. Kept until its code starts."""
+    """When a worker first found that the job has to wait. Kept until its code starts."""
     run_at: Mapped[dt.datetime] = mapped_column(UtcTime)
     """When the job is or was due."""
     created_at: Mapped[dt.datetime] = mapped_column(UtcTime)

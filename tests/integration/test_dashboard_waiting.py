@@ -73,9 +73,7 @@ class TestPages:
         page = host.get(f"/job/{job_id}")
         assert "<dt>Waits for</dt><dd>code</dd>" in page
         assert f"It waits for code: the worker that claimed it does not have {NEW}." in page
-        assert (
-            "serves the queue default until 2026-11-02 10:00:00 UTC, it fails (BGJOBS_UNK" in page
-        )
+        assert "serves the queue default by 2026-11-02 10:00:00 UTC, it fails (BGJOBS_UNK" in page
         assert "2 other jobs of the queue default wait for the same code." in page
         assert "It is due" not in page
 

@@ -266,7 +266,7 @@ class TestKeys:
             assert _lock_settings(other) == before
             for session in (db.session, None):
                 began = time.monotonic()
-                with pytest.raises(UniqueKeyTaken, match="has not ended for too long: commit "):
+                with pytest.raises(UniqueKeyTaken, match="and is still open: commit soon "):
                     enqueue(1, session=session, **options)
                 assert time.monotonic() - began < 10
             assert _lock_settings(db.session) == before

@@ -174,7 +174,7 @@ class TestTimeout:
             0,
             "JobNotAllowed",
         )
-        assert "No worker has had its code for 1 d (BGJOBS_UNKNOWN_TIMEOUT)" in str(failed.error)
+        assert "No worker had its code within 1 d (BGJOBS_UNKNOWN_TIMEOUT)" in str(failed.error)
         assert "Unauthorized or invalid job class/method" in caplog.text
         assert calls == [(job.id, True)]
         with state.store.read() as connection:

@@ -158,13 +158,13 @@ def _waiting_reasons(state: AppState, job: Job, others: int) -> Iterator[str]:
         )
         return
     yield (
-        f"It waits for code: the worker that claimed it does not have {job.name}. A worker with "
-        "the release that has it runs the job."
+        f"It waits for code: the worker that claimed it does not have {job.name}. A worker of a "
+        "release that has it will run the job."
     )
     if job.waiting_since is not None:
         fails_at = job.waiting_since + dt.timedelta(seconds=state.config.unknown_timeout)
         yield (
-            f"If no such worker serves the queue {job.queue} until {fails_at:%Y-%m-%d %H:%M:%S} "
+            f"If no such worker serves the queue {job.queue} by {fails_at:%Y-%m-%d %H:%M:%S} "
             "UTC, it fails (BGJOBS_UNKNOWN_TIMEOUT)."
         )
     if others > 0:

@@ -297,9 +297,9 @@ def _key_is_locked(jobs: NewJobs, unique: Unique) -> UniqueKeyTaken:
         f"the unique key {unique.keys[0]!r}" if len(unique.keys) == 1 else "one of the unique keys"
     )
     return UniqueKeyTaken(
-        f"{jobs.values['target']}: another transaction has enqueued a job with {key}, and has not "
-        "ended for too long: commit soon after such an enqueue, or give it session=None, so that "
-        "it holds the key only for a moment"
+        f"{jobs.values['target']}: another transaction has enqueued a job with {key} and is still "
+        "open: commit soon after such an enqueue, or give it session=None, so that it holds the "
+        "key only for a moment"
     )
 
 

@@ -13,14 +13,11 @@ from ...models import by_index, has_status
 from .. import transitions
 from ..database import JOBS, Database
 
-_INDEX = "ix_bgjobs_job_waits"
 MAX_NAMES = 1_000
-"""How many names are read at once. An app waits for a few, a database with forged rows for any
-number."""
+"""How many names are read at once. Usually there are a few, but forged rows may have any number."""
+_INDEX = "ix_bgjobs_job_waits"
 # A literal: a planner that does not know the value could not use the partial index.
 _WAITS_FOR_CODE = JOBS.c.waits_for == sa.literal_column(f"'{WaitsFor.CODE.value}'", sa.String)
-
-
 _HAS_VALUES = JOBS.c.waiting_on.is_not(None), JOBS.c.waiting_since.is_not(None)
 """The conditions that exclude edited rows."""
 _Position = tuple[sa.ColumnElement[str], sa.ColumnElement[str]]
