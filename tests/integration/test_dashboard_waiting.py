@@ -77,6 +77,13 @@ class TestPages:
         assert "2 other jobs of the queue default wait for the same code." in page
         assert "It is due" not in page
 
+    def test_job_that_is_refused_next(self, make_host: MakeHost) -> None:
+        """With ``BGJOBS_UNKNOWN_JOBS = "fail"`` no time is named, because none applies."""
+        host = make_host(BGJOBS_UNKNOWN_JOBS="fail")
+        page = host.get(f"/job/{add_waiting(host)}")
+        assert "The next worker without this code refuses it" in page
+        assert "BGJOBS_UNKNOWN_TIMEOUT" not in page
+
     def test_job_with_other_obstacles(self, make_host: MakeHost) -> None:
         """A paused queue and a missing worker are named as well."""
         host = make_host()

@@ -161,7 +161,9 @@ def _waiting_reasons(state: AppState, job: Job, others: int) -> Iterator[str]:
         f"It waits for code: the worker that claimed it does not have {job.name}. A worker of a "
         "release that has it will run the job."
     )
-    if job.waiting_since is not None:
+    if state.config.unknown_jobs == "fail":
+        yield "The next worker without this code refuses it, because BGJOBS_UNKNOWN_JOBS is 'fail'."
+    elif job.waiting_since is not None:
         fails_at = job.waiting_since + dt.timedelta(seconds=state.config.unknown_timeout)
         yield (
             f"If no such worker serves the queue {job.queue} by {fails_at:%Y-%m-%d %H:%M:%S} "
