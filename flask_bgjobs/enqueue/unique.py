@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import string
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from ..job import durations, serialize
+from ..job import durations
 from ..job.redact import Redactor
-from ..job.text import shown, storable
+from ..job.text import shown
 from ..options import MAX_KEY, JobOptions
 from ..registry import Target
 from ..store import Unique
+from .keys import (
+    Parameters,
+    bound_parameters,
+    canonical,
+    check_key_source,
+    digest,
+    key_text,
+    shortened,
+)
 
 _UNTIL = ("finished", "started")
 _ON_DUPLICATE = ("keep", "replace", "raise")
@@ -24,9 +28,6 @@ _EXCLUDED = {
     "throttle": ("debounce_max", "delay", "run_at", *_NEED_KEY),
 }
 """Options that cannot be combined with these."""
-
-Parameters = Sequence[Any] | Mapping[str, Any]
-Bound = Mapping[str, Any]
 
 
 def check_unique(options: JobOptions, target: Target | None = None) -> None:
@@ -55,7 +56,7 @@ def check_unique(options: JobOptions, target: Target | None = None) -> None:
     if longest is not None and (wait is None or longest < wait):
         raise ValueError("debounce_max needs debounce, and must be at least as long")
     if options.unique not in (None, False, True):
-        _check_key_source(options.unique, target)
+        check_key_source("unique", options.unique, target, or_else="True, ")
 
 
 def unique_jobs(
@@ -79,7 +80,7 @@ def unique_jobs(
         source = options.unique
         keys = [_key(source, name, target, each, redactor) for each in parameter_sets]
     elif throttle is not None or debounce is not None:
-        keys = [_shortened(name) for _ in parameter_sets]
+        keys = [shortened(name, MAX_KEY) for _ in parameter_sets]
     else:
         return None
     return Unique(
@@ -103,46 +104,6 @@ def _seconds(options: JobOptions, name: str) -> float | None:
     return None if value is None else durations.seconds(value, name, above=True)
 
 
-def _check_key_source(source: object, target: Target | None) -> None:
-    if isinstance(source, str):
-        names = _field_names(source)
-        if target is not None:
-            _check_names(source, names, target.signature)
-    elif not callable(source) or isinstance(source, type):
-        raise ValueError(
-            "unique must be True, a format such as '{order_id}', or a function of the parameters "
-            f"that returns a str, not {shown(source)}"
-        )
-
-
-def _field_names(source: str) -> list[str]:
-    """The parameters that a format names."""
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(source)]
-    except ValueError as error:
-        raise ValueError(f"unique={shown(source)} is not a valid format: {error}") from None
-    names = [field for field in fields if field is not None]
-    for name in names:
-        if not name.isidentifier():
-            raise ValueError(
-                f"unique={shown(source)} must name parameters, such as '{{order_id}}', not "
-                f"{shown(name)}"
-            )
-    return names
-
-
-def _check_names(source: str, names: Sequence[str], signature: inspect.Signature) -> None:
-    parameters = signature.parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    for name in names:
-        if name not in signature.parameters:
-            raise ValueError(
-                f"unique={shown(source)} names the parameter {name!r}; the parameters are "
-                f"{', '.join(signature.parameters) or 'none'}"
-            )
-
-
 def _key(
     source: bool | str | Callable[..., str],
     name: str,
@@ -150,75 +111,9 @@ def _key(
     parameters: Parameters,
     redactor: Redactor,
 ) -> str:
-    if callable(source):
-        return _shortened(f"{name}:{_called(source, parameters)}")
-    bound = _bound(target.signature, parameters)
-    if isinstance(source, str):
-        names = _field_names(source)
-        _check_names(source, names, target.signature)
-        given = {each: _text(bound[each]) for each in names if each in bound}
-        if missing := [each for each in names if each not in bound]:
-            raise ValueError(f"unique={shown(source)} needs the parameter {missing[0]!r}")
-        text = f"{name}:{source.format(**given)}"
-        return _digest(name, text) if any(map(redactor.is_secret, names)) else _shortened(text)
-    # Not readable, because it may be long, and some of the values may be secrets.
-    return _digest(name, _canonical(bound))
-
-
-def _called(source: Callable[..., str], parameters: Parameters) -> str:
-    try:
-        if isinstance(parameters, Mapping):
-            text: object = source(**parameters)
-        else:
-            text = source(*parameters)
-    except Exception as error:
-        raise ValueError(
-            f"the function given as unique raised {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"the function given as unique must return a str, not {shown(text)}")
-    return storable(text)
-
-
-def _bound(signature: inspect.Signature, parameters: Parameters) -> Bound:
-    """The parameters by name, with defaults, so that it does not matter how they were passed."""
-    if isinstance(parameters, Mapping):
-        bound = signature.bind(**parameters)
+    if isinstance(source, bool):
+        # Not readable, because it may be long, and some of the values may be secrets.
+        text = digest(canonical(bound_parameters(target.signature, parameters)))
     else:
-        bound = signature.bind(*parameters)
-    bound.apply_defaults()
-    by_name = dict(bound.arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            by_name |= by_name.pop(parameter.name, {})
-    return by_name
-
-
-def _canonical(bound: Bound) -> str:
-    """JSON that is the same for equal parameters."""
-    return json.dumps({name: _json(value) for name, value in bound.items()}, sort_keys=True)
-
-
-def _text(value: object) -> str:
-    """The text of a parameter: strings as they are, everything else as JSON."""
-    return storable(value) if isinstance(value, str) else _json(value)
-
-
-def _json(value: object) -> str:
-    try:
-        return json.dumps(json.loads(serialize.dumps(value)), sort_keys=True)
-    except serialize.NotSerializable:
-        # A default value, which is the same for each job. All other values can be stored.
-        return type(value).__qualname__
-
-
-def _digest(name: str, text: str) -> str:
-    return _shortened(f"{name}:{hashlib.sha256(text.encode()).hexdigest()}")
-
-
-def _shortened(text: str) -> str:
-    """A key that fits into its column. A long one ends with the hash of the whole."""
-    if len(text) <= MAX_KEY:
-        return text
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"{text[: MAX_KEY - len(digest) - 1]}…{digest}"
+        text = key_text("unique", source, target, parameters, redactor)
+    return shortened(f"{name}:{text}", MAX_KEY)
