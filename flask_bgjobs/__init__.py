@@ -16,6 +16,7 @@ from .errors import (
     JobNotCommitted,
     JobNotFound,
     JobTimeout,
+    LimitNotFound,
     QueueNotFound,
     Retry,
     ScheduleChanged,
@@ -27,6 +28,7 @@ from .errors import (
 )
 from .execution.current import current_job
 from .extension import BgJobs
+from .job.limits import Limit
 from .job.statuses import JobStatus
 from .models import Job, add_tables
 from .signals import (
@@ -60,6 +62,8 @@ __all__ = [
     "JobNotFound",
     "JobStatus",
     "JobTimeout",
+    "Limit",
+    "LimitNotFound",
     "QueueNotFound",
     "Retry",
     "ScheduleChanged",

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 from .job import durations
 from .job.failure_rules import exception_names
+from .job.limits import Limit
 from .job.records import MAX_INTEGER
 from .job.statuses import JobStatus
 from .job.text import shown
@@ -67,6 +68,16 @@ DEFAULT_REDACT = (
     "cvv",
     "iban",
 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConfiguredLimit:
+    """An entry of ``BGJOBS_LIMITS``."""
+
+    limit: Limit
+    jobs: tuple[str, ...]
+    """The dotted names of the jobs to which it applies, beside those that name it in ``limits=``:
+    of a function, of a class, or of a class with a method."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,6 +144,10 @@ class Config:
     """``BGJOBS_SCHEDULE``: recurring jobs by the name of their schedule."""
     timezone: str = "UTC"
     """``BGJOBS_TIMEZONE``: time zone of cron expressions."""
+    limits: Mapping[str, ConfiguredLimit] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    """``BGJOBS_LIMITS``: limits by name."""
     dashboard: bool = True
     """``BGJOBS_DASHBOARD``: whether the dashboard is registered."""
     dashboard_url_prefix: str = "/jobs"
@@ -284,6 +299,7 @@ _COMMANDS = (
     "RESUME",
     "WORKERS",
     "SCHEDULES",
+    "LIMITS",
     "PRUNE",
     "HEALTH",
     "INIT_DB",
@@ -458,6 +474,42 @@ def _schedule(value: object) -> Mapping[str, Mapping[str, Any]]:
     return MappingProxyType({name: dict(entry) for name, entry in value.items()})
 
 
+def _limits(value: object) -> Mapping[str, ConfiguredLimit]:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            "must be a dict of name to dict, such as {'mailgun': {'rate': 100, 'per': 60}}"
+        )
+    return MappingProxyType({name: _limit(name, entry) for name, entry in value.items()})
+
+
+def _limit(name: object, entry: object) -> ConfiguredLimit:
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} is not a name of a limit: use a str")
+    jobs: object = (name,)
+    try:
+        if isinstance(entry, Limit):
+            limit = dataclasses.replace(entry, name=name)
+        elif isinstance(entry, Mapping):
+            values = dict(entry)
+            jobs = values.pop("jobs", jobs)
+            known = [field.name for field in dataclasses.fields(Limit) if field.name != "name"]
+            for key in values:
+                if key not in known:
+                    raise ValueError(
+                        f"{name!r} has no {shown(key)}; its keys are {', '.join(known)}, jobs"
+                    )
+            limit = Limit(name, **values)
+        else:
+            raise ValueError(f"{name!r} must be a dict or a Limit, not {shown(entry)}")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(jobs, list | tuple) or not all(is_dotted_name(j, parts=1) for j in jobs):
+        if jobs != (name,):
+            raise ValueError(f"'jobs' of {name!r} must be a list of dotted names of jobs")
+        jobs = ()
+    return ConfiguredLimit(limit, tuple(jobs))
+
+
 _KEYS = {
     "BGJOBS_ALLOWED_JOBS": _Key("allowed_jobs", _allowed_jobs),
     _ALIAS: _Key("allowed_jobs", _allowed_jobs),
@@ -484,6 +536,7 @@ _KEYS = {
     "BGJOBS_RETENTION": _Key("retention", _retention),
     "BGJOBS_REDACT": _Key("redact", _redact),
     "BGJOBS_SCHEDULE": _Key("schedule", _schedule),
+    "BGJOBS_LIMITS": _Key("limits", _limits),
     "BGJOBS_TIMEZONE": _Key("timezone", lambda value: read_zone(value).key),
     "BGJOBS_DASHBOARD": _Key("dashboard", _boolean),
     "BGJOBS_DASHBOARD_URL_PREFIX": _Key("dashboard_url_prefix", _url_prefix),

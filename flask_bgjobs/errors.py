@@ -10,6 +10,7 @@
     ├── JobNotFound            no job has this id
     ├── QueueNotFound          no queue has this name
     ├── ScheduleNotFound       no schedule has this name, or several match it
+    ├── LimitNotFound          no limit has this name, or several match it
     ├── ScheduleChanged        others keep changing the schedule at the same time
     ├── JobNotCommitted        the transaction that the job joined has not committed
     ├── WaitTimeout            job.wait() reached its timeout
@@ -64,6 +65,10 @@ class QueueNotFound(BgJobsError, LookupError):
 
 class ScheduleNotFound(BgJobsError, LookupError):
     """No schedule has this name, or several match a shortened name."""
+
+
+class LimitNotFound(BgJobsError, LookupError):
+    """No limit has this name, or several match a shortened name."""
 
 
 class ScheduleChanged(BgJobsError):

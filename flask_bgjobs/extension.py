@@ -13,8 +13,11 @@ from .config import Config
 from .enqueue import transactions
 from .enqueue.decorator import BoundJob, JobFunction
 from .enqueue.enqueue import AUTO, Parameters, SessionChoice
+from .enqueue.limits import check_limits
 from .enqueue.unique import check_unique
 from .errors import ConfigError, InvalidJob
+from .flow.limits.definition import rules
+from .flow.limits.manage import Limits
 from .flow.schedules.definition import check_configured, decorated_recurrence
 from .flow.schedules.manage import Schedules
 from .hooks import is_same, require_plain_function
@@ -80,6 +83,7 @@ class BgJobs:
         config = Config.from_mapping(app.config)
         state = self._make_state(app, database, config)
         check_configured(state)
+        rules(state)
         app.extensions["bgjobs"] = state
         logs.connect()
         _add_commands(app)
@@ -134,6 +138,7 @@ class BgJobs:
             recurrence = decorated_recurrence(function, stored, recurring, chosen)
             try:
                 check_unique(chosen, Target(function))
+                check_limits(chosen, Target(function))
             except ValueError as error:
                 raise ConfigError(f"@bgjobs.job of {stored}: {error}") from None
             found = decorated(function, chosen, recurrence)
@@ -180,6 +185,11 @@ class BgJobs:
     def schedules(self) -> Schedules:
         """The recurring jobs of the current app, by name. Needs an application context."""
         return Schedules(current_state())
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the current app, by name. Needs an application context."""
+        return Limits(current_state())
 
     def start_worker(self, app: Flask, **options: Unpack[EmbeddedOptions]) -> EmbeddedWorker:
         """Run a worker inside the web process that serves ``app``, for small deployments.

@@ -13,12 +13,14 @@ from .config import Config, check_queue, retry_delays
 from .errors import InvalidJob
 from .job import durations
 from .job.failure_rules import exception_names, rules_json
+from .job.limits import Limit
 from .job.records import MAX_INTEGER
 from .job.retry import BACKOFFS, MAX_DELAY_SECONDS
 from .job.text import shown, storable
 
 ExceptionClass = type[Exception] | str
 ExceptionClasses = ExceptionClass | Sequence[ExceptionClass]
+Limits = Limit | str | Sequence[Limit | str]
 MAX_TAGS = 20
 MAX_KEY = 255
 """Maximum length of a unique key."""
@@ -88,6 +90,10 @@ class JobOptions:
     retention: durations.Duration | None = None
     """Time for which the job is kept after its end, whatever its status; default
     ``BGJOBS_RETENTION``."""
+    limits: Limits | None = None
+    """How many jobs may run at once or start per time: a :class:`~flask_bgjobs.Limit`, the name of
+    one in ``BGJOBS_LIMITS``, or a list of them; an empty list: none. Default none. Limits that
+    ``BGJOBS_LIMITS`` gives to the job by its name always apply."""
     tags: Sequence[str] | None = None
     """Up to 20 words by which the job can be found."""
     owner: str | None = None
@@ -179,6 +185,7 @@ class OptionValues(TypedDict, total=False):
     fail_on: ExceptionClasses | None
     expires: durations.Duration | dt.datetime | None
     retention: durations.Duration | None
+    limits: Limits | None
     tags: Sequence[str] | None
     owner: str | None
 

@@ -221,6 +221,11 @@ class Registry:
         each = dict(self._decorated).items()
         return {name: d.recurrence for name, d in each if d.recurrence is not None}
 
+    def all_options(self) -> dict[str, JobOptions]:
+        """The options given to decorators, by the name of the job."""
+        # Copied, because a module that another thread imports may add functions.
+        return {name: each.options for name, each in dict(self._decorated).items()}
+
     def queues(self) -> set[str]:
         """The queues given as ``queue=`` to decorators."""
         return {each.options.queue for each in self._decorated.values() if each.options.queue}

@@ -14,6 +14,7 @@ from .errors import BgJobsError
 from .execution.current import CurrentJob
 from .execution.execute import execute
 from .execution.interrupt import InterruptScope
+from .flow.limits.keeper import admit_all
 from .job.records import JobSpec, Settled
 from .job.row_check import bad_row, checked
 from .models import Job
@@ -33,6 +34,9 @@ def inline(app: Flask) -> Iterator[None]:
     if the session holds no changes, ``inline`` commits it. Delays are ignored. A failed job stays
     ``retrying`` and is not run again.
 
+    ``inline`` never waits for a limit. A job whose limits do not allow it stays ``waiting``, and
+    runs when the end of another job in this block allows it.
+
     :raises BgJobsError: when ``db.session`` holds uncommitted changes, on SQLite or while it is
         bound to a connection: they would block the database or the connection.
     """
@@ -40,9 +44,16 @@ def inline(app: Flask) -> Iterator[None]:
     _refuse_uncommitted(state, "inline")
     worker_id = _register(state, "inline")
 
+    waiting: list[Job] = []
+
     def run(job: Job) -> None:
         with app.app_context():
-            _run(state, worker_id, state.store.claim_one(worker_id, job.id))
+            if job.limit_key_id is None:
+                _run(state, worker_id, state.store.claim_one(worker_id, job.id))
+            else:
+                state.store.promote_one(job.id)
+                waiting.append(job)
+                _run_allowed(state, worker_id, waiting)
             job.refresh()
 
     state.enqueued.append(run)
@@ -62,7 +73,7 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
     them, and return their outcomes.
 
     Jobs that these jobs enqueue are run too. Delayed jobs and retries that are not due yet are not
-    run. Timeouts are not enforced.
+    run, and neither are those that wait for a limit at the end. Timeouts are not enforced.
 
     :param queues: the only queues to serve, in strict order; default: all queues.
     :returns: one item for each attempt, with ``status``, ``error`` and ``result`` among others.
@@ -75,12 +86,31 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
     outcomes: list[Settled] = []
     with app.app_context(), committing_clean_sessions(app):
         worker_id = _register(state, "drain")
-        state.store.promote()
-        while specs := state.store.claim(worker_id, 1, queues):
+        while specs := _claim_next(state, worker_id, queues):
             outcomes += _run(state, worker_id, specs)
-            state.store.promote()
         state.store.stop_worker(worker_id)
     return outcomes
+
+
+def _claim_next(state: AppState, worker_id: int, queues: list[str] | None) -> list[JobSpec]:
+    """Claim the next job that is due and that the limits allow."""
+    state.store.promote()
+    admit_all(state.store)
+    return state.store.claim(worker_id, 1, queues)
+
+
+def _run_allowed(state: AppState, worker_id: int, waiting: list[Job]) -> None:
+    """Run those of the jobs that their limits allow, and remove them from the list."""
+    has_run = True
+    while has_run:
+        has_run = False
+        admit_all(state.store)
+        for job in list(waiting):
+            if job in waiting and (specs := state.store.claim_one(worker_id, job.id)):
+                waiting.remove(job)
+                _run(state, worker_id, specs)
+                job.refresh()
+                has_run = True
 
 
 def _register(state: AppState, name: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 from flask import current_app
 
-from flask_bgjobs import Fail, Retry, Snooze, current_job, run_background_job
+from flask_bgjobs import Fail, Limit, Retry, Snooze, current_job, run_background_job
 
 
 class SampleJob:
@@ -259,6 +259,16 @@ def enqueue_another(value: int) -> None:
     run_background_job("tests.jobs.echo", parameters=[value])
 
 
+def enqueue_limited(times: int) -> None:
+    """Enqueue a job with the same limit as this one, which does the same with one fewer."""
+    if times:
+        run_background_job(
+            "tests.jobs.enqueue_limited",
+            parameters=[times - 1],
+            limits=Limit("one", concurrency=1),
+        )
+
+
 def record_tick(path: str) -> None:
     """Append the schedule, the tick and the id of this job to a file outside the database."""
     meta = current_job.meta
@@ -467,6 +477,7 @@ NAMES = [
             report_and_hold,
             swallow,
             enqueue_another,
+            enqueue_limited,
             record_tick,
             tick,
             wall_clock,

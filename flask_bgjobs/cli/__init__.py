@@ -1,6 +1,6 @@
 """The commands ``flask bgjobs …``: each parses its options, calls one function and prints."""
 
-from . import database, jobs, operate, schedules, worker
+from . import database, jobs, limits, operate, schedules, worker
 from .group import bgjobs_commands
 
-__all__ = ["bgjobs_commands", "database", "jobs", "operate", "schedules", "worker"]
+__all__ = ["bgjobs_commands", "database", "jobs", "limits", "operate", "schedules", "worker"]

@@ -20,10 +20,18 @@ from sqlalchemy.orm import Session, scoped_session
 from ..errors import BgJobsError, DatabaseUnusable, InvalidJob
 from ..job import serialize
 from ..job.durations import Duration
+from ..job.limits import Limit
 from ..job.redact import signature_text
 from ..job.text import one_line, shown
 from ..models import Job
-from ..options import ExceptionClasses, JobOptions, column_values, first_deadline, first_run
+from ..options import (
+    ExceptionClasses,
+    JobOptions,
+    Limits,
+    column_values,
+    first_deadline,
+    first_run,
+)
 from ..registry import Target
 from ..signals import emit_each, job_enqueued, job_refused
 from ..state import AppState, current_state
@@ -31,6 +39,7 @@ from ..store import MAKE_TABLES, NewJobs, advice, is_missing_table
 from ..store.transitions import enqueued
 from ..system.safe_logging import logger as _logger
 from . import transactions
+from .limits import NO_LIMITS, check_limits, limit_values, limits_of
 from .unique import check_unique, unique_jobs
 
 
@@ -76,6 +85,7 @@ def run_background_job(
     fail_on: ExceptionClasses | None = None,
     expires: Duration | dt.datetime | None = None,
     retention: Duration | None = None,
+    limits: Limits | None = None,
     tags: Sequence[str] | None = None,
     owner: str | None = None,
     session: SessionChoice = AUTO,
@@ -120,6 +130,9 @@ def run_background_job(
     :param expires: time from the enqueue, or a datetime with a time zone, after which the job is
         cancelled if it has not started; default none.
     :param retention: time for which to keep the job after its end; default ``BGJOBS_RETENTION``.
+    :param limits: how many jobs may run at once or start per time: a
+        :class:`~flask_bgjobs.Limit`, the name of one in ``BGJOBS_LIMITS``, or a list of them;
+        default none.
     :param tags: up to 20 words by which to find the job.
     :param owner: an identifier of the job's owner, by which to find the job.
     :param session: a session whose transaction the job joins; ``None`` never joins. By default
@@ -158,6 +171,7 @@ def run_background_job(
         fail_on=fail_on,
         expires=expires,
         retention=retention,
+        limits=limits,
         tags=tags,
         owner=owner,
     )
@@ -268,16 +282,20 @@ def new_jobs(
     chosen = options.over(registry.options(target))
     values = column_values(chosen, config)
     _checked(lambda: check_unique(chosen))
+    _checked(lambda: check_limits(chosen))
+    limits = _checked(lambda: limits_of(config, chosen, target, method))
     delay_seconds, run_at = first_run(chosen)
     if values["unique_key"] is not None and len(parameter_sets) > 1:
         raise InvalidJob("unique_key is for one job; enqueue these one by one, each with its own")
     resolved = registry.resolve(target, method)
     waits = delay_seconds is not None or run_at is not None
-    common = job_values(target, method, values, waits=waits)
     parameters_json = []
     for parameters in parameter_sets:
         parameters_json.append(_parameters_json(parameters, config.max_payload))
         _check_signature(resolved, parameters, target)
+    each = _checked(lambda: _limit_values(state, limits, resolved, parameter_sets))
+    first = each[0] if each else NO_LIMITS
+    common = job_values(target, method, {**values, **first}, waits=waits)
     name = target if method is None else f"{target}.{method}"
     unique = _checked(lambda: unique_jobs(chosen, name, resolved, parameter_sets, state.redactor))
     if unique is not None and unique.debounce_seconds is not None:
@@ -291,6 +309,7 @@ def new_jobs(
         delay_seconds=delay_seconds,
         run_at=run_at,
         expires_seconds=expires_seconds,
+        each=each if len(each) > 1 else (),
     )
 
 
@@ -299,6 +318,19 @@ def _checked(check: Callable[[], T]) -> T:
         return check()
     except ValueError as error:
         raise InvalidJob(str(error)) from None
+
+
+def _limit_values(
+    state: AppState,
+    limits: Sequence[Limit],
+    target: Target,
+    parameter_sets: Sequence[Parameters],
+) -> list[Mapping[str, Any]]:
+    """The values for the limits of each job; one entry for all if they do not depend on the
+    parameters."""
+    has_keys = any(limit.key is not None for limit in limits)
+    sets = parameter_sets if has_keys else [()]
+    return [limit_values(limits, target, each, state.redactor) for each in sets]
 
 
 def job_values(
@@ -315,7 +347,7 @@ def job_values(
         "target": target,
         "method": method,
         "claim_rank": -values["priority"],
-        **enqueued(waits=waits),
+        **enqueued(waits=waits, has_limits=values.get("limit_key_id") is not None),
     }
 
 

@@ -66,6 +66,8 @@ class JobSpec(NamedTuple):
     waiting_since: dt.datetime | None
     """When a worker first found that it does not have the job's code; ``None`` if the code has
     started since, or no worker has found that."""
+    limits_json: str | None
+    """Its limits, as in :func:`flask_bgjobs.job.limits.uses_to_json`; ``None``: it has none."""
 
     @property
     def key(self) -> Key:

@@ -41,6 +41,11 @@ class WaitsFor(enum.StrEnum):
     CODE = "code"
     """The worker that claimed it does not have the job's code. A worker that has it, such as one
     of another release of the app, runs it."""
+    LIMIT = "limit"
+    """One of its limits does not allow it yet."""
+    QUEUE = "queue"
+    """It has limits, and its queue is paused or no live worker serves it. Meanwhile, other jobs
+    with these limits may run."""
 
 
 FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED})

@@ -22,6 +22,7 @@ from .job import (
     last_event,
     provide_actions,
 )
+from .limit import LimitKey, LimitRow, Notice, Seat, SeatState
 from .queue import Queue
 from .rollup import Rollup
 from .schedule import Schedule, ScheduleTick
@@ -36,11 +37,16 @@ __all__ = [
     "BigInt",
     "Job",
     "JobLog",
+    "LimitKey",
+    "LimitRow",
     "LongText",
+    "Notice",
     "Queue",
     "Rollup",
     "Schedule",
     "ScheduleTick",
+    "Seat",
+    "SeatState",
     "UtcTime",
     "Worker",
     "add_tables",

@@ -16,7 +16,7 @@ from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from ..errors import JobNotCommitted, JobNotFound, WaitTimeout
 from ..job import serialize
 from ..job.records import MAX_ID
-from ..job.statuses import FINAL, JobStatus
+from ..job.statuses import FINAL, JobStatus, WaitsFor
 from ..job.text import shown
 from .base import NUMBERED_TABLE_OPTIONS, Base, BigInt, LongText, UtcTime, index
 
@@ -28,6 +28,7 @@ _IS_PENDING = "status = 'pending'"
 # OR instead of IN: SQLite would use a partial index with IN only for statements with the same list.
 _IS_DELAYED = "status = 'scheduled' OR status = 'retrying'"
 _IS_WAITING = "status = 'waiting'"
+_WAITS_FOR_OTHERS = "waits_for = 'code' OR waits_for = 'queue'"
 _IS_FINISHED = "finished_at IS NOT NULL"
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.01, 0.25
@@ -61,7 +62,7 @@ class Job(Base):
         index(
             "ix_bgjobs_job_waits",
             *("waits_for", "queue", "waiting_on", "waiting_since", "id"),
-            where="waits_for IS NOT NULL",
+            where=_WAITS_FOR_OTHERS,
         ),
         NUMBERED_TABLE_OPTIONS,
     )
@@ -82,9 +83,9 @@ class Job(Base):
     status: Mapped[str] = mapped_column(sa.String(16))
     """One of :class:`~flask_bgjobs.JobStatus`."""
     waits_for: Mapped[str | None] = mapped_column(sa.String(16))
-    """What a ``waiting`` job waits for: ``code``, a worker whose code has the job."""
+    """What a ``waiting`` job waits for, one of :class:`~flask_bgjobs.job.statuses.WaitsFor`."""
     waiting_on: Mapped[str | None] = mapped_column(sa.String(511))
-    """The name of what a ``waiting`` job waits for; for code, ``target`` or ``target:method``."""
+    """The name of the code that a ``waiting`` job waits for: ``target`` or ``target:method``."""
     waiting_since: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     """When a worker first found that the job has to wait. Kept until its code starts."""
     run_at: Mapped[dt.datetime] = mapped_column(UtcTime)
@@ -147,6 +148,10 @@ class Job(Base):
     """Whether it gives its key up when it is claimed; otherwise when it ends."""
     unique_expires_at: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     """Until when it holds its key at least, even after its end."""
+    limits_json: Mapped[str | None] = mapped_column("limits", sa.Text)
+    """JSON of its limits with their keys, in the order in which it takes them."""
+    limit_key_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """Id of the key of its first limit; ``None`` if it has no limits."""
     debounce_until: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     """The latest time to which further enqueues move it."""
 
@@ -179,7 +184,9 @@ class Job(Base):
     def _needed_from_worker(self) -> str:
         """What a worker must do to run it, for an error message."""
         serves = f"serve the queue {self.queue!r}"
-        return f"with {self.name} in its code {serves}" if self.waits_for else serves
+        if self.waits_for == WaitsFor.CODE:
+            return f"with {self.name} in its code {serves}"
+        return serves
 
     @hybrid_property
     def is_finished(self) -> bool:

@@ -12,8 +12,12 @@ from .dialects.postgresql import PostgresStore
 from .dialects.sqlite import SqliteStore, advice, is_in_memory
 from .errors import MAKE_TABLES, database_sentence, is_missing_table
 from .sizes import batches, statement_bytes
+from .statements.admit import Admitted
 from .statements.audit import Actor
 from .statements.enqueue import NewJobs, Unique
+from .statements.heal import Cursors, Healed
+from .statements.limit_keys import effective_rule
+from .statements.limits import MAX_COUNTED, KeyRow
 from .statements.manual import DONE, ActionResult
 from .statements.progress import LeaseView
 from .statements.promote import Work
@@ -25,14 +29,19 @@ from .statements.waiting import MAX_NAMES, CodeWait
 __all__ = [
     "DONE",
     "MAKE_TABLES",
+    "MAX_COUNTED",
     "MAX_NAMES",
     "ActionResult",
     "Actor",
+    "Admitted",
     "CodeWait",
     "CommitInDoubt",
     "Conditions",
+    "Cursors",
     "Fired",
+    "Healed",
     "Host",
+    "KeyRow",
     "LeaseView",
     "NewJobs",
     "Plan",
@@ -50,6 +59,7 @@ __all__ = [
     "advice",
     "batches",
     "database_sentence",
+    "effective_rule",
     "is_in_memory",
     "is_missing_table",
     "make_store",

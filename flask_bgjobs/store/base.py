@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .statements.claim import Claims
 from .statements.lease import Leases
+from .statements.limits import LimitRows
 from .statements.manual import ByHand
 from .statements.promote import Due
 from .statements.prune import Prunes
@@ -16,11 +17,13 @@ from .statements.select import Selections
 from .statements.waiting import Waiting
 
 
-class Store(Claims, Leases, Due, Prunes, Rollups, Selections, ByHand, Schedules, Waiting):
+class Store(
+    Claims, Leases, Due, Prunes, Rollups, Selections, ByHand, Schedules, Waiting, LimitRows
+):
     """The statements on the tables of one app in one database.
 
     In the life of a job: insert, claim, mark_started and observe, settle. For workers: beat,
-    rescue, promote, free, fire, prune, and add to the roll-up. For people: pause and resume,
+    rescue, promote, free, admit, fire, prune, and add to the roll-up. For people: pause and resume,
     cancel, retry, delete, each recorded in the audit trail. The store's own transactions are
     redone after errors that pass, such as a deadlock, a serialization failure or a busy database.
     """

@@ -20,7 +20,20 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
 
 from ..errors import DatabaseUnusable
-from ..models import Attempt, Job, Queue, Rollup, Schedule, ScheduleTick, Worker, by_index
+from ..models import (
+    Attempt,
+    Job,
+    LimitKey,
+    LimitRow,
+    Notice,
+    Queue,
+    Rollup,
+    Schedule,
+    ScheduleTick,
+    Seat,
+    Worker,
+    by_index,
+)
 from ..system import forks
 from ..system.threading_patches import Lock
 from .watchdog import Watchdog
@@ -34,6 +47,10 @@ QUEUES = cast(sa.Table, Queue.__table__)
 ROLLUPS = cast(sa.Table, Rollup.__table__)
 SCHEDULES = cast(sa.Table, Schedule.__table__)
 TICKS = cast(sa.Table, ScheduleTick.__table__)
+LIMITS = cast(sa.Table, LimitRow.__table__)
+LIMIT_KEYS = cast(sa.Table, LimitKey.__table__)
+SEATS = cast(sa.Table, Seat.__table__)
+NOTICES = cast(sa.Table, Notice.__table__)
 
 READ_ONLY = "bgjobs_read_only"
 """Execution option of connections that only read."""

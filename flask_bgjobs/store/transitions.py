@@ -1,25 +1,29 @@
 """Every move of a job from one status to another, and the values written with it.
 
-No other module of the store writes a status. Add values for every job that becomes pending to
-:func:`pending`, and values for every job that ends to :func:`ended`. Only
-:func:`flask_bgjobs.testing.inline` claims a scheduled job without promoting it first.
+No other module of the store writes a status. A job that may run from now on gets the values of
+:func:`ready`: it is pending, or it waits for its limits. Add values for every job that becomes
+pending to :func:`pending`, and values for every job that ends to :func:`ended`.
 
 ========  ===================================  ====================  =============================
 Move      From                                 To                    Made by
 ========  ===================================  ====================  =============================
-enqueue   (new)                                pending, scheduled    the app
-promote   scheduled, retrying                  pending               a worker, when it is due
-free      waiting                              pending               a worker
-replace   scheduled, pending                   pending, scheduled    the app, with another enqueue
+enqueue   (new)                                ready, scheduled      the app
+promote   scheduled, retrying                  ready                 a worker, when it is due
+free      waiting                              ready                 a worker
+admit     waiting                              pending               a worker, if limits allow
+withdraw  pending                              waiting               a worker, if limits say so
+replace   scheduled, waiting, pending          ready, scheduled      the app, with another enqueue
 claim     pending                              running               a worker
 settle    running                              as the outcome says   the worker that claimed it, or
                                                                      the worker that rescues it
 cancel    scheduled, waiting, pending,         cancelled             a person or the app
           retrying
 expire    scheduled, waiting, pending          cancelled             a worker
-retry     retrying, failed, cancelled          pending               a person
+retry     retrying, failed, cancelled          ready                 a person
 delete    all but running                      (gone)                a person, or the retention
 ========  ===================================  ====================  =============================
+
+*Ready* stands for pending or, for a job with limits, waiting.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ..job.records import MAX_ATTEMPT
-from ..job.statuses import CAN_CHANGE, FINAL, NOT_STARTED, UNCLAIMED, JobStatus
+from ..job.statuses import CAN_CHANGE, FINAL, NOT_STARTED, UNCLAIMED, JobStatus, WaitsFor
 from .database import JOBS
 
 Time = sa.ColumnElement[dt.datetime]
@@ -47,6 +51,8 @@ NEXT_ATTEMPT = sa.case((_ATTEMPT >= MAX_ATTEMPT, MAX_ATTEMPT), else_=_ATTEMPT + 
 
 _GIVES_KEY_UP = sa.and_(JOBS.c.unique_until_start, JOBS.c.unique_expires_at.is_(None))
 """The condition that a job is no longer unique when it is claimed."""
+HAS_LIMITS = JOBS.c.limit_key_id.is_not(None)
+"""The condition that a job has limits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,52 +69,78 @@ _DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
 _RUNNING = frozenset({JobStatus.RUNNING})
 _PENDING = frozenset({JobStatus.PENDING})
 _WAITING = frozenset({JobStatus.WAITING})
-_NEW = frozenset({JobStatus.PENDING, JobStatus.SCHEDULED})
+_READY = _PENDING | _WAITING
+_NEW = frozenset({*_READY, JobStatus.SCHEDULED})
 MOVES: Mapping[str, Move] = {
     "enqueue": Move(frozenset(), _NEW),
-    "promote": Move(_DELAYED, _PENDING),
-    "free": Move(_WAITING, _PENDING),
+    "promote": Move(_DELAYED, _READY),
+    "free": Move(_WAITING, _READY),
+    "admit": Move(_WAITING, _PENDING),
+    "withdraw": Move(_PENDING, _WAITING),
     "replace": Move(_NEW, _NEW),
     "claim": Move(_PENDING, _RUNNING),
     "settle": Move(_RUNNING, FINAL | _DELAYED | _PENDING | _WAITING),
     "cancel": Move(UNCLAIMED, frozenset({JobStatus.CANCELLED})),
     "expire": Move(NOT_STARTED, frozenset({JobStatus.CANCELLED})),
-    "retry": Move(frozenset(CAN_CHANGE["retry"]), _PENDING),
+    "retry": Move(frozenset(CAN_CHANGE["retry"]), _READY),
     "delete": Move(frozenset(CAN_CHANGE["delete"]), frozenset()),
 }
 
 
-def enqueued(*, waits: bool) -> Values:
+def enqueued(*, waits: bool, has_limits: bool = False) -> Values:
     """The values of a new job.
 
     :param waits: whether the job has a due time in the future.
     """
     initial_values = {"attempt": 0, "retry_count": 0, "crash_count": 0, "suspect": False}
-    return {**(_with_status(JobStatus.SCHEDULED) if waits else pending()), **initial_values}
+    if waits:
+        status = {**_with_status(JobStatus.SCHEDULED), "waits_for": None}
+    elif has_limits:
+        status = waiting_for_limits()
+    else:
+        status = pending()
+    return {**status, **initial_values}
 
 
 def pending() -> Values:
     """The values of a job that any worker may claim, whatever its status was before."""
-    return _with_status(JobStatus.PENDING)
+    return {**_with_status(JobStatus.PENDING), "waits_for": None}
 
 
-def promoted() -> Values:
-    """The values of a scheduled or retrying job that is due."""
-    return pending()
+def ready() -> Values:
+    """The values of a job that may run from now on, if its limits allow.
+
+    Give seats to those with limits: :meth:`.seats.Seats.line_up`.
+    """
+    waiting, pending_now = JobStatus.WAITING.value, JobStatus.PENDING.value
+    return {
+        "status": sa.case((HAS_LIMITS, waiting), else_=pending_now),
+        "waits_for": sa.case((HAS_LIMITS, WaitsFor.LIMIT.value), else_=sa.null()),
+        "waiting_on": None,
+    }
 
 
-def freed() -> Values:
-    """The values of a waiting job that may run now."""
-    return {**pending(), **_waits_for_nothing()}
+def waiting_for_limits() -> Values:
+    """The values of a job that waits for its limits."""
+    return {**_with_status(JobStatus.WAITING), "waits_for": WaitsFor.LIMIT.value}
 
 
-def replaced(*, is_due: sa.ColumnElement[bool]) -> Values:
+def waiting_for_queue() -> Values:
+    """The values of a job with limits whose queue is paused or has no worker."""
+    return {**_with_status(JobStatus.WAITING), "waits_for": WaitsFor.QUEUE.value}
+
+
+def replaced(*, is_due: sa.ColumnElement[bool], has_limits: bool) -> Values:
     """The values of a job that has not started when its due time is moved.
 
     :param is_due: whether it is due nevertheless, because it must not be moved further.
+    :param has_limits: whether the job has limits now.
     """
-    pending_now, later = JobStatus.PENDING.value, JobStatus.SCHEDULED.value
-    return {"status": sa.case((is_due, pending_now), else_=later)}
+    now = waiting_for_limits() if has_limits else pending()
+    later = {**_with_status(JobStatus.SCHEDULED), "waits_for": None}
+    return {
+        name: sa.case((is_due, sa.literal(now[name], sa.String)), else_=later[name]) for name in now
+    }
 
 
 def claimed(worker_id: Any, now: Any) -> Values:
@@ -226,7 +258,7 @@ def asked_to_stop(now: Time) -> Values:
 def retried_by_hand(now: Time) -> Values:
     """The values of a job that a person or the app retries, with no retry used."""
     return {
-        **pending(),
+        **ready(),
         "run_at": now,
         "retry_count": 0,
         "crash_count": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from ..job.limits import has_rate
 from ..job.records import JobSpec, Key
 from ..job.row_check import bad_row, checked
 from ..store import Store
@@ -55,6 +56,7 @@ class Claims:
         """
         route = routed.route
         self._is_in_doubt = True
+        began = time.monotonic()
         specs = self._store.claim(
             worker_id,
             room,
@@ -78,7 +80,10 @@ class Claims:
         ]
         self._give_back(refused)
         self.total += len(specs) - len(refused)
-        routed.submit([spec for spec in good if not spec.suspect], claimed)
+        usual = [spec for spec in good if not spec.suspect]
+        routed.submit([spec for spec in usual if not has_rate(spec.limits_json)], claimed)
+        # Rate limits count recorded starts. These must not be earlier than the real ones.
+        routed.submit([spec for spec in usual if has_rate(spec.limits_json)], began)
         return bool(specs)
 
     def start_suspects(self, worker_id: int, pools: WorkerPools) -> bool:

@@ -17,6 +17,7 @@ from ..errors import BgJobsError
 from ..execution.pools.kinds import PoolSettings
 from ..execution.pools.process.child import Limits
 from ..execution.pools.protocol import Finished, Pool
+from ..flow.limits.keeper import LimitKeeper
 from ..flow.schedules.ticker import Ticker
 from ..flow.unknown_jobs import UnknownJobs
 from ..job.records import JobSpec, Key, Outcome, Settled
@@ -125,6 +126,7 @@ class Worker:
         self._started_at = time.monotonic()
         self._sweeper = Sweeper(self._store, config.lease)
         self._unknown_jobs = UnknownJobs(state, self._store, self.name, self.queues)
+        self._limit_keeper = LimitKeeper(state, self._store, self.name)
         self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
         self._pools = WorkerPools([])
@@ -230,6 +232,7 @@ class Worker:
             self._store, self._id, self.state.config.heartbeat_interval, self._progress
         )
         cleanup.callback(self._heartbeat.stop)
+        self._limit_keeper.register()
         if self.ticker is not None:
             # With thousands of schedules this takes seconds, in which the heartbeat goes on.
             self.ticker.register()
@@ -317,6 +320,7 @@ class Worker:
         self._poll()
         self._sweep()
         self._free()
+        self._admit()
         self._start_suspects()
         self._claim()
         self._roll_up()
@@ -352,6 +356,8 @@ class Worker:
         self._rollup_counts.note(settled)
         if settled.status is JobStatus.PENDING:
             self._poll_due = True
+        if spec.limits_json is not None:
+            self._limit_keeper.is_due = True
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
             self._clock.wake_in([settled.delay_seconds])
         self._announce(settled)
@@ -420,6 +426,10 @@ class Worker:
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
             promoted = self._store.promote()
             self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
+        if work.notices or (work.limit_in is not None and work.limit_in <= 0):
+            self._limit_keeper.is_due = True
+        elif work.limit_in is not None and work.limit_in <= _HORIZON_SECONDS:
+            self._clock.wake_in([work.limit_in])
         # First, so that a backlog of pending jobs does not hold ticks back.
         fired = self._fire(work)
         if work.pending or promoted or fired:
@@ -455,6 +465,8 @@ class Worker:
         self._progress.note()
         self._free_waiting(_FREED_PER_SWEEP)
         self._progress.note()
+        self._limit_keeper.sweep()
+        self._progress.note()
         for settled in self._sweeper.sweep(self._id):
             self._poll_due = True
             self._rollup_counts.note(settled)
@@ -469,6 +481,14 @@ class Worker:
 
     def _free_waiting(self, limit: int) -> None:
         if not self._is_draining and self._unknown_jobs.free(limit):
+            self._pools.expect_jobs()
+
+    def _admit(self) -> None:
+        """Let jobs run that wait for their limits, where there is room.
+
+        A worker that ends leaves this to others, except those whose jobs it has just run.
+        """
+        if self._limit_keeper.is_due and self._limit_keeper.admit():
             self._pools.expect_jobs()
 
     def _room_for_waiting(self) -> int:
@@ -536,6 +556,8 @@ class Worker:
         may_claim = may_claim or self._room_for_waiting() > 0
         if may_claim and not (self._stops or self._is_draining):
             return
+        if self._limit_keeper.is_due and not self._stops:
+            return
         busy = self._pools.running() or self._pools.unstarted()
         if self._pools.unstarted() and self._outbox.unlocked:
             time.sleep(_GATHER_SECONDS)
@@ -575,6 +597,7 @@ class Worker:
             # A retry without a delay is due at once.
             self._store.promote()
             self._free_waiting(_FREED_PER_SWEEP)
+            self._limit_keeper.admit_all()
             has_unfinished = self._store.unfinished(self.queues)
         except SQLAlchemyError as error:
             self._back_off(error)

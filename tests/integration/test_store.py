@@ -229,7 +229,7 @@ class TestPlans:
             for option, condition in index.get("dialect_options", {}).items()
             if option.endswith("_where")
         }
-        words = re.compile("pending|scheduled|waiting|retrying|NULL")
+        words = re.compile("pending|scheduled|waiting|retrying|NULL|code|queue")
         found_words = {name: set(words.findall(condition)) for name, condition in where.items()}
         assert found_words == {
             "claim": {"pending"},
@@ -237,7 +237,7 @@ class TestPlans:
             "due": {"scheduled", "retrying"},
             "finished": {"NULL"},
             "deadline": {"NULL"},
-            "waits": {"NULL"},
+            "waits": {"code", "queue"},
         }
 
     def test_promotion_reads_index(self, crowded: Store) -> None:

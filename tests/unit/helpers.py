@@ -40,6 +40,7 @@ def make_spec(**changes: Any) -> JobSpec:
         "started_at": None,
         "deadline_at": None,
         "waiting_since": None,
+        "limits_json": None,
     }
     return JobSpec(**{**values, **changes})
 

@@ -53,6 +53,7 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "BGJOBS_FAIL_ON": ("fail_on", None),
     "BGJOBS_SCHEDULE": ("schedule", {}),
     "BGJOBS_TIMEZONE": ("timezone", "UTC"),
+    "BGJOBS_LIMITS": ("limits", {}),
     "BGJOBS_DASHBOARD": ("dashboard", True),
     "BGJOBS_DASHBOARD_URL_PREFIX": ("dashboard_url_prefix", "/jobs"),
     "BGJOBS_DASHBOARD_PUBLIC": ("dashboard_public", False),

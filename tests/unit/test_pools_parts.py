@@ -45,6 +45,7 @@ SPEC = JobSpec(
     started_at=NOW,
     deadline_at=NOW,
     waiting_since=NOW,
+    limits_json=None,
 )
 
 

@@ -15,6 +15,7 @@ from ...state import AppState
 from ...store import CodeWait
 from .attempts import AttemptRow, LogLine, Run, attempts_of, lines_of, runs_of
 from .audit import AuditRow, audit_of
+from .limits import limit_reasons
 from .rows import JobRow, job_row
 from .service import Service, WorkerRow, service_now
 from .shown import Shown
@@ -151,6 +152,12 @@ def _reasons(
 
 
 def _waiting_reasons(state: AppState, job: Job, others: int) -> Iterator[str]:
+    if job.waits_for == WaitsFor.LIMIT:
+        yield from limit_reasons(state, job)
+        return
+    if job.waits_for == WaitsFor.QUEUE:
+        yield "Meanwhile it holds no seat at its limits, so that other jobs can run."
+        return
     if job.waits_for != WaitsFor.CODE:
         yield (
             f"Its row was edited: it waits for {job.waits_for or 'nothing'}, which no worker "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime as dt
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,10 +22,28 @@ from ...models import Job, UtcTime, has_status
 from .. import transitions
 from ..base import Store
 from ..connections import forward
-from ..database import AUTOCOMMIT, JOBS, QUEUES, READ_ONLY, ROLLUPS, SCHEDULES
+from ..database import (
+    AUTOCOMMIT,
+    JOBS,
+    LIMIT_KEYS,
+    LIMITS,
+    QUEUES,
+    READ_ONLY,
+    ROLLUPS,
+    SCHEDULES,
+)
 from ..links import connect_limits, discard_dead_connections, prepare_limits, shut_down
+from ..statements.admit import Candidate
 from ..statements.claim import SPEC_COLUMNS
-from ..statements.enqueue import NewJobs, column_values, inserted_job, split, with_key
+from ..statements.enqueue import (
+    NewJobs,
+    by_column_name,
+    column_values,
+    inserted_job,
+    split,
+    with_key,
+)
+from ..statements.limit_keys import LIMIT_COLUMNS, Key
 from ..statements.progress import by_key
 from ..statements.promote import promotion
 from ..statements.settle import COMPLETION_TYPES
@@ -102,9 +122,13 @@ class MysqlStore(Store):
         common = {**column_values(jobs), **times}
         inserted: list[Job] = []
         for batch in _batches(jobs):
-            rows = [{**common, "parameters": text} for text in batch.parameters]
-            pairs = zip(batch.parameters, _insert_rows(connection, rows, step), strict=True)
-            inserted += (inserted_job(jobs, text, job_id, **times) for text, job_id in pairs)
+            each = batch.each or [{}] * len(batch.parameters)
+            rows = [
+                {**common, "parameters": text, **by_column_name(values)}
+                for text, values in zip(batch.parameters, each, strict=True)
+            ]
+            ids = enumerate(_insert_rows(connection, rows, step))
+            inserted += (inserted_job(batch, number, job_id, **times) for number, job_id in ids)
         return inserted
 
     def _times_and_step(
@@ -134,11 +158,7 @@ class MysqlStore(Store):
             id_by_hash = {job.values["unique_hash"]: n for job, n in zip(free, ids, strict=False)}
             for job, key_hash in zip(each, hashes, strict=True):
                 job_id = id_by_hash.get(key_hash)
-                inserted.append(
-                    None
-                    if job_id is None
-                    else inserted_job(job, job.parameters[0], job_id, **times)
-                )
+                inserted.append(None if job_id is None else inserted_job(job, 0, job_id, **times))
         return inserted
 
     def insert_unless_taken(self, connection: sa.Connection, jobs: NewJobs) -> Job | None:
@@ -153,6 +173,35 @@ class MysqlStore(Store):
         table = f"JSON_TABLE(:{array.key}, '$[*]' COLUMNS ({columns})) AS ended"
         types = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
         return sa.text(f"SELECT * FROM {table}").columns(*types).subquery("ended")
+
+    def locked_rows(self, connection: sa.Connection, ids: Sequence[int]) -> list[Any]:
+        # Two queries: MariaDB cannot lock only one of two tables.
+        chosen = sa.select(LIMIT_KEYS, self.now.label("now")).where(LIMIT_KEYS.c.id.in_(ids))
+        ordered = chosen.order_by(LIMIT_KEYS.c.id).with_for_update(skip_locked=True)
+        keys = connection.execute(ordered).mappings().all() if ids else []
+        if not keys:
+            return []
+        limit_ids = sorted({key["limit_id"] for key in keys})
+        limits = sa.select(LIMITS.c.id, *LIMIT_COLUMNS).where(LIMITS.c.id.in_(limit_ids))
+        found = {row.id: row._mapping for row in connection.execute(limits)}
+        no_limit = dict.fromkeys(column.name for column in LIMIT_COLUMNS)
+        return [SimpleNamespace(**{**found.get(key["limit_id"], no_limit), **key}) for key in keys]
+
+    def first_waiting(self, connection: sa.Connection, keys: Sequence[Key]) -> list[Candidate]:
+        """The first jobs that wait at each key. They are locked by id, or the seats would be locked
+        as well."""
+        found = super().first_waiting(connection, keys)
+        locked = self.lock_jobs(connection, [each.id for each in found], JobStatus.WAITING)
+        free = [each for each in found if each.id in locked]
+        missing = collections.Counter(each.key_id for each in found if each.id not in locked)
+        for key in keys:
+            if missing[key.id]:
+                known = {each.id for each in found}
+                free += self.next_free(connection, key, missing[key.id], known)
+        return free
+
+    def ignoring_duplicates(self, insert: Any, key: sa.Column[Any]) -> Any:
+        return insert.prefix_with("IGNORE")
 
     @functools.cached_property
     def _registration(self) -> Any:
@@ -197,12 +246,15 @@ class MysqlStore(Store):
         return specs
 
     def _promote_some(self, connection: sa.Connection) -> int:
-        ids = [
-            job_id
+        due = [
+            row
             for candidates in self._due()
-            for job_id in connection.scalars(self.locked(candidates))
+            for row in connection.execute(self.locked(candidates.add_columns(JOBS.c.limit_key_id)))
         ]
-        return connection.execute(promotion(ids)).rowcount if ids else 0
+        if due:
+            connection.execute(promotion([row.id for row in due]))
+            self.line_up(connection, [row.id for row in due if row.limit_key_id is not None])
+        return len(due)
 
     def _held_by(
         self, connection: sa.Connection, worker_id: int, *, lock: bool = False
@@ -474,6 +526,7 @@ def _batches(jobs: NewJobs) -> Iterator[NewJobs]:
     common = sum(len(value) for value in jobs.values.values() if isinstance(value, str))
     keys = () if jobs.unique is None else jobs.unique.keys
     fixed = _ROW_CHARACTERS + common + max(map(len, keys), default=0)
+    fixed += max((len(values["limits_json"] or "") for values in jobs.each), default=0)
     return split(jobs, lambda text: fixed + len(text), limit=_BATCH_CHARACTERS)
 
 

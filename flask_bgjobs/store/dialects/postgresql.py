@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime as dt
 import functools
@@ -17,14 +18,16 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from ...job.records import UNREADABLE_TIME
-from ...models import UtcTime
+from ...models import SeatState, UtcTime
 from ..base import Store
 from ..connections import forward
-from ..database import AUTOCOMMIT, JOBS, READ_ONLY, SCHEDULES
+from ..database import AUTOCOMMIT, JOBS, READ_ONLY, SCHEDULES, SEATS
 from ..links import connect_limits, discard_dead_connections, is_readable, prepare_limits, shut_down
 from ..sizes import StatementTooLarge
+from ..statements.admit import CANDIDATE_COLUMNS, IS_WAITING_JOB, Candidate, is_waiting_job
 from ..statements.claim import ORDER_COLUMNS, pending_in
 from ..statements.enqueue import NewJobs
+from ..statements.limit_keys import ORDER, Key
 from ..statements.settle import COMPLETION_TYPES
 
 _CONNECT_SECONDS = 10.0
@@ -114,6 +117,45 @@ class PostgresStore(Store):
             "first"
         )
         return sa.select(first).join_from(named, first, sa.true())
+
+    def first_waiting(self, connection: sa.Connection, keys: Sequence[Key]) -> list[Candidate]:
+        rooms = {key.id: key.room for key in keys}
+        parameters = {"keys": list(rooms), "rooms": list(rooms.values())}
+        rows = connection.execute(self._first_waiting, parameters)
+        found = [Candidate._make(row) for row in rows]
+        taken = collections.Counter(each.key_id for each in found)
+        if short := [key_id for key_id, room in rooms.items() if taken[key_id] < room]:
+            ids = [each.job_id for each in found]
+            parameters = {"keys": short, "found": ids}
+            others = set(connection.scalars(self._others_waiting, parameters))
+            for key in keys:
+                if key.id in others:
+                    free = self.next_free(connection, key, key.room - taken[key.id], ids)
+                    found += free
+        return found
+
+    @functools.cached_property
+    def _first_waiting(self) -> sa.Select[Any]:
+        keys = sa.func.unnest(
+            sa.bindparam("keys", type_=postgresql.ARRAY(sa.BigInteger)),
+            sa.bindparam("rooms", type_=postgresql.ARRAY(sa.Integer)),
+        )
+        key = keys.table_valued("id", "room").render_derived(name="wanted")
+        mine = SEATS.c.key_id == key.c.id, SEATS.c.state == SeatState.WAITS.value
+        seats = sa.select(SEATS).where(*mine).order_by(*ORDER).limit(key.c.room).correlate(key)
+        first = seats.lateral("first")
+        columns = (first.c.get(column.name, column) for column in CANDIDATE_COLUMNS)
+        is_waiting = is_waiting_job(first.c.job_id)
+        found = sa.select(*columns).select_from(key.join(first, sa.true()).join(JOBS, is_waiting))
+        return found.with_for_update(of=JOBS, skip_locked=True)
+
+    @functools.cached_property
+    def _others_waiting(self) -> sa.Select[Any]:
+        keys = sa.bindparam("keys", type_=postgresql.ARRAY(sa.BigInteger))
+        found = sa.bindparam("found", type_=postgresql.ARRAY(sa.BigInteger))
+        waiting = sa.select(SEATS.c.key_id).join_from(SEATS, JOBS, IS_WAITING_JOB).distinct()
+        mine = SEATS.c.key_id == sa.any_(keys), SEATS.c.state == SeatState.WAITS.value
+        return waiting.where(*mine, SEATS.c.job_id != sa.all_(found))
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()

@@ -108,13 +108,16 @@ class Claims(Queues):
         return specs
 
     def claim_one(self, worker_id: int, job_id: int) -> list[JobSpec]:
-        """Claim one pending or scheduled job, even if it is not due yet.
+        """Claim one pending or scheduled job, even if it is not due yet. A scheduled job with
+        limits cannot be claimed: see :meth:`.promote.Due.promote_one`.
 
         :returns: a list with the job; empty when it cannot be claimed.
         """
         waiting = (JobStatus.PENDING.value, JobStatus.SCHEDULED.value)
         candidates = sa.select(JOBS.c.id).where(JOBS.c.id == job_id, JOBS.c.status.in_(waiting))
-        return self.transaction(lambda c: self._claim_from(c, worker_id, candidates, 1))
+        without_limits = sa.or_(JOBS.c.status == JobStatus.PENDING.value, ~transitions.HAS_LIMITS)
+        allowed = candidates.where(without_limits)
+        return self.transaction(lambda c: self._claim_from(c, worker_id, allowed, 1))
 
     def _claim(
         self,

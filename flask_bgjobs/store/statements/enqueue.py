@@ -14,14 +14,19 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...models import Job, detached_job
-from ..database import JOBS, Database
+from ..database import JOBS
 from ..sizes import BATCH_BYTES, batches, statement_bytes
+from .seats import Seats
 
 _JOBS_PER_STATEMENT = 5_000
 """Maximum number of jobs in one INSERT."""
 COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_attrs}
 """The columns of the table of jobs, by attribute name."""
+COLUMN_KEYS = {column.name: key for key, column in COLUMNS.items()}
+"""Attribute names by the names of their columns."""
 _EMPTY_VALUES = dict.fromkeys(COLUMNS)
+_EACH = ("limits", "limit_key_id")
+"""The columns for :attr:`NewJobs.each`."""
 SET_BY_DATABASE = {"id", "created_at", "run_at"}
 """Attributes whose values come from the INSERT itself."""
 
@@ -49,7 +54,8 @@ class Unique:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NewJobs:
-    """Validated jobs to insert, equal in everything but their parameters."""
+    """Validated jobs to insert, equal in everything but their parameters and what follows from
+    them."""
 
     values: Mapping[str, Any]
     """The common values, by attribute name of :class:`~flask_bgjobs.models.Job`."""
@@ -64,9 +70,16 @@ class NewJobs:
     expires_seconds: float | None = None
     """Seconds from now, by the database's clock, after which they expire; ``None``: their
     ``deadline_at`` is among the values."""
+    each: Sequence[Mapping[str, Any]] = ()
+    """More values of each job, by attribute name, the same names for each; empty if there are
+    none."""
+
+    def values_of(self, number: int) -> Mapping[str, Any]:
+        """The values of one of the jobs, without its parameters."""
+        return {**self.values, **self.each[number]} if self.each else self.values
 
 
-class RowInserts(Database):
+class RowInserts(Seats):
     """The statements that insert rows of jobs."""
 
     def insert_all(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
@@ -77,20 +90,29 @@ class RowInserts(Database):
             # Leave out empty values, about half of the columns: each parameter costs time.
             given = {k: v for k, v in parameters.items() if v is not None or k not in JOBS.c}
             row = connection.execute(self._insert_one, given).one()
-            return [inserted_job(jobs, jobs.parameters[0], *row[:3])]
-        parts = split(jobs, statement_bytes, most_jobs=_JOBS_PER_STATEMENT)
-        return [job for batch in parts for job in self._insert_batch(connection, batch)]
+            return [inserted_job(jobs, 0, *row[:3])]
+        return [job for batch in _batches(jobs) for job in self._insert_batch(connection, batch)]
 
     def _insert_batch(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job]:
-        parameters = self.insert_parameters(connection, jobs)
-        del parameters["parameters"]
-        inserted = connection.execute(
-            self._insert_many, {**parameters, "texts": json.dumps(jobs.parameters)}
-        ).all()
+        statement, parameters = self._many(connection, jobs)
+        inserted = connection.execute(statement, parameters).all()
         # RETURNING gives rows in no particular order; the ids are in the order of the parameters.
         rows = sorted(inserted, key=operator.itemgetter(0))
-        pairs = zip(jobs.parameters, rows, strict=True)
-        return (inserted_job(jobs, text, *row[:3]) for text, row in pairs)
+        return (inserted_job(jobs, number, *row[:3]) for number, row in enumerate(rows))
+
+    def _many(self, connection: sa.Connection, jobs: NewJobs) -> tuple[Any, dict[str, Any]]:
+        """The statement that inserts several jobs, and its parameters."""
+        parameters = self.insert_parameters(connection, jobs)
+        del parameters["parameters"]
+        if not jobs.each:
+            return self._insert_many, {**parameters, "texts": json.dumps(jobs.parameters)}
+        for name in _EACH:
+            del parameters[name]
+        rows = [
+            (text, *(_as_text(values[COLUMN_KEYS[name]]) for name in _EACH))
+            for text, values in zip(jobs.parameters, jobs.each, strict=True)
+        ]
+        return self._insert_each, {**parameters, "rows": json.dumps(rows)}
 
     def insert_free(self, connection: sa.Connection, jobs: NewJobs) -> list[Job | None]:
         """Insert those of several unique jobs whose keys are free, in one statement for each batch.
@@ -98,23 +120,26 @@ class RowInserts(Database):
         :param jobs: jobs with different unique keys.
         :returns: one entry for each of ``jobs``; ``None`` if another job holds its key.
         """
-        parts = split(jobs, statement_bytes, most_jobs=_JOBS_PER_STATEMENT)
-        return [job for batch in parts for job in self._insert_free_batch(connection, batch)]
+        return [
+            job for batch in _batches(jobs) for job in self._insert_free_batch(connection, batch)
+        ]
 
     def _insert_free_batch(self, connection: sa.Connection, jobs: NewJobs) -> Iterator[Job | None]:
         parameters = self.insert_parameters(connection, jobs)
-        for name in ("parameters", "unique_key", "unique_hash"):
+        names = ("unique_key", "unique_hash", *_EACH)
+        for name in ("parameters", *names):
             del parameters[name]
         each = [with_key(jobs, n) for n in range(len(jobs.parameters))]
         rows = [
-            (job.parameters[0], job.values["unique_key"], job.values["unique_hash"]) for job in each
+            (job.parameters[0], *(_as_text(column_values(job)[name]) for name in names))
+            for job in each
         ]
         statement = self._insert_free
         inserted = connection.execute(statement, {**parameters, "rows": json.dumps(rows)})
         times_by_hash = {row.unique_hash: row[1:4] for row in inserted}
-        for job, (text, _, key_hash) in zip(each, rows, strict=True):
-            times = times_by_hash.get(key_hash)
-            yield None if times is None else inserted_job(job, text, *times)
+        for job in each:
+            times = times_by_hash.get(job.values["unique_hash"])
+            yield None if times is None else inserted_job(job, 0, *times)
 
     def json_lists(self, array: sa.BindParameter[str], length: int) -> tuple[Any, list[Any]]:
         """Columns to select: the position of each list in a JSON array, and its strings.
@@ -142,7 +167,7 @@ class RowInserts(Database):
         statement = self._insert.on_conflict_do_nothing(index_elements=["unique_hash"])
         parameters = self.insert_parameters(connection, jobs)
         row = connection.execute(statement.returning(*self.returned), parameters).one_or_none()
-        return None if row is None else inserted_job(jobs, jobs.parameters[0], *row[:3])
+        return None if row is None else inserted_job(jobs, 0, *row[:3])
 
     @property
     def returned(self) -> tuple[sa.ColumnElement[Any], ...]:
@@ -172,11 +197,22 @@ class RowInserts(Database):
         return insert.returning(*self.returned)
 
     @functools.cached_property
+    def _insert_each(self) -> Any:
+        rows = sa.bindparam("rows", type_=sa.Text)
+        position, (text, *others) = self.json_lists(rows, 1 + len(_EACH))
+        insert = self._insert_from(position, parameters=text, **_typed(_EACH, others))
+        return insert.returning(*self.returned)
+
+    @functools.cached_property
     def _insert_free(self) -> Any:
         rows = sa.bindparam("rows", type_=sa.Text)
-        position, (text, key, key_hash) = self.json_lists(rows, 3)
+        position, (text, key, key_hash, *others) = self.json_lists(rows, 3 + len(_EACH))
         insert = self._insert_from(
-            position, parameters=text, unique_key=key, unique_hash=key_hash
+            position,
+            parameters=text,
+            unique_key=key,
+            unique_hash=key_hash,
+            **_typed(_EACH, others),
         ).on_conflict_do_nothing(index_elements=["unique_hash"])
         return insert.returning(JOBS.c.unique_hash, *self.returned)
 
@@ -203,6 +239,16 @@ class RowInserts(Database):
         return sa.func.coalesce(given, due)
 
 
+def _batches(jobs: NewJobs) -> Iterator[NewJobs]:
+    """The jobs in batches for one statement each."""
+    keys = () if jobs.unique is None else jobs.unique.keys
+    limits = (values["limits_json"] for values in jobs.each)
+    others = max(map(statement_bytes, keys), default=0) + max(
+        map(statement_bytes, limits), default=0
+    )
+    return split(jobs, lambda text: others + statement_bytes(text), most_jobs=_JOBS_PER_STATEMENT)
+
+
 def split(
     jobs: NewJobs,
     size_of: Callable[[str], int],
@@ -226,7 +272,8 @@ def chosen(jobs: NewJobs, numbers: Sequence[int]) -> NewJobs:
     if unique is not None:
         unique = dataclasses.replace(unique, keys=[unique.keys[n] for n in numbers])
     parameters = [jobs.parameters[n] for n in numbers]
-    return dataclasses.replace(jobs, parameters=parameters, unique=unique)
+    each = [jobs.each[n] for n in numbers] if jobs.each else ()
+    return dataclasses.replace(jobs, parameters=parameters, unique=unique, each=each)
 
 
 def with_key(jobs: NewJobs, number: int) -> NewJobs:
@@ -245,16 +292,34 @@ def unique_hash(unique_key: str) -> str:
 
 def column_values(jobs: NewJobs) -> dict[str, Any]:
     """The values of the first of ``jobs`` by column name, without id and times."""
-    values = {**_EMPTY_VALUES, **jobs.values, "parameters_json": jobs.parameters[0]}
+    values = {**_EMPTY_VALUES, **jobs.values_of(0), "parameters_json": jobs.parameters[0]}
     return {c.name: values[key] for key, c in COLUMNS.items() if key not in SET_BY_DATABASE}
 
 
 def inserted_job(
-    jobs: NewJobs, parameters: str, job_id: int, created_at: dt.datetime, run_at: dt.datetime
+    jobs: NewJobs, number: int, job_id: int, created_at: dt.datetime, run_at: dt.datetime
 ) -> Job:
     """One of ``jobs`` as a detached :class:`Job`, with the values that the database returned."""
     returned = {"id": job_id, "created_at": created_at, "run_at": run_at}
-    return detached_job({**_EMPTY_VALUES, **jobs.values, "parameters_json": parameters, **returned})
+    given = {**jobs.values_of(number), "parameters_json": jobs.parameters[number]}
+    return detached_job({**_EMPTY_VALUES, **given, **returned})
+
+
+def by_column_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a job by the names of their columns, and not of their attributes."""
+    return {COLUMNS[key].name: value for key, value in values.items()}
+
+
+def _typed(names: Sequence[str], texts: Sequence[Any]) -> dict[str, Any]:
+    """Columns by name, from texts of their values."""
+    return {
+        name: sa.cast(text, JOBS.c[name].type) if name == "limit_key_id" else text
+        for name, text in zip(names, texts, strict=True)
+    }
+
+
+def _as_text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def loaded_job(row: sa.Row[Any]) -> Job:

@@ -19,6 +19,7 @@ from ..transitions import MOVES
 from .audit import Actor, Audits
 from .enqueue import loaded_job, unique_hash
 from .prune import delete_unheld
+from .seats import Seats
 
 DONE = {"cancel": "cancelled", "retry": "pending again", "delete": "deleted"}
 """The state of a job after each action, in words."""
@@ -53,7 +54,7 @@ class ActionResult:
         return ", ".join(parts) or "nothing to do"
 
 
-class ByHand(Audits):
+class ByHand(Seats, Audits):
     """The statements behind commands and buttons.
 
     Each change is allowed only from certain statuses, and recorded in the audit trail if ``by``
@@ -87,13 +88,15 @@ class ByHand(Audits):
             self._update_each(
                 connection, result.done, transitions.cancelled(self.now, self.deleted_at(self.now))
             )
+            self.leave_all(connection, result.done)
             self._update_each(connection, result.requested, transitions.asked_to_stop(self.now))
             return result
 
         return self._act(ids, work, "cancel", by)
 
     def retry(self, ids: Sequence[int], by: Actor | None = None) -> ActionResult:
-        """Make failed, cancelled or retrying jobs pending again, with no retry used."""
+        """Make failed, cancelled or retrying jobs pending again, or waiting if they have limits,
+        with no retry used."""
 
         def work(connection: sa.Connection, found: Mapping[int, str]) -> ActionResult:
             result = ActionResult()
@@ -105,6 +108,7 @@ class ByHand(Audits):
                 else:
                     result.skipped[job_id] = "another job holds its unique_key"
             self._update_each(connection, result.done, transitions.retried_by_hand(self.now))
+            self.line_up(connection, result.done)
             self.notify(connection)
             return result
 
@@ -125,6 +129,7 @@ class ByHand(Audits):
                     result.skipped[job_id] = "a row of another table refers to it"
                 else:
                     result.done.append(job_id)
+            self.leave_all(connection, result.done)
             return result
 
         return self._act(ids, work, "delete", by)

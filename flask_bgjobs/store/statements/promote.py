@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from ...job.statuses import NOT_STARTED, JobStatus
 from ...models import by_index, has_status
 from .. import transitions
-from ..database import JOBS, SCHEDULES, WORKERS, Database
+from ..database import JOBS, LIMIT_KEYS, NOTICES, SCHEDULES, WORKERS
 from .queue import any_job
+from .seats import Seats
 
 _JOBS_PER_STATEMENT = 1_000
 """Jobs of each status that one transaction promotes. Enqueues must not wait for a long write."""
@@ -46,9 +47,14 @@ class Work:
     none, or if it was not asked for."""
     drain: bool
     """Whether the worker was asked to finish its running jobs and then to end."""
+    notices: bool = False
+    """Whether a key of a limit needs a look, because a job has arrived or has left."""
+    limit_in: float | None = None
+    """Seconds until a rate limit allows the next start, negative if overdue; ``None`` if no job
+    waits for one."""
 
 
-class Due(Database):
+class Due(Seats):
     """The statements about due times."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,10 +83,12 @@ class Due(Database):
             now=row.now,
             tick_in=None if row.tick_at is None else (row.tick_at - row.now).total_seconds(),
             drain=row.drain_requested_at is not None,
+            notices=bool(row.notices),
+            limit_in=None if row.limit_at is None else (row.limit_at - row.now).total_seconds(),
         )
 
     def promote(self) -> int:
-        """Make all due jobs pending.
+        """Make all due jobs pending, or waiting if they have limits.
 
         :returns: the number of promoted jobs.
         """
@@ -90,6 +98,22 @@ class Due(Database):
             promoted_count += batch
             if batch < _JOBS_PER_STATEMENT:
                 return promoted_count
+
+    def promote_one(self, job_id: int) -> None:
+        """Let a scheduled job with limits wait for them now, even if it is not due yet."""
+        scheduled = sa.select(JOBS.c.id).where(
+            JOBS.c.id == job_id,
+            JOBS.c.status == JobStatus.SCHEDULED.value,
+            transitions.HAS_LIMITS,
+        )
+
+        def work(connection: sa.Connection) -> None:
+            ids = connection.scalars(self.locked(scheduled)).all()
+            if ids:
+                connection.execute(promotion(ids))
+                self.line_up(connection, ids)
+
+        self.transaction(work)
 
     def expire(self, limit: int) -> list[int]:
         """Cancel up to ``limit`` jobs that have not started by their deadline.
@@ -102,6 +126,7 @@ class Due(Database):
             if ids:
                 values = transitions.expired(self.now, self.deleted_at(self.now))
                 connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(values))
+                self.leave_all(connection, ids)
             return ids
 
         return self.transaction(work)
@@ -146,7 +171,9 @@ class Due(Database):
             last = max(due, now) + dt.timedelta(seconds=step)
 
     def _promote_some(self, connection: sa.Connection) -> int:
-        return connection.execute(self._promotion).rowcount
+        promoted = connection.execute(self._promotion).all()
+        self.line_up(connection, [row.id for row in promoted if row.limit_key_id is not None])
+        return len(promoted)
 
     def _build_look(self, queues: Sequence[str] | None, schedules: bool) -> sa.Select[Any]:
         first_due = (
@@ -167,12 +194,17 @@ class Due(Database):
         if schedules:
             next_tick = sa.select(sa.func.min(SCHEDULES.c.due_at)).scalar_subquery()
         tick_at = next_tick.label("tick_at")
-        return sa.select(self.now.label("now"), pending, *first_due, tick_at, drain)
+        notices = sa.exists().where(NOTICES.c.id.is_not(None)).label("notices")
+        limit_at = sa.select(sa.func.min(LIMIT_KEYS.c.due_at)).scalar_subquery().label("limit_at")
+        return sa.select(
+            self.now.label("now"), pending, *first_due, tick_at, drain, notices, limit_at
+        )
 
     @functools.cached_property
     def _promotion(self) -> sa.Update:
         due = (self.locked(candidates) for candidates in self._due())
-        return promotion(sa.union_all(*due))
+        ready = promotion(sa.union_all(*due))
+        return ready.returning(JOBS.c.id, JOBS.c.limit_key_id)
 
     def _due(self) -> Iterator[sa.Select[Any]]:
         """The queries for the ids of due jobs, one for each status."""
@@ -183,8 +215,8 @@ class Due(Database):
 
 
 def promotion(ids: Any) -> sa.Update:
-    """The statement that makes jobs pending.
+    """The statement that makes due jobs ready.
 
     :param ids: a list of ids, or a query for them.
     """
-    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.promoted())
+    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.ready())

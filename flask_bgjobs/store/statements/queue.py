@@ -12,6 +12,7 @@ from ...job.statuses import UNCLAIMED, JobStatus
 from ...models import IS_OF_ANY_QUEUE, Queue, has_status
 from ..database import JOBS, QUEUES
 from .audit import Actor, Audits
+from .seats import Seats
 
 _KEPT_SECONDS = 7 * 86_400.0
 """How long the row of an unused queue is kept."""
@@ -19,7 +20,7 @@ _KEPT_SECONDS = 7 * 86_400.0
 PAUSED_QUEUES = sa.select(Queue.name).where(Queue.paused_at.is_not(None))
 
 
-class Queues(Audits):
+class Queues(Seats, Audits):
     """The statements about queues."""
 
     def pause(self, name: str, by: Actor | None = None) -> bool:
@@ -34,6 +35,7 @@ class Queues(Audits):
             self.notify(connection)
             is_done = bool(connection.execute(paused.values(paused_at=None)).rowcount)
             if is_done:
+                self.notice_queues(connection)
                 self.audit(connection, by, "resume", subject=name)
             return is_done
 
@@ -130,6 +132,7 @@ class Queues(Audits):
         running = sa.update(Queue).where(Queue.name == name, Queue.paused_at.is_(None))
         is_done = bool(connection.execute(running.values(paused_at=self.now)).rowcount)
         if is_done:
+            self.notice_queues(connection)
             self.audit(connection, by, "pause", subject=name)
         return is_done
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import datetime as dt
 import functools
 import json
@@ -14,12 +15,14 @@ from typing import Any, TypedDict
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
+from ...job.limits import has_rate, uses_from_json
 from ...job.records import JobSpec, Key, Outcome, Report, Settled, code_name, settlement_of
 from ...job.statuses import FINAL, JobStatus, OutcomeKind, Settlement, WaitsFor
 from ...models import UtcTime
 from .. import transitions
 from ..database import ATTEMPTS, JOBS, WORKERS
 from .progress import Runs, by_key
+from .seats import Leaving, Seats
 
 _NO_BULK_SECONDS = 10.0
 """How long :meth:`Settles.complete` avoids bulk statements after a locked row made one fail. A job
@@ -36,6 +39,8 @@ _NO_ERROR = frozenset(
 """Outcomes that are no failure, so the error of the job is cleared."""
 _WITHOUT_START = frozenset({OutcomeKind.GIVEN_BACK, OutcomeKind.UNKNOWN})
 """Outcomes of attempts whose code has not started, unless they have a start time."""
+_LOST = frozenset({OutcomeKind.LOST, OutcomeKind.LOST_AMONG, OutcomeKind.CRASHED})
+"""Outcomes of attempts of which only a committed start is known."""
 _NO_ATTEMPT_ROW = frozenset({OutcomeKind.EXPIRED, *_NO_ERROR} - {OutcomeKind.CANCELLED})
 """Outcomes for which no row is added to the table of attempts."""
 
@@ -70,7 +75,7 @@ class _LeaseLost(Exception):
     """The worker has lost the lease of at least one of the attempts."""
 
 
-class Settles(Runs):
+class Settles(Runs, Seats):
     """The statements that record outcomes."""
 
     _no_bulk_until = -math.inf
@@ -93,9 +98,14 @@ class Settles(Runs):
         # Attempts claimed under another worker id are lost, even if the rest matches by chance, as
         # in another database.
         ended = [_completion(s, outcome) for s, outcome in ordered if s.worker_id == worker_id]
+        leaving = [
+            _leaving(spec, outcome)
+            for spec, outcome in ordered
+            if spec.limits_json is not None and spec.worker_id == worker_id
+        ]
         try:
             if ended:
-                self.transaction(lambda c: self._complete_in_bulk(c, worker_id, ended))
+                self.transaction(lambda c: self._complete_in_bulk(c, worker_id, ended, leaving))
         except _RowsLocked:
             self._no_bulk_until = time.monotonic() + _NO_BULK_SECONDS
             return self.settle(worker_id, "", ordered)
@@ -113,7 +123,11 @@ class Settles(Runs):
         ]
 
     def _complete_in_bulk(
-        self, connection: sa.Connection, worker_id: int, ended: Sequence[Completion]
+        self,
+        connection: sa.Connection,
+        worker_id: int,
+        ended: Sequence[Completion],
+        leaving: Sequence[Leaving],
     ) -> None:
         parameters = {"ended": self.sendable(json.dumps(ended)), "fence_worker": worker_id}
         try:
@@ -125,6 +139,7 @@ class Settles(Runs):
             raise
         if changed != len(ended):
             raise _LeaseLost
+        self.leave(connection, leaving)
 
     @abc.abstractmethod
     def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
@@ -187,6 +202,8 @@ class Settles(Runs):
         settled: list[Settled] = []
         updates: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
+        leaving: list[Leaving] = []
+        again: list[int] = []
         for spec, outcome in finished:
             if spec.key in locked:
                 continue
@@ -195,6 +212,11 @@ class Settles(Runs):
                 settled.append(Settled(spec, outcome, None))
                 continue
             decided = self._decide(spec, outcome, cancel_requested)
+            if _needs_admission(spec, outcome, decided):
+                decided = dataclasses.replace(decided, status=JobStatus.WAITING)
+                again.append(spec.id)
+            if spec.limits_json is not None and decided.status is not JobStatus.PENDING:
+                leaving.append(_leaving(spec, outcome))
             settled.append(
                 Settled(spec, outcome, decided.status, decided.retry_count, decided.delay_seconds)
             )
@@ -210,6 +232,10 @@ class Settles(Runs):
             connection.execute(self._settle_update, updates)
         if attempts:
             connection.execute(self._attempt_insert, attempts)
+        # Those that were recorded before have left before.
+        recorded_ids = {job_id for job_id, _ in recorded}
+        self.leave(connection, [each for each in leaving if each.job_id not in recorded_ids])
+        self.line_up(connection, [job_id for job_id in again if job_id not in recorded_ids])
         return settled
 
     def _recorded(
@@ -317,19 +343,21 @@ def _settle_parameters(
 ) -> dict[str, Any]:
     started_at, finished_at = _times(spec, outcome)
     report = outcome.report or Report()
-    waits = decided.status is JobStatus.WAITING
+    waits_for = None
+    if decided.status is JobStatus.WAITING:
+        waits_for = WaitsFor.CODE if outcome.kind is OutcomeKind.UNKNOWN else WaitsFor.LIMIT
+    waits_for_code = waits_for is WaitsFor.CODE
     return {
         "job_id": spec.id,
         "fence_attempt": spec.attempt,
         "fence_worker": worker_id,
         "delay_seconds": decided.delay_seconds,
         "is_final": decided.status in FINAL,
-        # The code of a job whose worker died may have started.
-        "has_started": outcome.kind not in _WITHOUT_START or started_at is not None,
-        "waits": waits,
+        "has_started": _may_have_started(spec, outcome),
+        "waits": waits_for_code,
         "new_status": decided.status.value,
-        "new_waits_for": WaitsFor.CODE.value if waits else None,
-        "new_waiting_on": code_name(spec) if waits else None,
+        "new_waits_for": waits_for,
+        "new_waiting_on": code_name(spec) if waits_for_code else None,
         "new_retry_count": decided.retry_count,
         "new_crash_count": decided.crash_count,
         "new_suspect": decided.suspect,
@@ -342,6 +370,27 @@ def _settle_parameters(
         "new_progress": report.progress,
         "new_note": report.progress_note,
     }
+
+
+def _may_have_started(spec: JobSpec, outcome: Outcome) -> bool:
+    """Whether the code of an attempt has started, or of a dead worker, may have started."""
+    return outcome.kind not in _WITHOUT_START or _times(spec, outcome)[0] is not None
+
+
+def _needs_admission(spec: JobSpec, outcome: Outcome, decided: Settlement) -> bool:
+    """Whether a job that is to run again must wait for a rate limit first, because each start
+    counts there."""
+    if decided.status is not JobStatus.PENDING:
+        return False
+    return has_rate(spec.limits_json) and _may_have_started(spec, outcome)
+
+
+def _leaving(spec: JobSpec, outcome: Outcome) -> Leaving:
+    """The job when it gives up its seats."""
+    started_at, _ = _times(spec, outcome)
+    is_lost = outcome.kind in _LOST
+    has_started = started_at is not None or is_lost
+    return Leaving(spec.id, uses_from_json(spec.limits_json), has_started, started_at)
 
 
 def _attempt_values(

@@ -47,6 +47,7 @@ _REPLACED = frozenset(
         *("target", "method", "parameters", "meta", "tags", "owner", "queue", "priority"),
         *("claim_rank", "retries", "retry_delay", "backoff", "max_retry_delay", "jitter"),
         *("timeout", "failure_rules", "deadline_at", "retention_seconds", "status"),
+        *("waits_for", "limits", "limit_key_id"),
     }
 )
 """The columns that an enqueue replaces in a job that has not started. Those about attempts stay,
@@ -96,17 +97,23 @@ class Inserts(RowInserts):
             if jobs.expires_seconds is not None:
                 now = self.time_on(connection)
                 jobs = _with(jobs, {"deadline_at": _later(now, jobs.expires_seconds)})
-            if jobs.unique is None:
-                return self.insert_all(connection, jobs)
-            found: dict[int, Job] = {}
-            if len(jobs.parameters) > 1 and jobs.unique.throttle_seconds is None:
-                found = self._insert_first_of_each_key(connection, jobs, jobs.unique)
-            return [
-                found[number]
-                if number in found
-                else self._insert_unique(connection, with_key(jobs, number))
-                for number in range(len(jobs.parameters))
-            ]
+            unique = jobs.unique
+            insert = self.insert_all if unique is None else self._insert_each_unique
+            saved = insert(connection, jobs)
+            self.line_up_new(connection, (job for job in saved if not job.deduplicated))
+            return saved
+
+    def _insert_each_unique(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        assert jobs.unique is not None
+        found: dict[int, Job] = {}
+        if len(jobs.parameters) > 1 and jobs.unique.throttle_seconds is None:
+            found = self._insert_first_of_each_key(connection, jobs, jobs.unique)
+        return [
+            found[number]
+            if number in found
+            else self._insert_unique(connection, with_key(jobs, number))
+            for number in range(len(jobs.parameters))
+        ]
 
     def _insert_first_of_each_key(
         self, connection: sa.Connection, jobs: NewJobs, unique: Unique
@@ -130,7 +137,8 @@ class Inserts(RowInserts):
         :raises UniqueKeyTaken: as :meth:`insert`, but after 30 s.
         """
         if jobs.unique is None:
-            commit = self.autocommit_once if len(jobs.parameters) == 1 else self.transaction
+            is_one_statement = len(jobs.parameters) == 1 and not _has_limits(jobs)
+            commit = self.autocommit_once if is_one_statement else self.transaction
             return commit(lambda connection: self.insert_within(connection, jobs))
         # A test may have bound the host's sessions to one connection.
         is_hosts = self.outer_connection is not None
@@ -164,7 +172,10 @@ class Inserts(RowInserts):
         if inserted is not None:
             return inserted
         if _replaces(unique) and self._replace(connection, job, unique, key_hash):
-            return self._holder(connection, key_hash)
+            replaced = self._holder(connection, key_hash)
+            if replaced is not None and replaced.limit_key_id is not None:
+                self.notice_change(connection, replaced)
+            return replaced
         found = self._holder(connection, key_hash)
         if found is None or self._free_if_expired(connection, found):
             return None
@@ -229,7 +240,7 @@ class Inserts(RowInserts):
             latest = JOBS.c.debounce_until
             due = sa.case((latest < moved, latest), else_=moved)
             is_due = latest <= self.now
-            columns |= transitions.replaced(is_due=is_due)
+            columns |= transitions.replaced(is_due=is_due, has_limits=_has_limits(job))
             columns["run_at"] = due
         # MySQL assigns in the order of the columns: the status last, because others depend on it.
         ordered = sorted(columns.items(), key=lambda item: item[0] == "status")
@@ -274,14 +285,18 @@ class Inserts(RowInserts):
             "unique_hash": free,
             "unique_until_start": True,
             "unique_expires_at": begins + window,
-            **transitions.enqueued(waits=bool(current)),
+            **transitions.enqueued(waits=bool(current), has_limits=_has_limits(job)),
         }
         due = dataclasses.replace(job, delay_seconds=None, run_at=begins)
         return self.insert_unless_taken(connection, _with(due, columns))
 
     def _give_parameters(self, connection: sa.Connection, holder: Job, job: NewJobs) -> Job | None:
         """Give a job that is not due yet the parameters and options of ``job``."""
-        columns = {k: v for k, v in _replaced_columns(job).items() if k not in ("status", "run_at")}
+        columns = {
+            name: value
+            for name, value in _replaced_columns(job).items()
+            if name not in ("status", "waits_for")
+        }
         waiting = sa.update(JOBS).where(
             JOBS.c.id == holder.id,
             JOBS.c.unique_hash == holder.unique_hash,
@@ -305,6 +320,10 @@ def _key_is_locked(jobs: NewJobs, unique: Unique) -> UniqueKeyTaken:
 
 def _with(job: NewJobs, columns: dict[str, Any]) -> NewJobs:
     return dataclasses.replace(job, values={**job.values, **columns})
+
+
+def _has_limits(job: NewJobs) -> bool:
+    return job.values_of(0).get("limit_key_id") is not None
 
 
 def _replaces(unique: Unique) -> bool:

@@ -11,7 +11,8 @@ from ...job.records import split_code_name
 from ...job.statuses import JobStatus, WaitsFor
 from ...models import by_index, has_status
 from .. import transitions
-from ..database import JOBS, Database
+from ..database import JOBS
+from .seats import Seats
 
 MAX_NAMES = 1_000
 """How many names are read at once. Usually there are a few, but forged rows may have any number."""
@@ -49,7 +50,7 @@ class CodeWait(NamedTuple):
         return self.target if self.method is None else f"{self.target}.{self.method}"
 
 
-class Waiting(Database):
+class Waiting(Seats):
     """The statements about waiting jobs."""
 
     def code_waits(
@@ -77,7 +78,7 @@ class Waiting(Database):
             return connection.scalar(sa.select(sa.func.count()).select_from(some)) or 0
 
     def free(self, wait: CodeWait, limit: int, *, min_seconds: float = 0.0) -> int:
-        """Make jobs that wait for code pending, those that have waited longest first.
+        """Make jobs that wait for code ready, those that have waited longest first.
 
         :param min_seconds: how long they must have waited.
         :returns: the number of freed jobs, at most ``limit``.
@@ -91,8 +92,9 @@ class Waiting(Database):
         def work(connection: sa.Connection) -> int:
             ids = connection.scalars(self.locked(ordered)).all()
             if ids:
-                freed = sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.freed())
+                freed = sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.ready())
                 connection.execute(freed)
+                self.line_up(connection, ids)
             return len(ids)
 
         return self.transaction(work)
