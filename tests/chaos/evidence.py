@@ -46,6 +46,8 @@ class Evidence:
     """The tokens that have a row in the host's own table."""
     failures: Mapping[int, Sequence[tuple[int, str, str]]]
     """Attempt, outcome and error of each attempt that did not complete, by job id."""
+    seats: Sequence[int]
+    """The job of each seat that is left."""
     deaths: Sequence[tuple[Death, frozenset[int]]]
     """The killed workers, each with its ids in the database."""
     clock_offset: float
@@ -104,6 +106,7 @@ def gather(
             failures[row.job_id].append((row.attempt, row.outcome, row.error or ""))
         for row in connection.execute(sa.select(workers.c.id, workers.c.name)):
             ids_of[row.name].add(row.id)
+        seats = connection.scalars(sa.select(table(app, "bgjobs_seat").c.job_id)).all()
         tokens = frozenset(connection.scalars(sa.select(orders.c.token)))
     offset, slack = _compare_clocks(app)
     return Evidence(
@@ -114,6 +117,7 @@ def gather(
         starts=reader.starts(),
         orders=tokens,
         failures=failures,
+        seats=seats,
         deaths=[(death, frozenset(ids_of[death.worker])) for death in deaths],
         clock_offset=offset,
         clock_slack=slack,

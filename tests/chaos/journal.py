@@ -62,6 +62,7 @@ class Run:
     start: Note
     ended: str | None = None
     """:data:`END` or :data:`RAISED`; ``None`` if the process was killed."""
+    ended_at: float | None = None
 
 
 class Reader:
@@ -102,4 +103,4 @@ class Reader:
             runs.append(Run(note))
         for run in runs:
             if note.event != START and run.start.pid == note.pid and run.ended is None:
-                run.ended = note.event
+                run.ended, run.ended_at = note.event, note.at

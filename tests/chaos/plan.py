@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from flask_bgjobs import JobStatus
 
+from .limits import draw_limits
+
 How = Literal["saved at once", "joined and committed", "joined and rolled back"]
 
 _HOW: dict[How, int] = {
@@ -128,6 +130,6 @@ class Plan:
             how,
             [token, *parameters],
             # The token is also the owner, so that it is found without reading parameters.
-            {"priority": priority, "owner": str(token), **options},
+            {"priority": priority, "owner": str(token), **options, **draw_limits(self._random)},
             cancel_after if is_cancelled else None,
         )

@@ -12,6 +12,7 @@ from flask_bgjobs.job.statuses import FINAL, JobStatus
 
 from .evidence import CRASHED, LOST, Evidence
 from .journal import END, Run
+from .limits import exceeded
 
 _FINAL = frozenset(status.value for status in FINAL)
 _NEXT = {
@@ -22,6 +23,14 @@ _NEXT = {
     "running": {"completed", "failed", "cancelled", "retrying", "scheduled", "pending"},
 }
 """The allowed transitions. No job is retried by hand here, so a final status never changes."""
+_NEXT_WITH_LIMITS = {
+    None: {"scheduled", "waiting"},
+    "scheduled": {"waiting", "cancelled"},
+    "retrying": {"waiting", "cancelled"},
+    "waiting": {"pending", "waiting", "cancelled"},
+    "pending": {"running", "waiting", "cancelled"},
+    "running": {*_NEXT["running"], "waiting"},
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,8 +77,11 @@ def _stuck(evidence: Evidence) -> Found:
 
 def _wrong_transition(evidence: Evidence) -> Found:
     for job_id, changes in evidence.history.items():
+        job = evidence.jobs.get(job_id)
+        has_limits = job is not None and job.limits_json is not None
+        allowed = _NEXT_WITH_LIMITS if has_limits else _NEXT
         for change in changes:
-            if change.status not in _NEXT.get(change.old_status, ()):
+            if change.status not in allowed.get(change.old_status, ()):
                 yield job_id, f"this transition is not allowed: {change}"
 
 
@@ -112,7 +124,7 @@ def _blamed_without_proof(evidence: Evidence) -> Found:
         released = {
             change.attempt
             for change in evidence.history[job_id]
-            if (change.old_status, change.status) == ("running", "pending")
+            if change.old_status == "running" and change.status in ("pending", "waiting")
         } - outcomes.keys()
         for attempt, outcome, error in failures:
             with_its_worker = outcome == CRASHED and "only suspect" in error
@@ -226,6 +238,16 @@ def _too_early(evidence: Evidence) -> Found:
             yield job.id, f"it started {early:.3f} s before it was due"
 
 
+def _limit_exceeded(evidence: Evidence) -> Found:
+    limits = {job.id: job.limits_json for job in evidence.jobs.values()}
+    yield from exceeded(limits, evidence.runs, evidence.history, evidence.clock_offset)
+
+
+def _keeps_its_seat(evidence: Evidence) -> Found:
+    for job_id in evidence.seats:
+        yield job_id, "it has ended but still has a seat at a limit"
+
+
 def _keeps_its_key(evidence: Evidence) -> Found:
     for job in evidence.jobs.values():
         if job.status in _FINAL and job.unique_hash is not None:
@@ -251,5 +273,6 @@ PROMISES: dict[str, Sequence[Callable[[Evidence], Found]]] = {
     "with a wrong result": (_completed_without_end, _wrong_result),
     "saved despite a rollback": (_should_not_exist, _partly_committed),
     "run when not allowed": (_ran_unclaimed, _ran_twice, _too_early),
+    "beyond a limit": (_limit_exceeded, _keeps_its_seat),
 }
 """The violations that no job may show, and the checks that find them."""
