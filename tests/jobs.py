@@ -53,6 +53,22 @@ def record(path: str, line: str) -> str:
     return line
 
 
+def limited(path: str, key: str, number: int) -> int:
+    """Record the start and the end of this run. Depending on ``number``, the first attempt fails or
+    snoozes."""
+    job, attempt = current_job.id, current_job.attempt
+    record(path, f"start {job} {attempt} {time.time()}")
+    try:
+        time.sleep(0.002 * (number % 5))
+        if attempt == 1 and number % 10 == 0:
+            raise RuntimeError("the first attempt fails")
+        if attempt == 1 and number % 10 == 1:
+            raise Snooze(0.05)
+        return number
+    finally:
+        record(path, f"end {job} {attempt} {time.time()}")
+
+
 def echo(value: Any = None) -> Any:
     return value
 
@@ -478,6 +494,7 @@ NAMES = [
             swallow,
             enqueue_another,
             enqueue_limited,
+            limited,
             record_tick,
             tick,
             wall_clock,

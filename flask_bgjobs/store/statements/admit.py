@@ -81,6 +81,11 @@ def is_waiting_job(job_id: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
     return sa.and_(JOBS.c.id == job_id, sa.case((is_waiting, sa.true()), else_=sa.false()))
 
 
+IS_AT_LIMIT = sa.and_(
+    JOBS.c.status == JobStatus.WAITING.value,
+    JOBS.c.waits_for.in_([WaitsFor.LIMIT.value, WaitsFor.QUEUE.value]),
+)
+"""The condition that a job waits for its limits."""
 IS_WAITING_JOB = is_waiting_job(SEATS.c.job_id)
 
 
@@ -206,7 +211,8 @@ class Admissions(LimitKeys, OpenQueues):
             .where(SEATS.c.key_id.in_(key_ids), SEATS.c.state == _WAITS, JOBS.c.id.is_(None))
             .limit(_ROOM_PER_STEP)
         )
-        self.leave_all(connection, connection.scalars(stale).all())
+        ids = sorted(connection.scalars(stale))
+        self.remove_seats(connection, ids, SeatState.WAITS, IS_AT_LIMIT)
 
     @functools.cached_property
     def _first_of_key(self) -> sa.Select[Any]:

@@ -10,22 +10,19 @@ from typing import Any
 import sqlalchemy as sa
 
 from ...job.limits import uses_from_json
-from ...job.statuses import JobStatus, WaitsFor
+from ...job.statuses import JobStatus
 from ...models import SeatState
 from .. import transitions
 from ..database import JOBS, LIMIT_KEYS, NOTICES, SEATS
-from .admit import Admissions
+from .admit import IS_AT_LIMIT, Admissions
 from .seats import seat
 
 _ROWS_PER_STEP = 1_000
 _KEYS_PER_STEP = 500
 _WAITS, _HOLDS, _PARKED = SeatState.WAITS.value, SeatState.HOLDS.value, SeatState.PARKED.value
-_AT_LIMIT = sa.and_(
-    JOBS.c.status == JobStatus.WAITING.value,
-    JOBS.c.waits_for.in_([WaitsFor.LIMIT.value, WaitsFor.QUEUE.value]),
+_MAY_HOLD = sa.or_(
+    JOBS.c.status.in_([JobStatus.PENDING.value, JobStatus.RUNNING.value]), IS_AT_LIMIT
 )
-"""The condition that a job waits for its limits."""
-_MAY_HOLD = sa.or_(JOBS.c.status.in_([JobStatus.PENDING.value, JobStatus.RUNNING.value]), _AT_LIMIT)
 """The condition that a job may have a seat."""
 
 
@@ -101,18 +98,11 @@ class Heals(Admissions):
             .order_by(SEATS.c.job_id)
             .limit(_ROWS_PER_STEP)
         )
-        may_have = _MAY_HOLD if state is SeatState.HOLDS else _AT_LIMIT
+        may_have = _MAY_HOLD if state is SeatState.HOLDS else IS_AT_LIMIT
         ids = connection.scalars(some).all()
         valid = sa.select(JOBS.c.id).where(JOBS.c.id.in_(ids), may_have)
         wrong = sorted(set(ids) - set(connection.scalars(valid))) if ids else []
-        if wrong:
-            # Those whose rows are locked may have been retried by hand since.
-            unlocked = sa.select(JOBS.c.id).where(JOBS.c.id.in_(wrong), ~may_have)
-            ended = set(connection.scalars(unlocked.with_for_update(skip_locked=True)))
-            existing = set(connection.scalars(sa.select(JOBS.c.id).where(JOBS.c.id.in_(wrong))))
-            wrong = [job_id for job_id in wrong if job_id in ended or job_id not in existing]
-            self.leave_all(connection, wrong)
-        return len(wrong), _next(ids)
+        return self.remove_seats(connection, wrong, state, may_have), _next(ids)
 
     def _heal_jobs(
         self, connection: sa.Connection, status: JobStatus, after: int
@@ -122,7 +112,7 @@ class Heals(Admissions):
         :returns: their number, and the next cursor.
         """
         states = [_WAITS, _PARKED] if status is JobStatus.WAITING else [_HOLDS]
-        needs_seat = _AT_LIMIT if status is JobStatus.WAITING else transitions.HAS_LIMITS
+        needs_seat = IS_AT_LIMIT if status is JobStatus.WAITING else transitions.HAS_LIMITS
         some = (
             sa.select(JOBS.c.id, needs_seat.label("needs_seat"))
             .where(JOBS.c.status == status.value, JOBS.c.id > after)
@@ -130,14 +120,24 @@ class Heals(Admissions):
         )
         rows = connection.execute(self.limit_ordered(some, _ROWS_PER_STEP)).all()
         ids = [row.id for row in rows if row.needs_seat]
-        seated = sa.select(SEATS.c.job_id).where(SEATS.c.state.in_(states), SEATS.c.job_id.in_(ids))
-        missing = sorted(set(ids) - set(connection.scalars(seated))) if ids else []
-        locked = self.lock_jobs(connection, missing, status) if missing else {}
+        missing = self._without_seat(connection, ids, states)
+        locked = self.lock_jobs(connection, missing, status)
+        # The jobs may have got seats since, before their rows were locked.
+        found = [locked[each] for each in self._without_seat(connection, sorted(locked), states)]
         if status is JobStatus.RUNNING:
-            self.insert_seats(connection, [each for row in locked.values() for each in _held(row)])
+            self.insert_seats(connection, [each for row in found for each in _held(row)])
         else:
-            self.send_back(connection, list(locked.values()), is_parked=False)
-        return len(locked), _next([row.id for row in rows])
+            self.send_back(connection, found, is_parked=False)
+        return len(found), _next([row.id for row in rows])
+
+    def _without_seat(
+        self, connection: sa.Connection, ids: Sequence[int], states: Sequence[int]
+    ) -> list[int]:
+        """The ids of the jobs among these that have no seat with one of the states."""
+        if not ids:
+            return []
+        seated = sa.select(SEATS.c.job_id).where(SEATS.c.state.in_(states), SEATS.c.job_id.in_(ids))
+        return sorted(set(ids) - set(connection.scalars(seated)))
 
     def _heal_keys(self, connection: sa.Connection, after: int) -> tuple[int, int]:
         """Insert notices for keys with room at which jobs wait without one.

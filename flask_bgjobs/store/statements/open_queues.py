@@ -111,6 +111,33 @@ class OpenQueues(Seats):
         rows = connection.execute(chosen.order_by(JOBS.c.id).with_for_update(skip_locked=True))
         return {row.id: row for row in rows}
 
+    def remove_seats(
+        self,
+        connection: sa.Connection,
+        ids: Sequence[int],
+        state: SeatState,
+        may_have: sa.ColumnElement[bool],
+    ) -> int:
+        """Remove the seats with a state of jobs that cannot have them, or that are gone.
+
+        :param ids: the jobs, as they were found without a lock. They may have changed since, so
+            their rows are locked first; those that another transaction has locked are left out.
+        :param may_have: the condition that a job may have such a seat.
+        :returns: the number of removed seats.
+        """
+        if not ids:
+            return 0
+        others = by_id(sa.select(JOBS.c.id)).where(JOBS.c.id.in_(ids), ~may_have)
+        locked = set(connection.scalars(others.with_for_update(skip_locked=True)))
+        existing = set(connection.scalars(sa.select(JOBS.c.id).where(JOBS.c.id.in_(ids))))
+        wrong = [job_id for job_id in ids if job_id in locked or job_id not in existing]
+        mine = SEATS.c.state == state.value, SEATS.c.job_id.in_(wrong)
+        keys = connection.scalars(sa.select(SEATS.c.key_id).where(*mine)).all() if wrong else []
+        if keys:
+            connection.execute(sa.delete(SEATS).where(*mine))
+            self.notice(connection, dict.fromkeys(keys, ()))
+        return len(keys)
+
     def send_back(self, connection: sa.Connection, rows: Sequence[Any], *, is_parked: bool) -> None:
         """Take all seats of jobs, and let them wait at their first limit again.
 
