@@ -143,6 +143,7 @@ def test_limits_hold(state: AppState, start_worker: Start, journal: Path, pool: 
     """While workers and children are killed, jobs retry, snooze and are cancelled, and limits are
     paused and overridden, no limit is exceeded at any moment; all jobs end, and no seat is left."""
     chance = random.Random(11)
+    state.store.define_limits({str(limit.name): limit.rule for limit in [*LIMITS, *RATES]})
     ids = enqueue_jobs(state, journal, chance)
     options = ("--pool", pool, "-c", "4")
     workers = [start_worker(*options, **LEASE) for _ in range(WORKERS)]

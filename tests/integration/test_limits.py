@@ -336,6 +336,33 @@ class TestByHand:
         check_seats(state)
         assert stored(state.app, later).status == "pending"
 
+    def test_many_jobs_of_a_paused_queue_are_passed(self, state: AppState) -> None:
+        """Jobs of a paused queue that are ahead of all others do not hold them up."""
+        sets = [{"value": n} for n in range(300)]
+        options = JobOptions(limits=ONE, queue="slow", priority=5)
+        enqueue_all(state, ECHO, None, sets, options)
+        other = enqueue(queue="quick")
+        state.store.pause("slow")
+        assert admit(state) == 1
+        check_seats(state)
+        assert stored(state.app, other).status == "pending"
+        state.store.resume("slow")
+        admit(state)
+        check_seats(state)
+        waits = {job.waits_for for job in rows(state, Job) if job.queue == "slow"}
+        assert waits == {"limit", None}
+
+    def test_worker_of_a_queue_that_has_just_started(self, state: AppState, worker: int) -> None:
+        """Jobs of a queue are not held back because its worker was not there a moment ago."""
+        state.store.stop_worker(worker)
+        register(state, "one", queues=["a"])
+        enqueue(queue="a")
+        assert admit(state) == 1
+        register(state, "two", queues=["b"])
+        job = enqueue(2, PER_VALUE, queue="b")
+        assert admit(state) == 1
+        assert stored(state.app, job).status == "pending"
+
     def test_queue_without_a_worker_holds_nothing(self, state: AppState, worker: int) -> None:
         """Jobs of a queue that no live worker serves leave the limit to others, until one does."""
         stuck = enqueue(queue="unserved")

@@ -119,7 +119,7 @@ class PostgresStore(Store):
         return sa.select(first).join_from(named, first, sa.true())
 
     def first_waiting(self, connection: sa.Connection, keys: Sequence[Key]) -> list[Candidate]:
-        rooms = {key.id: key.room for key in keys}
+        rooms = {key.id: key.wanted for key in keys}
         parameters = {"keys": list(rooms), "rooms": list(rooms.values())}
         rows = connection.execute(self._first_waiting, parameters)
         found = [Candidate._make(row) for row in rows]
@@ -130,7 +130,7 @@ class PostgresStore(Store):
             others = set(connection.scalars(self._others_waiting, parameters))
             for key in keys:
                 if key.id in others:
-                    free = self.next_free(connection, key, key.room - taken[key.id], ids)
+                    free = self.next_free(connection, key, key.wanted - taken[key.id], ids)
                     found += free
         return found
 

@@ -8,8 +8,9 @@ what they announced.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -31,8 +32,9 @@ _ROOM_PER_STEP = 1_000
 _SWAPS_PER_STEP = 100
 _FURTHER = 10
 """How many more jobs are read at a key if the rows of the first ones are locked."""
-_PASSES = 5
-"""How often a transaction looks for more jobs of a key because it has parked some."""
+_PASSES, _PARKED_MORE = 4, 8
+"""How often a transaction looks for more jobs of a key because it has parked some, and how many
+times as many it then reads."""
 _LOOK_AGAIN = SECOND // 4
 """When to look again at a rate whose room is taken by jobs that have not started."""
 _USED = 3_600 * SECOND
@@ -152,17 +154,21 @@ class Admissions(LimitKeys, OpenQueues):
     def _fill(self, connection: sa.Connection, keys: Mapping[int, Key]) -> tuple[int, bool]:
         """Admit the first waiting jobs of keys that have room.
 
-        :returns: how many are pending now, and whether others now wait at their next limit.
+        :returns: how many are pending now, and whether there is more to do, because others now wait
+            at their next limit, or were parked.
         """
         open_keys = [k for k in keys.values() if k.room > 0 and k.best_waiting is not None]
         pending = following = 0
-        for _ in range(_PASSES):
+        for number in range(_PASSES):
             if not open_keys:
                 break
             found = self.first_waiting(connection, open_keys)
             served = self.open_queues(connection)
-            fit = [each for each in found if each.queue in served]
+            if any(each.queue not in served for each in found):
+                # Read anew: a worker may have started since.
+                served = self.open_queues(connection, max_age=0.0)
             closed = [each for each in found if each.queue not in served]
+            fit = _within_room(keys, [each for each in found if each.queue in served])
             self.send_back(connection, closed, is_parked=True)
             further = self._give_seats(connection, fit)
             following += further
@@ -171,14 +177,16 @@ class Admissions(LimitKeys, OpenQueues):
                 keys[candidate.key_id].room -= 1
                 keys[candidate.key_id].admitted += 1
             open_keys = [keys[key_id] for key_id in {each.key_id for each in closed}]
+            for key in open_keys:
+                key.extra = _PARKED_MORE ** (number + 1)
         self.notice(connection, {key.id: () for key in keys.values() if key.has_skipped})
-        return pending, following > 0
+        return pending, following > 0 or bool(open_keys)
 
     def first_waiting(self, connection: sa.Connection, keys: Sequence[Key]) -> list[Candidate]:
         """The first jobs that wait at each key, as many as it has room for. Their rows are locked;
         those that another transaction has locked are left out, and noted in the key."""
         found: list[Candidate] = []
-        one = {key.id for key in keys if key.room == 1}
+        one = {key.id for key in keys if key.wanted == 1}
         if one:
             rows = list(connection.execute(self._first_of_each, {"ids": sorted(one)}))
             if missing := sorted(one - {row.key_id for row in rows}):
@@ -186,8 +194,8 @@ class Admissions(LimitKeys, OpenQueues):
                 rows += connection.execute(self._first_of_each, {"ids": missing}).all()
             found += map(Candidate._make, rows)
         for key in keys:
-            if key.room > 1:
-                parameters = {"key": key.id, "number": key.room}
+            if key.wanted > 1:
+                parameters = {"key": key.id, "number": key.wanted}
                 found += map(Candidate._make, connection.execute(self._first_of_key, parameters))
         return found
 
@@ -197,7 +205,7 @@ class Admissions(LimitKeys, OpenQueues):
         """Up to ``number`` jobs that wait at a key behind others that are locked. The key needs
         another look later."""
         key.has_skipped = True
-        parameters = {"key": key.id, "number": key.room + number + _FURTHER}
+        parameters = {"key": key.id, "number": key.wanted + number + _FURTHER}
         rows = map(Candidate._make, connection.execute(self._first_of_key, parameters))
         others = [each for each in rows if each.id not in known]
         locked = self.lock_jobs(connection, [each.id for each in others], JobStatus.WAITING)
@@ -328,6 +336,17 @@ def first_job_of(key_id: sa.ColumnElement[int]) -> sa.Select[Any]:
     waiting = sa.select(other.c.job_id).where(other.c.key_id == key_id, other.c.state == _WAITS)
     ordered = by_primary_key(waiting, other)
     return ordered.order_by(other.c.claim_rank, other.c.run_at, other.c.job_id).limit(1)
+
+
+def _within_room(keys: Mapping[int, Key], found: Iterable[Candidate]) -> list[Candidate]:
+    """The first of the jobs at each key, as many as it has room for."""
+    taken: collections.Counter[int] = collections.Counter()
+    chosen = []
+    for each in found:
+        if taken[each.key_id] < keys[each.key_id].room:
+            taken[each.key_id] += 1
+            chosen.append(each)
+    return chosen
 
 
 def _is_ready(row: Any) -> bool:

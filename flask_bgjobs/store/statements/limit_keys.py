@@ -62,6 +62,8 @@ class Key:
     """Of a rate: the starts of running jobs, which are recorded only when they end."""
     room: int = 0
     """How many jobs may still be admitted."""
+    extra: int = 0
+    """How many more jobs to read than there is room for."""
     admitted: int = 0
     has_skipped: bool = False
     """Whether jobs were not admitted because their rows are locked."""
@@ -72,6 +74,11 @@ class Key:
         if self.is_paused:
             return -self.held
         return math.inf if self.rule.concurrency is None else self.rule.concurrency - self.held
+
+    @property
+    def wanted(self) -> int:
+        """How many waiting jobs to read."""
+        return self.room + self.extra
 
     @property
     def rate_state(self) -> RateState:

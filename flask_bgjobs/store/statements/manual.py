@@ -88,7 +88,7 @@ class ByHand(Seats, Audits):
             self._update_each(
                 connection, result.done, transitions.cancelled(self.now, self.deleted_at(self.now))
             )
-            self.leave_all(connection, result.done)
+            self._leave_limits(connection, result.done)
             self._update_each(connection, result.requested, transitions.asked_to_stop(self.now))
             return result
 
@@ -129,10 +129,15 @@ class ByHand(Seats, Audits):
                     result.skipped[job_id] = "a row of another table refers to it"
                 else:
                     result.done.append(job_id)
-            self.leave_all(connection, result.done)
+            self._leave_limits(connection, result.done)
             return result
 
         return self._act(ids, work, "delete", by)
+
+    def _leave_limits(self, connection: sa.Connection, ids: Sequence[int]) -> None:
+        """Remove the seats of jobs, and let workers give them to others at once."""
+        if self.leave_all(connection, ids):
+            self.notify(connection)
 
     def _act(
         self,

@@ -54,10 +54,13 @@ class OpenQueues(Seats):
         super().__init__(*args, **kwargs)
         self._open: Open | None = None
 
-    def open_queues(self, connection: sa.Connection) -> Open:
-        """The queues that are not paused and that a live worker serves, as of the last second."""
+    def open_queues(self, connection: sa.Connection, max_age: float = _QUEUES_SECONDS) -> Open:
+        """The queues that are not paused and that a live worker serves.
+
+        :param max_age: seconds for which an earlier result may be used; 1 by default.
+        """
         found = self._open
-        if found is None or time.monotonic() - found.read_at >= _QUEUES_SECONDS:
+        if found is None or time.monotonic() - found.read_at >= max_age:
             found = self._open = _read(connection)
         return found
 

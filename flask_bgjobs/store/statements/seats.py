@@ -86,15 +86,19 @@ class Seats(Database):
                     known.append(None if time is None else microseconds(time))
         self.notice(connection, starts)
 
-    def leave_all(self, connection: sa.Connection, ids: Sequence[int]) -> None:
-        """Remove the seats of jobs that are not running, if they have any."""
+    def leave_all(self, connection: sa.Connection, ids: Sequence[int]) -> bool:
+        """Remove the seats of jobs that are not running.
+
+        :returns: whether they had any.
+        """
         if not ids:
-            return
+            return False
         mine = SEATS.c.state.in_([state.value for state in SeatState]), SEATS.c.job_id.in_(ids)
         keys = connection.scalars(sa.select(SEATS.c.key_id).where(*mine).distinct()).all()
         if keys:
             connection.execute(sa.delete(SEATS).where(*mine))
             self.notice(connection, dict.fromkeys(keys, ()))
+        return bool(keys)
 
     def notice(self, connection: sa.Connection, starts: Mapping[int, Sequence[int | None]]) -> None:
         """Insert a notice for each key.
