@@ -99,9 +99,7 @@ class Limit:
         only few other jobs need. Every job takes them in this order, or two jobs
         could wait for each other.
         """
-        if self.key is not None:
-            return (0 if self.rate is None else 1), self.name or ""
-        return (2 if self.rate is not None else 3), self.name or ""
+        return _order(self.name or "", self.rule, has_key=self.key is not None)
 
 
 class LimitUse(NamedTuple):
@@ -116,6 +114,16 @@ class LimitUse(NamedTuple):
     def key_id(self) -> int:
         """The id of the limit and the key together."""
         return key_id(self.name, self.key)
+
+    def order_by(self, rule: Rule) -> tuple[int, str]:
+        """Sort key as :attr:`Limit.order`, if the limit has this rule."""
+        return _order(self.name, rule, has_key=bool(self.key))
+
+
+def _order(name: str, rule: Rule, *, has_key: bool) -> tuple[int, str]:
+    if has_key:
+        return (0 if rule.rate is None else 1), name
+    return (2 if rule.rate is not None else 3), name
 
 
 def key_id(name: str, key: str) -> int:

@@ -81,9 +81,12 @@ class Claims:
         self._give_back(refused)
         self.total += len(specs) - len(refused)
         usual = [spec for spec in good if not spec.suspect]
-        routed.submit([spec for spec in usual if not has_rate(spec.limits_json)], claimed)
-        # Rate limits count recorded starts. These must not be earlier than the real ones.
-        routed.submit([spec for spec in usual if has_rate(spec.limits_json)], began)
+        rated = [s for s in usual if s.limits_json is not None and has_rate(s.limits_json)]
+        if rated:
+            # Rate limits count recorded starts. These must not be earlier than the real ones.
+            routed.submit(rated, began)
+            usual = [spec for spec in usual if spec not in rated]
+        routed.submit(usual, claimed)
         return bool(specs)
 
     def start_suspects(self, worker_id: int, pools: WorkerPools) -> bool:

@@ -555,6 +555,29 @@ class TestHeal:
         wanted = "running" if status == "running" else "pending"
         assert stored(state.app, job).status == wanted
 
+    def test_limits_in_opposite_order(self, state: AppState) -> None:
+        """Two jobs whose releases order their limits differently do not wait for each other."""
+        a, x = Limit("a", concurrency=1), Limit("x", concurrency=1)
+        rated = Limit("x", concurrency=1, rate=1000, per=1, burst=1000)
+        first = enqueue(limits=a)
+        other = enqueue(limits=x)
+        admit(state)
+        old, new = enqueue(limits=[a, x]), enqueue(limits=[a, rated], priority=5)
+        order = [use.name for use in uses_from_json(new.limits_json)]
+        assert order == ["x", "a"]
+        state.store.cancel([first.id])
+        admit(state)
+        state.store.cancel([other.id])
+        admit(state)
+        assert statuses(state) == {"waiting": 2, "cancelled": 2}
+        assert state.store.heal(Cursors()).orders == 1
+        admit(state)
+        check_seats(state)
+        pending = [job for job in (old, new) if stored(state.app, job).status == "pending"]
+        assert len(pending) == 1
+        state.store.cancel([pending[0].id])
+        assert admit(state) == 1
+
     def test_lost_notice(self, state: AppState) -> None:
         """A key with room whose notice is gone is looked at again."""
         enqueue()

@@ -74,9 +74,10 @@ class LimitKeeper:
             self.is_due = True
             _logger.warning(
                 "Limits healed | Worker: %s | Seats without a job: %d | Jobs without a seat: %d | "
-                "Keys with free seats that no worker looked at: %d",
+                "Jobs with another order: %d | Keys with free seats that no worker looked at: %d",
                 self._worker,
                 healed.seats,
                 healed.jobs,
+                healed.orders,
                 healed.keys,
             )

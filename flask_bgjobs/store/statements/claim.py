@@ -31,13 +31,12 @@ _OF_ANY_QUEUE = {
     ordered: ordered.where(sa.literal_column(IS_OF_ANY_QUEUE, sa.Boolean))
     for ordered in (_PENDING, _PENDING_WITHOUT_SUSPECTS)
 }
-_CLAIMER_STATUS = (
-    sa.select(WORKERS.c.status)
+_CLAIMER = (
+    sa.select(WORKERS.c.status, sa.exists().where(Queue.paused_at.is_not(None)).label("any_paused"))
     .where(WORKERS.c.id == sa.bindparam("claimer"))
     # The shared lock makes a rescue of this worker wait: it must include the jobs claimed here.
     .with_for_update(read=True)
 )
-_ANY_PAUSED = sa.select(sa.literal(1)).where(Queue.paused_at.is_not(None)).limit(1)
 _PENDING_AT_OFFSET = (
     _OF_ANY_QUEUE[_PENDING].offset(sa.bindparam("behind", type_=sa.Integer)).limit(1)
 )
@@ -128,12 +127,13 @@ class Claims(Queues):
         without: Collection[str],
         suspects: bool,
     ) -> list[JobSpec]:
-        if not self._is_alive(connection, worker_id):
+        claimer = connection.execute(_CLAIMER, {"claimer": worker_id}).first()
+        if claimer is None or claimer.status != "alive":
             return []
         ordered = _PENDING if suspects else _PENDING_WITHOUT_SUSPECTS
         if queues is not None:
             specs = self._claim_by_queue(connection, ordered, worker_id, limit, queues, without)
-        elif without or connection.scalar(_ANY_PAUSED):
+        elif without or claimer.any_paused:
             specs = self._claim_from_open_queues(connection, ordered, worker_id, limit, without)
         else:
             specs = self._claim_from(connection, worker_id, _OF_ANY_QUEUE[ordered], limit)
@@ -340,9 +340,6 @@ class Claims(Queues):
             .values(transitions.claimed(sa.bindparam("claimer"), self.now))
             .returning(*SPEC_COLUMNS)
         )
-
-    def _is_alive(self, connection: sa.Connection, worker_id: int) -> bool:
-        return connection.scalar(_CLAIMER_STATUS, {"claimer": worker_id}) == "alive"
 
     def _queues_to_register(self, specs: Sequence[JobSpec]) -> set[str]:
         """The queues of the jobs that this process has not registered within the last day."""

@@ -300,9 +300,15 @@ def inserted_job(
     jobs: NewJobs, number: int, job_id: int, created_at: dt.datetime, run_at: dt.datetime
 ) -> Job:
     """One of ``jobs`` as a detached :class:`Job`, with the values that the database returned."""
-    returned = {"id": job_id, "created_at": created_at, "run_at": run_at}
-    given = {**jobs.values_of(number), "parameters_json": jobs.parameters[number]}
-    return detached_job({**_EMPTY_VALUES, **given, **returned})
+    values = {
+        **_EMPTY_VALUES,
+        **jobs.values_of(number),
+        "parameters_json": jobs.parameters[number],
+        "id": job_id,
+        "created_at": created_at,
+        "run_at": run_at,
+    }
+    return detached_job(values)
 
 
 def by_column_name(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ...job.limits import uses_from_json
+from ...job.limits import uses_from_json, uses_to_json
 from ...job.statuses import JobStatus
 from ...models import SeatState
 from .. import transitions
-from ..database import JOBS, LIMIT_KEYS, NOTICES, SEATS
+from ..database import JOBS, LIMIT_KEYS, LIMITS, NOTICES, SEATS
 from .admit import IS_AT_LIMIT, Admissions
+from .limit_keys import effective_rule
 from .seats import seat
 
 _ROWS_PER_STEP = 1_000
@@ -35,6 +36,7 @@ class Cursors:
     seat_2: int = 0
     waiting: int = 0
     pending: int = 0
+    following: int = 0
     key: int = 0
 
 
@@ -46,11 +48,14 @@ class Healed:
     """Seats that were removed, because their job has ended or is gone."""
     jobs: int = 0
     """Jobs that had no seat."""
+    orders: int = 0
+    """Jobs that another release has enqueued with their limits in another order. Two such jobs
+    could wait for each other."""
     keys: int = 0
     """Keys with room at which jobs waited, and that no worker would have looked at."""
 
     def __bool__(self) -> bool:
-        return bool(self.seats or self.jobs or self.keys)
+        return bool(self.seats or self.jobs or self.orders or self.keys)
 
 
 class Heals(Admissions):
@@ -79,6 +84,9 @@ class Heals(Admissions):
             healed.jobs += found
             if status is not JobStatus.RUNNING:
                 setattr(cursors, status.value, after)
+        healed.orders, cursors.following = self.transaction(
+            functools.partial(self._heal_orders, after=cursors.following)
+        )
         healed.keys, cursors.key = self.transaction(
             functools.partial(self._heal_keys, after=cursors.key)
         )
@@ -138,6 +146,37 @@ class Heals(Admissions):
             return []
         seated = sa.select(SEATS.c.job_id).where(SEATS.c.state.in_(states), SEATS.c.job_id.in_(ids))
         return sorted(set(ids) - set(connection.scalars(seated)))
+
+    def _heal_orders(self, connection: sa.Connection, after: int) -> tuple[int, int]:
+        """Let jobs that hold a seat and wait for another take their limits in the order of the
+        present definitions.
+
+        :returns: their number, and the next cursor.
+        """
+        some = (
+            sa.select(SEATS.c.job_id)
+            .where(SEATS.c.state == _WAITS, SEATS.c.position > 0, SEATS.c.job_id > after)
+            .order_by(SEATS.c.job_id)
+            .limit(_ROWS_PER_STEP)
+        )
+        ids = connection.scalars(some).all()
+        rows = self.lock_jobs(connection, ids, JobStatus.WAITING)
+        uses = {row.id: uses_from_json(row.limits) for row in rows.values()}
+        names = {use.name for each in uses.values() for use in each}
+        limits = sa.select(LIMITS.c.name, LIMITS.c.definition).where(LIMITS.c.name.in_(names))
+        rules = {
+            row.name: effective_rule(row.definition, None) for row in connection.execute(limits)
+        }
+        healed = 0
+        for job_id, found in uses.items():
+            ordered = sorted(found, key=lambda use: use.order_by(rules.get(use.name, use.rule)))
+            if list(found) != ordered:
+                values = {"limits": uses_to_json(ordered), "limit_key_id": ordered[0].key_id}
+                connection.execute(sa.update(JOBS).where(JOBS.c.id == job_id).values(values))
+                again = self.lock_jobs(connection, [job_id], JobStatus.WAITING)
+                self.send_back(connection, list(again.values()), is_parked=False)
+                healed += 1
+        return healed, _next(ids)
 
     def _heal_keys(self, connection: sa.Connection, after: int) -> tuple[int, int]:
         """Insert notices for keys with room at which jobs wait without one.

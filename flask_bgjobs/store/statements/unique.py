@@ -100,7 +100,8 @@ class Inserts(RowInserts):
             unique = jobs.unique
             insert = self.insert_all if unique is None else self._insert_each_unique
             saved = insert(connection, jobs)
-            self.line_up_new(connection, (job for job in saved if not job.deduplicated))
+            if _has_limits(jobs):
+                self.line_up_new(connection, (job for job in saved if not job.deduplicated))
             return saved
 
     def _insert_each_unique(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
