@@ -240,6 +240,44 @@ class TestAdmit:
         assert len(rows(state, Notice)) == 1
         assert admit(state) == 1
 
+    @pytest.mark.on("postgresql", "mysql")
+    @pytest.mark.parametrize("number", [1, 300])
+    def test_open_transactions_hold_nobody_up(
+        self, state: AppState, worker: int, number: int
+    ) -> None:
+        """While an app's transaction has enqueued jobs with a limit and is still open, workers
+        admit, claim and settle others with the same limit."""
+        host = state.db.session()
+        limits = [PER_VALUE, Limit("many", concurrency=1_000), Limit("r", rate=10**6, per=1)]
+        sets = [{"value": n} for n in range(number)]
+        options = JobOptions(limits=limits)
+        enqueue_all(state, ECHO, None, sets, options, host)
+        jobs = enqueue_all(state, ECHO, None, sets, options, None)
+        store = state.store.with_deadline(10)
+        store.on_attempt = lambda: attempts.append(1)
+        attempts: list[int] = []
+        while store.admit().more:
+            pass
+        specs = store.claim(worker, 2 * number)
+        assert {spec.id for spec in specs} == {job.id for job in jobs}
+        entries = [
+            (spec, Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED, wait_seconds=0.0))
+            for spec in specs
+        ]
+        assert all(settled.status for settled in store.complete(worker, entries))
+        while store.admit().more:
+            pass
+        store.cancel([jobs[0].id])
+        store.balance_queues()
+        store.heal(Cursors())
+        transactions = len(attempts)
+        host.commit()
+        assert admit(state) > 0
+        # None of them was redone because of a lock.
+        assert transactions <= 40
+        check_seats(state)
+        store.dispose()
+
     def test_rescue_and_give_back_keep_the_seat(self, state: AppState, worker: int) -> None:
         """A job of a dead worker keeps its seat, and so does one that was given back."""
         job, other = enqueue(), enqueue()

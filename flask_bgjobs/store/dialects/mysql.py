@@ -6,6 +6,7 @@ import collections
 import contextlib
 import datetime as dt
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from ...errors import DatabaseNotSupported, InvalidJob
 from ...job.records import UNREADABLE_TIME, JobSpec
 from ...job.statuses import JobStatus
-from ...models import Job, UtcTime, has_status
+from ...models import Job, SeatState, UtcTime, has_status
 from .. import transitions
 from ..base import Store
 from ..connections import forward
@@ -27,10 +28,12 @@ from ..database import (
     JOBS,
     LIMIT_KEYS,
     LIMITS,
+    NOTICES,
     QUEUES,
     READ_ONLY,
     ROLLUPS,
     SCHEDULES,
+    SEATS,
 )
 from ..links import connect_limits, discard_dead_connections, prepare_limits, shut_down
 from ..statements.admit import Candidate
@@ -199,6 +202,48 @@ class MysqlStore(Store):
                 known = {each.id for each in found}
                 free += self.next_free(connection, key, missing[key.id], known)
         return free
+
+    def delete_seats(
+        self, connection: sa.Connection, states: Sequence[SeatState], ids: Sequence[int]
+    ) -> None:
+        for state in states:
+            mine = f"AND found.state = {state.value}"
+            self._delete_by_ids(connection, SEATS, "job_id", "ix_bgjobs_seat_job", ids, mine)
+
+    def delete_notices_by_id(self, connection: sa.Connection, ids: Sequence[int]) -> None:
+        if ids:
+            self._delete_by_ids(connection, NOTICES, "id", "PRIMARY", ids)
+
+    def delete_notices(
+        self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]
+    ) -> None:
+        ids = connection.scalars(sa.select(NOTICES.c.id).where(*conditions)).all()
+        self.delete_notices_by_id(connection, ids)
+
+    def _delete_by_ids(
+        self,
+        connection: sa.Connection,
+        table: sa.Table,
+        column: str,
+        index: str,
+        ids: Sequence[int],
+        condition: str = "",
+    ) -> None:
+        """Delete rows by one look-up in an index for each id.
+
+        For an IN list, the server may scan the table instead. It would then wait for rows that open
+        transactions of the host have inserted.
+        """
+        named = sa.table(table.name, schema=self.schema)
+        name = self.host_engine.dialect.identifier_preparer.format_table(named)
+        connection.execute(
+            sa.text(
+                f"DELETE found FROM JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given "
+                f"STRAIGHT_JOIN {name} AS found FORCE INDEX ({index}) "
+                f"ON found.{column} = given.id {condition}"
+            ),
+            {"ids": json.dumps(list(ids))},
+        )
 
     def ignoring_duplicates(self, insert: Any, key: sa.Column[Any]) -> Any:
         return insert.prefix_with("IGNORE")

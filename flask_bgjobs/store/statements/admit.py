@@ -23,7 +23,14 @@ from .. import transitions
 from ..database import JOBS, LIMIT_KEYS, NOTICES, SEATS
 from .limit_keys import ORDER, Key, LimitKeys, Wanted
 from .open_queues import OpenQueues
-from .seats import ALL_QUEUES, by_primary_key, microseconds, seat, time_of
+from .seats import (
+    ALL_QUEUES,
+    by_primary_key,
+    by_state_and_job,
+    microseconds,
+    seat,
+    time_of,
+)
 
 _KEYS_PER_STEP = 500
 """Keys that one transaction works on."""
@@ -145,8 +152,8 @@ class Admissions(LimitKeys, OpenQueues):
         statuses = [status.value for status in NOT_STARTED]
         others = sa.select(JOBS.c.id).where(JOBS.c.id.in_(ids), JOBS.c.status.in_(statuses))
         locked = set(connection.scalars(others)) - set(rows)
-        if done := [row.id for row in changes if row.job_id not in locked]:
-            connection.execute(sa.delete(NOTICES).where(NOTICES.c.id.in_(done)))
+        done = [row.id for row in changes if row.job_id not in locked]
+        self.delete_notices_by_id(connection, done)
         return bool(rows)
 
     # Admissions
@@ -255,7 +262,7 @@ class Admissions(LimitKeys, OpenQueues):
             return 0
         ids = [each.job_id for each in candidates]
         mine = SEATS.c.state == _WAITS, SEATS.c.job_id.in_(ids)
-        connection.execute(sa.update(SEATS).where(*mine).values(state=_HOLDS))
+        connection.execute(by_state_and_job(sa.update(SEATS).where(*mine)).values(state=_HOLDS))
         following = []
         for each in candidates:
             uses = uses_from_json(each.limits)[each.position + 1 :] if each.further else ()

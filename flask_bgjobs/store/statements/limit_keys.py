@@ -150,7 +150,7 @@ class LimitKeys(Seats):
         uses = self._uses_at(connection, ids)
         unused = [key_id for key_id in ids if key_id not in uses]
         if unused:
-            connection.execute(sa.delete(NOTICES).where(NOTICES.c.key_id.in_(unused)))
+            self.delete_notices(connection, NOTICES.c.key_id.in_(unused))
             # A job may have come since the first query, and its notice is deleted now.
             uses |= self._uses_at(connection, unused)
         return uses
@@ -249,17 +249,14 @@ class LimitKeys(Seats):
             starts[row.key_id] += (now if t is None else t for t in _starts_of(row.starts))
         for key in rated.values():
             key.state = with_starts(key.state, starts[key.id], key.rule, key.now)
-        if rows:
-            ids = [row.id for row in rows]
-            connection.execute(sa.delete(NOTICES).where(NOTICES.c.id.in_(ids)))
+        self.delete_notices_by_id(connection, [row.id for row in rows])
 
     def take_notices(self, connection: sa.Connection, keys: Iterable[Key]) -> None:
         """Delete the notices of other keys. Call this before their seats are counted, or a job that
         comes in between would be forgotten."""
         ids = [key.id for key in keys if key.rule.rate is None]
         if ids:
-            mine = NOTICES.c.key_id.in_(ids), NOTICES.c.job_id.is_(None)
-            connection.execute(sa.delete(NOTICES).where(*mine))
+            self.delete_notices(connection, NOTICES.c.key_id.in_(ids), NOTICES.c.job_id.is_(None))
 
     def count_seats(self, connection: sa.Connection, keys: Mapping[int, Key]) -> None:
         """Count the seats of locked keys, in a query that begins after the locks were taken."""

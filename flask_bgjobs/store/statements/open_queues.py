@@ -74,9 +74,7 @@ class OpenQueues(Seats):
 
     def take_queue_notices(self, connection: sa.Connection) -> None:
         """Act on the notices that queues were paused or resumed."""
-        notices = sa.select(NOTICES.c.id).where(NOTICES.c.key_id == ALL_QUEUES)
-        ids = connection.scalars(notices).all()
-        connection.execute(sa.delete(NOTICES).where(NOTICES.c.id.in_(ids)))
+        self.delete_notices(connection, NOTICES.c.key_id == ALL_QUEUES)
         self.balance_queues_within(connection)
 
     def balance_queues_within(self, connection: sa.Connection) -> int:
@@ -137,7 +135,7 @@ class OpenQueues(Seats):
         mine = SEATS.c.state == state.value, SEATS.c.job_id.in_(wrong)
         keys = connection.scalars(sa.select(SEATS.c.key_id).where(*mine)).all() if wrong else []
         if keys:
-            connection.execute(sa.delete(SEATS).where(*mine))
+            self.delete_seats(connection, [state], wrong)
             self.notice(connection, dict.fromkeys(keys, ()))
         return len(keys)
 

@@ -75,8 +75,7 @@ class Seats(Database):
         if not leaving:
             return
         ids = [each.job_id for each in leaving]
-        held = SEATS.c.state == SeatState.HOLDS.value, SEATS.c.job_id.in_(ids)
-        connection.execute(sa.delete(SEATS).where(*held))
+        self.delete_seats(connection, [SeatState.HOLDS], ids)
         starts: dict[int, list[int | None]] = {}
         for each in leaving:
             for use in each.uses:
@@ -96,7 +95,7 @@ class Seats(Database):
         mine = SEATS.c.state.in_([state.value for state in SeatState]), SEATS.c.job_id.in_(ids)
         keys = connection.scalars(sa.select(SEATS.c.key_id).where(*mine).distinct()).all()
         if keys:
-            connection.execute(sa.delete(SEATS).where(*mine))
+            self.delete_seats(connection, list(SeatState), ids)
             self.notice(connection, dict.fromkeys(keys, ()))
         return bool(keys)
 
@@ -111,6 +110,29 @@ class Seats(Database):
         ]
         if rows:
             connection.execute(sa.insert(NOTICES), rows)
+
+    def delete_seats(
+        self, connection: sa.Connection, states: Sequence[SeatState], ids: Sequence[int]
+    ) -> None:
+        """Delete the seats of jobs that have one of the states.
+
+        Like the next two methods, it must not wait for rows that open transactions of the host have
+        inserted.
+        """
+        values = [state.value for state in states]
+        mine = SEATS.c.state.in_(values), SEATS.c.job_id.in_(ids)
+        connection.execute(sa.delete(SEATS).where(*mine))
+
+    def delete_notices_by_id(self, connection: sa.Connection, ids: Sequence[int]) -> None:
+        """Delete notices."""
+        if ids:
+            connection.execute(sa.delete(NOTICES).where(NOTICES.c.id.in_(ids)))
+
+    def delete_notices(
+        self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]
+    ) -> None:
+        """Delete the committed notices that match."""
+        connection.execute(sa.delete(NOTICES).where(*conditions))
 
     def notice_change(self, connection: sa.Connection, job: Job) -> None:
         """Insert a notice that the limits or the order of a job have changed.
@@ -160,6 +182,14 @@ def by_primary_key(statement: sa.Select[Any], table: Any = SEATS) -> sa.Select[A
     for dialect in ("mysql", "mariadb"):
         statement = statement.with_hint(table, "FORCE INDEX (PRIMARY)", dialect)
     return statement
+
+
+def by_state_and_job(update: sa.Update) -> sa.Update:
+    """Make an UPDATE of seats use the index of these columns on MySQL and MariaDB, or it would wait
+    for seats that open transactions of the host have inserted."""
+    for dialect in ("mysql", "mariadb"):
+        update = update.with_hint("FORCE INDEX (ix_bgjobs_seat_job)", dialect_name=dialect)
+    return update
 
 
 def microseconds(time: dt.datetime) -> int:
