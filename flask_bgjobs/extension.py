@@ -218,9 +218,10 @@ class BgJobs:
 
         The function is called with two arguments: the action (``"view"``, ``"dispatch"``,
         ``"cancel"``, ``"retry"``, ``"delete"``, ``"pause"``, ``"resume"``, ``"drain"``,
-        ``"schedule"`` or ``"audit"``), and the job, or ``None`` if the action does not concern a
-        single job. It returns ``True`` to allow the action. Any other return value denies it. The
-        function may also call :func:`flask.abort`, for example with a redirect to a login page.
+        ``"schedule"``, ``"limit"`` or ``"audit"``), and the job, or ``None`` if the action does not
+        concern a single job. It returns ``True`` to allow the action. Any other return value denies
+        it. The function may also call :func:`flask.abort`, for example with a redirect to a login
+        page.
 
         :raises ConfigError: when the function is ``async``, a generator or a class, or does not
             take two arguments.

@@ -31,7 +31,7 @@ from ..store import Actor
 from ..system.safe_logging import logger as _logger
 from . import params
 
-VIEW, AUDIT, DISPATCH, SCHEDULE = "view", "audit", "dispatch", "schedule"
+VIEW, AUDIT, DISPATCH, SCHEDULE, LIMIT = "view", "audit", "dispatch", "schedule", "limit"
 _ACTIONS = {
     "overview": VIEW,
     "list_jobs": VIEW,
@@ -41,6 +41,7 @@ _ACTIONS = {
     "list_queues": VIEW,
     "list_workers": VIEW,
     "list_schedules": VIEW,
+    "list_limits": VIEW,
     "list_audit": AUDIT,
     "dispatch": DISPATCH,
     "act": "",
@@ -48,6 +49,7 @@ _ACTIONS = {
     "act_on_queue": "",
     "act_on_worker": "",
     "act_on_schedule": SCHEDULE,
+    "act_on_limit": LIMIT,
     "api_description": VIEW,
     "api_stats": VIEW,
     "api_jobs": VIEW,
@@ -57,12 +59,15 @@ _ACTIONS = {
     "api_workers": VIEW,
     "api_schedules": VIEW,
     "api_schedule": VIEW,
+    "api_limits": VIEW,
+    "api_limit": VIEW,
     "api_audit": AUDIT,
     "api_dispatch": DISPATCH,
     "api_act": "",
     "api_act_on_queue": "",
     "api_act_on_worker": "",
     "api_act_on_schedule": SCHEDULE,
+    "api_act_on_limit": LIMIT,
 }
 """The action that the authorizer is asked about, by view; where it is empty, the URL names it."""
 _OPEN = frozenset({"static", "healthz"})

@@ -21,19 +21,25 @@ from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 from ..errors import (
     BgJobsError,
     JobNotAllowed,
+    LimitNotFound,
     QueueNotFound,
     ScheduleChanged,
     ScheduleNotFound,
 )
+from ..flow.limits.data import key_data, limit_data
+from ..flow.limits.manage import LimitState, RuleValues, list_limits
+from ..flow.limits.manage import find as find_limit
 from ..flow.schedules.data import row_data
 from ..flow.schedules.manage import RecurringJob
+from ..job.limits import MAX_KEY
 from ..job.plain import plain, time_text
 from ..job.text import storable
 from ..operations import actions, queries
 from ..options import RECURRENCE_OPTIONS
-from ..state import current_state
+from ..state import AppState, current_state
 from . import access, params
 from .changes import ACTS
+from .limits import keys_of
 from .rendering import json_response
 from .schedule_rows import detail_data, detail_of, find_visible, list_rows
 
@@ -49,6 +55,7 @@ _QUERY = {
     "api_workers": ("ended",),
     "api_schedules": ("q", "after", "per"),
     "api_schedule": ("name",),
+    "api_limit": ("name",),
     "api_audit": ("after", "per"),
 }
 """The query parameters of each view; a view that is not listed has none."""
@@ -78,6 +85,9 @@ def register(blueprint: Blueprint) -> None:
         ("/schedules", api_schedules, "GET"),
         ("/schedule", api_schedule, "GET"),
         ("/schedules/<any(run, pause, resume, override, reset):verb>", api_act_on_schedule, "POST"),
+        ("/limits", api_limits, "GET"),
+        ("/limit", api_limit, "GET"),
+        ("/limits/<any(pause, resume, override, reset):verb>", api_act_on_limit, "POST"),
         ("/audit", api_audit, "GET"),
     ):
         blueprint.add_url_rule(PREFIX + path, view_func=_checked(view), methods=[method])
@@ -321,6 +331,63 @@ def _schedule(name: str) -> RecurringJob:
     try:
         return find_visible(current_state(), name)
     except ScheduleNotFound as error:
+        raise NotFound(str(error)) from None
+
+
+def api_limits() -> ResponseReturnValue:
+    """Return all limits, by name."""
+    access.require_totals()
+    return json_response(limits=[_limit_data(limit) for limit in list_limits(current_state())])
+
+
+def api_limit() -> ResponseReturnValue:
+    """Return one limit, with its keys at which jobs wait, that are paused or that jobs use."""
+    if "name" not in request.args:
+        raise BadRequest("name must be the name of a limit")
+    state = current_state()
+    access.require_totals()
+    limit = _limit(state, request.args["name"])
+    names_people = access.is_allowed(access.AUDIT)
+    found = (each.key for each in keys_of(state, [limit]))
+    keys = [key_data(limit, key, names_people=names_people) for key in found]
+    return json_response(**_limit_data(limit), keys=keys)
+
+
+def api_act_on_limit(verb: str) -> ResponseReturnValue:
+    """Pause, resume, override or reset a limit, or pause or resume one of its keys."""
+    body = _body()
+    name, key = body.pop("limit", None), None
+    if not isinstance(name, str):
+        raise BadRequest("limit must be the name of a limit")
+    access.require_totals()
+    limit = _limit(current_state(), name)
+    if verb in ("pause", "resume"):
+        key = body.pop("key", None)
+    options = tuple(RuleValues.__annotations__) if verb == "override" else ()
+    if unknown := body.keys() - set(options):
+        fields = ", ".join(("limit", *(options or ("key",) * (verb != "reset"))))
+        raise BadRequest(f"there is no field {min(unknown)!r}; the fields are {fields}")
+    by = access.visitor()
+    try:
+        if verb == "override":
+            limit = limit.override(by, **body)
+        elif verb == "reset":
+            limit = limit.reset(by)
+        else:
+            limit = limit.pause(key, by) if verb == "pause" else limit.resume(key, by)
+    except (BgJobsError, TypeError) as error:
+        return _refused(HTTPStatus.BAD_REQUEST, str(error))
+    return json_response(**_limit_data(limit))
+
+
+def _limit_data(limit: LimitState) -> dict[str, Any]:
+    return limit_data(limit, names_people=access.is_allowed(access.AUDIT))
+
+
+def _limit(state: AppState, name: str) -> LimitState:
+    try:
+        return find_limit(state, storable(name, MAX_KEY))
+    except LimitNotFound as error:
         raise NotFound(str(error)) from None
 
 

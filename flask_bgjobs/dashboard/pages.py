@@ -31,6 +31,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, ServiceUnavailable
 
 from ..errors import DatabaseUnusable
+from ..job.limits import uses_from_json
 from ..job.text import one_line, sentence
 from ..models import Job
 from ..operations import queries
@@ -154,10 +155,10 @@ def count_new() -> ResponseReturnValue:
 
 def show_job(job_id: int) -> ResponseReturnValue:
     """Show one job, with its attempts, log lines and changes."""
-    detail = queries.job_detail(
-        current_state(), access.requested_job(), with_totals=access.may_see_totals()
-    )
-    return live_page("job", detail=detail, schedule=_schedule_name(detail))
+    job = access.requested_job()
+    detail = queries.job_detail(current_state(), job, with_totals=access.may_see_totals())
+    limits = {use.name for use in uses_from_json(job.limits_json)}
+    return live_page("job", detail=detail, schedule=_schedule_name(detail), limits=sorted(limits))
 
 
 def _schedule_name(detail: queries.JobDetail) -> str | None:

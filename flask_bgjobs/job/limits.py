@@ -153,7 +153,7 @@ def uses_from_json(text: str | None) -> tuple[LimitUse, ...]:
             LimitUse(str(name), str(key), rule_of(rule))
             for name, key, rule in json.loads(text or "[]")
         )
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return ()
 
 

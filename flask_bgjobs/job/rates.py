@@ -101,7 +101,7 @@ def state_from(arrival: int | None, starts: str | None) -> RateState:
     """The state from its row; without starts if their text is not valid."""
     try:
         read = tuple((int(at), int(number)) for at, number in json.loads(starts or "[]"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         read = ()
     return RateState(arrival, read)
 

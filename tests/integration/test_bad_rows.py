@@ -111,6 +111,11 @@ HARMLESS = [
     ("waits_for", "nonsense"),
     ("waits_for", "code"),
     ("waiting_on", "\u202e<b>"),
+    *(
+        ("limits", value)
+        for value in ("nonsense", "[]", "[[1]]", '[["a", "b", {"no": 1}]]', "[" * 5_000)
+    ),
+    ("limit_key_id", 5),
 ]
 """Invalid values that do not prevent a job from running."""
 HARMLESS_ON_SQLITE = [
@@ -135,6 +140,8 @@ HARMLESS_ON_SQLITE = [
     ("result", b"\xff"),
     ("error", b"\xff"),
     ("tags", b"\xff"),
+    ("limits", b"\xff"),
+    ("limit_key_id", "abc"),
 ]
 ALL_COLUMNS = {column.name for column in Job.__table__.columns}
 
@@ -162,6 +169,7 @@ LIST_PAGES = [
     "/jobs/queues",
     "/jobs/workers",
     "/jobs/schedules",
+    "/jobs/limits",
     "/jobs/api/v1/jobs",
     "/jobs/api/v1/stats",
 ]

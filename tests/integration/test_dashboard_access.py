@@ -69,6 +69,7 @@ def test_sweep_covers_every_route(make_host: MakeHost) -> None:
         ("GET", "/jobs/queues"),
         ("GET", "/jobs/workers"),
         ("GET", "/jobs/schedules"),
+        ("GET", "/jobs/limits"),
         ("GET", "/jobs/audit"),
         ("GET", "/jobs/dispatch"),
         ("POST", "/jobs/dispatch"),
@@ -86,6 +87,10 @@ def test_sweep_covers_every_route(make_host: MakeHost) -> None:
         ("POST", "/jobs/schedules/resume"),
         ("POST", "/jobs/schedules/override"),
         ("POST", "/jobs/schedules/reset"),
+        ("POST", "/jobs/limits/pause"),
+        ("POST", "/jobs/limits/resume"),
+        ("POST", "/jobs/limits/override"),
+        ("POST", "/jobs/limits/reset"),
         ("GET", "/jobs/api/v1/openapi.json"),
         ("GET", "/jobs/api/v1/stats"),
         ("GET", "/jobs/api/v1/jobs"),
@@ -107,6 +112,12 @@ def test_sweep_covers_every_route(make_host: MakeHost) -> None:
         ("POST", "/jobs/api/v1/schedules/resume"),
         ("POST", "/jobs/api/v1/schedules/override"),
         ("POST", "/jobs/api/v1/schedules/reset"),
+        ("GET", "/jobs/api/v1/limits"),
+        ("GET", "/jobs/api/v1/limit"),
+        ("POST", "/jobs/api/v1/limits/pause"),
+        ("POST", "/jobs/api/v1/limits/resume"),
+        ("POST", "/jobs/api/v1/limits/override"),
+        ("POST", "/jobs/api/v1/limits/reset"),
         ("GET", "/jobs/api/v1/audit"),
     }
 
@@ -440,8 +451,8 @@ def test_viewer_cannot_change_anything(make_host: MakeHost) -> None:
     answers = sweep(host, job_id, csrf_token=host.token())
     for (method, path), status in answers.items():
         may = method == "GET" and not path.endswith(("/dispatch", "/audit"))
-        # Needs the name of a schedule.
-        allowed = 400 if path.endswith("/schedule") else 200
+        # These need a name.
+        allowed = 400 if path.endswith(("/schedule", "/limit")) else 200
         assert status == (allowed if may else 403), path
     for page in (host.get("/list"), host.get(f"/job/{job_id}")):
         assert "formaction" not in page
@@ -477,6 +488,7 @@ def test_public_dashboard_is_read_only(make_host: MakeHost) -> None:
         "/jobs/queues",
         "/jobs/workers",
         "/jobs/schedules",
+        "/jobs/limits",
         f"/jobs/job/{job_id}",
         "/jobs/api/v1/openapi.json",
         "/jobs/api/v1/stats",
@@ -486,6 +498,7 @@ def test_public_dashboard_is_read_only(make_host: MakeHost) -> None:
         "/jobs/api/v1/queues",
         "/jobs/api/v1/workers",
         "/jobs/api/v1/schedules",
+        "/jobs/api/v1/limits",
     }
     assert {status for (method, _), status in answers.items() if method == "POST"} == {403}
 

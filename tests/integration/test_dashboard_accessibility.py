@@ -12,6 +12,8 @@ import axe_playwright_python
 import pytest
 import sqlalchemy as sa
 
+from flask_bgjobs import Limit, run_background_job
+from flask_bgjobs.flow.limits.manage import find as find_limit
 from flask_bgjobs.flow.schedules.manage import find
 from flask_bgjobs.flow.schedules.ticker import Ticker
 from flask_bgjobs.job.rollup import MINUTE, OUTCOMES, RUN, WAIT, Cell
@@ -46,6 +48,9 @@ PAGES = {
     "workers": "/workers?ended=1",
     "schedules": "/schedules",
     "schedule": "/schedules?name=nightly",
+    "limits": "/limits",
+    "limit": "/limits?name=sync",
+    "limited": "/job/9",
     "audit": "/audit",
     "dispatch": "/dispatch?again=2",
     "missing": "/job/4711",
@@ -81,6 +86,21 @@ def add_schedules(host: Host) -> None:
         connection.execute(held.values(held_at=now(-40), last_job_id=1))
 
 
+def add_limits(host: Host) -> None:
+    """Add limits and keys in each state that looks different."""
+    ada = Actor("ada", "dashboard")
+    sync = Limit("sync", concurrency=1, key="{order_id}")
+    mailgun = Limit("mailgun", rate=100, per=3_600)
+    with host.app.app_context():
+        jobs = [run_background_job(RECEIPT, parameters=[n], limits=sync) for n in (7, 7, 8)]
+        run_background_job(RECEIPT, parameters=[9], limits=mailgun)
+        while host.state.store.admit().more:
+            pass
+        find_limit(host.state, "mailgun").override(ada, rate=50)
+        find_limit(host.state, "sync").pause("9", ada)
+    assert [job.id for job in jobs] == [8, 9, 10]
+
+
 @pytest.fixture
 def populated_host(host: Host) -> Host:
     """A host with a job in each state that looks different, and content on every page."""
@@ -112,6 +132,7 @@ def populated_host(host: Host) -> Host:
     store = host.state.store
     store.record(Actor("anna", "dashboard"), "cancel", jobs=[failed])
     add_schedules(host)
+    add_limits(host)
     minute = store.clock().replace(second=0, microsecond=0)
     store.add_to_rollup(
         {

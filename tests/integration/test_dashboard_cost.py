@@ -13,18 +13,24 @@ import pytest
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_bgjobs import BgJobs, Job, run_background_job
+from flask_bgjobs import BgJobs, Job, Limit, run_background_job
 from flask_bgjobs.dashboard import access
 from flask_bgjobs.flow.schedules.ticker import Ticker
-from flask_bgjobs.models import Attempt, Schedule, ScheduleTick
+from flask_bgjobs.job.limits import key_id, limit_id
+from flask_bgjobs.models import Attempt, LimitKey, Schedule, ScheduleTick, Seat
 from flask_bgjobs.operations.queries import listing
 from flask_bgjobs.state import state_of
-from flask_bgjobs.store import Actor
+from flask_bgjobs.store import Actor, Store
 from flask_bgjobs.worker.registration import register
 from tests.integration.test_store import _copy_job, _plan_step, _scans, analyze
 
-MOST_STATEMENTS = 8
+MOST_STATEMENTS = 9
+"""One of them reads the jobs that wait for code, on most pages, if any job waits."""
+MORE_STATEMENTS = {"job that waits for a limit": 3}
+"""Pages that may take more: the limit with its key, the jobs ahead, and those with seats."""
 MOST_BYTES = 60_000
+LIMITED = 900_000
+"""The id of a job that waits for a limit."""
 PAGES = {
     "overview": "/",
     "newest": "/list",
@@ -45,7 +51,11 @@ PAGES = {
     "schedules": "/schedules",
     "later schedules": "/schedules?after=s-0700&q=S-",
     "schedule": "/schedules?name=s-0777",
+    "limits": "/limits",
+    "limit": "/limits?name=many",
+    "job that waits for a limit": f"/job/{LIMITED}",
     "audit": "/audit",
+    "api limit": "/api/v1/limit?name=many",
     "api schedules": "/api/v1/schedules?per=200",
     "api schedule": "/api/v1/schedule?name=s-0777",
     "api": "/api/v1/stats",
@@ -57,8 +67,8 @@ _FIRST_BY_ID = re.compile(r"FROM bgjobs_job ORDER BY bgjobs_job.id( DESC)?\s+LIM
 
 @pytest.fixture
 def crowded(database_url: str) -> Iterator[flask.Flask]:
-    """A host with 50,000 jobs, some failed attempts, an audit entry, and 10,000 schedules, of which
-    the first has 10,000 ticks."""
+    """A host with 50,000 jobs, some failed attempts, an audit entry, 10,000 schedules, of which the
+    first has 10,000 ticks, and a limit with 500 keys, at the first of which 2,000 jobs wait."""
     app = flask.Flask(__name__)
     app.config.update(
         SECRET_KEY="x",
@@ -83,6 +93,7 @@ def crowded(database_url: str) -> Iterator[flask.Flask]:
         store.transaction(lambda c: [c.execute(attempt) for _ in range(50)])
         store.record(Actor("anna", "dashboard"), "cancel", jobs=[first.id])
         _add_schedules(app)
+        _add_limits(store)
         analyze(store)
         yield app
         store.dispose()
@@ -103,8 +114,28 @@ def _add_schedules(app: flask.Flask) -> None:
         connection.execute(sa.insert(ScheduleTick), ticks)
 
 
+def _add_limits(store: Store) -> None:
+    limit = Limit("many", concurrency=1, key="{value}")
+    _, waiting = (
+        run_background_job("tests.jobs.echo", parameters=[0], limits=limit) for _ in range(2)
+    )
+    store.admit()
+    # A number that is the same on all databases.
+    for table, column in ((Job.__table__, "id"), (Seat.__table__, "job_id")):
+        mine = sa.update(table).where(table.c[column] == waiting.id).values({column: LIMITED})
+        store.transaction(lambda c, mine=mine: c.execute(mine))
+    usual = {"state": 0, "claim_rank": 0, "run_at": store.clock(), "position": 0, "further": 0}
+    first = key_id("many", "0")
+    seats = [{**usual, "key_id": first, "job_id": 10**6 + n} for n in range(2_000)]
+    keys = [{"id": n, "limit_id": limit_id("many"), "name": f"k{n}"} for n in range(1, 500)]
+    seats += [{**usual, "key_id": n, "job_id": 10**7 + n} for n in range(1, 500)]
+    with store.engine.begin() as connection:
+        connection.execute(sa.insert(LimitKey).values(used_at=store.now), keys)
+        connection.execute(sa.insert(Seat), seats)
+
+
 def test_pages_take_few_statements(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 50,000 jobs, each page takes at most eight statements, reads no table of jobs as a
+    """With 50,000 jobs, each page takes at most nine statements, reads no table of jobs as a
     whole, and is at most 60 KB compressed."""
     # Fewer than there are jobs, like the default of 100,000 among a million.
     monkeypatch.setattr(listing, "SEARCHED_ROWS", 500)
@@ -115,7 +146,7 @@ def test_pages_take_few_statements(crowded: flask.Flask, monkeypatch: pytest.Mon
     for name, path in PAGES.items():
         page: list[bytes] = []
         seen = _statements(crowded, lambda path=path, page=page: page.append(_get(crowded, path)))
-        if len(seen) > MOST_STATEMENTS:
+        if len(seen) > MOST_STATEMENTS + MORE_STATEMENTS.get(name, 0):
             problems.append(f"{name}: {len(seen)} statements")
         if len(gzip.compress(page[0], 6)) > MOST_BYTES:
             problems.append(f"{name}: too large")

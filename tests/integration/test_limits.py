@@ -627,6 +627,17 @@ class TestHeal:
         assert self.heal(state) == (0, 0, 1)
         assert stored(state.app, job).status == "pending"
 
+    def test_edited_limits(self, state: AppState) -> None:
+        """A job whose limits somebody has edited runs without them, and does not wait forever."""
+        for number, values in enumerate(({"limits": "{]"}, {"limit_key_id": 7}, {"limits": None})):
+            job = enqueue(number, Limit(f"l{number}", concurrency=1))
+            execute(state, sa.update(Job.__table__).where(Job.id == job.id).values(values))
+            execute(state, sa.delete(Seat))
+            execute(state, sa.delete(Notice))
+            state.store.heal(Cursors())
+            admit(state)
+            assert stored(state.app, job).status == "pending", values
+
     def test_unreadable_limit(self, state: AppState) -> None:
         """With an edited definition, one job runs at a time."""
         enqueue()

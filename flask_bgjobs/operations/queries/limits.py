@@ -16,10 +16,11 @@ from ...store import MAX_COUNTED, effective_rule
 _SHOWN_HOLDERS = 3
 
 
-def limit_reasons(state: AppState, job: Job) -> Iterator[str]:
+def limit_reasons(state: AppState, job: Job, *, with_totals: bool) -> Iterator[str]:
     """Sentences that say which limit a waiting job waits for, and why it must wait there.
 
     :param job: a job that waits for a limit.
+    :param with_totals: whether they may tell of other jobs.
     """
     found = state.store.seat_of(job.id)
     if found is None:
@@ -33,9 +34,9 @@ def limit_reasons(state: AppState, job: Job) -> Iterator[str]:
         by = key.paused_by or key.limit_paused_by
         yield f"It waits, because {what} is paused{f' by {by}' if by else ''}. Resume it first."
     else:
-        facts = [*_queue(ahead), *_next_start(key, rule)]
+        facts = [*(_queue(ahead) if with_totals else ()), *_next_start(key, rule)]
         yield f"It waits for the limit {limit} ({rule.in_words()}){_listed(facts)}."
-    if rule.concurrency is not None:
+    if rule.concurrency is not None and with_totals:
         yield from _holders(state, key, rule)
 
 

@@ -22,7 +22,6 @@ from ...models import SeatState
 from .. import transitions
 from ..database import JOBS, LIMIT_KEYS, NOTICES, SEATS
 from .limit_keys import ORDER, Key, LimitKeys, Wanted
-from .open_queues import OpenQueues
 from .seats import (
     ALL_QUEUES,
     by_primary_key,
@@ -98,7 +97,7 @@ IS_AT_LIMIT = sa.and_(
 IS_WAITING_JOB = is_waiting_job(SEATS.c.job_id)
 
 
-class Admissions(LimitKeys, OpenQueues):
+class Admissions(LimitKeys):
     """The statements that give seats to waiting jobs."""
 
     def admit(self) -> Admitted:

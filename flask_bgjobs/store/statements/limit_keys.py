@@ -16,8 +16,10 @@ from ...job.limits import LimitUse, Rule, limit_id, uses_from_json
 from ...job.rates import RateState, permit, state_from, with_starts
 from ...job.statuses import JobStatus
 from ...models import SeatState
+from .. import transitions
 from ..database import JOBS, LIMIT_KEYS, LIMITS, NOTICES, SEATS
-from .seats import Seats, by_primary_key, microseconds
+from .open_queues import OpenQueues
+from .seats import by_primary_key, microseconds
 
 _NOTICES_PER_STEP = 2_000
 _DUE_PER_STEP = 500
@@ -93,7 +95,7 @@ class Key:
         self.room = int(room)
 
 
-class LimitKeys(Seats):
+class LimitKeys(OpenQueues):
     """The statements on keys and their notices."""
 
     def keys_to_look_at(self, connection: sa.Connection) -> list[Wanted]:
@@ -153,7 +155,20 @@ class LimitKeys(Seats):
             self.delete_notices(connection, NOTICES.c.key_id.in_(unused))
             # A job may have come since the first query, and its notice is deleted now.
             uses |= self._uses_at(connection, unused)
+            self._free_edited(connection, [key_id for key_id in unused if key_id not in uses])
         return uses
+
+    def _free_edited(self, connection: sa.Connection, key_ids: Sequence[int]) -> None:
+        """Let jobs run without limits that wait at keys which their limits do not have, because
+        somebody has edited their rows."""
+        waiting = sa.select(SEATS.c.job_id).where(SEATS.c.key_id.in_(key_ids))
+        ids = sorted(connection.scalars(waiting)) if key_ids else []
+        edited = self.lock_jobs(connection, ids, JobStatus.WAITING)
+        self.leave_all(connection, sorted(edited))
+        if edited:
+            values = {**transitions.pending(), "limits": None, "limit_key_id": None}
+            chosen = JOBS.c.id.in_(sorted(edited))
+            connection.execute(sa.update(JOBS).where(chosen).values(values))
 
     def _uses_at(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, LimitUse]:
         """The limit and the key of each id, from a job that waits there or is to wait there."""
@@ -297,7 +312,7 @@ def effective_rule(definition: str | None, override: str | None) -> Rule:
     allows one job at a time."""
     try:
         return Rule(**{**json.loads(definition or ""), **json.loads(override or "{}")})
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return Rule(concurrency=1)
 
 
@@ -306,5 +321,5 @@ def _starts_of(text: str | None) -> Iterable[int | None]:
     try:
         times = json.loads(text or "[]")
         return [time for time in times if time is None or isinstance(time, int)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return []

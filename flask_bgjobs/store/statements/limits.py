@@ -30,6 +30,7 @@ class KeyRow:
     """A key of a limit, and how many jobs hold its seats and wait for them."""
 
     id: int
+    limit_id: int
     name: str
     """Empty if the limit has no keys."""
     held: int
@@ -140,29 +141,31 @@ class LimitRows(Heals, Audits):
         self.notify(connection)
 
     def read_keys(
-        self, name: str, number: int, *, key: str | None = None
-    ) -> tuple[dt.datetime, list[KeyRow]]:
-        """The keys of a limit at which jobs wait or that are paused, by name; then the others with
+        self, number: int, *, name: str | None = None, key: str | None = None
+    ) -> list[KeyRow]:
+        """The keys at which jobs wait or that are paused, by limit and name; then the others with
         seats.
 
         :param number: how many at most.
-        :param key: only this key.
+        :param name: only those of this limit.
+        :param key: only this key of the limit.
         """
         waits = self._has_seat(SeatState.WAITS, SeatState.PARKED)
         first = sa.or_(waits, LIMIT_KEYS.c.paused_at.is_not(None))
-        mine = LIMIT_KEYS.c.limit_id == limit_id(name)
-        if key is not None:
+        mine = sa.true() if name is None else LIMIT_KEYS.c.limit_id == limit_id(name)
+        if name is not None and key is not None:
             mine, first = LIMIT_KEYS.c.id == key_id(name, key), sa.true()
-        busy = sa.select(LIMIT_KEYS).where(mine, first).order_by(LIMIT_KEYS.c.name)
+        order = LIMIT_KEYS.c.limit_id, LIMIT_KEYS.c.name
+        busy = sa.select(LIMIT_KEYS).where(mine, first).order_by(*order)
         held = sa.select(LIMIT_KEYS).where(mine, ~first, self._has_seat(SeatState.HOLDS))
         with self.read() as connection:
             now = self.time_on(connection)
             rows = list(connection.execute(busy.limit(number)))
             if len(rows) < number and key is None:
-                others = held.order_by(LIMIT_KEYS.c.name).limit(number - len(rows))
+                others = held.order_by(*order).limit(number - len(rows))
                 rows += connection.execute(others)
             counts = self._capped_counts(connection, [row.id for row in rows])
-        return now, [_key_row(row, counts, now) for row in rows]
+        return [_key_row(row, counts, now) for row in rows]
 
     def _has_seat(self, *states: SeatState) -> sa.ColumnElement[bool]:
         values = [state.value for state in states]
@@ -199,12 +202,10 @@ class LimitRows(Heals, Audits):
     def seat_of(self, job_id: int) -> tuple[Any, int] | None:
         """The key at which a job waits, with its limit, and the number of jobs ahead of it there,
         counted up to 1,001; ``None`` if it waits at none."""
-        mine = sa.select(SEATS).where(SEATS.c.state == SeatState.WAITS.value)
         with self.read() as connection:
-            seat = connection.execute(mine.where(SEATS.c.job_id == job_id)).first()
-            if seat is None:
-                return None
             keys = sa.select(
+                SEATS.c.claim_rank,
+                SEATS.c.run_at,
                 LIMIT_KEYS,
                 LIMITS.c.name.label("limit_name"),
                 LIMITS.c.definition,
@@ -212,17 +213,21 @@ class LimitRows(Heals, Audits):
                 LIMITS.c.paused_at.label("limit_paused_at"),
                 LIMITS.c.paused_by.label("limit_paused_by"),
                 self.now.label("now"),
-            ).join_from(LIMIT_KEYS, LIMITS, LIMITS.c.id == LIMIT_KEYS.c.limit_id)
-            key = connection.execute(keys.where(LIMIT_KEYS.c.id == seat.key_id)).first()
+            ).join_from(SEATS, LIMIT_KEYS, LIMIT_KEYS.c.id == SEATS.c.key_id)
+            keys = keys.join(LIMITS, LIMITS.c.id == LIMIT_KEYS.c.limit_id)
+            mine = SEATS.c.state == SeatState.WAITS.value, SEATS.c.job_id == job_id
+            key = connection.execute(keys.where(*mine)).first()
+            if key is None:
+                return None
             order = sa.tuple_(*ORDER)
             better = sa.select(SEATS.c.job_id).where(
-                SEATS.c.key_id == seat.key_id,
+                SEATS.c.key_id == key.id,
                 SEATS.c.state == SeatState.WAITS.value,
-                order < sa.tuple_(seat.claim_rank, seat.run_at, seat.job_id),
+                order < sa.tuple_(key.claim_rank, key.run_at, job_id),
             )
             capped = by_primary_key(better).limit(MAX_COUNTED + 1).subquery()
             ahead = connection.scalar(sa.select(sa.func.count()).select_from(capped))
-        return None if key is None else (key, ahead or 0)
+        return key, ahead or 0
 
     def prune_limit_keys(self, limit: int) -> int:
         """Delete up to ``limit`` rows of keys that no job has used for a day.
@@ -270,6 +275,7 @@ def _key_row(row: Any, counts: Mapping[tuple[int, int], int], now: dt.datetime) 
 
     return KeyRow(
         id=row.id,
+        limit_id=row.limit_id,
         name=row.name,
         held=number(SeatState.HOLDS),
         waiting=number(SeatState.WAITS),
