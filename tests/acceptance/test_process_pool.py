@@ -390,9 +390,8 @@ def test_jobs_are_released_when_children_cannot_start(
         lambda: [stored(app, job).status for job in jobs[1:]] == ["pending"] * 2, "the release"
     )
     broken.unlink()
-    assert jobs[1].wait(DEADLINE_SECONDS).result == 1
+    assert [job.wait(DEADLINE_SECONDS).result for job in jobs[1:]] == [1, 2]
     broken.touch()
-    jobs[2].wait(DEADLINE_SECONDS)
     # Up to two children may have started already, and each of them runs one job.
     left = [enqueue("echo", number) for number in range(3)]
     assert worker.wait(DEADLINE_SECONDS) == 1

@@ -242,7 +242,7 @@ def test_accessibility_tree(
 
 def _without_times(tree: str) -> str:
     """The tree without times."""
-    tree = re.sub(r"\b(now|(in )?\d+ (ms|s|min|h|d)( ago)?)(?=[\s\".]|$)", "…", tree)
+    tree = re.sub(r"\b(now|(in )?\d+(\.\d+)? (ms|s|min|h|d)( ago)?)(?=[\s\".]|$)", "…", tree)
     tree = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (UTC|JST)", "…", tree)
     tree = re.sub(r"since=[\dT:-]+", "since=…", tree)
     return tree.rstrip() + "\n"

@@ -512,7 +512,7 @@ class TestCode:
         app = make()
         state = state_of(app)
         ticker = ticker_of(app)
-        other = make_app(BGJOBS_SCHEDULE={"other": {**ECHO, "every": 10}})
+        other = make_app(BGJOBS_SCHEDULE={"other": {**ECHO, "cron": "0 0 29 2 *"}})
         other_ticker = ticker_of(other)
         tick = make_due(state, 20)
         other_ticker.fire()
