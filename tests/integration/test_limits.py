@@ -86,12 +86,17 @@ def statuses(state: AppState) -> dict[str, int]:
 
 def check_seats(state: AppState) -> None:
     """Check that each job has the seats that its status needs, and that no limit is exceeded."""
+    compare_seats(rows(state, Job), rows(state, Seat))
+
+
+def compare_seats(jobs: list[Any], all_seats: list[Any]) -> None:
+    """Do the work of :func:`check_seats` for rows that have been read."""
     seats = collections.defaultdict(list)
     held: collections.Counter[int] = collections.Counter()
-    for seat in rows(state, Seat):
+    for seat in all_seats:
         seats[seat.job_id].append((seat.position, SeatState(seat.state), seat.key_id))
         held[seat.key_id] += seat.state == SeatState.HOLDS
-    for job in rows(state, Job):
+    for job in jobs:
         found = sorted(seats.pop(job.id, []))
         keys = [use.key_id for use in uses_from_json(job.limits)]
         for use in uses_from_json(job.limits):
@@ -197,6 +202,18 @@ class TestAdmit:
         assert statuses(state) == {"waiting": 2}
         assert admit(state) == 1
         assert retried.id != delayed.id
+
+    def test_better_jobs_take_a_free_seat_and_that_of_a_pending_job(self, state: AppState) -> None:
+        """If two better jobs arrive together and one seat is free, the other gets the seat of the
+        pending job."""
+        two = Limit("two", concurrency=2)
+        worse = enqueue(limits=two)
+        assert admit(state) == 1
+        better = [enqueue(limits=two, priority=1) for _ in range(2)]
+        admit(state)
+        assert {stored(state.app, job).status for job in better} == {"pending"}
+        assert stored(state.app, worse).status == "waiting"
+        check_seats(state)
 
     def test_better_job_takes_the_seat_of_a_pending_one(self, state: AppState, worker: int) -> None:
         """A job with a higher priority does not wait for one that has not started."""

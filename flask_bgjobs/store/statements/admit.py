@@ -319,6 +319,7 @@ class Admissions(LimitKeys):
             sa.select(SEATS.c.claim_rank)
             .where(SEATS.c.key_id == key.id, SEATS.c.state == _WAITS)
             .order_by(*ORDER)
+            .offset(_free_for_waiting(key))
             .limit(len(held))
         )
         best = by_primary_key(best)
@@ -362,12 +363,17 @@ def _is_ready(row: Any) -> bool:
 
 
 def _may_swap(key: Key) -> bool:
-    """Whether a job that waits may be better than one with a seat that nobody else could have."""
-    is_full = key.free_seats <= 0 or key.rule.rate is not None
+    """Whether a job that waits may be better than one with a seat."""
+    is_limited = key.rule.concurrency is not None or key.rule.rate is not None
     best, worst = key.best_waiting, key.worst_held
-    if key.is_paused or not is_full or best is None or worst is None:
+    if key.is_paused or not is_limited or best is None or worst is None:
         return False
     return best < worst
+
+
+def _free_for_waiting(key: Key) -> int:
+    """How many of the first waiting jobs need no seat of another."""
+    return 0 if key.rule.rate is not None else int(max(0, key.free_seats))
 
 
 def _has_changed(key: Key) -> bool:
