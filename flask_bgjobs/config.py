@@ -25,6 +25,7 @@ from .job.limits import Limit
 from .job.records import MAX_INTEGER
 from .job.statuses import JobStatus
 from .job.text import shown
+from .job.turns import MAX_FAIR_KEY, check_weight
 from .job.zones import read_zone
 
 AllowedJobs = Mapping[str, frozenset[str] | None]
@@ -148,6 +149,8 @@ class Config:
         default_factory=lambda: MappingProxyType({})
     )
     """``BGJOBS_LIMITS``: limits by name."""
+    weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """``BGJOBS_WEIGHTS``: how many jobs a key of ``fair`` runs in each turn; 1 for all others."""
     dashboard: bool = True
     """``BGJOBS_DASHBOARD``: whether the dashboard is registered."""
     dashboard_url_prefix: str = "/jobs"
@@ -300,6 +303,7 @@ _COMMANDS = (
     "WORKERS",
     "SCHEDULES",
     "LIMITS",
+    "WEIGHTS",
     "PRUNE",
     "HEALTH",
     "INIT_DB",
@@ -482,6 +486,17 @@ def _limits(value: object) -> Mapping[str, ConfiguredLimit]:
     return MappingProxyType({name: _limit(name, entry) for name, entry in value.items()})
 
 
+def _weights(value: object) -> Mapping[str, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a dict of key to number, such as {'acme': 3}")
+    for key in value:
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_FAIR_KEY:
+            raise ValueError(
+                f"{shown(key)} is not a key of fair: use a str of 1 to {MAX_FAIR_KEY} characters"
+            )
+    return MappingProxyType({key: check_weight(weight) for key, weight in value.items()})
+
+
 def _limit(name: object, entry: object) -> ConfiguredLimit:
     if not isinstance(name, str):
         raise ValueError(f"{shown(name)} is not a name of a limit: use a str")
@@ -537,6 +552,7 @@ _KEYS = {
     "BGJOBS_REDACT": _Key("redact", _redact),
     "BGJOBS_SCHEDULE": _Key("schedule", _schedule),
     "BGJOBS_LIMITS": _Key("limits", _limits),
+    "BGJOBS_WEIGHTS": _Key("weights", _weights),
     "BGJOBS_TIMEZONE": _Key("timezone", lambda value: read_zone(value).key),
     "BGJOBS_DASHBOARD": _Key("dashboard", _boolean),
     "BGJOBS_DASHBOARD_URL_PREFIX": _Key("dashboard_url_prefix", _url_prefix),

@@ -13,6 +13,7 @@ from .config import Config
 from .enqueue import transactions
 from .enqueue.decorator import BoundJob, JobFunction
 from .enqueue.enqueue import AUTO, Parameters, SessionChoice
+from .enqueue.fairness import check_fair
 from .enqueue.limits import check_limits
 from .enqueue.unique import check_unique
 from .errors import ConfigError, InvalidJob
@@ -139,6 +140,7 @@ class BgJobs:
             try:
                 check_unique(chosen, Target(function))
                 check_limits(chosen, Target(function))
+                check_fair(chosen, Target(function))
             except ValueError as error:
                 raise ConfigError(f"@bgjobs.job of {stored}: {error}") from None
             found = decorated(function, chosen, recurrence)

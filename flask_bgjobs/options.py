@@ -7,7 +7,7 @@ import datetime as dt
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from .config import Config, check_queue, retry_delays
 from .errors import InvalidJob
@@ -21,6 +21,7 @@ from .job.text import shown, storable
 ExceptionClass = type[Exception] | str
 ExceptionClasses = ExceptionClass | Sequence[ExceptionClass]
 Limits = Limit | str | Sequence[Limit | str]
+Fair = Literal[False] | str | Callable[..., str]
 MAX_TAGS = 20
 MAX_KEY = 255
 """Maximum length of a unique key."""
@@ -94,6 +95,10 @@ class JobOptions:
     """How many jobs may run at once or start per time: a :class:`~flask_bgjobs.Limit`, the name of
     one in ``BGJOBS_LIMITS``, or a list of them; an empty list: none. Default none. Limits that
     ``BGJOBS_LIMITS`` gives to the job by its name always apply."""
+    fair: Fair | None = None
+    """The key by which jobs take turns within their queue and priority, such as the tenant: a
+    format such as ``"{tenant_id}"``, or a function of the parameters; ``False``: they take no
+    turns. Default none."""
     tags: Sequence[str] | None = None
     """Up to 20 words by which the job can be found."""
     owner: str | None = None
@@ -186,6 +191,7 @@ class OptionValues(TypedDict, total=False):
     expires: durations.Duration | dt.datetime | None
     retention: durations.Duration | None
     limits: Limits | None
+    fair: Fair | None
     tags: Sequence[str] | None
     owner: str | None
 

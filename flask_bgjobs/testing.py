@@ -94,7 +94,7 @@ def drain(app: Flask, *, queues: list[str] | None = None) -> list[Settled]:
 
 def _claim_next(state: AppState, worker_id: int, queues: list[str] | None) -> list[JobSpec]:
     """Claim the next job that is due and that the limits allow."""
-    state.store.promote()
+    state.store.promote(state.config.weights)
     admit_all(state.store)
     return state.store.claim(worker_id, 1, queues)
 

@@ -23,9 +23,11 @@ from ..job.durations import Duration
 from ..job.limits import Limit
 from ..job.redact import signature_text
 from ..job.text import one_line, shown
+from ..job.turns import claim_rank
 from ..models import Job
 from ..options import (
     ExceptionClasses,
+    Fair,
     JobOptions,
     Limits,
     column_values,
@@ -39,6 +41,7 @@ from ..store import MAKE_TABLES, NewJobs, advice, is_missing_table
 from ..store.transitions import enqueued
 from ..system.safe_logging import logger as _logger
 from . import transactions
+from .fairness import check_fair, fair_key
 from .limits import NO_LIMITS, check_limits, limit_values, limits_of
 from .unique import check_unique, unique_jobs
 
@@ -50,6 +53,8 @@ class _Auto(enum.Enum):
 AUTO: Final = _Auto.AUTO
 """Join ``db.session`` if it holds uncommitted writes, otherwise save the job at once."""
 
+PLAIN: Mapping[str, Any] = {**NO_LIMITS, "fair_key": None}
+"""The values of a job that has no limits and takes no turns."""
 _COMMITTING: weakref.WeakSet[Flask] = weakref.WeakSet()
 """The apps for which :func:`committing_clean_sessions` is active."""
 
@@ -86,6 +91,7 @@ def run_background_job(
     expires: Duration | dt.datetime | None = None,
     retention: Duration | None = None,
     limits: Limits | None = None,
+    fair: Fair | None = None,
     tags: Sequence[str] | None = None,
     owner: str | None = None,
     session: SessionChoice = AUTO,
@@ -133,6 +139,8 @@ def run_background_job(
     :param limits: how many jobs may run at once or start per time: a
         :class:`~flask_bgjobs.Limit`, the name of one in ``BGJOBS_LIMITS``, or a list of them;
         default none.
+    :param fair: the key by which jobs take turns within their queue and priority, such as the
+        tenant: a format such as ``"{tenant_id}"``, or a function of the parameters; default none.
     :param tags: up to 20 words by which to find the job.
     :param owner: an identifier of the job's owner, by which to find the job.
     :param session: a session whose transaction the job joins; ``None`` never joins. By default
@@ -172,6 +180,7 @@ def run_background_job(
         expires=expires,
         retention=retention,
         limits=limits,
+        fair=fair,
         tags=tags,
         owner=owner,
     )
@@ -283,6 +292,7 @@ def new_jobs(
     values = column_values(chosen, config)
     _checked(lambda: check_unique(chosen))
     _checked(lambda: check_limits(chosen))
+    _checked(lambda: check_fair(chosen))
     limits = _checked(lambda: limits_of(config, chosen, target, method))
     delay_seconds, run_at = first_run(chosen)
     if values["unique_key"] is not None and len(parameter_sets) > 1:
@@ -293,8 +303,8 @@ def new_jobs(
     for parameters in parameter_sets:
         parameters_json.append(_parameters_json(parameters, config.max_payload))
         _check_signature(resolved, parameters, target)
-    each = _checked(lambda: _limit_values(state, limits, resolved, parameter_sets))
-    first = each[0] if each else NO_LIMITS
+    each = _checked(lambda: _values_of_each(state, chosen, limits, resolved, parameter_sets))
+    first = each[0] if each else PLAIN
     common = job_values(target, method, {**values, **first}, waits=waits)
     name = target if method is None else f"{target}.{method}"
     unique = _checked(lambda: unique_jobs(chosen, name, resolved, parameter_sets, state.redactor))
@@ -320,17 +330,26 @@ def _checked(check: Callable[[], T]) -> T:
         raise InvalidJob(str(error)) from None
 
 
-def _limit_values(
+def _values_of_each(
     state: AppState,
+    options: JobOptions,
     limits: Sequence[Limit],
     target: Target,
     parameter_sets: Sequence[Parameters],
 ) -> list[Mapping[str, Any]]:
-    """The values for the limits of each job; one entry for all if they do not depend on the
-    parameters."""
-    has_keys = any(limit.key is not None for limit in limits)
+    """The values of each job for its limits and turns; one entry for all if they do not depend on
+    the parameters."""
+    if not limits and not options.fair:
+        return [PLAIN]
+    has_keys = any(limit.key is not None for limit in limits) or bool(options.fair)
     sets = parameter_sets if has_keys else [()]
-    return [limit_values(limits, target, each, state.redactor) for each in sets]
+    return [
+        {
+            **limit_values(limits, target, each, state.redactor),
+            "fair_key": fair_key(options, target, each, state.redactor),
+        }
+        for each in sets
+    ]
 
 
 def job_values(
@@ -346,8 +365,12 @@ def job_values(
         **values,
         "target": target,
         "method": method,
-        "claim_rank": -values["priority"],
-        **enqueued(waits=waits, has_limits=values.get("limit_key_id") is not None),
+        "claim_rank": claim_rank(values["priority"]),
+        **enqueued(
+            waits=waits,
+            has_limits=values.get("limit_key_id") is not None,
+            takes_turns=values.get("fair_key") is not None,
+        ),
     }
 
 

@@ -132,12 +132,12 @@ def key_id(name: str, key: str) -> int:
     Two keys with the same hash would share one limit, which is not to be expected before there are
     hundreds of millions of keys.
     """
-    return _hashed(f"{name}\0{key}")
+    return hashed(name, key)
 
 
 def limit_id(name: str) -> int:
     """The id of a limit: a hash with 63 bits."""
-    return _hashed(name)
+    return hashed(name)
 
 
 def uses_to_json(uses: Sequence[LimitUse]) -> str:
@@ -239,6 +239,7 @@ def _number(value: object, name: str, most: int, *, most_is: str | None = None) 
         raise ValueError(f"{name} must be a whole number from 1 to {limit}, not {shown(value)}")
 
 
-def _hashed(text: str) -> int:
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def hashed(*texts: str) -> int:
+    """A hash of texts with 63 bits, as an id."""
+    digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - _ID_BITS)

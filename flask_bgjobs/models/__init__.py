@@ -13,6 +13,7 @@ from __future__ import annotations
 from .attempt import Attempt, JobLog
 from .audit import AuditedJob, AuditEntry
 from .base import Base, BigInt, LongText, UtcTime, add_tables
+from .fairness import FairKey, FairQueue, Weight
 from .job import (
     IS_OF_ANY_QUEUE,
     Job,
@@ -35,6 +36,8 @@ __all__ = [
     "AuditedJob",
     "Base",
     "BigInt",
+    "FairKey",
+    "FairQueue",
     "Job",
     "JobLog",
     "LimitKey",
@@ -48,6 +51,7 @@ __all__ = [
     "Seat",
     "SeatState",
     "UtcTime",
+    "Weight",
     "Worker",
     "add_tables",
     "by_index",

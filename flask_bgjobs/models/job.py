@@ -79,7 +79,7 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(sa.Integer)
     """Higher runs first."""
     claim_rank: Mapped[int] = mapped_column(sa.BigInteger)
-    """The negated priority, so that the claim's index is ascending throughout."""
+    """The order of claims by priority and turn, from :func:`~flask_bgjobs.job.turns.claim_rank`."""
     status: Mapped[str] = mapped_column(sa.String(16))
     """One of :class:`~flask_bgjobs.JobStatus`."""
     waits_for: Mapped[str | None] = mapped_column(sa.String(16))
@@ -152,6 +152,8 @@ class Job(Base):
     """JSON of its limits with their keys, in the order in which it takes them."""
     limit_key_id: Mapped[int | None] = mapped_column(sa.BigInteger)
     """Id of the key of its first limit; ``None`` if it has no limits."""
+    fair_key: Mapped[str | None] = mapped_column(sa.String(255))
+    """Its key if it takes turns with the jobs of other keys (``fair``)."""
     debounce_until: Mapped[dt.datetime | None] = mapped_column(UtcTime)
     """The latest time to which further enqueues move it."""
 

@@ -22,6 +22,8 @@ from sqlalchemy.orm import scoped_session
 from ..errors import DatabaseUnusable
 from ..models import (
     Attempt,
+    FairKey,
+    FairQueue,
     Job,
     LimitKey,
     LimitRow,
@@ -31,6 +33,7 @@ from ..models import (
     Schedule,
     ScheduleTick,
     Seat,
+    Weight,
     Worker,
     by_index,
 )
@@ -50,6 +53,9 @@ TICKS = cast(sa.Table, ScheduleTick.__table__)
 LIMITS = cast(sa.Table, LimitRow.__table__)
 LIMIT_KEYS = cast(sa.Table, LimitKey.__table__)
 SEATS = cast(sa.Table, Seat.__table__)
+FAIR_QUEUES = cast(sa.Table, FairQueue.__table__)
+FAIR_KEYS = cast(sa.Table, FairKey.__table__)
+WEIGHTS = cast(sa.Table, Weight.__table__)
 NOTICES = cast(sa.Table, Notice.__table__)
 
 READ_ONLY = "bgjobs_read_only"
@@ -163,6 +169,19 @@ class Database(abc.ABC):
 
     insert_into: Callable[[sa.Table], Any]
     """The dialect's ``insert()``, which can handle conflicts."""
+
+    @abc.abstractmethod
+    def json_rows(
+        self, array: sa.BindParameter[str], types: Mapping[str, sa.types.TypeEngine[Any]]
+    ) -> sa.FromClause:
+        """The objects of a JSON array, as rows to select from.
+
+        :param types: the types of their fields, by name.
+        """
+
+    def ignoring_duplicates(self, insert: Any, key: sa.Column[Any]) -> Any:
+        """An INSERT that leaves rows as they are that exist already."""
+        return insert.on_conflict_do_nothing(index_elements=[key])
 
     def limit_ordered(
         self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]

@@ -8,7 +8,7 @@ pending to :func:`pending`, and values for every job that ends to :func:`ended`.
 Move      From                                 To                    Made by
 ========  ===================================  ====================  =============================
 enqueue   (new)                                ready, scheduled      the app
-promote   scheduled, retrying                  ready                 a worker, when it is due
+promote   scheduled, retrying                  pending, waiting      a worker, when it is due
 free      waiting                              ready                 a worker
 admit     waiting                              pending               a worker, if limits allow
 withdraw  pending                              waiting               a worker, if limits say so
@@ -23,7 +23,8 @@ retry     retrying, failed, cancelled          ready                 a person
 delete    all but running                      (gone)                a person, or the retention
 ========  ===================================  ====================  =============================
 
-*Ready* stands for pending or, for a job with limits, waiting.
+*Ready* stands for pending. For a job with limits it stands for waiting, and for one that takes
+turns with others for scheduled: it gets its turn when it is promoted.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ _GIVES_KEY_UP = sa.and_(JOBS.c.unique_until_start, JOBS.c.unique_expires_at.is_(
 """The condition that a job is no longer unique when it is claimed."""
 HAS_LIMITS = JOBS.c.limit_key_id.is_not(None)
 """The condition that a job has limits."""
+TAKES_TURNS = JOBS.c.fair_key.is_not(None)
+"""The condition that a job takes turns with the jobs of other keys."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,15 +72,15 @@ _DELAYED = frozenset({JobStatus.SCHEDULED, JobStatus.RETRYING})
 _RUNNING = frozenset({JobStatus.RUNNING})
 _PENDING = frozenset({JobStatus.PENDING})
 _WAITING = frozenset({JobStatus.WAITING})
-_READY = _PENDING | _WAITING
-_NEW = frozenset({*_READY, JobStatus.SCHEDULED})
+_ADMISSIBLE = _PENDING | _WAITING
+_READY = frozenset({*_ADMISSIBLE, JobStatus.SCHEDULED})
 MOVES: Mapping[str, Move] = {
-    "enqueue": Move(frozenset(), _NEW),
-    "promote": Move(_DELAYED, _READY),
+    "enqueue": Move(frozenset(), _READY),
+    "promote": Move(_DELAYED, _ADMISSIBLE),
     "free": Move(_WAITING, _READY),
     "admit": Move(_WAITING, _PENDING),
     "withdraw": Move(_PENDING, _WAITING),
-    "replace": Move(_NEW, _NEW),
+    "replace": Move(_READY, _READY),
     "claim": Move(_PENDING, _RUNNING),
     "settle": Move(_RUNNING, FINAL | _DELAYED | _PENDING | _WAITING),
     "cancel": Move(UNCLAIMED, frozenset({JobStatus.CANCELLED})),
@@ -87,19 +90,19 @@ MOVES: Mapping[str, Move] = {
 }
 
 
-def enqueued(*, waits: bool, has_limits: bool = False) -> Values:
+def enqueued(*, waits: bool, has_limits: bool = False, takes_turns: bool = False) -> Values:
     """The values of a new job.
 
     :param waits: whether the job has a due time in the future.
     """
     initial_values = {"attempt": 0, "retry_count": 0, "crash_count": 0, "suspect": False}
-    if waits:
-        status = {**_with_status(JobStatus.SCHEDULED), "waits_for": None}
-    elif has_limits:
-        status = waiting_for_limits()
-    else:
-        status = pending()
+    status = scheduled() if waits else _ready(has_limits=has_limits, takes_turns=takes_turns)
     return {**status, **initial_values}
+
+
+def scheduled() -> Values:
+    """The values of a job that a worker promotes when it is due."""
+    return {**_with_status(JobStatus.SCHEDULED), "waits_for": None}
 
 
 def pending() -> Values:
@@ -108,7 +111,18 @@ def pending() -> Values:
 
 
 def ready() -> Values:
-    """The values of a job that may run from now on, if its limits allow.
+    """The values of a job that may run from now on, if its limits allow, and that is due.
+
+    Give seats to those with limits: :meth:`.seats.Seats.line_up`.
+    """
+    return {
+        name: sa.case((TAKES_TURNS, value), else_=promoted()[name])
+        for name, value in scheduled().items()
+    } | {"waiting_on": None}
+
+
+def promoted() -> Values:
+    """The values of a job that is due, and has its turn if it takes turns.
 
     Give seats to those with limits: :meth:`.seats.Seats.line_up`.
     """
@@ -130,14 +144,14 @@ def waiting_for_queue() -> Values:
     return {**_with_status(JobStatus.WAITING), "waits_for": WaitsFor.QUEUE.value}
 
 
-def replaced(*, is_due: sa.ColumnElement[bool], has_limits: bool) -> Values:
+def replaced(*, is_due: sa.ColumnElement[bool], has_limits: bool, takes_turns: bool) -> Values:
     """The values of a job that has not started when its due time is moved.
 
     :param is_due: whether it is due nevertheless, because it must not be moved further.
     :param has_limits: whether the job has limits now.
+    :param takes_turns: whether it takes turns with the jobs of other keys now.
     """
-    now = waiting_for_limits() if has_limits else pending()
-    later = {**_with_status(JobStatus.SCHEDULED), "waits_for": None}
+    now, later = _ready(has_limits=has_limits, takes_turns=takes_turns), scheduled()
     return {
         name: sa.case((is_due, sa.literal(now[name], sa.String)), else_=later[name]) for name in now
     }
@@ -277,6 +291,13 @@ def is_running_for(worker_id: Any, attempt: Any) -> sa.ColumnElement[bool]:
         JOBS.c.attempt == attempt,
         JOBS.c.worker_id == worker_id,
     )
+
+
+def _ready(*, has_limits: bool, takes_turns: bool) -> Values:
+    """As :func:`ready`, for a job whose values are known."""
+    if takes_turns:
+        return scheduled()
+    return waiting_for_limits() if has_limits else pending()
 
 
 def _with_status(status: JobStatus) -> Values:

@@ -15,8 +15,8 @@ class Pruner:
     """Deletes finished jobs that are older than their retention, in short steps.
 
     A pass looks at each such job once. Its last step also deletes old rows of dead workers, of
-    unused queues, of the roll-up, of the audit log, of unused keys of limits, and old ticks of
-    schedules.
+    unused queues, of the roll-up, of the audit log, of unused keys of limits and turns, and old
+    ticks of schedules.
     """
 
     def __init__(self, store: Store, retention: Retention) -> None:
@@ -63,3 +63,4 @@ class Pruner:
         self._store.prune_audits(_PRUNED_AT_ONCE)
         self._store.prune_schedules(_PRUNED_AT_ONCE)
         self._store.prune_limit_keys(_PRUNED_AT_ONCE)
+        self._store.prune_fair_keys(_PRUNED_AT_ONCE)

@@ -52,6 +52,8 @@ _GATHER_SECONDS = 0.005
 """How long outcomes are gathered while jobs wait in a pool, to settle them in one transaction."""
 _HORIZON_SECONDS = 60.0
 """Jobs due within this time get a trigger of the clock; a later poll finds the others."""
+_PROMOTE_SECONDS = 0.1
+"""How long a poll promotes due jobs before the worker goes on with those that are pending."""
 _FREED_PER_SWEEP = 100
 """Waiting jobs that a sweep makes pending, however busy the worker is. A worker that does not have
 their code may claim them again, so they are not all made pending at once."""
@@ -424,7 +426,7 @@ class Worker:
             shutdown.give_back_unstarted(self._pools, self._suspects, self._outbox)
         promoted = 0
         if work.due_in is not None and work.due_in <= _HORIZON_SECONDS:
-            promoted = self._store.promote()
+            promoted = self._promote(for_seconds=_PROMOTE_SECONDS)
             self._clock.wake_in(self._store.upcoming(_HORIZON_SECONDS, STEP_SECONDS))
         if work.notices or (work.limit_in is not None and work.limit_in <= 0):
             self._limit_keeper.is_due = True
@@ -435,6 +437,14 @@ class Worker:
         if work.pending or promoted or fired:
             self._pools.expect_jobs()
         self._polled_at = now
+
+    def _promote(self, *, for_seconds: float) -> int:
+        """Promote due jobs, and poll again soon if there are more."""
+        began = time.monotonic()
+        promoted = self._store.promote(self.state.config.weights, seconds=for_seconds)
+        if time.monotonic() - began >= for_seconds:
+            self._poll_due = True
+        return promoted
 
     def _fire(self, work: Work) -> bool:
         """Enqueue the jobs of due ticks.
@@ -595,7 +605,7 @@ class Worker:
         has_unfinished = True
         try:
             # A retry without a delay is due at once.
-            self._store.promote()
+            self._store.promote(self.state.config.weights)
             self._free_waiting(_FREED_PER_SWEEP)
             self._limit_keeper.admit_all()
             has_unfinished = self._store.unfinished(self.queues)

@@ -116,6 +116,8 @@ HARMLESS = [
         for value in ("nonsense", "[]", "[[1]]", '[["a", "b", {"no": 1}]]', "[" * 5_000)
     ),
     ("limit_key_id", 5),
+    ("fair_key", ""),
+    ("fair_key", "\u202e<b>"),
 ]
 """Invalid values that do not prevent a job from running."""
 HARMLESS_ON_SQLITE = [

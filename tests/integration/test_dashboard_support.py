@@ -15,6 +15,7 @@ from flask.testing import FlaskClient
 
 from flask_bgjobs.extension import BgJobs
 from flask_bgjobs.job.statuses import FINAL
+from flask_bgjobs.job.turns import claim_rank
 from flask_bgjobs.models import Attempt, Job, JobLog, Queue, Worker
 from tests.apps import create_tables, new_database
 from tests.prepared_databases import PreparedDatabases
@@ -99,7 +100,7 @@ class Host:
         if row["status"] in FINAL:
             row.setdefault("finished_at", now())
         row = {Job.__mapper__.attrs[key].columns[0].name: value for key, value in row.items()}
-        row.setdefault("claim_rank", -row["priority"])
+        row.setdefault("claim_rank", claim_rank(row["priority"]))
         with self.state.store.engine.begin() as connection:
             connection.execute(sa.insert(Job.__table__), [dict(row) for _ in range(count)])
             return int(connection.scalar(sa.select(sa.func.max(Job.id))) or 0)

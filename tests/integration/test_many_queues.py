@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from flask import Flask
 
 from flask_bgjobs import Job, run_background_job
+from flask_bgjobs.job.turns import claim_rank
 from flask_bgjobs.models import Queue
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import Store
@@ -37,7 +38,7 @@ def add_jobs(store: Store, places: list[tuple[str, int]]) -> None:
             **row._mapping,
             "queue": queue,
             "priority": priority,
-            "claim_rank": -priority,
+            "claim_rank": claim_rank(priority),
             "run_at": begin + dt.timedelta(milliseconds=number),
         }
         for number, (queue, priority) in enumerate(places)

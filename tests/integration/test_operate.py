@@ -17,6 +17,7 @@ from flask import Flask
 from flask_bgjobs import Job, JobStatus, QueueNotFound, run_background_job
 from flask_bgjobs.cli.output import progress_bar
 from flask_bgjobs.enqueue.enqueue import enqueue
+from flask_bgjobs.job.turns import claim_rank
 from flask_bgjobs.models import Queue, Worker
 from flask_bgjobs.operations import actions
 from flask_bgjobs.operations.queries import queue_stats, service_now
@@ -77,7 +78,7 @@ def test_oldest_pending_job_at_any_priority(state: AppState, most: int | None) -
         for _ in range(6):
             queue = chance.choice(["default", "mail", "reports"])
             due = now - dt.timedelta(seconds=chance.randrange(10_000))
-            add(state, queue=queue, priority=priority, claim_rank=-priority, run_at=due)
+            add(state, queue=queue, priority=priority, claim_rank=claim_rank(priority), run_at=due)
             oldest[queue] = min(due, oldest.get(queue, due))
     add(state, queue="later", status="scheduled", run_at=now)
     found = {each.name: each.oldest_pending_at for each in queue_stats(state, most=most)}

@@ -35,13 +35,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from flask_bgjobs import run_background_job
+from flask_bgjobs import Limit, run_background_job
 from flask_bgjobs.job.records import JobSpec, Key, Outcome
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
-from flask_bgjobs.models import Attempt, Base, Job, Queue, Worker
+from flask_bgjobs.models import Attempt, Base, Job, Queue, Seat, Worker
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store.transitions import MOVES, Move
 from flask_bgjobs.worker.registration import register
+from tests.integration.test_limits import admit, compare_seats
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,8 @@ _CANARY_EXAMPLES = 300
 _LONG = 3600.0
 """Seconds. A job with this delay becomes due only if a test changes its time."""
 _MAX_CRASHES = 3
+_AT_ONCE = 2
+_LIMIT = Limit("two", concurrency=_AT_ONCE)
 
 _REACHED_PER_EXAMPLE = {
     "claims that took jobs": 1.0,
@@ -69,6 +72,10 @@ _REACHED_PER_EXAMPLE = {
     "claims given back unseen": 0.02,
     "jobs with a key ended": 0.02,
     "waiting jobs freed": 0.02,
+    "jobs admitted": 0.3,
+    "jobs withdrawn": 0.02,
+    "jobs parked": 0.02,
+    "turns given": 0.3,
     "pauses that held jobs back": 0.02,
     "lost among in a rescue": 0.02,
 }
@@ -77,6 +84,7 @@ _REACHED_PER_EXAMPLE = {
 _ACTIVE = {"scheduled", "waiting", "pending", "running", "retrying"}
 _WITH_A_TIME = {"scheduled", "retrying"}
 _WAITING = _ACTIVE - {"running"}
+_ENDED = {"completed", "failed", "cancelled"}
 _WITHOUT_A_ROW = {"completed", "given back", "unknown", "snoozed", "expired"}
 """Outcomes of attempts that leave no row."""
 
@@ -87,7 +95,7 @@ _picks = st.integers(0, 1_000)
 """Picks an element of a list; Hypothesis shrinks it to the first."""
 _WITHOUT_START = (OutcomeKind.GIVEN_BACK, OutcomeKind.UNKNOWN)
 _ends = st.sampled_from(["silent", "silent", "deleted", "deleted", "stopped"])
-_kinds = st.sampled_from([*OutcomeKind, *[OutcomeKind.GIVEN_BACK] * 3])
+_kinds = st.sampled_from([*OutcomeKind, *[OutcomeKind.GIVEN_BACK] * 3, OutcomeKind.UNKNOWN])
 _new_jobs = st.fixed_dictionaries(
     {
         "queue": _names,
@@ -95,8 +103,21 @@ _new_jobs = st.fixed_dictionaries(
         "retries": st.integers(0, 2),
         "unique_key": st.sampled_from([None, "k", "l"]),
         "delay": st.sampled_from([None, None, _LONG]),
+        "limits": st.sampled_from([None, None, _LIMIT]),
+        "fair": st.sampled_from([None, None, "x", "y"]),
     }
 )
+_PLAIN_JOB = {
+    "queue": "a",
+    "priority": 2,
+    "retries": 0,
+    "unique_key": None,
+    "delay": None,
+    "limits": None,
+    "fair": None,
+}
+_SCENES = ["none", "none", "unknown code", "no reply", "a pause", "two deaths", "two early deaths"]
+"""Courses of events that random steps rarely follow."""
 _turns = st.fixed_dictionaries(
     {
         "which": _workers,
@@ -120,6 +141,10 @@ class _Job:
     key: str | None
     status: str
     due: bool
+    has_limit: bool
+    takes_turns: bool
+    waits_for: str | None = None
+    """What it waits for; unused unless the status is ``waiting``."""
     attempt: int = 0
     retry_count: int = 0
     crash_count: int = 0
@@ -132,6 +157,22 @@ class _Job:
 
     def is_run_by(self, worker_id: int, attempt: int) -> bool:
         return (self.status, self.worker, self.attempt) == ("running", worker_id, attempt)
+
+    @property
+    def waits_for_code(self) -> bool:
+        return (self.status, self.waits_for) == ("waiting", "code")
+
+    def be_ready(self) -> None:
+        """It may run from now on, after its turn if it takes turns."""
+        if self.takes_turns:
+            self.status, self.due = "scheduled", True
+        else:
+            self.be_promoted()
+
+    def be_promoted(self) -> None:
+        """It may run from now on, if its limit allows."""
+        self.status = "waiting" if self.has_limit else "pending"
+        self.waits_for = "limit"
 
     def end(self, kind: str) -> None:
         """Apply the outcome of an attempt."""
@@ -152,6 +193,7 @@ class _Job:
             self.status, self.due = "scheduled", False
         elif kind in ("given back", "unknown"):
             self.status = "pending" if kind == "given back" else "waiting"
+            self.waits_for = "code"
             self.suspect = was_suspect and not self.started
         elif kind in ("lost", "lost among"):
             self.status, self.suspect = "pending", True
@@ -195,6 +237,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         after=st.lists(_turns, min_size=1, max_size=3),
         ends=st.tuples(_ends, _ends),
         pause=st.sampled_from([None, None, "a"]),
+        scene=st.sampled_from(_SCENES),
     )
     def begin(
         self,
@@ -203,16 +246,52 @@ class LifeOfJobs(RuleBasedStateMachine):
         after: list[dict[str, Any]],
         ends: tuple[str, str],
         pause: str | None,
+        scene: str,
     ) -> None:
-        """Start with running jobs, dead workers and possibly a paused queue."""
+        """Start with running jobs, dead workers and possibly a paused queue.
+
+        :param scene: one of :data:`_SCENES`.
+        """
         for job in jobs:
             self._enqueue(**job)
         for turns, end in zip((before, after), ends, strict=True):
             for turn in turns:
+                self._promote()
+                self._admit()
                 self._turn(**turn)
             self._die(turns[0]["which"], end)
             if pause is not None:
                 self._pause_or_resume(pause, pause not in self.paused)
+        self._play(scene)
+
+    def _play(self, scene: str) -> None:
+        if scene == "none":
+            return
+        for name in sorted(self.paused):
+            self._pause_or_resume(name, pause=False)
+        limits = _LIMIT if scene == "a pause" else None
+        for _ in range(2):
+            self._enqueue(**{**_PLAIN_JOB, "limits": limits})
+        self._admit()
+        if scene == "unknown code":
+            for _ in range(2):
+                self._take([OutcomeKind.UNKNOWN] * 4)
+            self._free(4)
+        elif scene == "no reply":
+            self._take([OutcomeKind.COMPLETED], seen=False)
+            self._release_unseen()
+        elif scene == "a pause":
+            self._pause_or_resume(_PLAIN_JOB["queue"], pause=True)
+            self._admit()
+        else:
+            for _ in range(2):
+                self._take([OutcomeKind.COMPLETED], start=scene == "two deaths")
+                self._die(0, "silent")
+            for _ in range(2):
+                self._take([OutcomeKind.GIVEN_BACK] * 4, start=False)
+
+    def _take(self, kinds: list[OutcomeKind], *, seen: bool = True, start: bool = True) -> None:
+        self._turn(which=0, kinds=kinds, limit=4, queues=None, seen=seen, start=start)
 
     # Enqueue
 
@@ -246,6 +325,9 @@ class LifeOfJobs(RuleBasedStateMachine):
     @rule()
     def release_unseen(self) -> None:
         """Claims without a reply are found and released, and no other job is."""
+        self._release_unseen()
+
+    def _release_unseen(self) -> None:
         for worker in self.workers:
             known = {spec.key for owner, spec in self.claims if owner == worker.id}
             unseen = [s for s in self.store.held_by(worker.id) if s.key not in known]
@@ -316,28 +398,35 @@ class LifeOfJobs(RuleBasedStateMachine):
         if promote:
             self._promote()
 
-    @precondition(lambda self: self._any("waiting"))
+    @precondition(lambda self: any(job.waits_for_code for job in self.jobs.values()))
     @rule(limit=st.integers(1, 3))
     def free(self, limit: int) -> None:
         """A worker that has the code of waiting jobs frees some of them."""
+        self._free(limit)
+
+    def _free(self, limit: int) -> None:
         for wait in self.store.code_waits():
             waiting = [
-                job
-                for job in self.jobs.values()
-                if (job.status, job.queue) == ("waiting", wait.queue)
+                job for job in self.jobs.values() if job.waits_for_code and job.queue == wait.queue
             ]
-            before = {row.id: row.status for row in self._rows(Job)}
+            before = {row.id: row.waits_for for row in self._rows(Job)}
             assert self.store.free(wait, limit) == min(limit, len(waiting))
             for row in self._rows(Job):
-                if row.status != before[row.id]:
-                    self.jobs[row.id].status = "pending"
+                if row.waits_for != before[row.id]:
+                    self.jobs[row.id].be_ready()
                     self._reach("waiting jobs freed")
+
+    @precondition(lambda self: any(job.has_limit for job in self.jobs.values()))
+    @rule()
+    def admit(self) -> None:
+        """A worker lets jobs run where the limit has room."""
+        self._admit()
 
     # Invariants
 
     @invariant()
     def tables_match_the_model(self) -> None:
-        jobs, attempts, workers = self._tables(Job, Attempt, Worker)
+        jobs, attempts, workers, seats = self._tables(Job, Attempt, Worker, Seat)
         assert {row.id: _actual(row) for row in jobs} == {
             job.id: _expected(job) for job in self.jobs.values()
         }
@@ -347,6 +436,12 @@ class LifeOfJobs(RuleBasedStateMachine):
         assert {row.id: row.status for row in workers} == self.rows
         live = {worker.id for worker in self.workers}
         assert {row.worker_id for row in jobs if row.status == "running"} <= live
+        compare_seats(jobs, seats)
+        for row in jobs:
+            job = self.jobs[row.id]
+            had_turn = job.takes_turns and (row.attempt > 0 or row.status in ("pending", "waiting"))
+            assert row.claim_rank >> 32 == -job.priority
+            assert had_turn or row.status in _ENDED or not row.claim_rank % 2**32
 
     def teardown(self) -> None:
         """With a worker and enough time, every job finishes, whatever happened before."""
@@ -355,14 +450,14 @@ class LifeOfJobs(RuleBasedStateMachine):
         for worker in self.workers:
             self.store.rescue(worker.id, worker.beats)
         self._execute(sa.update(Job).values(run_at=self.store.after(sa.literal(-1.0))))
-        self.store.promote()
         for wait in self.store.code_waits():
             self.store.free(wait, len(self.jobs))
         worker = self._new_worker()
-        while specs := self.store.claim(worker.id, 10):
+        while specs := self._claim_after_promotion(worker):
             done = [(spec, _outcome(spec, OutcomeKind.COMPLETED)) for spec in specs]
             self._record(worker.id, done)
         assert not {row.status for row in self._rows(Job)} & _ACTIVE
+        assert self._rows(Seat) == []
 
     # Steps
 
@@ -381,9 +476,13 @@ class LifeOfJobs(RuleBasedStateMachine):
             options["priority"],
             options["retries"],
             key,
-            status="pending" if delay is None else "scheduled",
+            status="scheduled",
             due=delay is None,
+            has_limit=options["limits"] is not None,
+            takes_turns=options["fair"] is not None,
         )
+        if delay is None:
+            self.jobs[job.id].be_ready()
 
     def _turn(
         self,
@@ -536,7 +635,8 @@ class LifeOfJobs(RuleBasedStateMachine):
         may = job.status in ("failed", "cancelled", "retrying") and not key_is_taken
         assert (self.store.retry([job.id]).done == [job.id]) == may
         if may:
-            job.status, job.retry_count, job.crash_count = "pending", 0, 0
+            job.be_ready()
+            job.retry_count = job.crash_count = 0
             job.suspect = job.cancelling = False
 
     def _delete(self, job: _Job) -> None:
@@ -554,7 +654,41 @@ class LifeOfJobs(RuleBasedStateMachine):
         due = [j for j in self.jobs.values() if j.due and j.status in _WITH_A_TIME]
         assert self.store.promote() == len(due)
         for job in due:
-            job.status = "pending"
+            job.be_promoted()
+            self._reach("turns given", job.takes_turns)
+
+    def _admit(self) -> None:
+        admit(self.state)
+        # A sweep takes seats from jobs that were given back to a paused queue.
+        self.store.balance_queues()
+        admit(self.state)
+        rank = {row.id: row.claim_rank for row in self._rows(Job)}
+        for row in self._rows(Job):
+            job = self.jobs[row.id]
+            before = job.waits_for if job.status == "waiting" else job.status
+            after = row.waits_for or row.status
+            if before != after:
+                assert job.has_limit
+                assert {before, after} <= {"limit", "queue", "pending"}
+                job.status, job.waits_for = row.status, row.waits_for
+                self._reach("jobs admitted", after == "pending")
+                self._reach("jobs parked", after == "queue")
+                self._reach("jobs withdrawn", before == "pending")
+        limited = [job for job in self.jobs.values() if job.has_limit]
+        waiting = [j for j in limited if (j.status, j.waits_for) == ("waiting", "limit")]
+        pending = [j for j in limited if j.status == "pending"]
+        assert all(job.queue not in self.paused for job in pending)
+        if waiting:
+            running = sum(job.status == "running" for job in limited)
+            assert len(pending) + running >= _AT_ONCE, "jobs wait although the limit has room"
+            best = min(rank[job.id] for job in waiting)
+            new = [job for job in pending if job.attempt == 0]
+            assert all(rank[job.id] <= best for job in new), "a worse job has the seat"
+
+    def _claim_after_promotion(self, worker: _Worker) -> list[JobSpec]:
+        self.store.promote()
+        admit(self.state)
+        return self.store.claim(worker.id, 10)
 
     # Helpers
 
@@ -590,11 +724,11 @@ class LifeOfJobs(RuleBasedStateMachine):
         return OutcomeKind.COMPLETED if is_open else kind
 
     def _claimable(self, queues: Sequence[str] | None, paused: Collection[str]) -> list[_Job]:
-        run_at = {row.id: row.run_at for row in self._rows(Job)}
+        order = {row.id: (row.claim_rank, row.run_at, row.id) for row in self._rows(Job)}
         pending = [
             job for job in self.jobs.values() if job.status == "pending" and job.queue not in paused
         ]
-        pending.sort(key=lambda job: (-job.priority, run_at[job.id], job.id))
+        pending.sort(key=lambda job: order[job.id])
         if queues is None:
             return pending
         return [job for queue in queues for job in pending if job.queue == queue]
@@ -672,8 +806,14 @@ def _expected(job: _Job) -> tuple[Any, ...]:
         job.key is not None and job.status in _ACTIVE,
         job.worker,
         job.status == "running" and job.started,
-        ("code", "tests.jobs.echo") if job.status == "waiting" else (None, None),
+        _expected_wait(job),
     )
+
+
+def _expected_wait(job: _Job) -> tuple[str | None, str | None]:
+    if job.status != "waiting":
+        return None, None
+    return job.waits_for, "tests.jobs.echo" if job.waits_for == "code" else None
 
 
 class MoveRecorder:
@@ -776,8 +916,7 @@ def test_no_order_of_events_breaks_a_promise(
     }
     assert rarely_reached == {}
     unseen = {name for name, move in MOVES.items() if not moves.seen & _status_pairs(move)}
-    # Only jobs with limits: tests/integration/test_limits.py plays them.
-    assert unseen == {"withdraw"}
+    assert unseen == set()
 
 
 def test_unlisted_move_is_detected(app: Flask, state: AppState, moves: MoveRecorder) -> None:

@@ -54,6 +54,7 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "BGJOBS_SCHEDULE": ("schedule", {}),
     "BGJOBS_TIMEZONE": ("timezone", "UTC"),
     "BGJOBS_LIMITS": ("limits", {}),
+    "BGJOBS_WEIGHTS": ("weights", {}),
     "BGJOBS_DASHBOARD": ("dashboard", True),
     "BGJOBS_DASHBOARD_URL_PREFIX": ("dashboard_url_prefix", "/jobs"),
     "BGJOBS_DASHBOARD_PUBLIC": ("dashboard_public", False),

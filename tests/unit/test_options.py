@@ -63,8 +63,8 @@ def test_each_option_is_accepted_and_stored() -> None:
     assert names <= set(inspect.signature(run_background_job).parameters)
     assert names == set(OptionValues.__annotations__)
     columns = {name.removesuffix("_json") for name in column_values(JobOptions(), Config())}
-    # unique_jobs() reads the options of unique jobs, limits_of() the limits, first_run() the times.
-    unique = {"unique", "unique_until", "unique_for", "on_duplicate", "limits"}
+    # unique_jobs(), limits_of() and fair_key() read the options below, first_run() the times.
+    unique = {"unique", "unique_until", "unique_for", "on_duplicate", "limits", "fair"}
     times = {"delay", "run_at", "debounce", "debounce_max", "throttle", "expires"}
     others = {
         "retry_on": "failure_rules",

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ... import options
-from ...enqueue.enqueue import job_values, new_jobs
-from ...enqueue.limits import NO_LIMITS
+from ...enqueue.enqueue import PLAIN, job_values, new_jobs
 from ...errors import BgJobsError, ConfigError, InvalidJob
 from ...job import serialize
 from ...job.text import shown
@@ -279,7 +278,7 @@ def _definition(state: AppState, name: str, entry: _Entry) -> Definition:
         target=entry.target,
         method=entry.method,
         parameters=jobs.parameters[0],
-        values={key: jobs.values[key] for key in (*options.COLUMNS, *NO_LIMITS)},
+        values={key: jobs.values[key] for key in (*options.COLUMNS, *PLAIN)},
         delay_seconds=jobs.delay_seconds,
         expires_seconds=jobs.expires_seconds,
         unique=None if jobs.unique is None else dataclasses.asdict(jobs.unique),

@@ -10,6 +10,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 
 from ...job.statuses import JobStatus
+from ...job.turns import MAX_TURN
 from ...models import Job, has_status
 from ...state import AppState
 from .service import Service, service_now
@@ -22,7 +23,7 @@ _QUEUES_PER_STATEMENT = 50
 _OLDEST = "oldest"
 """Stands for a status in the result rows that hold the due time of the oldest pending job."""
 _MAX_PRIORITIES = 1_000
-"""How many priorities, over all queues, are searched for their oldest pending job."""
+"""How many priorities and turns, over all queues, are searched for their oldest pending job."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,15 +122,18 @@ def _oldest_by_queue(state: AppState) -> sa.Select[Any]:
 
 
 def _firsts_by_seeks() -> sa.Subquery:
-    """The oldest pending job of each queue and priority, by one index seek each.
+    """The oldest pending jobs of each queue and priority, by one index seek each: of those without
+    turns, and of those in the current turn, in which each key has its oldest job.
 
     For databases where ``GROUP BY`` would read all pending jobs.
     """
     current = _job.alias()
     first = _first_pending().label("id")
     walk = sa.select(first, sa.literal(1).label("step")).cte("walk", recursive=True)
+    rank, turns = current.c.claim_rank, sa.literal(MAX_TURN, sa.BigInteger)
+    last = sa.case((rank.bitwise_and(turns) == 0, rank), else_=rank.bitwise_or(turns))
     following = sa.func.coalesce(
-        _first_pending(_job.c.queue == current.c.queue, _job.c.claim_rank > current.c.claim_rank),
+        _first_pending(_job.c.queue == current.c.queue, _job.c.claim_rank > last),
         _first_pending(_job.c.queue > current.c.queue),
     )
     step = sa.select(following, walk.c.step + 1).join_from(walk, current, current.c.id == walk.c.id)
@@ -146,7 +150,7 @@ def _first_pending(*conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[int]:
 
 
 def _firsts_by_group() -> sa.Subquery:
-    """The oldest pending job of each queue and priority, by ``GROUP BY``.
+    """The oldest pending job of each queue, priority and turn, by ``GROUP BY``.
 
     For databases that group by index seeks. They do so only if the status is among the groups.
     """

@@ -48,8 +48,7 @@ from ..statements.enqueue import (
 )
 from ..statements.limit_keys import LIMIT_COLUMNS, Key
 from ..statements.progress import by_key
-from ..statements.promote import promotion
-from ..statements.settle import COMPLETION_TYPES
+from ..statements.promote import PROMOTED_COLUMNS, promotion
 
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
 _NO_SUCH_NAME, _SHUTDOWN, _PACKET_TOO_LARGE = 1305, 1053, 1153
@@ -67,14 +66,13 @@ _DATETIME_FIELD = 12
 """Type number of a DATETIME column in the protocol."""
 _SERVER_STATUS_IN_TRANS = 1
 """Protocol flag: the session is in a transaction."""
-_JSON_TYPES = {
-    "job_id": "BIGINT PATH '$.job_id'",
-    "fence_attempt": "INT PATH '$.fence_attempt'",
-    "started_after": "DOUBLE PATH '$.started_after'",
-    "finished_after": "DOUBLE PATH '$.finished_after'",
-    "new_result": "LONGTEXT PATH '$.new_result'",
+_JSON_TYPES: dict[type[sa.types.TypeEngine[Any]], str] = {
+    sa.BigInteger: "BIGINT",
+    sa.Integer: "INT",
+    sa.Double: "DOUBLE",
+    sa.Text: "LONGTEXT",
 }
-"""Types and JSON paths of the fields of a completion, for ``JSON_TABLE``."""
+"""The types of columns in ``JSON_TABLE``."""
 _LOCK_WAIT_SECONDS = 1
 """How long the server waits for a row lock, in whole seconds. After that, the transaction is redone
 or skips the row."""
@@ -171,11 +169,15 @@ class MysqlStore(Store):
             (inserted,) = self.insert_all(connection, jobs)
         return inserted
 
-    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
-        columns = ", ".join(f"{name} {read}" for name, read in _JSON_TYPES.items())
-        table = f"JSON_TABLE(:{array.key}, '$[*]' COLUMNS ({columns})) AS ended"
-        types = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
-        return sa.text(f"SELECT * FROM {table}").columns(*types).subquery("ended")
+    def json_rows(
+        self, array: sa.BindParameter[str], types: Mapping[str, sa.types.TypeEngine[Any]]
+    ) -> sa.FromClause:
+        columns = ", ".join(
+            f"{name} {_JSON_TYPES[type(kind)]} PATH '$.{name}'" for name, kind in types.items()
+        )
+        table = f"JSON_TABLE(:{array.key}, '$[*]' COLUMNS ({columns})) AS given"
+        typed = [sa.column(name, kind) for name, kind in types.items()]
+        return sa.text(f"SELECT * FROM {table}").columns(*typed).subquery("given")
 
     def locked_rows(self, connection: sa.Connection, ids: Sequence[int]) -> list[Any]:
         # Two queries: MariaDB cannot lock only one of two tables.
@@ -290,16 +292,17 @@ class MysqlStore(Store):
             )
         return specs
 
-    def _promote_some(self, connection: sa.Connection) -> int:
-        due = [
+    def promote_due(self, connection: sa.Connection, *, newest: bool) -> Sequence[sa.Row[Any]]:
+        rows = [
             row
-            for candidates in self._due()
-            for row in connection.execute(self.locked(candidates.add_columns(JOBS.c.limit_key_id)))
+            for candidates in self.due(newest=newest)
+            for row in connection.execute(
+                self.locked(candidates.with_only_columns(*PROMOTED_COLUMNS))
+            )
         ]
-        if due:
-            connection.execute(promotion([row.id for row in due]))
-            self.line_up(connection, [row.id for row in due if row.limit_key_id is not None])
-        return len(due)
+        if rows:
+            connection.execute(promotion([row.id for row in rows]))
+        return rows
 
     def _held_by(
         self, connection: sa.Connection, worker_id: int, *, lock: bool = False

@@ -28,7 +28,6 @@ from ..statements.admit import CANDIDATE_COLUMNS, IS_WAITING_JOB, Candidate, is_
 from ..statements.claim import ORDER_COLUMNS, pending_in
 from ..statements.enqueue import NewJobs
 from ..statements.limit_keys import ORDER, Key
-from ..statements.settle import COMPLETION_TYPES
 
 _CONNECT_SECONDS = 10.0
 _STOP_CHECK_SECONDS = 0.5
@@ -86,10 +85,12 @@ class PostgresStore(Store):
     ) -> sa.ColumnElement[dt.datetime]:
         return time + seconds * sa.literal_column("interval '1 second'", sa.Interval)
 
-    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
-        columns = [sa.column(name, kind) for name, kind in COMPLETION_TYPES.items()]
+    def json_rows(
+        self, array: sa.BindParameter[str], types: Mapping[str, sa.types.TypeEngine[Any]]
+    ) -> sa.FromClause:
+        columns = [sa.column(name, kind) for name, kind in types.items()]
         rows = sa.func.json_to_recordset(array.cast(postgresql.JSON))
-        return rows.table_valued(*columns).render_derived(name="ended", with_types=True)
+        return rows.table_valued(*columns).render_derived(name="given", with_types=True)
 
     def limit_ordered(
         self, ordered: sa.Select[Any], limit: int | sa.BindParameter[int]

@@ -20,7 +20,6 @@ from ...system.safe_logging import logger as _logger
 from ..base import Store
 from ..connections import forward
 from ..database import AUTOCOMMIT, READ_ONLY, WORKERS
-from ..statements.settle import COMPLETION_TYPES
 from .sqlite_file import file_of
 from .sqlite_types import LENIENT_TYPES
 
@@ -86,13 +85,15 @@ class SqliteStore(Store):
         strings = [sa.func.json_extract(each.c.value, f"$[{n}]") for n in range(length)]
         return each.c.key, strings
 
-    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
-        completion = sa.func.json_each(array).table_valued("value").c.value
+    def json_rows(
+        self, array: sa.BindParameter[str], types: Mapping[str, sa.types.TypeEngine[Any]]
+    ) -> sa.FromClause:
+        each = sa.func.json_each(array).table_valued("value").c.value
         fields = (
-            sa.func.json_extract(completion, f"$.{name}", type_=kind).label(name)
-            for name, kind in COMPLETION_TYPES.items()
+            sa.func.json_extract(each, f"$.{name}", type_=kind).label(name)
+            for name, kind in types.items()
         )
-        return sa.select(*fields).subquery("ended")
+        return sa.select(*fields).subquery("given")
 
     @property
     def always_joins(self) -> bool:

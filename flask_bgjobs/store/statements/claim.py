@@ -41,6 +41,8 @@ _PENDING_AT_OFFSET = (
     _OF_ANY_QUEUE[_PENDING].offset(sa.bindparam("behind", type_=sa.Integer)).limit(1)
 )
 ORDER_COLUMNS = (JOBS.c.claim_rank, JOBS.c.run_at, JOBS.c.queue)
+# Cast: SQLite may hold a value of any type, which could not be compared with the others.
+_RANK = sa.cast(JOBS.c.claim_rank, sa.BigInteger).label("claim_rank")
 _REGISTRATION_SECONDS = 86_400.0
 """How long a registration counts. It is renewed long before the queue's row would be pruned."""
 _WINDOW_JOBS = 1_000
@@ -57,11 +59,6 @@ def _is_open(queue: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
     is_paused = sa.exists().where(Queue.name == queue, Queue.paused_at.is_not(None))
     excluded = sa.bindparam("left_out", expanding=True, type_=sa.String)
     return sa.and_(queue.not_in(excluded), ~is_paused)
-
-
-def _claim_order(spec: JobSpec) -> tuple[Any, ...]:
-    """Sort key that puts jobs in the order in which they are claimed."""
-    return -spec.priority, spec.run_at, spec.id
 
 
 def pending_in(queue: str | sa.ColumnElement[str], ordered: sa.Select[Any]) -> sa.Select[Any]:
@@ -328,9 +325,10 @@ class Claims(Queues):
         is_usual = candidates is _OF_ANY_QUEUE[_PENDING]
         build = self._claim_statement
         update = self._cached_statement(build, candidates) if is_usual else build(candidates)
-        rows = connection.execute(update, {"claimer": worker_id, "at_most": limit}).all()
+        rows = list(connection.execute(update, {"claimer": worker_id, "at_most": limit}))
         # RETURNING gives rows in no particular order.
-        return sorted(map(JobSpec._make, rows), key=_claim_order)
+        rows.sort(key=lambda row: (row.claim_rank, row.run_at, row.id))
+        return [JobSpec._make(row[:-1]) for row in rows]
 
     def _claim_statement(self, candidates: sa.Select[Any]) -> sa.Update:
         first = self.limit_ordered(candidates, sa.bindparam("at_most", type_=sa.Integer))
@@ -338,7 +336,7 @@ class Claims(Queues):
             sa.update(JOBS)
             .where(JOBS.c.id.in_(self.locked(first)))
             .values(transitions.claimed(sa.bindparam("claimer"), self.now))
-            .returning(*SPEC_COLUMNS)
+            .returning(*SPEC_COLUMNS, _RANK)
         )
 
     def _queues_to_register(self, specs: Sequence[JobSpec]) -> set[str]:

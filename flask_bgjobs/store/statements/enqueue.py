@@ -25,7 +25,7 @@ COLUMNS = {column.key: column.columns[0] for column in Job.__mapper__.column_att
 COLUMN_KEYS = {column.name: key for key, column in COLUMNS.items()}
 """Attribute names by the names of their columns."""
 _EMPTY_VALUES = dict.fromkeys(COLUMNS)
-_EACH = ("limits", "limit_key_id")
+_EACH = ("limits", "limit_key_id", "fair_key")
 """The columns for :attr:`NewJobs.each`."""
 SET_BY_DATABASE = {"id", "created_at", "run_at"}
 """Attributes whose values come from the INSERT itself."""
@@ -242,10 +242,10 @@ class RowInserts(Seats):
 def _batches(jobs: NewJobs) -> Iterator[NewJobs]:
     """The jobs in batches for one statement each."""
     keys = () if jobs.unique is None else jobs.unique.keys
-    limits = (values["limits_json"] for values in jobs.each)
-    others = max(map(statement_bytes, keys), default=0) + max(
-        map(statement_bytes, limits), default=0
-    )
+    others = max(map(statement_bytes, keys), default=0)
+    for name in _EACH:
+        texts = (_as_text(values[COLUMN_KEYS[name]]) or "" for values in jobs.each)
+        others += max(map(statement_bytes, texts), default=0)
     return split(jobs, lambda text: others + statement_bytes(text), most_jobs=_JOBS_PER_STATEMENT)
 
 

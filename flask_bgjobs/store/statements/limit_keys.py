@@ -225,10 +225,6 @@ class LimitKeys(OpenQueues):
         row = self.insert_into(LIMITS).values(defined_at=self.now)
         return self.ignoring_duplicates(row, LIMITS.c.id)
 
-    def ignoring_duplicates(self, insert: Any, key: sa.Column[Any]) -> Any:
-        """An INSERT that leaves rows as they are that exist already."""
-        return insert.on_conflict_do_nothing(index_elements=[key])
-
     # Notices and counts
 
     def read_holders(self, connection: sa.Connection, keys: Iterable[Key]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import functools
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,10 +18,11 @@ from ...models import by_index, has_status
 from .. import transitions
 from ..database import JOBS, LIMIT_KEYS, NOTICES, SCHEDULES, WORKERS
 from .queue import any_job
-from .seats import Seats
+from .turns import TURN_COLUMNS, Turns
 
 _JOBS_PER_STATEMENT = 1_000
 """Jobs of each status that one transaction promotes. Enqueues must not wait for a long write."""
+_NEWEST_PER_STATEMENT = 500
 _DELAYED = (JobStatus.SCHEDULED, JobStatus.RETRYING)
 _NEXT_DUE = (
     sa.select(JOBS.c.run_at)
@@ -29,6 +33,10 @@ _NEXT_DUE = (
     .order_by(JOBS.c.run_at)
     .limit(1)
 )
+
+
+NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
+PROMOTED_COLUMNS = (*TURN_COLUMNS, JOBS.c.limit_key_id)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class Work:
     waits for one."""
 
 
-class Due(Seats):
+class Due(Turns):
     """The statements about due times."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,17 +95,28 @@ class Due(Seats):
             limit_in=None if row.limit_at is None else (row.limit_at - row.now).total_seconds(),
         )
 
-    def promote(self) -> int:
-        """Make all due jobs pending, or waiting if they have limits.
+    def promote(
+        self, weights: Mapping[str, float] = NO_WEIGHTS, *, seconds: float = math.inf
+    ) -> int:
+        """Make due jobs pending, or waiting if they have limits. Those that take turns get theirs.
 
+        :param weights: the weights of keys in the configuration.
+        :param seconds: when to stop even if more jobs are due.
         :returns: the number of promoted jobs.
         """
-        promoted_count = 0
+        count = 0
+        deadline = time.monotonic() + seconds
         while True:
-            batch = self.transaction(self._promote_some)
-            promoted_count += batch
+            batch, takes_turns = self.transaction(lambda c: self._promote_some(c, weights))
+            count += batch
             if batch < _JOBS_PER_STATEMENT:
-                return promoted_count
+                return count
+            if takes_turns:
+                # A key must not wait until all jobs of another have got their turns.
+                batch, _ = self.transaction(lambda c: self._promote_some(c, weights, newest=True))
+                count += batch
+            if time.monotonic() >= deadline:
+                return count
 
     def promote_one(self, job_id: int) -> None:
         """Let a scheduled job with limits wait for them now, even if it is not due yet."""
@@ -170,10 +189,26 @@ class Due(Seats):
             yield (due - now).total_seconds()
             last = max(due, now) + dt.timedelta(seconds=step)
 
-    def _promote_some(self, connection: sa.Connection) -> int:
-        promoted = connection.execute(self._promotion).all()
-        self.line_up(connection, [row.id for row in promoted if row.limit_key_id is not None])
-        return len(promoted)
+    def _promote_some(
+        self, connection: sa.Connection, weights: Mapping[str, float], *, newest: bool = False
+    ) -> tuple[int, bool]:
+        """Promote up to 1,000 jobs of each status that have been due longest.
+
+        :param newest: instead, promote scheduled jobs that have become due last.
+        :returns: their number, and whether some of them take turns.
+        """
+        promoted = self.promote_due(connection, newest=newest)
+        fair = [row for row in promoted if row.fair_key is not None]
+        self.give_turns(connection, fair, weights)
+        limited = [row.id for row in promoted if row.limit_key_id is not None]
+        # One that has waited before, with other options, may have left a seat.
+        self.leave_all(connection, limited)
+        self.line_up(connection, limited)
+        return len(promoted), bool(fair)
+
+    def promote_due(self, connection: sa.Connection, *, newest: bool) -> Sequence[sa.Row[Any]]:
+        """Make due jobs pending or waiting, and return :data:`PROMOTED_COLUMNS` of each."""
+        return connection.execute(self._promotions[newest]).all()
 
     def _build_look(self, queues: Sequence[str] | None, schedules: bool) -> sa.Select[Any]:
         first_due = (
@@ -201,22 +236,36 @@ class Due(Seats):
         )
 
     @functools.cached_property
-    def _promotion(self) -> sa.Update:
-        due = (self.locked(candidates) for candidates in self._due())
-        ready = promotion(sa.union_all(*due))
-        return ready.returning(JOBS.c.id, JOBS.c.limit_key_id)
+    def _promotions(self) -> list[sa.Update]:
+        return [
+            promotion(sa.union_all(*map(self.locked, self.due(newest=newest)))).returning(
+                *PROMOTED_COLUMNS
+            )
+            for newest in (False, True)
+        ]
 
-    def _due(self) -> Iterator[sa.Select[Any]]:
-        """The queries for the ids of due jobs, one for each status."""
+    def due(self, *, newest: bool) -> Iterator[sa.Select[Any]]:
+        """The queries for the ids of the jobs that have been due longest, one for each status.
+
+        :param newest: instead, the query for the scheduled jobs that have become due last.
+        """
+        if newest:
+            order = JOBS.c.run_at.desc(), JOBS.c.id.desc()
+            last = self._due(JobStatus.SCHEDULED).order_by(*order)
+            yield self.limit_ordered(last, _NEWEST_PER_STATEMENT)
+            return
         for status in _DELAYED:
-            due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
-            due = by_index(due, "ix_bgjobs_job_due")
-            yield self.limit_ordered(due.order_by(JOBS.c.run_at, JOBS.c.id), _JOBS_PER_STATEMENT)
+            first = self._due(status).order_by(JOBS.c.run_at, JOBS.c.id)
+            yield self.limit_ordered(first, _JOBS_PER_STATEMENT)
+
+    def _due(self, status: JobStatus) -> sa.Select[Any]:
+        due = sa.select(JOBS.c.id).where(has_status(status), JOBS.c.run_at <= self.now)
+        return by_index(due, "ix_bgjobs_job_due")
 
 
 def promotion(ids: Any) -> sa.Update:
-    """The statement that makes due jobs ready.
+    """The statement that promotes due jobs.
 
     :param ids: a list of ids, or a query for them.
     """
-    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.ready())
+    return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.promoted())

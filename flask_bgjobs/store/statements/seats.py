@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from ...job.limits import LimitUse, uses_from_json
+from ...job.statuses import JobStatus
 from ...models import Job, SeatState
 from ..database import JOBS, NOTICES, SEATS, Database
 from ..transitions import HAS_LIMITS
@@ -43,13 +44,14 @@ class Seats(Database):
     def line_up(self, connection: sa.Connection, ids: Sequence[int]) -> None:
         """Give the jobs with limits among these a seat at their first limit, where they wait.
 
-        Call this after their rows have got the values of :func:`.transitions.ready`.
+        Call this after their rows have got the values of :func:`.transitions.ready` or
+        :func:`.transitions.promoted`. Those that have yet to get a turn are left out.
         """
         if not ids:
             return
         limited = sa.select(
             JOBS.c.id, JOBS.c.limit_key_id, JOBS.c.limits, JOBS.c.claim_rank, JOBS.c.run_at
-        ).where(JOBS.c.id.in_(ids), HAS_LIMITS)
+        ).where(JOBS.c.id.in_(ids), HAS_LIMITS, JOBS.c.status == JobStatus.WAITING.value)
         rows = connection.execute(limited).all()
         self.insert_seats(
             connection,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import datetime as dt
 import functools
@@ -57,7 +56,7 @@ class Completion(TypedDict):
     new_result: str | None
 
 
-COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+_COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "job_id": sa.BigInteger(),
     "fence_attempt": sa.Integer(),
     "started_after": sa.Double(),
@@ -141,14 +140,10 @@ class Settles(Runs, Seats):
             raise _LeaseLost
         self.leave(connection, leaving)
 
-    @abc.abstractmethod
-    def completions(self, array: sa.BindParameter[str]) -> sa.FromClause:
-        """The :class:`Completion` objects of a JSON array, as rows to select from."""
-
     @functools.cached_property
     def _complete_all(self) -> sa.Update:
         # One statement for all: one statement for each takes up to ten times as long.
-        given = self.completions(sa.bindparam("ended", type_=sa.Text)).c
+        given = self.json_rows(sa.bindparam("ended", type_=sa.Text), _COMPLETION_TYPES).c
         is_ours = transitions.is_running_for(sa.bindparam("fence_worker"), given.fence_attempt)
         return (
             sa.update(JOBS)

@@ -47,7 +47,7 @@ _REPLACED = frozenset(
         *("target", "method", "parameters", "meta", "tags", "owner", "queue", "priority"),
         *("claim_rank", "retries", "retry_delay", "backoff", "max_retry_delay", "jitter"),
         *("timeout", "failure_rules", "deadline_at", "retention_seconds", "status"),
-        *("waits_for", "limits", "limit_key_id"),
+        *("waits_for", "limits", "limit_key_id", "fair_key"),
     }
 )
 """The columns that an enqueue replaces in a job that has not started. Those about attempts stay,
@@ -241,7 +241,7 @@ class Inserts(RowInserts):
             latest = JOBS.c.debounce_until
             due = sa.case((latest < moved, latest), else_=moved)
             is_due = latest <= self.now
-            columns |= transitions.replaced(is_due=is_due, has_limits=_has_limits(job))
+            columns |= transitions.replaced(is_due=is_due, **_ways_to_wait(job))
             columns["run_at"] = due
         # MySQL assigns in the order of the columns: the status last, because others depend on it.
         ordered = sorted(columns.items(), key=lambda item: item[0] == "status")
@@ -286,7 +286,7 @@ class Inserts(RowInserts):
             "unique_hash": free,
             "unique_until_start": True,
             "unique_expires_at": begins + window,
-            **transitions.enqueued(waits=bool(current), has_limits=_has_limits(job)),
+            **transitions.enqueued(waits=bool(current), **_ways_to_wait(job)),
         }
         due = dataclasses.replace(job, delay_seconds=None, run_at=begins)
         return self.insert_unless_taken(connection, _with(due, columns))
@@ -325,6 +325,13 @@ def _with(job: NewJobs, columns: dict[str, Any]) -> NewJobs:
 
 def _has_limits(job: NewJobs) -> bool:
     return job.values_of(0).get("limit_key_id") is not None
+
+
+def _ways_to_wait(job: NewJobs) -> dict[str, bool]:
+    """What a job waits for before it is pending, as arguments of functions in
+    :mod:`~flask_bgjobs.store.transitions`."""
+    takes_turns = job.values_of(0).get("fair_key") is not None
+    return {"has_limits": _has_limits(job), "takes_turns": takes_turns}
 
 
 def _replaces(unique: Unique) -> bool:
