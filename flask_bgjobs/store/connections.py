@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from ..system.safe_logging import logger as _logger
 
 Listener = Callable[..., object]
-Watch = Callable[[Any], AbstractContextManager[None]]
+Watch = Callable[[Any], AbstractContextManager[object]]
 
 _EVENTS_BEFORE_USE = ("first_connect", "checkout")
 """Events before a connection is used. An error prevents its use. ``connect`` also belongs to these,

@@ -400,11 +400,11 @@ class Database(abc.ABC):
         """Seconds until :attr:`give_up_at`."""
         return self.give_up_at - time.monotonic()
 
-    def watched(self, driver_connection: Any) -> AbstractContextManager[None]:
+    def watched(self, driver_connection: Any) -> AbstractContextManager[object]:
         """Sever the connection if this block uses it for longer than the store's deadline."""
         if self.deadline is None or driver_connection is None:
             return contextlib.nullcontext()
-        return self._watchdog.watching(driver_connection, self.deadline)
+        return self._watchdog.watching(self.deadline, driver_connection)
 
     def reconnect_if_replaced(self) -> None:  # noqa: B027  # only a file can be replaced
         """Close all connections, also the host's, if the database file has been replaced."""
@@ -599,12 +599,16 @@ class Database(abc.ABC):
         if self.seconds_left() <= 0:
             raise OperationalError("connect", None, TimeoutError("the deadline has passed"))
         with contextlib.ExitStack() as stack:
-            connection = stack.enter_context(self.engine.connect())
+            if deadline is None:
+                connection = stack.enter_context(self.engine.connect())
+            else:
+                # It ends after the connection has returned to its pool, which rolls back.
+                watch = stack.enter_context(self._watchdog.watching(deadline))
+                with watch.connecting():
+                    connection = stack.enter_context(self.engine.connect())
+                watch.begin(connection.connection.driver_connection)
             if options:
                 connection = connection.execution_options(**self.dialect_options(options))
-            if deadline is not None:
-                driver_connection = connection.connection.driver_connection
-                stack.enter_context(self._watchdog.watching(driver_connection, deadline))
             yield connection
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flask_bgjobs import BgJobsError, Job
 from flask_bgjobs.state import state_of
+from flask_bgjobs.store import Store
 from tests.acceptance.helpers import beats, enqueue, lines, starts
 from tests.apps import build_app
 from tests.conftest import DEADLINE_SECONDS, stored, wait_until
@@ -449,6 +451,35 @@ def test_worker_stops_while_the_link_is_silent(
             worker.wait(1)
         worker.send_signal(signal.SIGTERM)
     assert worker.wait(DEADLINE_SECONDS) == 0
+
+
+@pytest.mark.parametrize("position", [0, -2, -1])
+def test_each_round_trip_of_a_worker_has_a_deadline(
+    app: Flask, make_app: Any, link: Proxy, linked_url: str, position: int
+) -> None:
+    """A link that goes silent at any statement does not block a worker: neither while a connection
+    is set up, nor at a query, nor at the rollback with which a connection returns to its pool."""
+    linked = make_app(linked_url)
+
+    def read(store: Store) -> str:
+        try:
+            with linked.app_context(), store.read() as connection:
+                return str(connection.exec_driver_sql("SELECT 'read'").scalar())
+        except SQLAlchemyError:
+            return "failed"
+
+    recording, store = (state_of(linked).store.with_deadline(1) for _ in range(2))
+    statements: list[str] = []
+    link.go_silent_when(lambda transcript: bool(statements.append(transcript[-1])))
+    assert read(recording) == "read"
+    recording.dispose()
+    numbers = itertools.count()
+    silent = link.go_silent_when(lambda _: next(numbers) == position % len(statements))
+    assert _call_with_deadline(lambda: read(store)) in ("read", "failed")
+    assert silent.is_set(), statements
+    link.let_pass()
+    assert _call_with_deadline(lambda: read(store)) == "read"
+    store.dispose()
 
 
 def test_link_silent_for_less_than_the_lease(

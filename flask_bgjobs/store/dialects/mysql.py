@@ -49,6 +49,7 @@ from ..statements.enqueue import (
 from ..statements.limit_keys import LIMIT_COLUMNS, Key
 from ..statements.progress import by_key
 from ..statements.promote import PROMOTED_COLUMNS, promotion
+from ..watchdog import watch_new_connections
 
 _DUPLICATE, _LOCK_TIMEOUT, _DEADLOCK = 1062, 1205, 1213
 _NO_SUCH_NAME, _SHUTDOWN, _PACKET_TOO_LARGE = 1305, 1053, 1153
@@ -338,6 +339,7 @@ class MysqlStore(Store):
         sa.event.listen(engine, "connect", prepare)
         sa.event.listen(engine, "begin", _begin)
         sa.event.listen(engine, "handle_error", _mark_disconnect)
+        watch_new_connections(engine)
         return engine
 
     def _connect(self, record: Any) -> Any:

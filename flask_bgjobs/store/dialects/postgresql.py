@@ -28,6 +28,7 @@ from ..statements.admit import CANDIDATE_COLUMNS, IS_WAITING_JOB, Candidate, is_
 from ..statements.claim import ORDER_COLUMNS, pending_in
 from ..statements.enqueue import NewJobs
 from ..statements.limit_keys import ORDER, Key
+from ..watchdog import watch_new_connections
 
 _CONNECT_SECONDS = 10.0
 _STOP_CHECK_SECONDS = 0.5
@@ -178,6 +179,7 @@ class PostgresStore(Store):
         sa.event.listen(engine, "handle_error", _disconnect_if_read_only)
         if self.deadline is not None:
             sa.event.listen(engine, "begin", self._configure_transaction)
+        watch_new_connections(engine)
         return engine
 
     def _connect(self, record: Any) -> Any:
@@ -242,7 +244,7 @@ class PostgresStore(Store):
     def _execute_watched(
         self, connection: sa.Connection, driver_connection: Any, statement: str
     ) -> None:
-        with self._watchdog.watching(driver_connection, self.deadline or _CONNECT_SECONDS):
+        with self._watchdog.watching(self.deadline or _CONNECT_SECONDS, driver_connection):
             connection.exec_driver_sql(statement)
 
     def notify(self, connection: sa.Connection) -> None:
