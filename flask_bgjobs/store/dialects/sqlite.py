@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import math
 import sqlite3
 import threading
 import time
@@ -223,11 +224,11 @@ class SqliteStore(Store):
     def _stays_locked(self) -> bool:
         """Whether the write lock stays held for longer than a short transaction needs."""
         with self.engine.connect().execution_options(**{AUTOCOMMIT: True}) as connection:
-            connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+            _set_busy_timeout(connection, 0)
             try:
                 return not any(_can_write(connection) for _ in range(_LOCK_CHECKS))
             finally:
-                connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+                _set_busy_timeout(connection, _BUSY_TIMEOUT_MS)
 
     def _data_version(self, connection: sqlite3.Connection) -> int | None:
         """SQLite's ``data_version``; ``None`` while another connection has an exclusive lock."""
@@ -251,8 +252,16 @@ class SqliteStore(Store):
         engine.dialect.colspecs = {**engine.dialect.colspecs, **LENIENT_TYPES}
         forward(self.host_engine, engine, self.watched)
         sa.event.listen(engine, "connect", _on_connect)
-        sa.event.listen(engine, "begin", _on_begin)
+        sa.event.listen(engine, "begin", self._on_begin)
         return engine
+
+    def _on_begin(self, connection: sa.Connection) -> None:
+        if math.isfinite(self.give_up_at):
+            left_ms = max(0, round(self.seconds_left() * 1_000))
+            _set_busy_timeout(connection, min(_BUSY_TIMEOUT_MS, left_ms))
+        options = connection.get_execution_options()
+        if not options.get(AUTOCOMMIT):
+            connection.exec_driver_sql("BEGIN" if options.get(READ_ONLY) else "BEGIN IMMEDIATE")
 
     @contextlib.contextmanager
     def read(self, *, within: float | None = None) -> Iterator[sa.Connection]:
@@ -343,6 +352,10 @@ def _primary_code(error: SQLAlchemyError) -> int:
     return code & 0xFF
 
 
+def _set_busy_timeout(connection: sa.Connection, milliseconds: int) -> None:
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {milliseconds}")
+
+
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
     # By default, sqlite3 begins a deferred transaction, whose later write can fail at once.
     connection.isolation_level = None
@@ -351,9 +364,3 @@ def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
     # A job to which a row of the host refers must not be deleted, as with other databases.
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
-
-
-def _on_begin(connection: sa.Connection) -> None:
-    options = connection.get_execution_options()
-    if not options.get(AUTOCOMMIT):
-        connection.exec_driver_sql("BEGIN" if options.get(READ_ONLY) else "BEGIN IMMEDIATE")
