@@ -17,6 +17,7 @@ from .enqueue.fairness import check_fair
 from .enqueue.limits import check_limits
 from .enqueue.unique import check_unique
 from .errors import ConfigError, InvalidJob
+from .flow.fairness.manage import Weights
 from .flow.limits.definition import rules
 from .flow.limits.manage import Limits
 from .flow.schedules.definition import check_configured, decorated_recurrence
@@ -192,6 +193,11 @@ class BgJobs:
     def limits(self) -> Limits:
         """The limits of the current app, by name. Needs an application context."""
         return Limits(current_state())
+
+    @property
+    def weights(self) -> Weights:
+        """The weights of the keys of ``fair``, by key. Needs an application context."""
+        return Weights(current_state())
 
     def start_worker(self, app: Flask, **options: Unpack[EmbeddedOptions]) -> EmbeddedWorker:
         """Run a worker inside the web process that serves ``app``, for small deployments.

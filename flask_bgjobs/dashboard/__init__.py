@@ -10,7 +10,7 @@ from werkzeug.routing import Rule
 
 from ..config import Config
 from ..system.safe_logging import logger as _logger
-from . import access, api, assets, changes, limits, pages, schedules
+from . import access, api, assets, changes, limits, pages, schedules, weights
 from .rendering import TemplateLoader
 
 _HOST = "bgjobs_host"
@@ -35,6 +35,7 @@ def add_dashboard(app: Flask, config: Config) -> None:
     pages.register(blueprint)
     schedules.register(blueprint)
     limits.register(blueprint)
+    weights.register(blueprint)
     assets.register(blueprint)
     changes.register(blueprint)
     api.register(blueprint)

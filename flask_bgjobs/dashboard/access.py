@@ -50,6 +50,7 @@ _ACTIONS = {
     "act_on_worker": "",
     "act_on_schedule": SCHEDULE,
     "act_on_limit": LIMIT,
+    "act_on_weight": LIMIT,
     "api_description": VIEW,
     "api_stats": VIEW,
     "api_jobs": VIEW,
@@ -61,6 +62,7 @@ _ACTIONS = {
     "api_schedule": VIEW,
     "api_limits": VIEW,
     "api_limit": VIEW,
+    "api_weights": VIEW,
     "api_audit": AUDIT,
     "api_dispatch": DISPATCH,
     "api_act": "",
@@ -68,6 +70,7 @@ _ACTIONS = {
     "api_act_on_worker": "",
     "api_act_on_schedule": SCHEDULE,
     "api_act_on_limit": LIMIT,
+    "api_act_on_weight": LIMIT,
 }
 """The action that the authorizer is asked about, by view; where it is empty, the URL names it."""
 _OPEN = frozenset({"static", "healthz"})

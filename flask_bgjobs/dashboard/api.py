@@ -26,6 +26,9 @@ from ..errors import (
     ScheduleChanged,
     ScheduleNotFound,
 )
+from ..flow.fairness.data import turns_data, weight_data
+from ..flow.fairness.manage import Weights, WeightState
+from ..flow.fairness.manage import find as find_weight
 from ..flow.limits.data import key_data, limit_data
 from ..flow.limits.manage import LimitState, RuleValues, list_limits
 from ..flow.limits.manage import find as find_limit
@@ -42,6 +45,7 @@ from .changes import ACTS
 from .limits import keys_of
 from .rendering import json_response
 from .schedule_rows import detail_data, detail_of, find_visible, list_rows
+from .weights import SHOWN_KEYS
 
 PREFIX = "/api/v1"
 _OPENAPI = pathlib.Path(__file__).with_name("openapi.json")
@@ -88,6 +92,8 @@ def register(blueprint: Blueprint) -> None:
         ("/limits", api_limits, "GET"),
         ("/limit", api_limit, "GET"),
         ("/limits/<any(pause, resume, override, reset):verb>", api_act_on_limit, "POST"),
+        ("/weights", api_weights, "GET"),
+        ("/weights/<any(override, reset):verb>", api_act_on_weight, "POST"),
         ("/audit", api_audit, "GET"),
     ):
         blueprint.add_url_rule(PREFIX + path, view_func=_checked(view), methods=[method])
@@ -389,6 +395,38 @@ def _limit(state: AppState, name: str) -> LimitState:
         return find_limit(state, storable(name, MAX_KEY))
     except LimitNotFound as error:
         raise NotFound(str(error)) from None
+
+
+def api_weights() -> ResponseReturnValue:
+    """Return the weights that are configured or overridden, and the keys with jobs whose turn is
+    still to come."""
+    access.require_totals()
+    weights = Weights(current_state())
+    return json_response(
+        weights=[_weight_data(each) for each in weights.all()],
+        turns=[turns_data(each) for each in weights.waiting(SHOWN_KEYS)],
+    )
+
+
+def api_act_on_weight(verb: str) -> ResponseReturnValue:
+    """Override or reset the weight of a key."""
+    body = _body()
+    fields = ("key", "weight") if verb == "override" else ("key",)
+    if unknown := body.keys() - set(fields):
+        raise BadRequest(f"there is no field {min(unknown)!r}; the fields are {', '.join(fields)}")
+    access.require_totals()
+    by = access.visitor()
+    number: Any = body.get("weight")
+    try:
+        weight = find_weight(current_state(), body.get("key", ""))
+        weight = weight.override(number, by) if verb == "override" else weight.reset(by)
+    except BgJobsError as error:
+        return _refused(HTTPStatus.BAD_REQUEST, str(error))
+    return json_response(**_weight_data(weight))
+
+
+def _weight_data(weight: WeightState) -> dict[str, Any]:
+    return weight_data(weight, names_people=access.is_allowed(access.AUDIT))
 
 
 def api_audit() -> ResponseReturnValue:

@@ -19,6 +19,7 @@ from . import access, params
 from .limit_form import LimitForm, form_of
 from .pages import live_page
 from .rendering import render
+from .weights import WeightForm, weighted_keys
 
 SHOWN_KEYS = 50
 """Most keys on a page."""
@@ -72,7 +73,15 @@ def list_limits_page() -> ResponseReturnValue:
         limit = _find(state, request.args["name"])
         return live_page("limit", **_values(state, limit, form_of(limit.rule)))
     limits = list_limits(state)
-    return live_page("limits", limits=limits, keys=keys_of(state, limits), most=SHOWN_KEYS)
+    return live_page(
+        "limits",
+        limits=limits,
+        keys=keys_of(state, limits),
+        most=SHOWN_KEYS,
+        weights=weighted_keys(state),
+        form=WeightForm(formdata=None),
+        now=limits[0].now.replace(tzinfo=None) if limits else state.store.clock(),
+    )
 
 
 def act_on_limit(verb: str) -> ResponseReturnValue:

@@ -10,7 +10,7 @@ key with few, and a key without jobs saves no turns for later.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from .limits import hashed
 from .text import shown
@@ -81,17 +81,22 @@ def take_turn(standing: Standing, following: float | None, weight: float) -> tup
     return min(math.floor(start + _ROUNDING), MAX_TURN), start + 1.0 / weight
 
 
+def is_weight(weight: object) -> TypeGuard[float]:
+    """Whether a value is a valid weight."""
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    return is_number and MIN_WEIGHT <= weight <= MAX_WEIGHT  # type: ignore[operator]
+
+
 def check_weight(weight: object) -> float:
     """The weight of a key as a number.
 
     :raises ValueError: when it is not valid.
     """
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # type: ignore[operator]
+    if not is_weight(weight):
         raise ValueError(
             f"a weight is a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:,g}, not {shown(weight)}"
         )
-    return float(weight)  # type: ignore[arg-type]
+    return float(weight)
 
 
 def queue_id(queue: str, priority: int) -> int:

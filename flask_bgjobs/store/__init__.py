@@ -25,6 +25,7 @@ from .statements.prune import PruneCursor, Pruned, Retention
 from .statements.schedule import Fired, Plan, Run, ScheduleChange, Skip
 from .statements.select import Conditions, Selection
 from .statements.waiting import MAX_NAMES, CodeWait
+from .statements.weights import KeyTurns
 
 __all__ = [
     "DONE",
@@ -42,6 +43,7 @@ __all__ = [
     "Healed",
     "Host",
     "KeyRow",
+    "KeyTurns",
     "LeaseView",
     "NewJobs",
     "Plan",

@@ -15,10 +15,21 @@ from .statements.rollup import Rollups
 from .statements.schedule import Schedules
 from .statements.select import Selections
 from .statements.waiting import Waiting
+from .statements.weights import Weights
 
 
 class Store(
-    Claims, Leases, Due, Prunes, Rollups, Selections, ByHand, Schedules, Waiting, LimitRows
+    Claims,
+    Leases,
+    Due,
+    Prunes,
+    Rollups,
+    Selections,
+    ByHand,
+    Schedules,
+    Waiting,
+    LimitRows,
+    Weights,
 ):
     """The statements on the tables of one app in one database.
 

@@ -172,6 +172,7 @@ LIST_PAGES = [
     "/jobs/workers",
     "/jobs/schedules",
     "/jobs/limits",
+    "/jobs/api/v1/weights",
     "/jobs/api/v1/jobs",
     "/jobs/api/v1/stats",
 ]

@@ -91,6 +91,8 @@ def test_sweep_covers_every_route(make_host: MakeHost) -> None:
         ("POST", "/jobs/limits/resume"),
         ("POST", "/jobs/limits/override"),
         ("POST", "/jobs/limits/reset"),
+        ("POST", "/jobs/weights/override"),
+        ("POST", "/jobs/weights/reset"),
         ("GET", "/jobs/api/v1/openapi.json"),
         ("GET", "/jobs/api/v1/stats"),
         ("GET", "/jobs/api/v1/jobs"),
@@ -118,6 +120,9 @@ def test_sweep_covers_every_route(make_host: MakeHost) -> None:
         ("POST", "/jobs/api/v1/limits/resume"),
         ("POST", "/jobs/api/v1/limits/override"),
         ("POST", "/jobs/api/v1/limits/reset"),
+        ("GET", "/jobs/api/v1/weights"),
+        ("POST", "/jobs/api/v1/weights/override"),
+        ("POST", "/jobs/api/v1/weights/reset"),
         ("GET", "/jobs/api/v1/audit"),
     }
 
@@ -499,6 +504,7 @@ def test_public_dashboard_is_read_only(make_host: MakeHost) -> None:
         "/jobs/api/v1/workers",
         "/jobs/api/v1/schedules",
         "/jobs/api/v1/limits",
+        "/jobs/api/v1/weights",
     }
     assert {status for (method, _), status in answers.items() if method == "POST"} == {403}
 

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from flask_bgjobs import Limit, run_background_job
+from flask_bgjobs.flow.fairness.manage import Weights
 from flask_bgjobs.flow.limits.manage import find as find_limit
 from flask_bgjobs.flow.schedules.manage import find
 from flask_bgjobs.flow.schedules.ticker import Ticker
@@ -101,6 +102,15 @@ def add_limits(host: Host) -> None:
     assert [job.id for job in jobs] == [8, 9, 10]
 
 
+def add_turns(host: Host) -> None:
+    """Add keys that take turns, one of them with an overridden weight."""
+    with host.app.app_context():
+        for number in (7, 7, 7, 8):
+            run_background_job(RECEIPT, parameters=[number], fair="tenant {order_id}")
+        host.state.store.promote()
+        Weights(host.state)["tenant 8"].override(2.5, Actor("ada", "dashboard"))
+
+
 @pytest.fixture
 def populated_host(host: Host) -> Host:
     """A host with a job in each state that looks different, and content on every page."""
@@ -133,6 +143,7 @@ def populated_host(host: Host) -> Host:
     store.record(Actor("anna", "dashboard"), "cancel", jobs=[failed])
     add_schedules(host)
     add_limits(host)
+    add_turns(host)
     minute = store.clock().replace(second=0, microsecond=0)
     store.add_to_rollup(
         {

@@ -17,7 +17,7 @@ from flask_bgjobs import BgJobs, Job, Limit, run_background_job
 from flask_bgjobs.dashboard import access
 from flask_bgjobs.flow.schedules.ticker import Ticker
 from flask_bgjobs.job.limits import key_id, limit_id
-from flask_bgjobs.models import Attempt, LimitKey, Schedule, ScheduleTick, Seat
+from flask_bgjobs.models import Attempt, FairKey, FairQueue, LimitKey, Schedule, ScheduleTick, Seat
 from flask_bgjobs.operations.queries import listing
 from flask_bgjobs.state import state_of
 from flask_bgjobs.store import Actor, Store
@@ -56,6 +56,7 @@ PAGES = {
     "job that waits for a limit": f"/job/{LIMITED}",
     "audit": "/audit",
     "api limit": "/api/v1/limit?name=many",
+    "api weights": "/api/v1/weights",
     "api schedules": "/api/v1/schedules?per=200",
     "api schedule": "/api/v1/schedule?name=s-0777",
     "api": "/api/v1/stats",
@@ -68,7 +69,8 @@ _FIRST_BY_ID = re.compile(r"FROM bgjobs_job ORDER BY bgjobs_job.id( DESC)?\s+LIM
 @pytest.fixture
 def crowded(database_url: str) -> Iterator[flask.Flask]:
     """A host with 50,000 jobs, some failed attempts, an audit entry, 10,000 schedules, of which the
-    first has 10,000 ticks, and a limit with 500 keys, at the first of which 2,000 jobs wait."""
+    first has 10,000 ticks, a limit with 500 keys, at the first of which 2,000 jobs wait, and 20
+    queues in which 500 keys take turns."""
     app = flask.Flask(__name__)
     app.config.update(
         SECRET_KEY="x",
@@ -94,6 +96,7 @@ def crowded(database_url: str) -> Iterator[flask.Flask]:
         store.record(Actor("anna", "dashboard"), "cancel", jobs=[first.id])
         _add_schedules(app)
         _add_limits(store)
+        _add_turns(store)
         analyze(store)
         yield app
         store.dispose()
@@ -132,6 +135,23 @@ def _add_limits(store: Store) -> None:
     with store.engine.begin() as connection:
         connection.execute(sa.insert(LimitKey).values(used_at=store.now), keys)
         connection.execute(sa.insert(Seat), seats)
+
+
+def _add_turns(store: Store) -> None:
+    """Add 25 keys to each of 20 queues, which is as many as the page reads, and jobs of theirs."""
+    queues = [
+        {"id": n, "queue": f"q{n}", "priority": 0, "turn": 1.0, "last": 500.0, "round": 1}
+        for n in range(20)
+    ]
+    usual = {"round": 1, "following": 400.0}
+    keys = [{**usual, "id": n, "fair_queue_id": n % 20, "name": f"tenant {n}"} for n in range(500)]
+    with store.engine.begin() as connection:
+        connection.execute(sa.insert(FairQueue), queues)
+        connection.execute(sa.insert(FairKey).values(used_at=store.now), keys)
+        first = sa.select(Job.id).where(Job.status == "pending").limit(20)
+        for number, job_id in enumerate(connection.scalars(first).all()):
+            update = sa.update(Job).where(Job.id == job_id)
+            connection.execute(update.values(queue=f"q{number}", claim_rank=2))
 
 
 def test_pages_take_few_statements(crowded: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:

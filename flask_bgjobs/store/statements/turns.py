@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +21,7 @@ from ...job.turns import (
     TurnsSeen,
     claim_rank,
     fair_key_id,
+    is_weight,
     queue_id,
     take_turn,
     weight_id,
@@ -110,11 +111,10 @@ class Turns(Seats):
             first |= Standing()._asdict()
             connection.execute(self._fair_queue_insertion, first)
             row = connection.execute(self._locked_fair_queue, here).one()
-        first_rank = claim_rank(priority, 1)
-        ranks = {"first": first_rank, "last": claim_rank(priority, MAX_TURN), "here": queue}
+        lowest, highest = rank_range(priority)
+        ranks = {"first": lowest, "last": highest, "here": queue}
         found = connection.execute(self._ranks_with_turn, ranks).one()
-        turns = (None if rank is None else rank - first_rank + 1 for rank in found)
-        return Standing(row.turn, row.last, row.round).at(TurnsSeen(*turns))
+        return Standing(row.turn, row.last, row.round).at(turns_seen(found, priority))
 
     def _save_fair_keys(
         self,
@@ -133,9 +133,10 @@ class Turns(Seats):
     def _overridden_weights(
         self, connection: sa.Connection, ids: Sequence[int]
     ) -> dict[str, float]:
-        """The weights that people have set, by key."""
+        """The weights that people have set, by key; those that are not valid are left out."""
         chosen = sa.select(WEIGHTS.c.name, WEIGHTS.c.weight).where(WEIGHTS.c.id.in_(ids))
-        return {row.name: row.weight for row in connection.execute(chosen)}
+        rows = connection.execute(chosen).all()
+        return {row.name: row.weight for row in rows if is_weight(row.weight)}
 
     def prune_fair_keys(self, limit: int) -> int:
         """Delete up to ``limit`` rows of keys that no job has used for a day.
@@ -165,23 +166,9 @@ class Turns(Seats):
 
     @functools.cached_property
     def _ranks_with_turn(self) -> sa.Select[Any]:
-        """The query for the ranks of the turns in :class:`TurnsSeen`."""
-        here = JOBS.c.queue == sa.bindparam("here", type_=sa.String)
-        anywhere = sa.literal_column(IS_OF_ANY_QUEUE, sa.Boolean)
-        have_turns = (
-            JOBS.c.claim_rank >= sa.bindparam("first", type_=sa.BigInteger),
-            JOBS.c.claim_rank <= sa.bindparam("last", type_=sa.BigInteger),
-        )
-        first, last = sa.func.min(JOBS.c.claim_rank), sa.func.max(JOBS.c.claim_rank)
-        ranks = {
-            "running": sa.select(last).where(has_status(JobStatus.RUNNING), here),
-            "pending": sa.select(first).where(has_status(JobStatus.PENDING), here),
-            "waiting": sa.select(first).where(has_status(JobStatus.WAITING), here),
-            "elsewhere": sa.select(first).where(has_status(JobStatus.PENDING), anywhere),
-        }
-        return sa.select(
-            *(ranks[name].where(*have_turns).scalar_subquery() for name in TurnsSeen._fields)
-        )
+        first, last = (sa.bindparam(name, type_=sa.BigInteger) for name in ("first", "last"))
+        here = sa.bindparam("here", type_=sa.String)
+        return sa.select(*ranks_with_turn(here, first, last))
 
     @functools.cached_property
     def _fair_key_update(self) -> sa.Update:
@@ -206,3 +193,31 @@ class Turns(Seats):
         given = self.json_rows(sa.bindparam("ranks", type_=sa.Text), _RANK_TYPES).c
         update = sa.update(JOBS).where(JOBS.c.id == given.job_id)
         return update.values(claim_rank=given.new_rank)
+
+
+def rank_range(priority: int) -> tuple[int, int]:
+    """The first and the last claim rank of jobs of a priority that have a turn."""
+    return claim_rank(priority, 1), claim_rank(priority, MAX_TURN)
+
+
+def ranks_with_turn(
+    queue: sa.ColumnElement[str], first: sa.ColumnElement[int], last: sa.ColumnElement[int]
+) -> list[sa.ScalarSelect[Any]]:
+    """SQL expressions for the claim ranks from ``first`` to ``last`` that :func:`turns_seen`
+    needs."""
+    here = JOBS.c.queue == queue
+    anywhere = sa.literal_column(IS_OF_ANY_QUEUE, sa.Boolean)
+    lowest, highest = sa.func.min(JOBS.c.claim_rank), sa.func.max(JOBS.c.claim_rank)
+    ranks = {
+        "running": sa.select(highest).where(has_status(JobStatus.RUNNING), here),
+        "pending": sa.select(lowest).where(has_status(JobStatus.PENDING), here),
+        "waiting": sa.select(lowest).where(has_status(JobStatus.WAITING), here),
+        "elsewhere": sa.select(lowest).where(has_status(JobStatus.PENDING), anywhere),
+    }
+    have_turns = JOBS.c.claim_rank >= first, JOBS.c.claim_rank <= last
+    return [ranks[name].where(*have_turns).scalar_subquery() for name in TurnsSeen._fields]
+
+
+def turns_seen(ranks: Iterable[int | None], priority: int) -> TurnsSeen:
+    """The turns of the claim ranks that :func:`ranks_with_turn` has found."""
+    return TurnsSeen(*(None if r is None else r - claim_rank(priority) for r in ranks))

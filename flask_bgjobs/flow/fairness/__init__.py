@@ -1,0 +1,1 @@
+"""Fairness: turns by a key, and the weights of keys."""
