@@ -104,11 +104,20 @@ class People:
         self._undo()
         assert self.errors == []
 
+    @property
+    def have_more_to_do(self) -> bool:
+        """Whether some of the acts have not been done yet."""
+        return not self.errors and len(self.acts) < len(self._possible)
+
+    @property
+    def _possible(self) -> list[Callable[[], None]]:
+        return [self._cancel, self._queue, self._limit, self._key]
+
     def _run(self) -> None:
         try:
             with self._state.app.app_context():
                 while not self._ends.wait(0.1):
-                    act = self._chance.choice([self._cancel, self._queue, self._limit, self._key])
+                    act = self._chance.choice(self._possible)
                     act()
                     self.acts[act.__name__] += 1
         except BaseException as error:
@@ -146,13 +155,14 @@ def test_limits_hold(state: AppState, start_worker: Start, journal: Path, pool: 
     state.store.define_limits({str(limit.name): limit.rule for limit in [*LIMITS, *RATES]})
     ids = enqueue_jobs(state, journal, chance)
     options = ("--pool", pool, "-c", "4")
-    workers = [start_worker(*options, **LEASE) for _ in range(WORKERS)]
     people = People(state, ids, random.Random(12))
     ends = time.monotonic() + MOST_SECONDS
     half = JOBS // 2
     with people.acting():
+        # Started one after another: on a fast machine, the first ends half of the jobs meanwhile.
+        workers = [start_worker(*options, **LEASE) for _ in range(WORKERS)]
         killed_at = time.monotonic()
-        while unfinished(state) > half and time.monotonic() < ends:
+        while people.have_more_to_do or (unfinished(state) > half and time.monotonic() < ends):
             time.sleep(0.2)
             if time.monotonic() - killed_at > KILL_EVERY_SECONDS:
                 killed_at = time.monotonic()
@@ -165,7 +175,6 @@ def test_limits_hold(state: AppState, start_worker: Start, journal: Path, pool: 
         worker.wait(timeout=60)
     admit_all(state.store)
     assert left(state, Seat) == left(state, Notice) == 0
-    assert min(people.acts.values()) > 0, people.acts
     check_journal(state, journal)
 
 
