@@ -22,7 +22,7 @@ from flask_bgjobs.operations.queries import listing
 from flask_bgjobs.state import state_of
 from flask_bgjobs.store import Actor, Store
 from flask_bgjobs.worker.registration import register
-from tests.integration.test_store import _copy_job, _plan_step, _scans, analyze
+from tests.integration.test_store import _copy_job, _plan_step, analyze, scans
 
 MOST_STATEMENTS = 9
 """One of them reads the jobs that wait for code, on most pages, if any job waits."""
@@ -184,7 +184,7 @@ def _plans_that_scan(app: flask.Flask, statements: list[tuple[str, Any]]) -> Ite
         with store.read() as connection:
             plan = connection.exec_driver_sql(f"{explain} {statement}", parameters)
             lines = "\n".join(_plan_step(row) for row in plan)
-        if _scans(lines):
+        if scans(lines):
             yield f"{statement}\n{lines}"
 
 

@@ -22,6 +22,7 @@ from flask_bgjobs.store import Cursors
 from flask_bgjobs.testing import drain, inline
 from flask_bgjobs.worker.registration import register
 from tests.conftest import stored
+from tests.integration.test_store import analyze, plans, scans
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -256,6 +257,19 @@ class TestAdmit:
             assert admit(state) == 0
         assert len(rows(state, Notice)) == 1
         assert admit(state) == 1
+
+    @pytest.mark.on("postgresql")
+    def test_few_of_many_waiting_jobs_are_read(self, state: AppState) -> None:
+        """However many jobs wait, only those are read for which there is room."""
+        sets = [{"value": n} for n in range(5_000)]
+        enqueue_all(state, ECHO, None, sets, JobOptions(limits=[Limit("ten", concurrency=10)]))
+        analyze(state.store)
+        plan = plans(state.store, state.store.admit)
+        assert statuses(state) == {"pending": 10, "waiting": 4_990}
+        assert "LockRows" in plan
+        assert not scans(plan)
+        assert "Hash Join" not in plan
+        assert "Merge Join" not in plan
 
     @pytest.mark.on("postgresql", "mysql")
     @pytest.mark.parametrize("number", [1, 300])

@@ -189,9 +189,9 @@ class TestPlans:
         self, crowded: Store, queues: list[str] | None, worker: int
     ) -> None:
         """The claim neither sorts nor scans, whatever other rows the table has."""
-        plan = _plans(crowded, lambda: crowded.claim(worker, 10, queues))
+        plan = plans(crowded, lambda: crowded.claim(worker, 10, queues))
         assert "ix_bgjobs_job_claim" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
         assert not _sorts(plan)
 
     def test_claim_beside_paused_queue_reads_index(self, crowded: Store, worker: int) -> None:
@@ -199,10 +199,10 @@ class TestPlans:
         open_job = enqueue(queue="open")
         crowded.pause("default")
         taken: list[JobSpec] = []
-        plan = _plans(crowded, lambda: taken.extend(crowded.claim(worker, 10)))
+        plan = plans(crowded, lambda: taken.extend(crowded.claim(worker, 10)))
         assert [spec.id for spec in taken] == [open_job]
         assert "ix_bgjobs_job_claim_queue" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
 
     def test_claim_of_one_queue_reads_no_other(self, store: Store, worker: int) -> None:
         """A claim for one queue does not read a backlog of other queues, even without statistics
@@ -213,7 +213,7 @@ class TestPlans:
         execute(store, sa.update(Job).values(queue="mail", claim_rank=100_000))
         analyze(store)
         _copy_job(store, "pending", 50_000)
-        plan = _plans(store, lambda: store.claim(worker, 100, ["mail"]))
+        plan = plans(store, lambda: store.claim(worker, 100, ["mail"]))
         assert "ix_bgjobs_job_claim_queue" in plan
         assert not _sorts(plan)
 
@@ -244,14 +244,14 @@ class TestPlans:
         """The query for due jobs reads the index of due times."""
         execute(crowded, sa.text("UPDATE bgjobs_job SET run_at = '2999-01-01 00:00:00.000000'"))
         analyze(crowded)
-        plan = _plans(crowded, lambda: (crowded.promote(), crowded.upcoming(60, 0.05)))
+        plan = plans(crowded, lambda: (crowded.promote(), crowded.upcoming(60, 0.05)))
         assert "ix_bgjobs_job_due" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
 
     @pytest.mark.on("mysql")
     def test_promotion_of_many_jobs_does_not_sort(self, crowded: Store) -> None:
         """Even if all jobs are due, the query for the first jobs to promote does not sort."""
-        plan = _plans(crowded, crowded.promote)
+        plan = plans(crowded, crowded.promote)
         assert "ix_bgjobs_job_due" in plan
         assert not _sorts(plan)
 
@@ -260,7 +260,7 @@ class TestPlans:
         """A claim from many rows without statistics reads the index in order and does not sort."""
         execute(store, sa.text("ALTER TABLE bgjobs_job SET (autovacuum_enabled = false)"))
         _copy_job(store, "pending", 50_000)
-        plan = _plans(store, lambda: store.claim(worker, 1_000))
+        plan = plans(store, lambda: store.claim(worker, 1_000))
         assert "ix_bgjobs_job_claim" in plan
         assert not _sorts(plan)
 
@@ -274,22 +274,22 @@ class TestPlans:
             execute(crowded, sa.text("DELETE FROM sqlite_stat1"))
             crowded.engine.dispose()
         outcomes = [(spec, make_outcome(spec)) for spec in batch]
-        plan = _plans(crowded, lambda: crowded.complete(worker, outcomes))
+        plan = plans(crowded, lambda: crowded.complete(worker, outcomes))
         # The terms of SQLite, PostgreSQL and MySQL.
         keys = ("USING INTEGER PRIMARY KEY", "bgjobs_job_pkey", "bgjobs_job PRIMARY")
         assert any(key in plan for key in keys)
-        assert not _scans(plan)
+        assert not scans(plan)
 
     @pytest.mark.on("mysql")
     def test_settle_locks_jobs_by_id(self, crowded: Store, worker: int) -> None:
         """A settle finds the rows to lock by their ids: on MySQL, reading another index would lock
         more rows."""
         keys = [spec.key for spec in crowded.claim(worker, 300)]
-        plan = _plans(
+        plan = plans(
             crowded, lambda: crowded.transaction(lambda c: crowded.lock_running(c, worker, keys))
         )
         assert "bgjobs_job PRIMARY" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
         assert not _sorts(plan)
 
     def test_pruning_reads_index_in_order(self, crowded: Store) -> None:
@@ -302,9 +302,9 @@ class TestPlans:
             first = crowded.prune(retention, 10)
             crowded.prune(retention, 10, first.cursor)
 
-        plan = _plans(crowded, prune)
+        plan = plans(crowded, prune)
         assert "ix_bgjobs_job_finished" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
         assert not _sorts(plan)
 
     def test_selection_does_not_scan(self, crowded: Store) -> None:
@@ -312,16 +312,16 @@ class TestPlans:
         queue."""
         statuses = (JobStatus.FAILED, JobStatus.PENDING)
         selection = Selection(statuses, until=crowded.clock(), queues=("default",))
-        plan = _plans(crowded, lambda: next(crowded.selected_ids(selection, 10)))
+        plan = plans(crowded, lambda: next(crowded.selected_ids(selection, 10)))
         assert "bgjobs_job" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
 
     # PostgreSQL uses index-only scans only after a vacuum; until then it counts by a table scan.
     @pytest.mark.on("sqlite")
     def test_statistics_read_indexes(self, crowded: Store, state: AppState) -> None:
         """No number of ``flask bgjobs stats`` makes the database read whole rows of all jobs."""
-        plan = _plans(crowded, lambda: stats_now(state))
-        assert not _scans(plan)
+        plan = plans(crowded, lambda: stats_now(state))
+        assert not scans(plan)
         assert "ix_bgjobs_job_finished" in plan
 
 
@@ -344,7 +344,7 @@ def _copy_job(store: Store, status: str, copies: int) -> None:
     )
 
 
-def _plans(store: Store, work: Callable[[], object]) -> str:
+def plans(store: Store, work: Callable[[], object]) -> str:
     """The query plans of all statements on the job table that ``work`` runs."""
     seen: list[tuple[str, Any]] = []
 
@@ -372,7 +372,7 @@ def _plan_step(row: Any) -> str:
     return str(row[-1])
 
 
-def _scans(plan: str) -> bool:
+def scans(plan: str) -> bool:
     """Whether the plan reads the whole table."""
     scans = ("SCAN bgjobs_job", "Seq Scan on bgjobs_job", "ALL bgjobs_job", "index bgjobs_job")
     return any(scan in plan for scan in scans)

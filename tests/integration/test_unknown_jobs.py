@@ -454,16 +454,16 @@ class TestStatements:
 
     def test_statements_read_the_index(self, app: Flask, state: AppState) -> None:
         """The names and the jobs of a name are found by index seeks, however many others wait."""
-        from tests.integration.test_store import _plans, _scans, analyze
+        from tests.integration.test_store import analyze, plans, scans
 
         enqueue_new(state, 3)
         run_burst(state)
         _copy_jobs(state, doublings=11)
         analyze(state.store)
         wait = CodeWait("default", NEW, 0)
-        plan = _plans(state.store, lambda: _look_and_free(state, wait))
+        plan = plans(state.store, lambda: _look_and_free(state, wait))
         assert "ix_bgjobs_job_waits" in plan
-        assert not _scans(plan)
+        assert not scans(plan)
 
 
 def _look_and_free(state: AppState, wait: CodeWait) -> None:

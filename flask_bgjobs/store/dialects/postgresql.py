@@ -146,10 +146,13 @@ class PostgresStore(Store):
         mine = SEATS.c.key_id == key.c.id, SEATS.c.state == SeatState.WAITS.value
         seats = sa.select(SEATS).where(*mine).order_by(*ORDER).limit(key.c.room).correlate(key)
         first = seats.lateral("first")
-        columns = (first.c.get(column.name, column) for column in CANDIDATE_COLUMNS)
-        is_waiting = is_waiting_job(first.c.job_id)
-        found = sa.select(*columns).select_from(key.join(first, sa.true()).join(JOBS, is_waiting))
-        return found.with_for_update(of=JOBS, skip_locked=True)
+        # A subquery that locks is not merged into the outer query. The planner does not know how
+        # small the room is, and could otherwise read all jobs instead of these.
+        jobs = sa.select(JOBS).where(is_waiting_job(first.c.job_id)).correlate(first)
+        job = jobs.with_for_update(skip_locked=True).lateral("job")
+        tables = {SEATS: first, JOBS: job}
+        columns = (tables[column.table].c[column.name] for column in CANDIDATE_COLUMNS)
+        return sa.select(*columns).select_from(key.join(first, sa.true()).join(job, sa.true()))
 
     @functools.cached_property
     def _others_waiting(self) -> sa.Select[Any]:
