@@ -15,6 +15,7 @@ from .sizes import batches, statement_bytes
 from .statements.admit import Admitted
 from .statements.audit import Actor
 from .statements.enqueue import NewJobs, Unique
+from .statements.handover import HandedOver
 from .statements.heal import Cursors, Healed
 from .statements.limit_keys import effective_rule
 from .statements.limits import MAX_COUNTED, KeyRow
@@ -40,6 +41,7 @@ __all__ = [
     "Conditions",
     "Cursors",
     "Fired",
+    "HandedOver",
     "Healed",
     "Host",
     "KeyRow",

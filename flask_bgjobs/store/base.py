@@ -5,7 +5,7 @@ Each database has a subclass with its clock, its claim and its insert that toler
 
 from __future__ import annotations
 
-from .statements.claim import Claims
+from .statements.handover import Handovers
 from .statements.lease import Leases
 from .statements.limits import LimitRows
 from .statements.manual import ByHand
@@ -19,7 +19,7 @@ from .statements.weights import Weights
 
 
 class Store(
-    Claims,
+    Handovers,
     Leases,
     Due,
     Prunes,
@@ -33,8 +33,9 @@ class Store(
 ):
     """The statements on the tables of one app in one database.
 
-    In the life of a job: insert, claim, mark_started and observe, settle. For workers: beat,
-    rescue, promote, free, admit, fire, prune, and add to the roll-up. For people: pause and resume,
-    cancel, retry, delete, each recorded in the audit trail. The store's own transactions are
-    redone after errors that pass, such as a deadlock, a serialization failure or a busy database.
+    In the life of a job: insert, claim, mark_started and observe, settle, hand over. For workers:
+    beat, rescue, promote, free, admit, fire, prune, and add to the roll-up. For people: pause and
+    resume, cancel, retry, delete, each recorded in the audit trail. The store's own transactions
+    are redone after errors that pass, such as a deadlock, a serialization failure or a busy
+    database.
     """

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from sqlalchemy.exc import DBAPIError
+
 from ..job.limits import has_rate
-from ..job.records import JobSpec, Key
+from ..job.records import JobSpec, Key, Outcome, Settled
 from ..job.row_check import bad_row, checked
-from ..store import Store
+from ..store import HandedOver, Store
 from . import shutdown
 from .outbox import Outbox
 from .routing import RoutedPool, WorkerPools
 from .suspects import Suspects
+
+_NO_HANDOVER_SECONDS = 10.0
+"""How long seats are not handed over after an error. Outcomes are then recorded by themselves."""
 
 
 class Claims:
@@ -33,6 +39,7 @@ class Claims:
         """Claimed attempts whose outcome is not recorded yet."""
         self._is_in_doubt = False
         """Whether the last claim may have been committed without a reply."""
+        self._no_handover_until = -math.inf
 
     @property
     def has_reached_limit(self) -> bool:
@@ -64,6 +71,66 @@ class Claims:
             without=route.excluded,
             suspects=self.suspects.may_claim,
         )
+        self._accept(specs, routed, room, began)
+        return bool(specs)
+
+    def may_hand_over(self) -> bool:
+        """Whether :meth:`hand_over` may be used now."""
+        return not self._is_in_doubt and time.monotonic() >= self._no_handover_until
+
+    def hand_over(
+        self,
+        worker_id: int,
+        routed: RoutedPool,
+        room: int,
+        note: Callable[[Settled], object],
+    ) -> bool:
+        """Record completed attempts of jobs with limits, admit those that wait for their seats, and
+        claim up to ``room`` jobs for a pool, in one transaction.
+
+        :param note: called with each recorded outcome.
+        :returns: whether jobs may wait for a seat that is free.
+        """
+        route = routed.route
+        handed = HandedOver([], None, more=True)
+
+        def complete(batch: Sequence[tuple[JobSpec, Outcome]]) -> list[Settled]:
+            nonlocal handed
+            handed = self._store.hand_over(
+                worker_id,
+                batch,
+                room,
+                route.queues,
+                without=route.excluded,
+                suspects=self.suspects.may_claim,
+            )
+            return handed.settled
+
+        self._is_in_doubt = True
+        began = time.monotonic()
+        try:
+            settled = self._outbox.record_by(complete)
+        except DBAPIError:
+            # Whatever it was, it must not keep the outcomes from being recorded.
+            self._no_handover_until = time.monotonic() + _NO_HANDOVER_SECONDS
+            raise
+        try:
+            if handed.specs is None:
+                self._is_in_doubt = False
+            else:
+                self._accept(handed.specs, routed, room, began)
+        finally:
+            for each in settled:
+                note(each)
+        return handed.more
+
+    def _accept(
+        self, specs: Sequence[JobSpec], routed: RoutedPool, room: int, began: float
+    ) -> None:
+        """Submit claimed jobs to a pool, if they may start.
+
+        :param began: when the claim began, by ``time.monotonic()``.
+        """
         suspects = [spec for spec in specs if spec.suspect]
         # The claim is still in doubt, so its jobs are given back if this query fails.
         exclusive = self._store.lost_among_others(suspects) if suspects else ()
@@ -87,7 +154,6 @@ class Claims:
             routed.submit(rated, began)
             usual = [spec for spec in usual if spec not in rated]
         routed.submit(usual, claimed)
-        return bool(specs)
 
     def start_suspects(self, worker_id: int, pools: WorkerPools) -> bool:
         """Start the suspects whose turn it is, each start committed before its code runs.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from sqlalchemy.exc import DBAPIError
 
@@ -22,6 +23,8 @@ _LOCKED_PAUSE_SECONDS = 0.25
 
 _Entry = tuple[JobSpec, Outcome]
 _Entries = collections.deque[_Entry]
+Complete = Callable[[list[_Entry]], list[Settled]]
+"""Records completed attempts, as ``Store.complete`` does."""
 
 
 class Outbox:
@@ -114,16 +117,34 @@ class Outbox:
 
     def _record_plain_completions(self, worker_id: int) -> Iterator[Settled]:
         waiting = collections.deque(batches(_take(self._plain_completions), _completion_bytes))
+        complete = functools.partial(self._store.complete, worker_id)
         try:
             while waiting:
-                yield from self._complete(worker_id, waiting.popleft())
+                yield from self._complete(waiting.popleft(), complete)
         finally:
             for batch in reversed(waiting):
                 self._plain_completions.extendleft(reversed(batch))
 
-    def _complete(self, worker_id: int, batch: list[_Entry]) -> list[Settled]:
+    @property
+    def has_limited_completions(self) -> bool:
+        """Whether there are only outcomes to be recorded in bulk, some of jobs with limits."""
+        if self._other_outcomes:
+            return False
+        return any(spec.limits_json is not None for spec, _ in self._plain_completions.copy())
+
+    def record_by(self, complete: Complete) -> list[Settled]:
+        """Record the first of the outcomes that are recorded in bulk, as :meth:`record` does.
+
+        :param complete: records them.
+        """
+        first, *others = batches(_take(self._plain_completions), _completion_bytes)
+        for batch in reversed(others):
+            self._plain_completions.extendleft(reversed(batch))
+        return self._complete(first, complete)
+
+    def _complete(self, batch: list[_Entry], complete: Complete) -> list[Settled]:
         try:
-            settled = self._store.complete(worker_id, batch)
+            settled = complete(batch)
         except CommitInDoubt:
             self._in_doubt |= {spec.key for spec, _ in batch}
             self._other_outcomes.extendleft(reversed(batch))

@@ -19,7 +19,7 @@ import pytest
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
-from flask_bgjobs import BgJobsError, Job
+from flask_bgjobs import BgJobsError, Job, Limit
 from flask_bgjobs.state import state_of
 from flask_bgjobs.store import Store
 from tests.acceptance.helpers import beats, enqueue, lines, starts
@@ -36,6 +36,8 @@ LONG_LEASE: dict[str, Any] = {"BGJOBS_LEASE": 120, "BGJOBS_HEARTBEAT_INTERVAL": 
 CLAIMED = commits("SKIP LOCKED", "< UPDATE [1-9]")
 """Matches the commit of a claim that claimed a job."""
 SETTLED = commits("UPDATE bgjobs_job.* SET .*error_type", "< UPDATE [1-9]")
+HANDED_OVER = commits("FROM bgjobs_worker", "DELETE .*bgjobs_seat", "< UPDATE [1-9]")
+"""Matches the commit of a handover."""
 SERVERS = {"postgresql": PostgresServer, "mariadb": MariaServer}
 
 
@@ -154,6 +156,26 @@ def test_connection_lost_in_a_claim_loses_no_job(
     assert_ran_once(journal, finished, worker)
     claimed_unseen = [job for job in finished if job.attempt > 1]
     assert bool(claimed_unseen) == (when == "after")
+    stop(worker)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_connection_lost_in_a_handover_loses_no_job(
+    app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, when: When
+) -> None:
+    """If a connection ends before or after the commit of a handover, every job still runs once, and
+    never more jobs at once than its limit allows."""
+    cut = link.cut_when(HANDED_OVER, when)
+    limit = Limit("two", concurrency=2)
+    jobs = [enqueue("hold", str(journal), 0.02, limits=limit) for _ in range(30)]
+    worker = start_worker("-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **LONG_LEASE)
+    assert cut.wait(DEADLINE_SECONDS)
+    finished = finish(app, jobs)
+    assert_ran_once(journal, finished, worker)
+    claimed_unseen = [job for job in finished if job.attempt > 1]
+    assert bool(claimed_unseen) == (when == "after")
+    running = [1 if line.startswith("start") else -1 for line in lines(journal)]
+    assert max(itertools.accumulate(running)) <= 2
     stop(worker)
 
 

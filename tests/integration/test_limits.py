@@ -272,9 +272,10 @@ class TestAdmit:
         assert "Merge Join" not in plan
 
     @pytest.mark.on("postgresql", "mysql")
+    @pytest.mark.parametrize("hands_over", [False, True])
     @pytest.mark.parametrize("number", [1, 300])
     def test_open_transactions_hold_nobody_up(
-        self, state: AppState, worker: int, number: int
+        self, state: AppState, worker: int, number: int, hands_over: bool
     ) -> None:
         """While an app's transaction has enqueued jobs with a limit and is still open, workers
         admit, claim and settle others with the same limit."""
@@ -295,7 +296,11 @@ class TestAdmit:
             (spec, Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED, wait_seconds=0.0))
             for spec in specs
         ]
-        assert all(settled.status for settled in store.complete(worker, entries))
+        if hands_over:
+            settled = store.hand_over(worker, entries, number).settled
+        else:
+            settled = store.complete(worker, entries)
+        assert all(each.status for each in settled)
         while store.admit().more:
             pass
         store.cancel([jobs[0].id])

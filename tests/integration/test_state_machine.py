@@ -73,6 +73,7 @@ _REACHED_PER_EXAMPLE = {
     "jobs with a key ended": 0.02,
     "waiting jobs freed": 0.02,
     "jobs admitted": 0.3,
+    "seats handed over": 0.02,
     "jobs withdrawn": 0.02,
     "jobs parked": 0.02,
     "turns given": 0.3,
@@ -84,7 +85,6 @@ _REACHED_PER_EXAMPLE = {
 _ACTIVE = {"scheduled", "waiting", "pending", "running", "retrying"}
 _WITH_A_TIME = {"scheduled", "retrying"}
 _WAITING = _ACTIVE - {"running"}
-_ENDED = {"completed", "failed", "cancelled"}
 _WITHOUT_A_ROW = {"completed", "given back", "unknown", "snoozed", "expired"}
 """Outcomes of attempts that leave no row."""
 
@@ -116,7 +116,10 @@ _PLAIN_JOB = {
     "limits": None,
     "fair": None,
 }
-_SCENES = ["none", "none", "unknown code", "no reply", "a pause", "two deaths", "two early deaths"]
+_SCENES = [
+    *("none", "none", "unknown code", "no reply", "a pause", "a handover", "two deaths"),
+    "two early deaths",
+]
 """Courses of events that random steps rarely follow."""
 _turns = st.fixed_dictionaries(
     {
@@ -154,6 +157,8 @@ class _Job:
     """The id of the worker that claimed it last."""
     started: bool = False
     """Whether the start of the running attempt was committed."""
+    had_turn: bool = False
+    """Whether it was ever given a turn."""
 
     def is_run_by(self, worker_id: int, attempt: int) -> bool:
         return (self.status, self.worker, self.attempt) == ("running", worker_id, attempt)
@@ -173,6 +178,7 @@ class _Job:
         """It may run from now on, if its limit allows."""
         self.status = "waiting" if self.has_limit else "pending"
         self.waits_for = "limit"
+        self.had_turn = self.takes_turns
 
     def end(self, kind: str) -> None:
         """Apply the outcome of an attempt."""
@@ -269,8 +275,8 @@ class LifeOfJobs(RuleBasedStateMachine):
             return
         for name in sorted(self.paused):
             self._pause_or_resume(name, pause=False)
-        limits = _LIMIT if scene == "a pause" else None
-        for _ in range(2):
+        limits = _LIMIT if scene in ("a pause", "a handover") else None
+        for _ in range(_AT_ONCE + 1 if scene == "a handover" else 2):
             self._enqueue(**{**_PLAIN_JOB, "limits": limits})
         self._admit()
         if scene == "unknown code":
@@ -280,6 +286,9 @@ class LifeOfJobs(RuleBasedStateMachine):
         elif scene == "no reply":
             self._take([OutcomeKind.COMPLETED], seen=False)
             self._release_unseen()
+        elif scene == "a handover":
+            for _ in range(2):
+                self._take([OutcomeKind.COMPLETED] * 4)
         elif scene == "a pause":
             self._pause_or_resume(_PLAIN_JOB["queue"], pause=True)
             self._admit()
@@ -439,9 +448,8 @@ class LifeOfJobs(RuleBasedStateMachine):
         compare_seats(jobs, seats)
         for row in jobs:
             job = self.jobs[row.id]
-            had_turn = job.takes_turns and (row.attempt > 0 or row.status in ("pending", "waiting"))
             assert row.claim_rank >> 32 == -job.priority
-            assert had_turn or row.status in _ENDED or not row.claim_rank % 2**32
+            assert job.had_turn or not row.claim_rank % 2**32
 
     def teardown(self) -> None:
         """With a worker and enough time, every job finishes, whatever happened before."""
@@ -503,8 +511,13 @@ class LifeOfJobs(RuleBasedStateMachine):
             for owner, spec in self.claims
             if self._is_current(worker.id, spec) and owner == worker.id
         ]
-        self._settle(worker, running[: len(kinds)], kinds)
-        specs = self._claim(worker, limit, queues)
+        ending = running[: len(kinds)]
+        all_completed = set(kinds[: len(ending)]) == {OutcomeKind.COMPLETED}
+        if all_completed and any(spec.limits_json for spec in ending):
+            specs = self._hand_over(worker, ending, limit, queues)
+        else:
+            self._settle(worker, ending, kinds)
+            specs = self._claim(worker, limit, queues)
         if not seen:
             # The commit got no reply.
             worker.unseen |= {spec.id for spec in specs}
@@ -528,6 +541,43 @@ class LifeOfJobs(RuleBasedStateMachine):
         for in_doubt in (set(), {spec.key for spec in specs}):
             assert self._record(worker.id, outcomes, in_doubt) == expected
         self.reached["outcomes recorded"] += len(batch)
+
+    def _hand_over(
+        self, worker: _Worker, ending: Sequence[JobSpec], limit: int, queues: Sequence[str] | None
+    ) -> list[JobSpec]:
+        """Settle, admit and claim in one transaction."""
+        kind = OutcomeKind.COMPLETED
+        done = [(spec, _outcome(spec, kind)) for spec in ending]
+        expected = [self._expected_status(worker.id, spec, kind.value) for spec in ending]
+        handed = self.store.hand_over(worker.id, done, limit, queues)
+        statuses = {each.spec.key: each.status for each in handed.settled}
+        assert [statuses[spec.key] for spec in ending] == expected
+        assert self._record(worker.id, done, {spec.key for spec in ending}) == expected
+        assert handed.specs is not None
+        for spec in handed.specs:
+            job = self.jobs[spec.id]
+            assert (job.status, job.waits_for) == ("waiting", "limit") or job.status == "pending"
+            self._reach("seats handed over", job.status == "waiting")
+            self._assign(job, worker)
+        self._note_admissions()
+        self._check_order(handed.specs, limit, queues)
+        return handed.specs
+
+    def _check_order(
+        self, specs: Sequence[JobSpec], limit: int, queues: Sequence[str] | None
+    ) -> None:
+        """No pending job is better than those that were claimed."""
+        ranks = {row.id: (row.claim_rank, row.run_at, row.id) for row in self._rows(Job)}
+
+        def order(job_id: int) -> tuple[Any, ...]:
+            queue = self.jobs[job_id].queue
+            return (0 if queues is None else queues.index(queue), ranks[job_id])
+
+        claimed = [order(spec.id) for spec in specs]
+        left = [order(job.id) for job in self._claimable(queues, self.paused)]
+        assert claimed == sorted(claimed)
+        assert len(specs) == limit or not left
+        assert not claimed or not left or max(claimed) < min(left)
 
     def _record(
         self,
@@ -563,12 +613,15 @@ class LifeOfJobs(RuleBasedStateMachine):
         specs = self.store.claim(worker.id, limit, queues)
         assert [spec.id for spec in specs] == [job.id for job in expected]
         for spec, job in zip(specs, expected, strict=True):
-            job.status, job.worker, job.started = "running", worker.id, False
-            job.attempt += 1
+            self._assign(job, worker)
             assert (spec.attempt, spec.suspect) == (job.attempt, job.suspect)
         self._reach("pauses that held jobs back", without_pauses != expected)
         self._reach("claims that took jobs", bool(specs))
         return specs
+
+    def _assign(self, job: _Job, worker: _Worker) -> None:
+        job.status, job.worker, job.started = "running", worker.id, False
+        job.attempt += 1
 
     def _mark_started(self, worker_id: int, specs: Sequence[JobSpec]) -> None:
         ours = {spec.id for spec in specs if self._is_current(worker_id, spec)}
@@ -662,7 +715,20 @@ class LifeOfJobs(RuleBasedStateMachine):
         # A sweep takes seats from jobs that were given back to a paused queue.
         self.store.balance_queues()
         admit(self.state)
+        self._note_admissions()
         rank = {row.id: row.claim_rank for row in self._rows(Job)}
+        limited = [job for job in self.jobs.values() if job.has_limit]
+        waiting = [j for j in limited if (j.status, j.waits_for) == ("waiting", "limit")]
+        pending = [j for j in limited if j.status == "pending"]
+        assert all(job.queue not in self.paused for job in pending)
+        if waiting:
+            running = sum(job.status == "running" for job in limited)
+            assert len(pending) + running >= _AT_ONCE, "jobs wait although the limit has room"
+            best = min(rank[job.id] for job in waiting)
+            new = [job for job in pending if job.attempt == 0]
+            assert all(rank[job.id] <= best for job in new), "a worse job has the seat"
+
+    def _note_admissions(self) -> None:
         for row in self._rows(Job):
             job = self.jobs[row.id]
             before = job.waits_for if job.status == "waiting" else job.status
@@ -674,16 +740,6 @@ class LifeOfJobs(RuleBasedStateMachine):
                 self._reach("jobs admitted", after == "pending")
                 self._reach("jobs parked", after == "queue")
                 self._reach("jobs withdrawn", before == "pending")
-        limited = [job for job in self.jobs.values() if job.has_limit]
-        waiting = [j for j in limited if (j.status, j.waits_for) == ("waiting", "limit")]
-        pending = [j for j in limited if j.status == "pending"]
-        assert all(job.queue not in self.paused for job in pending)
-        if waiting:
-            running = sum(job.status == "running" for job in limited)
-            assert len(pending) + running >= _AT_ONCE, "jobs wait although the limit has room"
-            best = min(rank[job.id] for job in waiting)
-            new = [job for job in pending if job.attempt == 0]
-            assert all(rank[job.id] <= best for job in new), "a worse job has the seat"
 
     def _claim_after_promotion(self, worker: _Worker) -> list[JobSpec]:
         self.store.promote()

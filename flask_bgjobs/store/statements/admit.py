@@ -120,16 +120,21 @@ class Admissions(LimitKeys):
         self.read_holders(connection, keys.values())
         self.take_starts(connection, keys.values())
         self.take_notices(connection, keys.values())
+        admitted, more = self.admit_at(connection, keys)
+        return Admitted(admitted, has_changed or more or len(wanted) > _KEYS_PER_STEP)
+
+    def admit_at(self, connection: sa.Connection, keys: Mapping[int, Key]) -> Admitted:
+        """Admit jobs that wait at locked keys. Those with a rate have read their starts."""
+        if not keys:
+            return Admitted(0, more=False)
         self.count_seats(connection, keys)
         self._withdraw(connection, keys)
         for key in keys.values():
             key.find_room(_ROOM_PER_STEP)
         admitted, has_followers = self._fill(connection, keys)
         self._save(connection, keys)
-        is_full_step = len(wanted) > _KEYS_PER_STEP or any(
-            key.admitted >= _ROOM_PER_STEP for key in keys.values()
-        )
-        return Admitted(admitted, has_changed or has_followers or is_full_step)
+        is_full_step = any(key.admitted >= _ROOM_PER_STEP for key in keys.values())
+        return Admitted(admitted, has_followers or is_full_step)
 
     def _take_changes(self, connection: sa.Connection, wanted: Sequence[Wanted]) -> bool:
         """Give jobs whose limits have changed the seats that they need now. The notices of those
@@ -260,8 +265,7 @@ class Admissions(LimitKeys):
         if not candidates:
             return 0
         ids = [each.job_id for each in candidates]
-        mine = SEATS.c.state == _WAITS, SEATS.c.job_id.in_(ids)
-        connection.execute(by_state_and_job(sa.update(SEATS).where(*mine)).values(state=_HOLDS))
+        connection.execute(self._seats_update, {"ids": ids})
         following = []
         for each in candidates:
             uses = uses_from_json(each.limits)[each.position + 1 :] if each.further else ()
@@ -271,9 +275,19 @@ class Admissions(LimitKeys):
         self.insert_seats(connection, following)
         waiting = {values["job_id"] for values in following}
         if pending := [job_id for job_id in ids if job_id not in waiting]:
-            values = transitions.pending()
-            connection.execute(sa.update(JOBS).where(JOBS.c.id.in_(pending)).values(values))
+            connection.execute(self._pending_update, {"ids": pending})
         return len(following)
+
+    @functools.cached_property
+    def _seats_update(self) -> sa.Update:
+        ids = sa.bindparam("ids", expanding=True, type_=sa.BigInteger)
+        mine = SEATS.c.state == sa.literal_column(str(_WAITS)), SEATS.c.job_id.in_(ids)
+        return by_state_and_job(sa.update(SEATS).where(*mine)).values(state=_HOLDS)
+
+    @functools.cached_property
+    def _pending_update(self) -> sa.Update:
+        ids = sa.bindparam("ids", expanding=True, type_=sa.BigInteger)
+        return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.pending())
 
     # Withdrawals
 

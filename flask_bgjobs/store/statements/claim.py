@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -98,10 +98,14 @@ class Claims(Queues):
         specs = self.transaction(
             lambda c: self._claim(c, worker_id, limit, queues, without, suspects)
         )
+        self.note_queues(specs)
+        return specs
+
+    def note_queues(self, specs: Iterable[JobSpec]) -> None:
+        """Note that the queues of jobs were registered by a claim that is committed now."""
         now = time.monotonic()
         for name in self._queues_to_register(specs):
             self._known_queues[name] = now
-        return specs
 
     def claim_one(self, worker_id: int, job_id: int) -> list[JobSpec]:
         """Claim one pending or scheduled job, even if it is not due yet. A scheduled job with
@@ -115,8 +119,18 @@ class Claims(Queues):
         allowed = candidates.where(without_limits)
         return self.transaction(lambda c: self._claim_from(c, worker_id, allowed, 1))
 
-    def _claim(
+    def _claim(self, connection: sa.Connection, worker_id: int, *wishes: Any) -> list[JobSpec]:
+        claimer = self.lock_claimer(connection, worker_id)
+        return self.claim_for(claimer, connection, worker_id, *wishes)
+
+    def lock_claimer(self, connection: sa.Connection, worker_id: int) -> Any:
+        """Lock the row of a worker, so that nobody rescues it meanwhile, and read what
+        :meth:`claim_for` needs."""
+        return connection.execute(_CLAIMER, {"claimer": worker_id}).first()
+
+    def claim_for(
         self,
+        claimer: Any,
         connection: sa.Connection,
         worker_id: int,
         limit: int,
@@ -124,7 +138,10 @@ class Claims(Queues):
         without: Collection[str],
         suspects: bool,
     ) -> list[JobSpec]:
-        claimer = connection.execute(_CLAIMER, {"claimer": worker_id}).first()
+        """Do the work of :meth:`claim` within a larger transaction of ours.
+
+        :param claimer: the result of :meth:`lock_claimer`.
+        """
         if claimer is None or claimer.status != "alive":
             return []
         ordered = _PENDING if suspects else _PENDING_WITHOUT_SUSPECTS
@@ -339,7 +356,7 @@ class Claims(Queues):
             .returning(*SPEC_COLUMNS, _RANK)
         )
 
-    def _queues_to_register(self, specs: Sequence[JobSpec]) -> set[str]:
+    def _queues_to_register(self, specs: Iterable[JobSpec]) -> set[str]:
         """The queues of the jobs that this process has not registered within the last day."""
         oldest = time.monotonic() - _REGISTRATION_SECONDS
         names = {spec.queue for spec in specs}

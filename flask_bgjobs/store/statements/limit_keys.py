@@ -130,6 +130,10 @@ class LimitKeys(OpenQueues):
                 rows += self.locked_rows(connection, sorted(uses))
         return {row.id: _key(row) for row in rows}
 
+    def lock_existing_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
+        """Lock the rows of keys that exist and that nobody else has locked."""
+        return {row.id: _key(row) for row in self.locked_rows(connection, ids)}
+
     def locked_rows(self, connection: sa.Connection, ids: Sequence[int]) -> list[Any]:
         """Lock the rows of keys, and read them with their limits and the time."""
         return list(connection.execute(self._lock, {"ids": ids})) if ids else []

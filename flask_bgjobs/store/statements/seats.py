@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -25,6 +25,12 @@ ALL_QUEUES = 0
 """Stands for the id of a key in the notice of a change of queues."""
 _EPOCH = dt.datetime(1970, 1, 1)
 _MICROSECOND = dt.timedelta(microseconds=1)
+
+
+_DELETE_SEATS = sa.delete(SEATS).where(
+    SEATS.c.state.in_(sa.bindparam("states", expanding=True, type_=sa.SmallInteger)),
+    SEATS.c.job_id.in_(sa.bindparam("ids", expanding=True, type_=sa.BigInteger)),
+)
 
 
 class Leaving(NamedTuple):
@@ -78,6 +84,16 @@ class Seats(Database):
             return
         ids = [each.job_id for each in leaving]
         self.delete_seats(connection, [SeatState.HOLDS], ids)
+        self.notice_left(connection, leaving)
+
+    def notice_left(
+        self,
+        connection: sa.Connection,
+        leaving: Sequence[Leaving],
+        without: Collection[int] = (),
+    ) -> None:
+        """Insert a notice for each key at which the jobs had a seat, but not for those in
+        ``without``."""
         starts: dict[int, list[int | None]] = {}
         for each in leaving:
             for use in each.uses:
@@ -85,7 +101,7 @@ class Seats(Database):
                 if each.has_started:
                     time = each.started_at
                     known.append(None if time is None else microseconds(time))
-        self.notice(connection, starts)
+        self.notice(connection, {key: starts[key] for key in starts.keys() - set(without)})
 
     def leave_all(self, connection: sa.Connection, ids: Sequence[int]) -> bool:
         """Remove the seats of jobs that are not running.
@@ -122,8 +138,7 @@ class Seats(Database):
         inserted.
         """
         values = [state.value for state in states]
-        mine = SEATS.c.state.in_(values), SEATS.c.job_id.in_(ids)
-        connection.execute(sa.delete(SEATS).where(*mine))
+        connection.execute(_DELETE_SEATS, {"states": values, "ids": ids})
 
     def delete_notices_by_id(self, connection: sa.Connection, ids: Sequence[int]) -> None:
         """Delete notices."""

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypedDict
 
 import sqlalchemy as sa
@@ -66,6 +66,10 @@ _COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 """The column types of a :class:`Completion`."""
 
 
+Record = Callable[[], Sequence[Leaving]]
+"""Records outcomes, and returns the jobs that have to give up their seats."""
+
+
 class _RowsLocked(Exception):
     """Another transaction has locked a row that has to be changed."""
 
@@ -90,10 +94,24 @@ class Settles(Runs, Seats):
         :returns: one entry for each attempt; ``status`` is ``None`` if the lease was lost. Attempts
             whose rows another transaction has locked are left out: they are not recorded yet.
         """
+        return self.complete_with(worker_id, finished, lambda c, record: self.leave(c, record()))[0]
+
+    def complete_with(
+        self,
+        worker_id: int,
+        finished: Iterable[tuple[JobSpec, Outcome]],
+        work: Callable[[sa.Connection, Record], None],
+    ) -> tuple[list[Settled], bool]:
+        """Do the work of :meth:`complete` as a part of a larger transaction.
+
+        :param work: the work of that transaction.
+        :returns: the result of :meth:`complete`, and whether that transaction was committed.
+            Otherwise, :meth:`settle` has recorded the outcomes.
+        """
         # All transactions lock rows in the order of ids, so that they cannot deadlock.
         ordered = sorted(finished, key=_job_id)
         if time.monotonic() < self._no_bulk_until:
-            return self.settle(worker_id, "", ordered)
+            return self.settle(worker_id, "", ordered), False
         # Attempts claimed under another worker id are lost, even if the rest matches by chance, as
         # in another database.
         ended = [_completion(s, outcome) for s, outcome in ordered if s.worker_id == worker_id]
@@ -104,14 +122,16 @@ class Settles(Runs, Seats):
         ]
         try:
             if ended:
-                self.transaction(lambda c: self._complete_in_bulk(c, worker_id, ended, leaving))
+                self.transaction(
+                    lambda c: work(c, lambda: self._record_all(c, worker_id, ended, leaving))
+                )
         except _RowsLocked:
             self._no_bulk_until = time.monotonic() + _NO_BULK_SECONDS
-            return self.settle(worker_id, "", ordered)
+            return self.settle(worker_id, "", ordered), False
         except _LeaseLost:
             # The bulk statement does not tell which attempts it would have changed.
-            return self.settle(worker_id, "", ordered)
-        return [
+            return self.settle(worker_id, "", ordered), False
+        settled = [
             Settled(
                 spec,
                 outcome,
@@ -120,14 +140,15 @@ class Settles(Runs, Seats):
             )
             for spec, outcome in ordered
         ]
+        return settled, bool(ended)
 
-    def _complete_in_bulk(
+    def _record_all(
         self,
         connection: sa.Connection,
         worker_id: int,
         ended: Sequence[Completion],
         leaving: Sequence[Leaving],
-    ) -> None:
+    ) -> Sequence[Leaving]:
         parameters = {"ended": self.sendable(json.dumps(ended)), "fence_worker": worker_id}
         try:
             changed = connection.execute(self._complete_all, parameters).rowcount
@@ -138,7 +159,7 @@ class Settles(Runs, Seats):
             raise
         if changed != len(ended):
             raise _LeaseLost
-        self.leave(connection, leaving)
+        return leaving
 
     @functools.cached_property
     def _complete_all(self) -> sa.Update:

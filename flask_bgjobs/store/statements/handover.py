@@ -1,0 +1,79 @@
+"""Hand over: record completed attempts, admit the jobs that waited for their seats, and claim jobs,
+all in one transaction.
+
+With a limit of a few jobs, a worker would otherwise need three transactions for these few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import sqlalchemy as sa
+
+from ...job.records import JobSpec, Outcome, Settled
+from ...models import SeatState
+from .admit import Admissions
+from .claim import Claims
+from .seats import Leaving
+from .settle import Record, Settles
+
+
+class HandedOver(NamedTuple):
+    """The result of :meth:`Handovers.hand_over`."""
+
+    settled: list[Settled]
+    """As :meth:`.Settles.complete` returns them."""
+    specs: list[JobSpec] | None
+    """The claimed jobs, in claim order; ``None``: no claim was made, because the outcomes had to be
+    recorded one by one."""
+    more: bool
+    """Whether jobs may wait for a seat that is free."""
+
+
+class Handovers(Claims, Admissions, Settles):
+    """The statement sequence that hands seats over."""
+
+    def hand_over(
+        self,
+        worker_id: int,
+        finished: Iterable[tuple[JobSpec, Outcome]],
+        limit: int,
+        queues: Sequence[str] | None = None,
+        *,
+        without: Collection[str] = (),
+        suspects: bool = True,
+    ) -> HandedOver:
+        """Do the work of ``complete``, ``admit`` for the limits of these attempts, and ``claim``.
+
+        :param limit: the number of jobs to claim. Like the following, as for ``claim``.
+        """
+        specs: list[JobSpec] = []
+        more = True
+
+        def work(connection: sa.Connection, record: Record) -> None:
+            nonlocal more, specs
+            # First, as in claim() and in a rescue of this worker, or they could deadlock.
+            claimer = self.lock_claimer(connection, worker_id)
+            more = self._pass_seats_on(connection, record())
+            specs = self.claim_for(claimer, connection, worker_id, limit, queues, without, suspects)
+
+        settled, is_committed = self.complete_with(worker_id, finished, work)
+        if not is_committed:
+            return HandedOver(settled, None, more=True)
+        self.note_queues(specs)
+        return HandedOver(settled, specs, more)
+
+    def _pass_seats_on(self, connection: sa.Connection, leaving: Sequence[Leaving]) -> bool:
+        """Remove the seats of jobs that were running, and admit jobs that wait for these.
+
+        :returns: whether there may be more to admit.
+        """
+        left = {use.key_id for each in leaving for use in each.uses}
+        self.delete_seats(connection, [SeatState.HOLDS], [each.job_id for each in leaving])
+        locked = self.lock_existing_keys(connection, sorted(left))
+        # A rate counts the starts in the notices.
+        keys = {key_id: key for key_id, key in locked.items() if key.rule.rate is None}
+        self.notice_left(connection, leaving, without=keys)
+        _, more = self.admit_at(connection, keys)
+        return more or len(keys) < len(left)
