@@ -6,6 +6,7 @@ import datetime as dt
 import functools
 import json
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -144,6 +145,16 @@ class Helpers:
         return f"in {duration}" if seconds > 0 else f"{duration} ago"
 
     @staticmethod
+    def linked(sentence: str, limits: Collection[str] = ()) -> list[tuple[str, str | None]]:
+        """The parts of a sentence about jobs, each with its URL, or ``None`` where it has no link.
+
+        :param limits: names of limits that the sentence may contain.
+        """
+        names = "|".join(re.escape(name) for name in sorted(limits, key=len, reverse=True))
+        found = re.split(rf"(\bjob \d+\b|(?<=the limit )(?:{names}))", sentence)
+        return [(part, _url_of(part, limits)) for part in found if part]
+
+    @staticmethod
     def duration(seconds: float) -> str:
         """A duration such as ``250 ms``, ``1.5 s`` or ``2 h 5 min``."""
         if not math.isfinite(seconds):
@@ -164,3 +175,13 @@ class Helpers:
             return ", ".join(f"{seconds:g}" for seconds in json.loads(text)) + " s"
         except (ValueError, TypeError, RecursionError):
             return text[:_MAX_DELAYS_CHARACTERS]
+
+
+def _url_of(text: str, limits: Collection[str]) -> str | None:
+    """The page of a job, such as ``job 7``, or of one of these limits."""
+    if text in limits:
+        return url_for(".list_limits", name=text)
+    word, _, number = text.partition(" ")
+    if word == "job" and number.isdecimal():
+        return url_for(".show_job", job_id=int(number))
+    return None

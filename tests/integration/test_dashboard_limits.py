@@ -113,9 +113,24 @@ class TestPages:
         assert "&lt;b&gt;x&lt;/b&gt;" in page
 
     def test_job_waits(self, host: Host) -> None:
-        """The page of a waiting job names the limit that it waits for."""
+        """The page of a waiting job names the limit that it waits for, and the job that runs
+        instead, with links to both."""
         page = html.unescape(host.get("/job/2"))
-        assert "It waits for the limit sync, key acme (1 at once)" in page
+        limit, holder = "/jobs/limits?name=sync", "/jobs/job/1"
+        assert f'the limit <a href="{limit}">sync</a>, key acme (1 at once)' in page
+        assert f'The seats are taken: <a href="{holder}">job 1</a> is pending.' in page
+
+    def test_job_waits_for_a_strange_name(self, make_host: MakeHost) -> None:
+        """Names of limits with special characters are text, and are linked as a whole."""
+        host = make_host()
+        with host.app.app_context():
+            register(host.state, "w-1")
+            limit = Limit("a(b|<i>job 7</i>", concurrency=1)
+            enqueue("x", limit)
+            enqueue("x", limit)
+            host.state.store.admit()
+        page = host.get("/job/2")
+        assert re.search(r'the limit <a href="[^"]+">a\(b\|&lt;i&gt;job 7&lt;/i&gt;</a> \(1', page)
 
 
 class TestChanges:
