@@ -1,8 +1,8 @@
 """Measurements of flask-bgjobs alone, run in a separate process.
 
 ``python -m benchmarks.ours template KIND`` enqueues the job that is copied to make a backlog;
-``python -m benchmarks.ours claims`` prints milliseconds per claim, and ``… pages`` the
-milliseconds for each page of the dashboard.
+``… limited NAME NUMBER`` enqueues jobs with a limit; ``… claims`` prints milliseconds per claim,
+and ``… pages`` the milliseconds for each page of the dashboard.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 from http import HTTPStatus
 from typing import Any
 
+from flask_bgjobs import Limit
 from flask_bgjobs.state import state_of
 from flask_bgjobs.worker.registration import register
 
-from .apps.bgjobs import create_app, record
+from .apps.bgjobs import FULL, FULL_LIMIT, bgjobs, create_app, record
 
 BACKLOGS: dict[str, dict[str, Any]] = {
     "scheduled": {"delay": 30 * 86_400},
@@ -27,6 +28,14 @@ BACKLOGS: dict[str, dict[str, Any]] = {
 }
 """Options of the jobs in each kind of backlog. Measured jobs have priority 0 and no delay."""
 TEMPLATE_NUMBER = -1
+LIMITS: dict[str, Limit | None] = {
+    "no_limit": None,
+    "one_key": Limit("ten", concurrency=10),
+    "many_keys": Limit("one", concurrency=1, key=lambda number: str(number % 10_000)),
+}
+"""The limits of the measured jobs, by name."""
+_PER_CALL = 1_000
+"""Jobs with limits that are enqueued at once."""
 _CLAIMS, _AT_ONCE = 20, 100
 PAGES = {
     "overview": "/",
@@ -56,10 +65,23 @@ def main() -> None:
         case ["template", kind]:
             with create_app().app_context():
                 record.using(**BACKLOGS[kind]).enqueue(TEMPLATE_NUMBER)
+        case ["limited", name, number]:
+            _enqueue_limited(name, int(number))
         case ["claims"]:
             print(_claim_ms())
         case ["pages"]:
             print(json.dumps({name: _page_ms(path) for name, path in PAGES.items()}))
+
+
+def _enqueue_limited(name: str, number: int) -> None:
+    with create_app().app_context():
+        limit = Limit(FULL, **FULL_LIMIT) if name == FULL else LIMITS[name]
+        limited = record if limit is None else record.using(limits=limit)
+        if name == FULL:
+            bgjobs.limits[FULL].pause()
+        for first in range(0, number, _PER_CALL):
+            numbers = range(first, min(first + _PER_CALL, number))
+            bgjobs.enqueue_many(limited, [(n,) for n in numbers])
 
 
 def _claim_ms() -> float:

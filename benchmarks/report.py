@@ -30,6 +30,13 @@ _COLUMNS: dict[str, Columns] = {
         "statements_per_minute": "statements/min",
         "cpu_ms_per_minute": "CPU, ms/min",
     },
+    "limits": {
+        "no_limit": "no limit, jobs/s",
+        "one_key": "10 at once, jobs/s",
+        "many_keys": "1 at once for each of 10,000 keys, jobs/s",
+        "start_beside_none_ms": "start on an empty table, ms",
+        "start_beside_many_ms": "start beside 100,000 that wait, ms",
+    },
     "memory": {
         "idle_mib": "idle, MiB",
         "end_mib": "at the end, MiB",

@@ -19,6 +19,10 @@ db = SQLAlchemy()
 bgjobs = BgJobs()
 
 
+FULL, FULL_LIMIT = "full", {"concurrency": 1}
+"""Name and numbers of a limit that no job passes, because the measurement pauses it."""
+
+
 @bgjobs.job
 def record(number: int) -> None:
     """The measured job."""
@@ -33,6 +37,7 @@ def create_app() -> Flask:
         SECRET_KEY="benchmark",
         SQLALCHEMY_DATABASE_URI=os.environ[URL_VARIABLE],
         BGJOBS_DASHBOARD_PUBLIC=True,
+        BGJOBS_LIMITS={FULL: FULL_LIMIT},
     )
     db.init_app(app)
     bgjobs.init_app(app)
