@@ -34,7 +34,8 @@ def list_command(as_json: bool) -> None:
     if as_json:
         print_json([weight_data(each) for each in weights])
     elif weights:
-        print_table(["KEY", "WEIGHT", "STATE"], [_cells(each) for each in weights])
+        header = ["KEY", "WEIGHT", "CONFIGURED", "OVERRIDDEN"]
+        print_table(header, [_cells(each) for each in weights])
     else:
         click.echo("All keys have the weight 1: give some another one in BGJOBS_WEIGHTS")
 
@@ -59,5 +60,7 @@ def reset_command(key: str) -> None:
 
 
 def _cells(weight: WeightState) -> tuple[object, ...]:
-    state = one_line(drift(weight)) if weight.is_overridden else "as configured"
-    return one_line(weight.key), f"{weight.weight:g}", state
+    at = weight.overridden_at
+    when = "" if at is None else f"{at:%Y-%m-%d %H:%M:%S}"
+    by = f" by {weight.overridden_by}" if weight.overridden_by else ""
+    return one_line(weight.key), f"{weight.weight:g}", f"{weight.code:g}", one_line(when + by)

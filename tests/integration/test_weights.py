@@ -144,9 +144,9 @@ class TestCommands:
         object.__setattr__(state.config, "weights", {"acme": 2.0})
         run("weights", "override", "zoo", "0.5")
         lines = run("weights", "list").splitlines()
-        assert lines[0].split() == ["KEY", "WEIGHT", "STATE"]
-        assert lines[1].split(maxsplit=2) == ["acme", "2", "as configured"]
-        assert lines[2].startswith("zoo   0.5     0.5, in the configuration 1 (overridden by ")
+        assert lines[0].split() == ["KEY", "WEIGHT", "CONFIGURED", "OVERRIDDEN"]
+        assert lines[1].split() == ["acme", "2", "2"]
+        assert re.fullmatch(r"zoo   0.5     1           [\d-]{10} [\d:]{8} by \S+", lines[2])
         (acme, zoo) = json.loads(run("weights", "--json"))
         assert (acme["weight"], acme["is_overridden"], zoo["code"]) == (2, False, 1)
 
