@@ -32,7 +32,7 @@ class HandedOver(NamedTuple):
 
 
 class Handovers(Claims, Admissions, Settles):
-    """The statement sequence that hands seats over."""
+    """The statements that hand seats over."""
 
     def hand_over(
         self,
