@@ -54,6 +54,10 @@ class Outbox:
         """Number of outcomes that can be recorded at once, because no lock delays them."""
         return len(self._plain_completions) + len(self._other_outcomes)
 
+    @property
+    def _may_retry_locked(self) -> bool:
+        return bool(self._locked) and time.monotonic() >= self._retry_locked_at
+
     def put(self, spec: JobSpec, outcome: Outcome) -> None:
         """Keep the outcome of an attempt until it is recorded."""
         earlier = self._reports.pop(spec.key, None)
@@ -99,7 +103,7 @@ class Outbox:
 
         :raises DBAPIError: when the database is not usable. Outcomes not yet recorded are kept.
         """
-        if self._locked and time.monotonic() >= self._retry_locked_at:
+        if self._may_retry_locked:
             self._other_outcomes.extend(_take(self._locked))
         steps = [
             self._record_plain_completions(worker_id),
@@ -127,8 +131,8 @@ class Outbox:
 
     @property
     def has_limited_completions(self) -> bool:
-        """Whether there are only outcomes to be recorded in bulk, some of jobs with limits."""
-        if self._other_outcomes:
+        """Whether outcomes of jobs with limits are to be recorded in bulk, and no others now."""
+        if self._other_outcomes or self._may_retry_locked:
             return False
         return any(spec.limits_json is not None for spec, _ in self._plain_completions.copy())
 

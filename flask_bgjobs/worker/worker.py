@@ -313,8 +313,9 @@ class Worker:
         self._check_threads()
         if self._heartbeat.lease_lost:
             self._start_over()
-        self._hand_over()
-        self._settle()
+        # Outcomes that arrive during a handover are left to the next one.
+        if not self._hand_over():
+            self._settle()
         self._claims.give_back_unseen(self._id, self._settle)
         self._observe_running()
         self._pool_health.check_overdue(self._pools)
@@ -339,17 +340,21 @@ class Worker:
                 self._limit_keeper.is_due = True
             self._after_settle(settled)
 
-    def _hand_over(self) -> None:
-        """Record completed attempts of jobs with limits, and claim the jobs that follow, at once.
-        This saves transactions, but no other step depends on it."""
+    def _hand_over(self) -> bool:
+        """Record completed attempts of jobs with limits, and claim the jobs that follow, in one
+        transaction. Without it, other steps do the same in three.
+
+        :returns: whether that was possible now.
+        """
         if self._is_draining or len(self.routes) > 1 or not self._outbox.has_limited_completions:
-            return
+            return False
         (routed,) = self._pools
         room = self._claims.room(routed)
         if room <= 0 or not self._claims.may_hand_over():
-            return
+            return False
         if self._claims.hand_over(self._id, routed, room, self._after_settle):
             self._limit_keeper.is_due = True
+        return True
 
     def _after_settle(self, settled: Settled) -> None:
         self._take_note(settled)
