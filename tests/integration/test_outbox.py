@@ -20,6 +20,7 @@ from flask_bgjobs.models import JobLog
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import CommitInDoubt
 from flask_bgjobs.store.dialects import mysql
+from flask_bgjobs.worker import outbox
 from flask_bgjobs.worker.outbox import Outbox
 from flask_bgjobs.worker.registration import register
 from tests.conftest import stored
@@ -163,6 +164,38 @@ def test_outcome_in_doubt_stays_in_doubt(claimed: ClaimedJobs) -> None:
         claimed.record()
     claimed.outbox.keep_reports({})
     assert claimed.record() == [(spec.id, "completed")]
+
+
+def test_other_outcomes_do_not_wait_for_handovers(
+    claimed: ClaimedJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completed jobs with limits are handed over, unless other outcomes, or locked ones that are
+    tried again, would wait."""
+    first, second, third = claimed.jobs(3)
+    assert not claimed.outbox.has_limited_completions
+    claimed.put(first)
+    assert not claimed.outbox.has_limited_completions
+    claimed.put(second._replace(limits_json="[]"))
+    assert claimed.outbox.has_limited_completions
+    claimed.put(third, OutcomeKind.FAILED, error="x")
+    assert not claimed.outbox.has_limited_completions
+    monkeypatch.setattr(claimed.state.store, "settle", lambda *args: [])
+    claimed.record()
+    claimed.put(first._replace(limits_json="[]"))
+    assert claimed.outbox.has_limited_completions
+    monkeypatch.setattr(outbox.time, "monotonic", lambda: float("inf"))
+    assert not claimed.outbox.has_limited_completions
+
+
+def test_record_by_takes_one_batch(claimed: ClaimedJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit into the transaction of a handover stays in the outbox."""
+    monkeypatch.setattr(outbox, "batches", lambda entries, _: [entries[:2], entries[2:]])
+    specs = claimed.jobs(5)
+    for spec in specs:
+        claimed.put(spec)
+    settled = claimed.outbox.record_by(lambda batch: claimed.state.store.complete(1, batch))
+    assert [each.spec.id for each in settled] == [spec.id for spec in specs[:2]]
+    assert len(claimed.outbox) == 3
 
 
 @pytest.mark.parametrize("outcome_arrives", ["before", "after"])
