@@ -33,6 +33,12 @@ from tests.conftest import EXPORT, count_jobs, stored
 DAY = 86_400.0
 
 
+@pytest.fixture(autouse=True)
+def _long_lease(state: AppState) -> None:
+    """Registered workers, which send no heartbeats here, stay alive on a slow machine."""
+    object.__setattr__(state.config, "lease", 600.0)
+
+
 def add(state: AppState, count: int = 1, *, age: float = 0.0, **values: Any) -> list[int]:
     """The ids of new jobs with these column values, enqueued and finished ``age`` seconds ago."""
     jobs = enqueue(state, "tests.jobs.echo", None, [()] * count, JobOptions(), None)
