@@ -24,7 +24,7 @@ from flask_bgjobs.operations.queries import queue_stats, service_now
 from flask_bgjobs.options import JobOptions
 from flask_bgjobs.registry import Decorated, Registry
 from flask_bgjobs.signals import job_cancelled
-from flask_bgjobs.state import AppState
+from flask_bgjobs.state import AppState, state_of
 from flask_bgjobs.testing import drain
 from flask_bgjobs.worker.registration import register
 from tests.apps import build_app
@@ -33,10 +33,13 @@ from tests.conftest import EXPORT, count_jobs, stored
 DAY = 86_400.0
 
 
-@pytest.fixture(autouse=True)
-def _long_lease(state: AppState) -> None:
-    """Registered workers, which send no heartbeats here, stay alive on a slow machine."""
-    object.__setattr__(state.config, "lease", 600.0)
+@pytest.fixture
+def state(app: Flask) -> AppState:
+    """The state of the app. Registered workers, which send no heartbeats here, stay alive on a slow
+    machine."""
+    found = state_of(app)
+    object.__setattr__(found.config, "lease", 600.0)
+    return found
 
 
 def add(state: AppState, count: int = 1, *, age: float = 0.0, **values: Any) -> list[int]:
