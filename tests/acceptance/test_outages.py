@@ -508,7 +508,8 @@ def test_link_silent_for_less_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
 ) -> None:
     """After a short silence, no lease, outcome or attempt is lost."""
-    config = {"BGJOBS_LEASE": 20, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
+    # The worker gives up a quarter of the lease and ten seconds of connecting after the last reply.
+    config = {"BGJOBS_LEASE": 30, "BGJOBS_HEARTBEAT_INTERVAL": 0.2, "BGJOBS_APP": "host"}
     worker = start_worker("-P", pool, "-c", "4", SQLALCHEMY_DATABASE_URI=linked_url, **config)
     watcher = start_worker("-q", "elsewhere", **config)
     jobs = [enqueue("hold", str(journal), seconds) for seconds in (0.5, 1, 2, 6)]
