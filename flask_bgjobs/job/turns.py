@@ -25,6 +25,8 @@ FIRST_TURN = 1.0
 _ROUNDING = 1e-6
 """More than the rounding errors of sums of fractions, such as three thirds, and less than any
 fraction of a turn."""
+DEFAULT_WEIGHT = 1.0
+"""The weight of keys for which no other is set."""
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 1_000.0
 MAX_FAIR_KEY = 255
 """Maximum length of a key."""

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 
 from ...errors import InvalidJob
 from ...job.text import shown, storable
-from ...job.turns import MAX_FAIR_KEY, check_weight, is_weight
+from ...job.turns import DEFAULT_WEIGHT, MAX_FAIR_KEY, check_weight, is_weight
 from ...models import Weight
 from ...state import AppState
 from ...store import Actor, KeyTurns
-
-DEFAULT_WEIGHT = 1.0
-"""The weight of keys for which no other is set."""
 
 
 class WeightState:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from ...job.statuses import JobStatus
 from ...job.turns import (
+    DEFAULT_WEIGHT,
     MAX_TURN,
     Standing,
     TurnsSeen,
@@ -61,7 +62,7 @@ class Turns(Seats):
         # All workers lock the queues in the same order, so that they cannot deadlock.
         of_queues.sort(key=lambda entry: queue_id(entry[0], entry[1]))
         names = {job.fair_key for job in jobs}
-        chosen = {name: weights.get(name, 1.0) for name in names}
+        chosen = {name: weights.get(name, DEFAULT_WEIGHT) for name in names}
         chosen |= self._overridden_weights(connection, sorted(map(weight_id, names)))
         ranks: list[dict[str, int]] = []
         for queue, priority, members in of_queues:
