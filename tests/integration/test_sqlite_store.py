@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,17 @@ def test_read_only_database(app: Flask, run: Any, file: Path) -> None:
     assert done.output.count("\n") == 1
     assert count_jobs(app) == 1
     state_of(read_only).store.dispose()
+
+
+def test_wait_for_the_lock_ends_with_the_deadline(state: AppState) -> None:
+    """A store that is to give up soon waits no longer than that for the write lock."""
+    store = state.store.with_deadline(60)
+
+    def wait_milliseconds() -> int:
+        read = sa.text("PRAGMA busy_timeout")
+        return int(store.transaction(lambda c: c.execute(read).scalar_one()))
+
+    assert wait_milliseconds() == 5_000
+    store.give_up_at = time.monotonic() + 2
+    assert wait_milliseconds() <= 2_000
+    store.dispose()
