@@ -2,9 +2,9 @@
 
 Turns follow start-time fair queueing (P. Goyal, H. M. Vin and H. Cheng, 1996). The jobs of a queue
 and a priority are divided by keys, such as tenants. In each turn, every key with jobs runs as many
-of them as its weight says. A job gets its turn when it is due: the one after that of the previous
-job with its key, or the current turn, if that is later. So a key with many jobs does not delay a
-key with few, and a key without jobs saves no turns for later.
+of them as its weight says. A job gets its turn when it is due. With weight 1, this is the turn
+after that of the previous job with the same key, or the current turn if that is later. So a key
+with many jobs does not delay a key with few, and a key without jobs saves no turns for later.
 """
 
 from __future__ import annotations

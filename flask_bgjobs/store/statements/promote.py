@@ -23,6 +23,7 @@ from .turns import TURN_COLUMNS, Turns
 _JOBS_PER_STATEMENT = 1_000
 """Jobs of each status that one transaction promotes. Enqueues must not wait for a long write."""
 _NEWEST_PER_STATEMENT = 500
+"""Scheduled jobs that became due last and are promoted beside a full batch."""
 _DELAYED = (JobStatus.SCHEDULED, JobStatus.RETRYING)
 _NEXT_DUE = (
     sa.select(JOBS.c.run_at)
@@ -33,10 +34,10 @@ _NEXT_DUE = (
     .order_by(JOBS.c.run_at)
     .limit(1)
 )
-
-
 NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
+"""A configuration in which all keys have the default weight."""
 PROMOTED_COLUMNS = (*TURN_COLUMNS, JOBS.c.limit_key_id)
+"""The columns that a promotion needs of each job."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
