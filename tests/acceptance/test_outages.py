@@ -504,6 +504,25 @@ def test_each_round_trip_of_a_worker_has_a_deadline(
     store.dispose()
 
 
+def test_opening_the_listening_connection_has_a_deadline(
+    app: Flask, make_app: Any, link: Proxy, linked_url: str
+) -> None:
+    """A link that goes silent while a worker opens the connection on which it listens does not
+    block the thread that listens."""
+    linked = make_app(linked_url)
+    store = state_of(linked).store.with_deadline(1)
+
+    def listen() -> str:
+        with linked.app_context(), contextlib.suppress(SQLAlchemyError, NotImplementedError):
+            store.listen(threading.Event(), list, lambda: False)
+        return "ended"
+
+    link.go_silent_when(lambda _: True)
+    assert _call_with_deadline(listen) == "ended"
+    link.let_pass()
+    store.dispose()
+
+
 def test_link_silent_for_less_than_the_lease(
     app: Flask, start_worker: Start, link: Proxy, linked_url: str, journal: Path, pool: str
 ) -> None:

@@ -220,7 +220,10 @@ class PostgresStore(Store):
     ) -> None:
         """Listen for notifications of committed jobs, on a connection of its own."""
         options = self.dialect_options({AUTOCOMMIT: True})
-        with self.engine.connect().execution_options(**options) as connection:
+        seconds = self.deadline or _CONNECT_SECONDS
+        with self._watchdog.watching(seconds) as watch, watch.connecting():
+            opened = self.engine.connect()
+        with opened.execution_options(**options) as connection:
             driver_connection: Any = connection.connection.driver_connection
             # Keep a listening connection out of the pool.
             connection.detach()
