@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -137,20 +139,56 @@ class TestHandOver:
 
     @pytest.mark.on("postgresql", "mysql")
     def test_locked_key(self, state: AppState, worker: int) -> None:
-        """A key that another worker has locked is left to a later admission."""
-        enqueue()
-        specs = claim(state, worker)
-        follower = enqueue()
+        """Jobs follow although another worker has locked their key. Only seats that nobody takes are
+        left to a later admission."""
+        two = Limit("two", concurrency=2)
+        for _ in range(2):
+            enqueue(limits=two)
+        specs = claim(state, worker, 2)
+        follower = enqueue(limits=two)
         admit(state)
         store = state.store.with_deadline(10)
-        row = sa.select(LimitKey.id).where(LimitKey.id == key_id("one", "")).with_for_update()
+        row = sa.select(LimitKey.id).where(LimitKey.id == key_id("two", "")).with_for_update()
         with store.engine.begin() as connection:
             assert connection.execute(row).all()
             handed = hand_over(state, worker, specs)
         store.dispose()
-        assert (ids(handed), handed.more) == ([], True)
-        assert [each.status for each in handed.settled] == [JobStatus.COMPLETED]
-        assert claim(state, worker)[0].id == follower.id
+        assert [each.status for each in handed.settled] == [JobStatus.COMPLETED] * 2
+        assert (ids(handed), handed.more) == ([follower.id], True)
+        assert len(rows(state, Notice)) == 1
+        check_seats(state)
+
+    # MariaDB reads, and so locks, all rows of a table with so few.
+    @pytest.mark.on("postgresql")
+    def test_handovers_at_the_same_time(
+        self, state: AppState, worker: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Workers that hand over seats of one key do not wait for each other."""
+        two = Limit("two", concurrency=2)
+        jobs = [enqueue(limits=two) for _ in range(5)]
+        first, second = claim(state, worker, 2)
+        slow = state.store.with_deadline(10)
+        has_passed, may_go_on = threading.Event(), threading.Event()
+        claim_for = Store.claim_for
+
+        def wait(store: Store, *args: Any) -> list[JobSpec]:
+            if store is slow:
+                has_passed.set()
+                assert may_go_on.wait(10)
+            return claim_for(store, *args)
+
+        monkeypatch.setattr(Store, "claim_for", wait)
+        done = [(first, Outcome(first.id, first.attempt, OutcomeKind.COMPLETED, wait_seconds=0.0))]
+        with ThreadPoolExecutor() as threads:
+            handed = threads.submit(slow.hand_over, worker, done, 1)
+            assert has_passed.wait(10)
+            try:
+                assert ids(hand_over(state, worker, [second])) == [jobs[3].id]
+            finally:
+                may_go_on.set()
+            assert ids(handed.result()) == [jobs[2].id]
+        slow.dispose()
+        assert statuses(state) == {"completed": 2, "running": 2, "waiting": 1}
         check_seats(state)
 
     def test_lost_lease(self, state: AppState, worker: int) -> None:

@@ -131,7 +131,7 @@ class Admissions(LimitKeys):
         self._withdraw(connection, keys)
         for key in keys.values():
             key.find_room(_ROOM_PER_STEP)
-        admitted, has_followers = self._fill(connection, keys)
+        admitted, has_followers = self.fill(connection, keys)
         self._save(connection, keys)
         is_full_step = any(key.admitted >= _ROOM_PER_STEP for key in keys.values())
         return Admitted(admitted, has_followers or is_full_step)
@@ -162,8 +162,8 @@ class Admissions(LimitKeys):
 
     # Admissions
 
-    def _fill(self, connection: sa.Connection, keys: Mapping[int, Key]) -> tuple[int, bool]:
-        """Admit the first waiting jobs of keys that have room.
+    def fill(self, connection: sa.Connection, keys: Mapping[int, Key]) -> tuple[int, bool]:
+        """Admit the first waiting jobs of keys, as many as each has room for.
 
         :returns: how many are pending now, and whether there is more to do, because others now wait
             at their next limit, or were parked.
@@ -299,7 +299,7 @@ class Admissions(LimitKeys):
             if key.free_seats < 0:
                 worst = self._worst_pending(connection, key, round(-key.free_seats))
                 ids = [row.job_id for row in worst]
-            elif _may_swap(key):
+            elif may_swap(key):
                 ids = self._to_swap(connection, key)
             rows = self.lock_jobs(connection, ids, JobStatus.PENDING)
             self.send_back(connection, list(rows.values()), is_parked=False)
@@ -376,7 +376,7 @@ def _is_ready(row: Any) -> bool:
     return bool(is_due and row.waits_for != WaitsFor.CODE.value)
 
 
-def _may_swap(key: Key) -> bool:
+def may_swap(key: Key) -> bool:
     """Whether a job that waits may be better than one with a seat."""
     is_limited = key.rule.concurrency is not None or key.rule.rate is not None
     best, worst = key.best_waiting, key.worst_held

@@ -6,14 +6,15 @@ With a limit of a few jobs, a worker would otherwise need three transactions for
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import collections
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
 from ...job.records import JobSpec, Outcome, Settled
 from ...models import SeatState
-from .admit import Admissions
+from .admit import Admissions, may_swap
 from .claim import Claims
 from .seats import Leaving
 from .settle import Record, Settles
@@ -69,11 +70,31 @@ class Handovers(Claims, Admissions, Settles):
 
         :returns: whether there may be more to admit.
         """
-        left = {use.key_id for each in leaving for use in each.uses}
+        freed = collections.Counter(use.key_id for each in leaving for use in each.uses)
         self.delete_seats(connection, [SeatState.HOLDS], [each.job_id for each in leaving])
-        locked = self.lock_existing_keys(connection, sorted(left))
+        passed, has_followers = self._pass_to_first(connection, freed)
+        others = sorted(freed.keys() - passed)
+        locked = self.lock_existing_keys(connection, others)
         # A rate counts the starts in the notices.
         keys = {key_id: key for key_id, key in locked.items() if key.rule.rate is None}
-        self.notice_left(connection, leaving, without=keys)
+        self.notice_left(connection, leaving, without=passed | keys.keys())
         _, more = self.admit_at(connection, keys)
-        return more or len(keys) < len(left)
+        return more or has_followers or len(keys) < len(others)
+
+    def _pass_to_first(
+        self, connection: sa.Connection, freed: Mapping[int, int]
+    ) -> tuple[set[int], bool]:
+        """Give seats that this transaction has freed to jobs that wait.
+
+        That needs no lock of the keys, because the number of seats that are held does not grow:
+        other transactions see either the freed seats or those that take their place.
+
+        :param freed: the number of seats by key.
+        :returns: the keys all of whose seats were given away, and whether others may be admitted.
+        """
+        keys = self.unlocked_keys(connection, sorted(freed))
+        for key in keys.values():
+            if key.rule.rate is None and key.best_waiting is not None and not may_swap(key):
+                key.room = int(max(0, min(freed[key.id], key.free_seats)))
+        _, has_followers = self.fill(connection, keys)
+        return {key.id for key in keys.values() if key.admitted == freed[key.id]}, has_followers

@@ -130,6 +130,13 @@ class LimitKeys(OpenQueues):
                 rows += self.locked_rows(connection, sorted(uses))
         return {row.id: _key(row) for row in rows}
 
+    def unlocked_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
+        """Read keys that exist, with their counts, without a lock."""
+        rows = connection.execute(self._unlocked, {"ids": ids}).all()
+        keys = {row.id: _key(row) for row in rows}
+        _note_counts(keys, rows)
+        return keys
+
     def lock_existing_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
         """Lock the rows of keys that exist and that nobody else has locked."""
         return {row.id: _key(row) for row in self.locked_rows(connection, ids)}
@@ -140,15 +147,22 @@ class LimitKeys(OpenQueues):
 
     @functools.cached_property
     def _lock(self) -> sa.Select[Any]:
-        ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+        ordered = self._with_limits.order_by(LIMIT_KEYS.c.id)
+        return ordered.with_for_update(of=LIMIT_KEYS, skip_locked=True)
+
+    @functools.cached_property
+    def _unlocked(self) -> sa.Select[Any]:
+        return self._with_limits.add_columns(*_COUNTS)
+
+    @property
+    def _with_limits(self) -> sa.Select[Any]:
+        """The query for keys with their limits and the time."""
         limit = LIMITS.c.id == LIMIT_KEYS.c.limit_id
-        chosen = (
+        return (
             sa.select(LIMIT_KEYS, *LIMIT_COLUMNS, self.now.label("now"))
             .join_from(LIMIT_KEYS, LIMITS, limit, isouter=True)
-            .where(LIMIT_KEYS.c.id.in_(ids))
+            .where(_IS_CHOSEN)
         )
-        ordered = chosen.order_by(LIMIT_KEYS.c.id)
-        return ordered.with_for_update(of=LIMIT_KEYS, skip_locked=True)
 
     def _uses_of(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, LimitUse]:
         """The limits and keys of ids without a row. Notices of those that no job uses are
@@ -277,22 +291,30 @@ class LimitKeys(OpenQueues):
         """Count the seats of locked keys, in a query that begins after the locks were taken."""
         if not keys:
             return
-        for row in connection.execute(self._counts, {"ids": list(keys)}):
-            key = keys[row.id]
-            key.held, key.best_waiting, key.worst_held = row.held, row.best, row.worst
+        _note_counts(keys, connection.execute(_COUNT_SEATS, {"ids": list(keys)}))
 
-    @functools.cached_property
-    def _counts(self) -> sa.Select[Any]:
-        def seats(state: int, *columns: Any) -> sa.Select[Any]:
-            mine = SEATS.c.key_id == LIMIT_KEYS.c.id, SEATS.c.state == sa.literal_column(str(state))
-            return by_primary_key(sa.select(*columns).where(*mine))
 
-        held = seats(_HOLDS, sa.func.count(SEATS.c.job_id)).scalar_subquery()
-        best = seats(_WAITS, SEATS.c.claim_rank).order_by(*ORDER).limit(1).scalar_subquery()
-        worst = seats(_HOLDS, sa.func.max(SEATS.c.claim_rank)).scalar_subquery()
-        return sa.select(
-            LIMIT_KEYS.c.id, held.label("held"), best.label("best"), worst.label("worst")
-        ).where(LIMIT_KEYS.c.id.in_(sa.bindparam("ids", expanding=True)))
+def _seats_at_key(state: int, *columns: Any) -> sa.Select[Any]:
+    """The query for the seats with a state at the key of an outer query."""
+    mine = SEATS.c.key_id == LIMIT_KEYS.c.id, SEATS.c.state == sa.literal_column(str(state))
+    return by_primary_key(sa.select(*columns).where(*mine))
+
+
+_BEST = _seats_at_key(_WAITS, SEATS.c.claim_rank).order_by(*ORDER).limit(1)
+_COUNTS = (
+    _seats_at_key(_HOLDS, sa.func.count(SEATS.c.job_id)).scalar_subquery().label("held"),
+    _BEST.scalar_subquery().label("best"),
+    _seats_at_key(_HOLDS, sa.func.max(SEATS.c.claim_rank)).scalar_subquery().label("worst"),
+)
+"""Columns that tell about the seats of a key."""
+_IS_CHOSEN = LIMIT_KEYS.c.id.in_(sa.bindparam("ids", expanding=True))
+_COUNT_SEATS = sa.select(LIMIT_KEYS.c.id, *_COUNTS).where(_IS_CHOSEN)
+
+
+def _note_counts(keys: Mapping[int, Key], rows: Iterable[Any]) -> None:
+    for row in rows:
+        key = keys[row.id]
+        key.held, key.best_waiting, key.worst_held = row.held, row.best, row.worst
 
 
 def _key(row: Any) -> Key:
