@@ -208,10 +208,14 @@ class MysqlStore(Store):
 
     def delete_seats(
         self, connection: sa.Connection, states: Sequence[SeatState], ids: Sequence[int]
-    ) -> None:
-        for state in states:
-            mine = f"AND found.state = {state.value}"
-            self._delete_by_ids(connection, SEATS, "job_id", "ix_bgjobs_seat_job", ids, mine)
+    ) -> int:
+        return sum(
+            self._delete_by_ids(
+                *(connection, SEATS, "job_id", "ix_bgjobs_seat_job", ids),
+                f"AND found.state = {state.value}",
+            )
+            for state in states
+        )
 
     def delete_notices_by_id(self, connection: sa.Connection, ids: Sequence[int]) -> None:
         if ids:
@@ -231,22 +235,20 @@ class MysqlStore(Store):
         index: str,
         ids: Sequence[int],
         condition: str = "",
-    ) -> None:
-        """Delete rows by one look-up in an index for each id.
+    ) -> int:
+        """Delete rows by one look-up in an index for each id, and return their number.
 
         For an IN list, the server may scan the table instead. It would then wait for rows that open
         transactions of the host have inserted.
         """
         named = sa.table(table.name, schema=self.schema)
         name = self.host_engine.dialect.identifier_preparer.format_table(named)
-        connection.execute(
-            sa.text(
-                f"DELETE found FROM JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given "
-                f"STRAIGHT_JOIN {name} AS found FORCE INDEX ({index}) "
-                f"ON found.{column} = given.id {condition}"
-            ),
-            {"ids": json.dumps(list(ids))},
+        delete = sa.text(
+            f"DELETE found FROM JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given "
+            f"STRAIGHT_JOIN {name} AS found FORCE INDEX ({index}) "
+            f"ON found.{column} = given.id {condition}"
         )
+        return connection.execute(delete, {"ids": json.dumps(list(ids))}).rowcount
 
     def ignoring_duplicates(self, insert: Any, key: sa.Column[Any]) -> Any:
         return insert.prefix_with("IGNORE")

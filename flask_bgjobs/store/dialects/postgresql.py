@@ -28,6 +28,7 @@ from ..statements.admit import CANDIDATE_COLUMNS, IS_WAITING_JOB, Candidate, is_
 from ..statements.claim import ORDER_COLUMNS, pending_in
 from ..statements.enqueue import NewJobs
 from ..statements.limit_keys import ORDER, Key
+from ..statements.seats import DELETE_SEATS
 from ..watchdog import watch_new_connections
 
 _CONNECT_SECONDS = 10.0
@@ -161,6 +162,36 @@ class PostgresStore(Store):
         waiting = sa.select(SEATS.c.key_id).join_from(SEATS, JOBS, IS_WAITING_JOB).distinct()
         mine = SEATS.c.key_id == sa.any_(keys), SEATS.c.state == SeatState.WAITS.value
         return waiting.where(*mine, SEATS.c.job_id != sa.all_(found))
+
+    def complete_and_leave(
+        self, connection: sa.Connection, parameters: Mapping[str, Any], ids: Sequence[int]
+    ) -> tuple[int, int]:
+        if not ids:
+            return super().complete_and_leave(connection, parameters, ids)
+        seats = {"ids": ids, "states": [SeatState.HOLDS.value]}
+        row = connection.execute(self._complete_and_leave, {**parameters, **seats}).one()
+        return row.changed, row.left
+
+    @functools.cached_property
+    def _complete_and_leave(self) -> sa.Select[Any]:
+        changed = self.complete_all.returning(JOBS.c.id).cte("changed")
+        left = DELETE_SEATS.returning(SEATS.c.key_id).cte("left")
+        return sa.select(
+            *(
+                sa.select(sa.func.count()).select_from(each).scalar_subquery().label(each.name)
+                for each in (changed, left)
+            )
+        )
+
+    def give(self, connection: sa.Connection, ids: Sequence[int], pending: Sequence[int]) -> None:
+        if len(pending) < len(ids):
+            super().give(connection, ids, pending)
+        else:
+            connection.execute(self._give_all, {"ids": ids})
+
+    @functools.cached_property
+    def _give_all(self) -> sa.Update:
+        return self.pending_update.add_cte(self.seats_update.cte("held"))
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
@@ -304,9 +335,12 @@ class PostgresStore(Store):
             # stay locked, also for a rescue of its jobs.
             idle_in_transaction_session_timeout=f"{self.deadline:.3f}s",
             lock_timeout=f"{_LOCK_WAIT_SECONDS:.3f}s",
-            # No statement has to scan the table of jobs, and none is worth compiling, but a wrong
-            # estimate of the rows could make the planner choose either.
+            # Each statement finds a few rows by an index, and none is worth compiling. Where the
+            # planner expects more rows, as in tables without statistics, it would read all of them.
             enable_seqscan="off",
+            enable_hashjoin="off",
+            enable_mergejoin="off",
+            enable_bitmapscan="off",
             jit="off",
         )
 

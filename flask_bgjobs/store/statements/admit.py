@@ -265,27 +265,36 @@ class Admissions(LimitKeys):
         if not candidates:
             return 0
         ids = [each.job_id for each in candidates]
-        connection.execute(self._seats_update, {"ids": ids})
         following = []
         for each in candidates:
             uses = uses_from_json(each.limits)[each.position + 1 :] if each.further else ()
             if uses:
                 place = (each.position + 1, len(uses) - 1)
                 following.append(seat(uses[0], *place, each.id, each.claim_rank, each.run_at))
-        self.insert_seats(connection, following)
         waiting = {values["job_id"] for values in following}
-        if pending := [job_id for job_id in ids if job_id not in waiting]:
-            connection.execute(self._pending_update, {"ids": pending})
+        self.give(connection, ids, [job_id for job_id in ids if job_id not in waiting])
+        self.insert_seats(connection, following)
         return len(following)
 
+    def give(self, connection: sa.Connection, ids: Sequence[int], pending: Sequence[int]) -> None:
+        """Let jobs hold the seats at which they wait.
+
+        :param pending: the ids of those that are pending now.
+        """
+        connection.execute(self.seats_update, {"ids": ids})
+        if pending:
+            connection.execute(self.pending_update, {"ids": pending})
+
     @functools.cached_property
-    def _seats_update(self) -> sa.Update:
+    def seats_update(self) -> sa.Update:
+        """The statement that makes waiting jobs hold a seat."""
         ids = sa.bindparam("ids", expanding=True, type_=sa.BigInteger)
         mine = SEATS.c.state == sa.literal_column(str(_WAITS)), SEATS.c.job_id.in_(ids)
         return by_state_and_job(sa.update(SEATS).where(*mine)).values(state=_HOLDS)
 
     @functools.cached_property
-    def _pending_update(self) -> sa.Update:
+    def pending_update(self) -> sa.Update:
+        """The statement that makes waiting jobs pending."""
         ids = sa.bindparam("ids", expanding=True, type_=sa.BigInteger)
         return sa.update(JOBS).where(JOBS.c.id.in_(ids)).values(transitions.pending())
 

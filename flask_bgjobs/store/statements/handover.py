@@ -13,11 +13,9 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from ...job.records import JobSpec, Outcome, Settled
-from ...models import SeatState
 from .admit import Admissions, may_swap
 from .claim import Claims
-from .seats import Leaving
-from .settle import Record, Settles
+from .settle import Record, Recorded, Settles
 
 
 class HandedOver(NamedTuple):
@@ -65,19 +63,20 @@ class Handovers(Claims, Admissions, Settles):
         self.note_queues(specs)
         return HandedOver(settled, specs, more)
 
-    def _pass_seats_on(self, connection: sa.Connection, leaving: Sequence[Leaving]) -> bool:
-        """Remove the seats of jobs that were running, and admit jobs that wait for these.
+    def _pass_seats_on(self, connection: sa.Connection, recorded: Recorded) -> bool:
+        """Admit jobs that wait for the seats of jobs that were running.
 
         :returns: whether there may be more to admit.
         """
-        freed = collections.Counter(use.key_id for each in leaving for use in each.uses)
-        self.delete_seats(connection, [SeatState.HOLDS], [each.job_id for each in leaving])
-        passed, has_followers = self._pass_to_first(connection, freed)
+        freed = collections.Counter(use.key_id for each in recorded.leaving for use in each.uses)
+        # After an edit by hand, jobs may have had fewer seats than their limits say.
+        passable = freed if recorded.seats == freed.total() else {}
+        passed, has_followers = self._pass_to_first(connection, passable)
         others = sorted(freed.keys() - passed)
         locked = self.lock_existing_keys(connection, others)
         # A rate counts the starts in the notices.
         keys = {key_id: key for key_id, key in locked.items() if key.rule.rate is None}
-        self.notice_left(connection, leaving, without=passed | keys.keys())
+        self.notice_left(connection, recorded.leaving, without=passed | keys.keys())
         _, more = self.admit_at(connection, keys)
         return more or has_followers or len(keys) < len(others)
 
@@ -92,7 +91,7 @@ class Handovers(Claims, Admissions, Settles):
         :param freed: the number of seats by key.
         :returns: the keys all of whose seats were given away, and whether others may be admitted.
         """
-        keys = self.unlocked_keys(connection, sorted(freed))
+        keys = self.unlocked_keys(connection, sorted(freed)) if freed else {}
         for key in keys.values():
             if key.rule.rate is None and key.best_waiting is not None and not may_swap(key):
                 key.room = int(max(0, min(freed[key.id], key.free_seats)))

@@ -26,11 +26,11 @@ ALL_QUEUES = 0
 _EPOCH = dt.datetime(1970, 1, 1)
 _MICROSECOND = dt.timedelta(microseconds=1)
 
-
-_DELETE_SEATS = sa.delete(SEATS).where(
+DELETE_SEATS = sa.delete(SEATS).where(
     SEATS.c.state.in_(sa.bindparam("states", expanding=True, type_=sa.SmallInteger)),
     SEATS.c.job_id.in_(sa.bindparam("ids", expanding=True, type_=sa.BigInteger)),
 )
+"""Deletes the seats of some jobs that have some states."""
 
 
 class Leaving(NamedTuple):
@@ -131,14 +131,14 @@ class Seats(Database):
 
     def delete_seats(
         self, connection: sa.Connection, states: Sequence[SeatState], ids: Sequence[int]
-    ) -> None:
-        """Delete the seats of jobs that have one of the states.
+    ) -> int:
+        """Delete the seats of jobs that have one of the states, and return their number.
 
         Like the next two methods, it must not wait for rows that open transactions of the host have
         inserted.
         """
         values = [state.value for state in states]
-        connection.execute(_DELETE_SEATS, {"states": values, "ids": ids})
+        return connection.execute(DELETE_SEATS, {"states": values, "ids": ids}).rowcount
 
     def delete_notices_by_id(self, connection: sa.Connection, ids: Sequence[int]) -> None:
         """Delete notices."""

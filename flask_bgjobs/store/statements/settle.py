@@ -8,8 +8,8 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from ...job.limits import has_rate, uses_from_json
 from ...job.records import JobSpec, Key, Outcome, Report, Settled, code_name, settlement_of
 from ...job.statuses import FINAL, JobStatus, OutcomeKind, Settlement, WaitsFor
-from ...models import UtcTime
+from ...models import SeatState, UtcTime
 from .. import transitions
 from ..database import ATTEMPTS, JOBS, WORKERS
 from .progress import Runs, by_key
@@ -66,8 +66,17 @@ _COMPLETION_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 """The column types of a :class:`Completion`."""
 
 
-Record = Callable[[], Sequence[Leaving]]
-"""Records outcomes, and returns the jobs that have to give up their seats."""
+class Recorded(NamedTuple):
+    """The result of recording completed attempts in bulk."""
+
+    leaving: Sequence[Leaving]
+    """The jobs with limits among them. Their seats are removed."""
+    seats: int
+    """Number of removed seats."""
+
+
+Record = Callable[[], Recorded]
+"""Records completed attempts, and removes the seats of their jobs."""
 
 
 class _RowsLocked(Exception):
@@ -94,7 +103,10 @@ class Settles(Runs, Seats):
         :returns: one entry for each attempt; ``status`` is ``None`` if the lease was lost. Attempts
             whose rows another transaction has locked are left out: they are not recorded yet.
         """
-        return self.complete_with(worker_id, finished, lambda c, record: self.leave(c, record()))[0]
+        settled, _ = self.complete_with(
+            worker_id, finished, lambda c, record: self.notice_left(c, record().leaving)
+        )
+        return settled
 
     def complete_with(
         self,
@@ -148,10 +160,11 @@ class Settles(Runs, Seats):
         worker_id: int,
         ended: Sequence[Completion],
         leaving: Sequence[Leaving],
-    ) -> Sequence[Leaving]:
+    ) -> Recorded:
         parameters = {"ended": self.sendable(json.dumps(ended)), "fence_worker": worker_id}
         try:
-            changed = connection.execute(self._complete_all, parameters).rowcount
+            ids = [each.job_id for each in leaving]
+            changed, seats = self.complete_and_leave(connection, parameters, ids)
         except DBAPIError as error:
             if self.is_lock_timeout(error):
                 # Do not redo the same statement: settle() leaves out the locked rows.
@@ -159,10 +172,22 @@ class Settles(Runs, Seats):
             raise
         if changed != len(ended):
             raise _LeaseLost
-        return leaving
+        return Recorded(leaving, seats)
+
+    def complete_and_leave(
+        self, connection: sa.Connection, parameters: Mapping[str, Any], ids: Sequence[int]
+    ) -> tuple[int, int]:
+        """Run :attr:`complete_all`, and remove the seats of running jobs.
+
+        :param ids: those of the jobs with limits.
+        :returns: the numbers of changed jobs and of removed seats.
+        """
+        changed = connection.execute(self.complete_all, parameters).rowcount
+        return changed, self.delete_seats(connection, [SeatState.HOLDS], ids) if ids else 0
 
     @functools.cached_property
-    def _complete_all(self) -> sa.Update:
+    def complete_all(self) -> sa.Update:
+        """The statement that records completed attempts."""
         # One statement for all: one statement for each takes up to ten times as long.
         given = self.json_rows(sa.bindparam("ended", type_=sa.Text), _COMPLETION_TYPES).c
         is_ours = transitions.is_running_for(sa.bindparam("fence_worker"), given.fence_attempt)
