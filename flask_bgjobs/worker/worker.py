@@ -196,8 +196,10 @@ class Worker:
         return any(thread.is_alive() for thread in self._pools.threads)
 
     def _work(self) -> None:
-        while not self._is_done():
+        while not (self._stops or self._has_reached_limit()):
             self._guard(self._turn)
+            if self._is_done():
+                break
             self._wait()
         self._drain()
 
@@ -604,10 +606,7 @@ class Worker:
         self._wake.wait(seconds)
 
     def _is_done(self) -> bool:
-        if self._stops:
-            return True
-        if self._has_reached_limit():
-            return True
+        """Whether there is nothing left to do for this worker."""
         idle = not (self._pools.running() or self._pools.unstarted() or self._outbox)
         idle = idle and not self._suspects
         if self._is_draining:
