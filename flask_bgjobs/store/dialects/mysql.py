@@ -173,12 +173,12 @@ class MysqlStore(Store):
     def json_rows(
         self, array: sa.BindParameter[str], types: Mapping[str, sa.types.TypeEngine[Any]]
     ) -> sa.FromClause:
-        columns = ", ".join(
+        members = ", ".join(
             f"{name} {_JSON_TYPES[type(kind)]} PATH '$.{name}'" for name, kind in types.items()
         )
-        table = f"JSON_TABLE(:{array.key}, '$[*]' COLUMNS ({columns})) AS given"
-        typed = [sa.column(name, kind) for name, kind in types.items()]
-        return sa.text(f"SELECT * FROM {table}").columns(*typed).subquery("given")
+        rows = sa.func.json_table(array, sa.literal_column(f"'$[*]' COLUMNS ({members})"))
+        columns = [sa.column(name, kind) for name, kind in types.items()]
+        return rows.table_valued(*columns, name="given")
 
     def locked_rows(self, connection: sa.Connection, ids: Sequence[int]) -> list[Any]:
         # Two queries: MariaDB cannot lock only one of two tables.
