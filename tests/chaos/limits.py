@@ -1,19 +1,20 @@
-"""The limits of some of the jobs, and the check that they were kept."""
+"""The limits of some of the jobs, jobs that take turns, and the checks that both were kept."""
 
 from __future__ import annotations
 
 import collections
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flask_bgjobs import Limit
+from flask_bgjobs import Job, Limit
 from flask_bgjobs.job.limits import LimitUse, uses_from_json
+from flask_bgjobs.store.statements.turns import rank_range
 
 from .history import Change
 from .journal import Run
 
-_LIMITED_SHARE = 0.4
+_LIMITED_SHARE, _FAIR_SHARE = 0.4, 0.3
 _SLOTS = 4
 
 
@@ -42,6 +43,19 @@ def draw_limits(chance: random.Random) -> dict[str, Any]:
     if chance.random() >= _LIMITED_SHARE:
         return {}
     return {"limits": chance.choice(_CHOICES)}
+
+
+def draw_fairness(chance: random.Random) -> dict[str, Any]:
+    """The option ``fair`` of a job, or none."""
+    return {"fair": _slot} if chance.random() < _FAIR_SHARE else {}
+
+
+def without_turn(jobs: Iterable[Job]) -> Iterator[tuple[int, str]]:
+    """Find jobs that have run without having got a turn."""
+    for job in jobs:
+        first, last = rank_range(job.priority)
+        if job.fair_key is not None and job.attempt and not first <= job.claim_rank <= last:
+            yield job.id, f"it ran, but has no turn: its claim rank is {job.claim_rank}"
 
 
 def exceeded(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from flask_bgjobs import JobStatus
 
-from .limits import draw_limits
+from .limits import draw_fairness, draw_limits
 
 How = Literal["saved at once", "joined and committed", "joined and rolled back"]
 
@@ -129,7 +129,13 @@ class Plan:
             kind,
             how,
             [token, *parameters],
-            # The token is also the owner, so that it is found without reading parameters.
-            {"priority": priority, "owner": str(token), **options, **draw_limits(self._random)},
+            {
+                "priority": priority,
+                # The token is also the owner, so that it is found without reading parameters.
+                "owner": str(token),
+                **options,
+                **draw_limits(self._random),
+                **draw_fairness(self._random),
+            },
             cancel_after if is_cancelled else None,
         )

@@ -12,7 +12,7 @@ from flask_bgjobs.job.statuses import FINAL, JobStatus
 
 from .evidence import CRASHED, LOST, Evidence
 from .journal import END, Run
-from .limits import exceeded
+from .limits import exceeded, without_turn
 
 _FINAL = frozenset(status.value for status in FINAL)
 _NEXT = {
@@ -243,6 +243,10 @@ def _limit_exceeded(evidence: Evidence) -> Found:
     yield from exceeded(limits, evidence.runs, evidence.history, evidence.clock_offset)
 
 
+def _ran_without_turn(evidence: Evidence) -> Found:
+    yield from without_turn(evidence.jobs.values())
+
+
 def _keeps_its_seat(evidence: Evidence) -> Found:
     for job_id in evidence.seats:
         yield job_id, "it has ended but still has a seat at a limit"
@@ -272,7 +276,7 @@ PROMISES: dict[str, Sequence[Callable[[Evidence], Found]]] = {
     ),
     "with a wrong result": (_completed_without_end, _wrong_result),
     "saved despite a rollback": (_should_not_exist, _partly_committed),
-    "run when not allowed": (_ran_unclaimed, _ran_twice, _too_early),
+    "run when not allowed": (_ran_unclaimed, _ran_twice, _too_early, _ran_without_turn),
     "beyond a limit": (_limit_exceeded, _keeps_its_seat),
 }
 """The violations that no job may show, and the checks that find them."""
