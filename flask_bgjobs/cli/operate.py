@@ -200,9 +200,10 @@ def _retention(
 
 
 def _prune(state: AppState, retention: Mapping[JobStatus, float | None], count: int) -> None:
+    from ..flow.limits.definition import rules
     from ..worker.prune import Pruner
 
-    pruner = Pruner(state.store, retention)
+    pruner = Pruner(state.store, retention, rules(state))
     with progress_bar(count, "Jobs") as advance:
         seen, more = 0, True
         while more:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sqlalchemy.exc import DBAPIError
 
 from ..store import PruneCursor, Retention, Store, database_sentence
@@ -15,12 +17,17 @@ class Pruner:
     """Deletes finished jobs that are older than their retention, in short steps.
 
     A pass looks at each such job once. Its last step also deletes old rows of dead workers, of
-    unused queues, of the roll-up, of the audit log, of unused keys of limits and turns, and old
-    ticks of schedules.
+    unused queues, of the roll-up, of the audit log, of unused limits, of unused keys of limits and
+    turns, and old ticks of schedules.
+
+    :param kept_limits: the names of the limits in the code, which are kept although unused.
     """
 
-    def __init__(self, store: Store, retention: Retention) -> None:
+    def __init__(
+        self, store: Store, retention: Retention, kept_limits: Collection[str] = ()
+    ) -> None:
         self._store = store
+        self._kept_limits = kept_limits
         self._retention = retention
         self._cursor: PruneCursor | None = None
         self._is_denied = False
@@ -63,4 +70,5 @@ class Pruner:
         self._store.prune_audits(_PRUNED_AT_ONCE)
         self._store.prune_schedules(_PRUNED_AT_ONCE)
         self._store.prune_limit_keys(_PRUNED_AT_ONCE)
+        self._store.prune_limits(self._kept_limits)
         self._store.prune_fair_keys(_PRUNED_AT_ONCE)

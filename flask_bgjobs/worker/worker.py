@@ -17,6 +17,7 @@ from ..errors import BgJobsError
 from ..execution.pools.kinds import PoolSettings
 from ..execution.pools.process.child import Limits
 from ..execution.pools.protocol import Finished, Pool
+from ..flow.limits.definition import rules
 from ..flow.limits.keeper import LimitKeeper
 from ..flow.schedules.ticker import Ticker
 from ..flow.unknown_jobs import UnknownJobs
@@ -129,13 +130,13 @@ class Worker:
         self._sweeper = Sweeper(self._store, config.lease)
         self._unknown_jobs = UnknownJobs(state, self._store, self.name, self.queues)
         self._limit_keeper = LimitKeeper(state, self._store, self.name)
-        self._pruner = Pruner(self._store, config.retention)
         self._prune_due = options.scheduler
         self._pools = WorkerPools([])
         self._pool_health = PoolHealth(config.lease)
         state.check_can_work(forks=any(r.kind.forks for r in self.routes), app=self._app)
         _check_tables(state)
         import_jobs(state)
+        self._pruner = Pruner(self._store, config.retention, rules(state))
         self.ticker = Ticker(state, self._store) if options.scheduler else None
         """The schedules that the worker fires; ``None`` if it fires none."""
 
@@ -356,6 +357,7 @@ class Worker:
             return False
         if self._claims.hand_over(self._id, routed, room, self._after_settle):
             self._limit_keeper.is_due = True
+        self._wake_ups.note_work()
         return True
 
     def _after_settle(self, settled: Settled) -> None:

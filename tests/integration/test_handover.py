@@ -139,8 +139,8 @@ class TestHandOver:
 
     @pytest.mark.on("postgresql", "mysql")
     def test_locked_key(self, state: AppState, worker: int) -> None:
-        """Jobs follow although another worker has locked their key. Only seats that nobody takes are
-        left to a later admission."""
+        """Jobs follow although another worker has locked their key. Only seats that nobody takes
+        are left to a later admission."""
         two = Limit("two", concurrency=2)
         for _ in range(2):
             enqueue(limits=two)

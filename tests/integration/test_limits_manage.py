@@ -24,6 +24,8 @@ from flask_bgjobs.flow.limits.definition import rules
 from flask_bgjobs.flow.limits.keeper import LimitKeeper
 from flask_bgjobs.flow.limits.manage import Limits
 from flask_bgjobs.job.limits import Rule, uses_from_json
+from flask_bgjobs.job.records import Outcome
+from flask_bgjobs.job.statuses import OutcomeKind
 from flask_bgjobs.models import AuditEntry, LimitKey, LimitRow, Seat
 from flask_bgjobs.operations.queries import job_detail
 from flask_bgjobs.state import AppState, state_of
@@ -213,6 +215,33 @@ class TestKeys:
         assert state.store.prune_limit_keys(10) == 3
         (left,) = rows(state, LimitKey)
         assert left.name == "1"
+
+    def test_unused_limits_are_pruned(self, state: AppState) -> None:
+        """The row of a limit is deleted if it has no key, is not in the code, and nobody has
+        changed it."""
+        old = state.store.after(sa.literal(-2 * 86_400.0))
+        names = ["gone", "in the code", "overridden", "paused", "used", "new"]
+        state.store.define_limits(dict.fromkeys(names, Rule(concurrency=2)))
+        enqueue(limits=Limit("used", concurrency=2))
+        admit(state)
+        Limits(state)["overridden"].override(concurrency=1)
+        Limits(state)["paused"].pause()
+        execute(state, sa.update(LimitRow).where(LimitRow.name != "new").values(defined_at=old))
+        assert state.store.prune_limits(["in the code"]) == 1
+        assert sorted(row.name for row in rows(state, LimitRow)) == sorted(names[1:])
+
+    def test_deleted_limit(self, state: AppState, worker: int) -> None:
+        """If the row of a limit is gone, it is inserted again."""
+        for _ in range(3):
+            enqueue(limits=Limit("two", concurrency=2))
+        admit(state)
+        execute(state, sa.delete(LimitRow))
+        spec, _ = state.store.claim(worker, 10)
+        done = Outcome(spec.id, spec.attempt, OutcomeKind.COMPLETED, wait_seconds=0.0)
+        state.store.hand_over(worker, [(spec, done)], 10)
+        admit(state)
+        assert rows(state, LimitRow)[0].name == "two"
+        assert statuses(state) == {"completed": 1, "pending": 1, "running": 1}
 
 
 class TestReasons:

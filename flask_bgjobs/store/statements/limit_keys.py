@@ -118,8 +118,12 @@ class LimitKeys(OpenQueues):
 
     def lock_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
         """Lock the rows of keys that nobody else has locked. Rows that do not exist are inserted if
-        a job waits there; otherwise their notices are deleted."""
+        a job waits there; otherwise their notices are deleted. The rows of their limits are
+        inserted if they are gone."""
         rows = self.locked_rows(connection, ids)
+        if lost := [row.id for row in rows if row.definition is None]:
+            self._insert_limits_of(connection, self._uses_at(connection, lost))
+            rows = self.locked_rows(connection, ids)
         if len(rows) < len(ids):
             missing = sorted(set(ids) - {row.id for row in rows})
             existing = sa.select(LIMIT_KEYS.c.id).where(LIMIT_KEYS.c.id.in_(missing))
@@ -138,8 +142,9 @@ class LimitKeys(OpenQueues):
         return keys
 
     def lock_existing_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
-        """Lock the rows of keys that exist and that nobody else has locked."""
-        return {row.id: _key(row) for row in self.locked_rows(connection, ids)}
+        """Lock the rows of keys that exist, with their limits, and that nobody else has locked."""
+        rows = self.locked_rows(connection, ids)
+        return {row.id: _key(row) for row in rows if row.definition is not None}
 
     def locked_rows(self, connection: sa.Connection, ids: Sequence[int]) -> list[Any]:
         """Lock the rows of keys, and read them with their limits and the time."""
@@ -205,8 +210,7 @@ class LimitKeys(OpenQueues):
         return {use.key_id: use for use in uses if use.key_id in ids}
 
     def _insert_keys(self, connection: sa.Connection, uses: Mapping[int, LimitUse]) -> None:
-        by_name = {use.name: use for use in uses.values()}
-        self.insert_limits(connection, {name: use.rule for name, use in sorted(by_name.items())})
+        self._insert_limits_of(connection, uses)
         # A value and not an expression: PyMySQL would send a statement for each row.
         now = self.time_on(connection)
         rows = [
@@ -219,6 +223,10 @@ class LimitKeys(OpenQueues):
             for key_id in sorted(uses)
         ]
         connection.execute(self._key_insertion, rows)
+
+    def _insert_limits_of(self, connection: sa.Connection, uses: Mapping[int, LimitUse]) -> None:
+        by_name = {use.name: use for use in uses.values()}
+        self.insert_limits(connection, {name: use.rule for name, use in sorted(by_name.items())})
 
     def insert_key(self, connection: sa.Connection, key_id: int, limit_id: int, name: str) -> None:
         """Insert the row of a key, unless it exists."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -255,6 +255,23 @@ class LimitRows(Heals, Audits):
             return len(ids)
 
         return self.transaction(work)
+
+    def prune_limits(self, kept: Collection[str]) -> int:
+        """Delete the rows of limits that no code and no key has had for a day, and that nobody has
+        overridden or paused.
+
+        :param kept: the names of the limits in the code.
+        :returns: the number of deleted rows.
+        """
+        unused = (
+            LIMITS.c.name.not_in(kept),
+            LIMITS.c.defined_at < self.after(sa.literal(-_UNUSED_SECONDS)),
+            LIMITS.c.override.is_(None),
+            LIMITS.c.paused_at.is_(None),
+            ~sa.exists().where(LIMIT_KEYS.c.limit_id == LIMITS.c.id),
+        )
+        # If a key is inserted meanwhile, the next look at it inserts its limit again.
+        return self.transaction(lambda c: c.execute(sa.delete(LIMITS).where(*unused)).rowcount)
 
 
 def _counts_starts(row: Any, now: int) -> bool:
