@@ -125,11 +125,16 @@ def start_import(filename: str, content: bytes, owner: str | None = None) -> Pro
 
 
 def start_report(since: dt.date, until: dt.date, owner: str | None = None) -> Report:
-    """Save an empty report, and enqueue the job that builds it in the same transaction."""
+    """Save an empty report, and enqueue the job that builds it in the same transaction.
+
+    The reports of several people take turns, so that a person with one report need not wait for
+    all of a person with hundreds.
+    """
     report = Report(since=since, until=until)
     db.session.add(report)
     db.session.flush()
-    job = build_sales_report.using(owner=owner, tags=["report"]).enqueue(report.id)
+    using = build_sales_report.using(owner=owner, tags=["report"], fair=owner or "nobody")
+    job = using.enqueue(report.id)
     report.job_id = job.id
     db.session.commit()
     return report

@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from flask_bgjobs import Fail, Retry, current_job
+from flask_bgjobs import Fail, Limit, Retry, current_job
 
 from . import mail, photos, products_csv
 from .config import IMAGE_QUEUE
@@ -33,6 +33,8 @@ MAX_BAD_LINES_LOGGED = 20
 UPLOAD_DAYS = 7
 TIME_ZONE = "Europe/Berlin"
 """The time zone of the shop."""
+MAIL_SERVER = Limit("mail server", rate=60, per=60, burst=10)
+"""What the mail server accepts from all workers together: 60 mails a minute, ten of them at once."""
 
 
 class SampleJob:
@@ -72,7 +74,14 @@ class StockCount:
         return shelves
 
 
-@bgjobs.job(queue="mail", retries=5, retry_delay=10, backoff="exponential", timeout=60)
+@bgjobs.job(
+    queue="mail",
+    retries=5,
+    retry_delay=10,
+    backoff="exponential",
+    timeout=60,
+    limits=MAIL_SERVER,
+)
 def send_receipt(order_id: int) -> str:
     """Send the receipt of an order, once.
 
@@ -109,12 +118,13 @@ def _receipt(order: Order) -> OutboxMail:
     return order.mail
 
 
-@bgjobs.job(queue="imports", retries=3, timeout=600)
+@bgjobs.job(queue="imports", retries=3, timeout=600, limits=Limit("imports", concurrency=1))
 def import_products(upload_id: int) -> dict[str, int]:
     """Create or update products from an uploaded CSV file, by SKU.
 
     Each chunk is committed together with the number of processed rows, so that another attempt
-    continues where the last one ended, and every row is counted once.
+    continues where the last one ended, and every row is counted once. Two imports never run at the
+    same time, because both could create the same product.
     """
     upload = db.session.get_one(ProductUpload, upload_id)
     try:

@@ -28,8 +28,10 @@ from example_app.drawing import draw_photo
 from example_app.extensions import bgjobs, db
 from example_app.models import Order, OutboxMail, Product, ProductUpload, Report, User, now
 from flask_bgjobs import Job, JobStatus
+from flask_bgjobs.flow.limits.keeper import admit_all
 from flask_bgjobs.state import state_of
 from flask_bgjobs.testing import drain
+from flask_bgjobs.worker.registration import register
 
 pytestmark = pytest.mark.slow
 
@@ -444,7 +446,7 @@ class TestImport:
             CSV_HEAD + "A-1,New name,Home,9.99,3\nB-2,Bowl,Kitchen,4,\nC-3,Cup,,free,1\n,x,,1,1\n"
         )
         page = upload(admin, text).location
-        assert "pending" in admin.get(page).text
+        assert "waiting" in admin.get(page).text
         assert statuses(shop) == [JobStatus.COMPLETED]
         (job,) = rows(shop, Job)
         assert job.result == {"created": 1, "updated": 1, "unchanged": 0, "bad": 2}
@@ -454,6 +456,16 @@ class TestImport:
             "B-2": ("Bowl", 400, 0),
         }
         assert "completed" in admin.get(page).text
+
+    def test_one_import_runs_at_a_time(self, shop: Flask) -> None:
+        """A second import waits for the end of the first one."""
+        admin = signed_in(shop, is_admin=True)
+        for _ in range(2):
+            upload(admin, CSV_HEAD + "B-2,Bowl,Kitchen,4,\n")
+        store = state_of(shop).store
+        register(state_of(shop), "one")
+        admit_all(store)
+        assert [job.status for job in rows(shop, Job)] == ["pending", "waiting"]
 
     def test_second_import_changes_nothing(self, shop: Flask) -> None:
         """A second import of the same file changes no product."""
@@ -679,28 +691,22 @@ class TestPhotos:
             (picture(), "a.gif", "Choose a .jpg, .png or .webp file."),
             (picture(), "a", "Choose a .jpg, .png or .webp file."),
             (damaged(picture("WEBP")), "a.webp", "not a JPEG, PNG or WebP picture"),
-            (black_png((8_000, 5_001)), "a.png", "more than 40 million pixels"),
-            (black_png((10_000, 10_000)), "a.png", "more than 40 million pixels"),
-            (black_png((20_000, 10_000)), "a.png", "more than 40 million pixels"),
         ],
-        ids=[
-            "empty",
-            "text",
-            "svg",
-            "gif",
-            "gif name",
-            "no suffix",
-            "damaged",
-            "large",
-            "larger",
-            "bomb",
-        ],
+        ids=["empty", "text", "svg", "gif", "gif name", "no suffix", "damaged"],
     )
     def test_invalid_upload_is_refused(
         self, shop: Flask, content: bytes, filename: str, reason: str
     ) -> None:
         """An upload that is not a valid photo is answered with the reason, and creates no job and
         no file."""
+        self.check_refusal(shop, content, filename, reason)
+
+    @pytest.mark.parametrize("size", [(8_000, 5_001), (10_000, 10_000), (20_000, 10_000)])
+    def test_large_picture_is_refused(self, shop: Flask, size: tuple[int, int]) -> None:
+        """A picture with more than 40 million pixels is refused, however small its file is."""
+        self.check_refusal(shop, black_png(size), "a.png", "more than 40 million pixels")
+
+    def check_refusal(self, shop: Flask, content: bytes, filename: str, reason: str) -> None:
         product_id = add_product(shop)
         admin = signed_in(shop, is_admin=True)
         answer = send_photo(admin, product_id, content, filename)
