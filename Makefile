@@ -24,8 +24,8 @@ test: $(STAMP) ## all tests, in parallel; TESTS='tests/unit -k words' for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 # The lint covers files changed since the last commit. Left out are tests that need a browser or a server, and
-# slow ones: migrations, random orders of events, random requests to the API, all minutes around clock
-# changes, the example shop.
+# slow ones: migrations, random orders of events, random requests to the API, the cost of pages, all
+# minutes around clock changes, the example shop.
 CHANGED = $$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files --others --exclude-standard '*.py')
 quick: $(STAMP) ## lint of changed files, unit tests, and integration tests on SQLite
 	@files="$(CHANGED)"; [ -z "$$files" ] || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }

@@ -34,7 +34,7 @@ UPLOAD_DAYS = 7
 TIME_ZONE = "Europe/Berlin"
 """The time zone of the shop."""
 MAIL_SERVER = Limit("mail server", rate=60, per=60, burst=10)
-"""What the mail server accepts from all workers together: 60 mails a minute, ten of them at once."""
+"""What the mail server accepts from all workers together: 60 mails a minute, up to ten at once."""
 
 
 class SampleJob:

@@ -24,6 +24,7 @@ from flask_bgjobs.store import Actor, Store
 from flask_bgjobs.worker.registration import register
 from tests.integration.test_store import _copy_job, _plan_step, analyze, scans
 
+pytestmark = pytest.mark.slow
 MOST_STATEMENTS = 9
 """One of them reads the jobs that wait for code, on most pages, if any job waits."""
 MORE_STATEMENTS = {"job that waits for a limit": 3}

@@ -796,6 +796,7 @@ class Play:
         raise AssertionError(f"jobs are stuck: {statuses(self.state)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_changes(state: AppState, seed: int) -> None:
     """Whatever happens to jobs, their seats match their statuses, no limit is exceeded, and in the
