@@ -478,6 +478,22 @@ def test_authorizer_that_fails_for_a_job_without_owner(
     assert caplog.text.count("raised") == isinstance(error, KeyError)
 
 
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("/queues/pause", "Queues"),
+        ("/schedules/pause", "Schedules"),
+        ("/limits/pause", "Limits"),
+        ("/weights/reset", "Limits"),
+    ],
+)
+def test_page_of_a_refused_change_marks_its_section(host: Host, path: str, label: str) -> None:
+    """The navigation marks the section of a change that was refused."""
+    answer = host.post(path)
+    assert answer.status_code in {400, 404}
+    assert f'aria-current="page">{label}</a>' in answer.text
+
+
 def test_missing_workers_are_announced(host: Host) -> None:
     """Pages warn if no worker is alive, also if no job waits or the only worker is silent, and name
     the last worker."""
