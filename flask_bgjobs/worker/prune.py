@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..store import PruneCursor, Retention, Store, database_sentence
 from ..system.safe_logging import logger as _logger
@@ -72,3 +72,39 @@ class Pruner:
         self._store.prune_limit_keys(_PRUNED_AT_ONCE)
         self._store.prune_limits(self._kept_limits)
         self._store.prune_fair_keys(_PRUNED_AT_ONCE)
+
+
+class Pruning:
+    """The pruning of one worker: a pass in every interval, in one step per turn of its loop.
+
+    :param worker: the worker's name, for the log.
+    :param is_due: whether the first pass begins at once.
+    """
+
+    def __init__(self, pruner: Pruner, worker: str, *, is_due: bool) -> None:
+        self._pruner = pruner
+        self._worker = worker
+        self.is_due = is_due
+        """Whether a pass is under way, or is to begin."""
+
+    def begin(self) -> None:
+        """Begin a pass. Called from another thread."""
+        self.is_due = True
+
+    def step(self) -> None:
+        """Do one step, if a pass is due."""
+        if not self.is_due:
+            return
+        try:
+            self.is_due = self._pruner.step()
+        except IntegrityError as error:
+            # A foreign key that is checked at the commit does not say which row it holds.
+            _logger.warning("Jobs not pruned | Worker: %s | Error: %s", self._worker, error.orig)
+            self.is_due = False
+        if not self.is_due and self._pruner.deleted:
+            _logger.info(
+                "Jobs pruned | Worker: %s | Deleted: %d | Held by other tables: %d",
+                self._worker,
+                self._pruner.deleted,
+                self._pruner.held,
+            )

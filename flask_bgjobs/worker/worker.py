@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import BgJobsError
 from ..execution.pools.kinds import PoolSettings
@@ -22,7 +22,6 @@ from ..flow.limits.keeper import LimitKeeper
 from ..flow.schedules.ticker import Ticker
 from ..flow.unknown_jobs import UnknownJobs
 from ..job.records import JobSpec, Key, Outcome, Settled
-from ..job.rollup import RollupCounts
 from ..job.statuses import JobStatus, OutcomeKind
 from ..models import Job
 from ..observability.failures import CallThread, report_lost
@@ -42,9 +41,10 @@ from .options import WorkerOptions
 from .outage import Outage
 from .outbox import Outbox
 from .pool_health import PoolHealth
-from .prune import Pruner
+from .prune import Pruner, Pruning
 from .registration import checked_name, register
 from .rescue import Sweeper
+from .rollup import RollupWriter
 from .routing import Route, RoutedPool, WorkerPools, routes
 
 _OBSERVE_SECONDS = 0.25
@@ -61,7 +61,6 @@ their code may claim them again, so they are not all made pending at once."""
 _PRUNE_INTERVAL_SECONDS = 300.0
 _PRUNE_PAUSE_SECONDS = 0.05
 """Pause between two steps of pruning, in which other connections can write."""
-_ROLL_UP_SECONDS = 5.0
 _LAST_SETTLE_TRIES = 3
 _LAST_LOCKS_SECONDS = 3.0
 """How long a stopping worker waits for rows that other transactions have locked."""
@@ -109,9 +108,7 @@ class Worker:
         """Whether the worker claims no more jobs, and stops when its jobs have finished."""
         self._wake = Wake()
         self._outbox = Outbox(self._store)
-        self._rollup_counts = RollupCounts()
-        self._rolled_up_at = -float("inf")
-        self._is_rollup_denied = False
+        self._rollup = RollupWriter(self._store, self.name)
         self._shown_as_started: set[Key] = set()
         """Running attempts whose start was written to the database."""
         self._observed_at = 0.0
@@ -130,13 +127,13 @@ class Worker:
         self._sweeper = Sweeper(self._store, config.lease)
         self._unknown_jobs = UnknownJobs(state, self._store, self.name, self.queues)
         self._limit_keeper = LimitKeeper(state, self._store, self.name)
-        self._prune_due = options.scheduler
         self._pools = WorkerPools([])
         self._pool_health = PoolHealth(config.lease)
         state.check_can_work(forks=any(r.kind.forks for r in self.routes), app=self._app)
         _check_tables(state)
         import_jobs(state)
-        self._pruner = Pruner(self._store, config.retention, rules(state))
+        pruner = Pruner(self._store, config.retention, rules(state))
+        self._pruning = Pruning(pruner, self.name, is_due=options.scheduler)
         self.ticker = Ticker(state, self._store) if options.scheduler else None
         """The schedules that the worker fires; ``None`` if it fires none."""
 
@@ -241,10 +238,10 @@ class Worker:
         if self.ticker is not None:
             # With thousands of schedules this takes seconds, in which the heartbeat goes on.
             self.ticker.register()
-        cleanup.callback(lambda: self._guard(lambda: self._roll_up(at_once=True)))
+        cleanup.callback(lambda: self._guard(lambda: self._rollup.write(at_once=True)))
         cleanup.callback(self._pools.close)
         if self._options.scheduler:
-            self._clock.every(_PRUNE_INTERVAL_SECONDS, self._on_prune_time)
+            self._clock.every(_PRUNE_INTERVAL_SECONDS, self._pruning.begin)
         self._clock.start()
         cleanup.callback(self._clock.stop)
         self._wake_ups = WakeUps(self._store, self._poll_soon, self.state.config.poll_interval)
@@ -330,8 +327,8 @@ class Worker:
         self._admit()
         self._start_suspects()
         self._claim()
-        self._roll_up()
-        self._prune()
+        self._rollup.write()
+        self._pruning.step()
 
     def _check_threads(self) -> None:
         own = [self._heartbeat.thread, *self._clock.threads, *self._wake_ups.threads]
@@ -382,7 +379,7 @@ class Worker:
             return
         self.counts[settled.status] += 1
         self._unknown_jobs.note(settled)
-        self._rollup_counts.note(settled)
+        self._rollup.note(settled)
         if settled.status is JobStatus.PENDING:
             self._poll_due = True
         if settled.delay_seconds is not None and settled.delay_seconds <= _HORIZON_SECONDS:
@@ -504,7 +501,7 @@ class Worker:
         self._progress.note()
         for settled in self._sweeper.sweep(self._id):
             self._poll_due = True
-            self._rollup_counts.note(settled)
+            self._rollup.note(settled)
             self._announce(settled)
             self._progress.note()
 
@@ -531,44 +528,6 @@ class Worker:
         if not self._unknown_jobs.may_free_more or any(r.expects_jobs for r in self._pools):
             return 0
         return sum(max(0, self._claims.room(routed)) for routed in self._pools)
-
-    def _roll_up(self, *, at_once: bool = False) -> None:
-        """Add the attempts settled since the last call to the roll-up, the data of the charts."""
-        now = time.monotonic()
-        if self._rollup_counts and (at_once or now - self._rolled_up_at >= _ROLL_UP_SECONDS):
-            self._rolled_up_at = now
-            try:
-                self._store.add_to_rollup(self._rollup_counts.cells())
-            except DBAPIError as error:
-                if not self._store.is_denied(error):
-                    raise
-                if not self._is_rollup_denied:
-                    _logger.warning(
-                        "Charts not drawn | Worker: %s | Grant SELECT, INSERT, UPDATE and DELETE "
-                        "on bgjobs_rollup to its database user | Error: %s",
-                        self.name,
-                        error.orig,
-                    )
-                self._is_rollup_denied = True
-            self._rollup_counts.clear()
-
-    def _prune(self) -> None:
-        """Delete a few jobs whose retention is over."""
-        if not self._prune_due:
-            return
-        try:
-            self._prune_due = self._pruner.step()
-        except IntegrityError as error:
-            # A foreign key that is checked at the commit does not say which row it holds.
-            _logger.warning("Jobs not pruned | Worker: %s | Error: %s", self.name, error.orig)
-            self._prune_due = False
-        if not self._prune_due and self._pruner.deleted:
-            _logger.info(
-                "Jobs pruned | Worker: %s | Deleted: %d | Held by other tables: %d",
-                self.name,
-                self._pruner.deleted,
-                self._pruner.held,
-            )
 
     def _claim(self) -> None:
         if self._is_draining:
@@ -600,7 +559,7 @@ class Worker:
         seconds = self._wake_ups.poll_seconds()
         if busy or self._suspects or self._outbox:
             seconds = min(seconds, _OBSERVE_SECONDS, self._suspects.seconds_until_next())
-        self._sleep(min(seconds, _PRUNE_PAUSE_SECONDS) if self._prune_due else seconds)
+        self._sleep(min(seconds, _PRUNE_PAUSE_SECONDS) if self._pruning.is_due else seconds)
 
     def _sleep(self, seconds: float) -> None:
         """Wait until the worker is woken up, for ``seconds`` at most."""
@@ -698,9 +657,6 @@ class Worker:
         """Poll soon: a job is due or was enqueued, or the poll interval has passed."""
         self._poll_due = True
         self._wake.set()
-
-    def _on_prune_time(self) -> None:
-        self._prune_due = True
 
     def _on_enqueued(self, _job: Job) -> None:
         self._poll_soon()

@@ -156,7 +156,7 @@ def test_worker_without_right_for_charts_continues(
         store.transaction(lambda connection: connection.exec_driver_sql(denied))
 
     monkeypatch.setattr(type(state.store), "add_to_rollup", refuse)
-    monkeypatch.setattr("flask_bgjobs.worker.worker._ROLL_UP_SECONDS", 0.0)
+    monkeypatch.setattr("flask_bgjobs.worker.rollup.INTERVAL_SECONDS", 0.0)
     with running_worker(app):
         for _ in range(3):
             assert run_background_job("tests.jobs.echo").wait(60).status == "completed"
