@@ -51,6 +51,9 @@ _OBSERVE_SECONDS = 0.25
 """Interval for reading cancel requests and leases of running jobs, and writing their progress."""
 _GATHER_SECONDS = 0.005
 """How long outcomes are gathered while jobs wait in a pool, to settle them in one transaction."""
+_GATHER_FOLLOWERS_SECONDS = 0.0005
+"""How long outcomes of jobs with limits are gathered while others run. Jobs of one handover often
+end at almost the same time, and their followers then need one transaction instead of several."""
 _HORIZON_SECONDS = 60.0
 """Jobs due within this time get a trigger of the clock; a later poll finds the others."""
 _PROMOTE_SECONDS = 0.1
@@ -352,6 +355,8 @@ class Worker:
         room = self._claims.room(routed)
         if room <= 0 or not self._claims.may_hand_over():
             return False
+        if self._pools.running():
+            time.sleep(_GATHER_FOLLOWERS_SECONDS)
         if self._claims.hand_over(self._id, routed, room, self._after_settle):
             self._limit_keeper.is_due = True
         self._wake_ups.note_work()
