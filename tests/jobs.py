@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import itertools
 import os
 import re
 import resource
@@ -332,6 +333,16 @@ def tell_slowly(lines: int, seconds: float) -> None:
         time.sleep(seconds)
 
 
+def tell_until(end: str) -> int:
+    """Log numbered lines until the file ``end`` exists, and return their number."""
+    for number in itertools.count():
+        current_job.log(f"line {number}")
+        time.sleep(0.02)
+        if Path(end).exists():
+            break
+    return number + 1
+
+
 def keep_own_row(journal: str, end: str, how: str) -> None:
     """Keep the row of this job locked until the file ``end`` exists."""
     lock = "SELECT id FROM bgjobs_job WHERE id = {} FOR UPDATE"
@@ -501,6 +512,7 @@ NAMES = [
             enqueue_later,
             hang_scheduler,
             tell_slowly,
+            tell_until,
             brief,
             keep_own_row,
             hold_first_attempt,

@@ -202,24 +202,26 @@ class TestOutcomes:
         assert [row.message for row in rows(state, JobLog)] == [f"step {n}" for n in range(1, 5)]
 
     def test_log_lines_survive_an_outage(
-        self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch
+        self, app: Flask, state: AppState, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """Log lines written while the database is unavailable are stored when it is available
         again."""
-        observe, failures = type(state.store).observe, iter(range(3))
+        observe, failures = type(state.store).observe, list(range(3))
 
         def fail_three_times(store: Any, worker_id: int, reports: Any) -> Any:
-            if reports and next(failures, None) is not None:
+            if reports and failures:
+                failures.pop()
                 raise OperationalError("observe", None, Exception("the database is unavailable"))
             return observe(store, worker_id, reports)
 
         monkeypatch.setattr(type(state.store), "observe", fail_three_times)
-        job = enqueue("tell_slowly", 20, 0.05)
+        job = enqueue("tell_until", str(tmp_path / "end"))
         with running_worker(app):
+            wait_until(lambda: not failures, "three failures")
+            (tmp_path / "end").touch()
             assert job.wait(30).status == "completed"
-        assert next(failures, None) is None
         messages = [row.message for row in rows(state, JobLog)]
-        assert messages == [f"line {number}" for number in range(20)]
+        assert messages == [f"line {number}" for number in range(job.result)]
 
     def test_connection_errors_of_the_host_are_an_outage(
         self, app: Flask, state: AppState, caplog: pytest.LogCaptureFixture
