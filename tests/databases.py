@@ -115,6 +115,6 @@ def _server(kind: str) -> sa.Engine:
     return sa.create_engine(
         URLS[kind],
         isolation_level="AUTOCOMMIT",
-        poolclass=sa.NullPool,
+        pool_pre_ping=True,
         connect_args={"connect_timeout": _CONNECT_SECONDS},
     )

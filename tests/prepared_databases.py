@@ -12,8 +12,10 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
+from pymysql.constants import CLIENT
 
 from flask_bgjobs.state import state_of
 from tests import databases
@@ -44,6 +46,18 @@ SELECT string_agg(line, E'\\n' ORDER BY line) FROM (
         (SELECT oid FROM pg_database WHERE datname = current_database())
 ) AS lines(line)
 """
+
+_SEVERAL_STATEMENTS: dict[str, dict[str, Any]] = {
+    "postgresql": {},
+    "mysql": {"client_flag": CLIENT.MULTI_STATEMENTS},
+}
+"""What lets a connection run several statements in one round trip."""
+_RESTART_IDS = {
+    "postgresql": "SELECT setval(oid::regclass, 1, false) FROM pg_class "
+    "WHERE relkind = 'S' AND relnamespace = 'public'::regnamespace",
+    # Only the ids of jobs are written in tests.
+    "mysql": "ALTER TABLE bgjobs_job AUTO_INCREMENT = 1",
+}
 
 
 class PreparedDatabases:
@@ -88,12 +102,21 @@ class _ServerDatabase:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._name: str | None = None
+        self._engine: sa.Engine | None = None
         self._schema = ""
         self._tables: list[str] = []
 
     def url(self) -> str:
         if self._name is None:
             self._name = databases.create(self._kind)
+            # One engine for all tests: a new one would ask the server for its properties each time.
+            # It keeps no connection, because tests count those to their database.
+            self._engine = sa.create_engine(
+                self._url,
+                isolation_level="AUTOCOMMIT",
+                poolclass=sa.NullPool,
+                connect_args=_SEVERAL_STATEMENTS[self._kind],
+            )
             self._tables = _create_tables(self._url)
             with self._connect() as connection:
                 self._schema = _schema(connection)
@@ -109,8 +132,11 @@ class _ServerDatabase:
         assert self._name is not None
         databases.end_connections(self._kind, self._name)
         with self._connect() as connection:
-            _drop_others(connection, self._tables)
-            is_usable = _is_small(connection) and _schema(connection) == self._schema
+            is_usable = _schema(connection) == self._schema
+            if not is_usable:
+                _drop_others(connection, self._tables)
+                is_usable = _schema(connection) == self._schema
+            is_usable = is_usable and _is_small(connection)
             if is_usable:
                 _delete_rows(connection, self._tables)
         if not is_usable:
@@ -123,8 +149,8 @@ class _ServerDatabase:
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sa.Connection]:
-        engine = sa.create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-        with engine.connect() as connection:
+        assert self._engine is not None
+        with self._engine.connect() as connection:
             yield connection
 
 
@@ -152,16 +178,24 @@ def _drop_others(connection: sa.Connection, tables: Collection[str]) -> None:
 
 
 def _delete_rows(connection: sa.Connection, tables: Sequence[str]) -> None:
-    for table in tables:
-        connection.exec_driver_sql(f"DELETE FROM {table}")
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(
-            "SELECT setval(oid::regclass, 1, false) FROM pg_class "
-            "WHERE relkind = 'S' AND relnamespace = 'public'::regnamespace"
-        )
-    else:
-        # Only the ids of jobs are written in tests.
-        connection.exec_driver_sql("ALTER TABLE bgjobs_job AUTO_INCREMENT = 1")
+    _run_all(
+        connection, [*(f"DELETE FROM {t}" for t in tables), _RESTART_IDS[connection.dialect.name]]
+    )
+
+
+def _run_all(connection: sa.Connection, statements: Sequence[str]) -> list[Any]:
+    """Run statements in one round trip, and return their rows."""
+    driver_connection: Any = connection.connection.driver_connection
+    rows: list[Any] = []
+    with driver_connection.cursor() as cursor:
+        cursor.execute("; ".join(statements))
+        has_more = True
+        while has_more:
+            if cursor.description is not None:
+                rows += cursor.fetchall()
+            # psycopg2 has no further results.
+            has_more = connection.dialect.name == "mysql" and cursor.nextset()
+    return rows
 
 
 def _is_small(connection: sa.Connection) -> bool:
@@ -178,8 +212,7 @@ def _schema(connection: sa.Connection) -> str:
     """A text that changes if a test changes anything except rows."""
     if connection.dialect.name == "postgresql":
         return str(connection.exec_driver_sql(_POSTGRESQL_SCHEMA).scalar())
-    triggers = connection.exec_driver_sql("SHOW TRIGGERS").all()
     tables = connection.exec_driver_sql("SHOW TABLES").scalars().all()
-    rows = [connection.exec_driver_sql(f"SHOW CREATE TABLE {table}").one() for table in tables]
-    text = "\n".join(str(value) for row in (*triggers, *rows) for value in row)
+    rows = _run_all(connection, ["SHOW TRIGGERS", *(f"SHOW CREATE TABLE {t}" for t in tables)])
+    text = "\n".join(str(value) for row in rows for value in row)
     return re.sub(r" AUTO_INCREMENT=\d+", "", text)
