@@ -50,6 +50,8 @@ RATES = [
     Limit("some", rate=20, per=2, burst=5),
     Limit("each", rate=6, per=1, burst=3, key="{key}"),
 ]
+LATE_NOTE_SECONDS = 0.05
+"""How much later than its start a job on a busy machine may write the time into the journal."""
 SHARE_WITH_RATE = 4
 """One of so many groups of jobs has a rate as well."""
 
@@ -226,7 +228,7 @@ def check_journal(state: AppState, journal: Path) -> None:
             times = [start for start, _ in intervals]
             pairs = zip(times, times[use.rule.rate :], strict=False)
             shortest = min((later - first for first, later in pairs), default=float("inf"))
-            assert shortest >= use.rule.per_seconds, (use, shortest)
+            assert shortest >= use.rule.per_seconds - LATE_NOTE_SECONDS, (use, shortest)
 
 
 def most_at_once(intervals: Sequence[tuple[float, float]]) -> int:
