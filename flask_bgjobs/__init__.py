@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .enqueue.calls import Call
 from .enqueue.enqueue import run_background_job
 from .errors import (
     AttemptFailed,
@@ -50,6 +51,7 @@ __all__ = [
     "AttemptFailed",
     "BgJobs",
     "BgJobsError",
+    "Call",
     "ConfigError",
     "DatabaseNotSupported",
     "DatabaseUnusable",

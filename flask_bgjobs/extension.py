@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, overload
 
 from flask import Flask
 
 from .config import Config
 from .enqueue import transactions
+from .enqueue.calls import Call, enqueue_calls
 from .enqueue.decorator import BoundJob, JobFunction
 from .enqueue.enqueue import AUTO, Parameters, SessionChoice
 from .enqueue.fairness import check_fair
@@ -27,7 +28,7 @@ from .job.redact import Redactor
 from .job.text import shown
 from .models import Job, add_tables
 from .observability import logs
-from .options import DecoratorValues, options_from, split_recurrence
+from .options import DecoratorValues, OptionValues, options_from, split_recurrence
 from .registry import (
     Decorated,
     Registry,
@@ -157,24 +158,59 @@ class BgJobs:
 
         return decorate if function is None else decorate(function)
 
+    def call(
+        self,
+        target: str,
+        method: str | None = None,
+        parameters: Parameters = (),
+        **options: Unpack[OptionValues],
+    ) -> Call:
+        """A job by name that is not enqueued yet. Decorated functions have ``call`` methods.
+
+        :param target: dotted name of a class or function on the allow-list.
+        :param method: method of the class; ``None`` for a function.
+        :param parameters: a list of positional or a dict of keyword parameters.
+        :param options: fields of :class:`~flask_bgjobs.options.JobOptions`.
+        :raises TypeError: for an option that does not exist. Everything else is checked when the
+            job is enqueued.
+        """
+        return Call(target, method, parameters, options_from(options))
+
+    @overload
     def enqueue_many(
         self,
         job: JobFunction[..., Any] | BoundJob[Any],
         parameter_sets: Sequence[Parameters],
         *,
         session: SessionChoice = AUTO,
-    ) -> list[Job]:
-        """Enqueue one job for each set of parameters, all in one transaction.
+    ) -> list[Job]: ...
 
-        :param job: a decorated function, or the result of its ``using(...)``.
+    @overload
+    def enqueue_many(self, job: Iterable[Call], *, session: SessionChoice = AUTO) -> list[Job]: ...
+
+    def enqueue_many(
+        self,
+        job: JobFunction[..., Any] | BoundJob[Any] | Iterable[Call],
+        parameter_sets: Sequence[Parameters] | None = None,
+        *,
+        session: SessionChoice = AUTO,
+    ) -> list[Job]:
+        """Enqueue several jobs, all in one transaction: one for each set of parameters of a
+        function, or one for each call.
+
+        :param job: a decorated function, or the result of its ``using(...)``; or calls, the results
+            of ``call(...)``, and no ``parameter_sets``.
         :param parameter_sets: one item for each job: a tuple or list of positional parameters, or
             a dict of keyword parameters.
         :param session: as in :func:`~flask_bgjobs.run_background_job`; default: the session given
             to ``using(...)``, if any.
-        :returns: the jobs, in the order of ``parameter_sets``.
+        :returns: the jobs, in the order of ``parameter_sets`` or of the calls.
+        :raises JobNotAllowed: when the allow-list does not hold the name in a call.
         :raises InvalidJob: when a set of parameters cannot be stored or does not fit the function,
-            or when ``job`` is not a decorated function. No job is enqueued then.
+            or when ``job`` is neither a decorated function nor calls. No job is enqueued then.
         """
+        if parameter_sets is None:
+            return enqueue_calls(current_state(), _calls(job), session)
         bound = job.using() if isinstance(job, JobFunction) else job
         if not isinstance(bound, BoundJob):
             raise InvalidJob(
@@ -307,6 +343,16 @@ class BgJobs:
             find_identifier=lambda: self._identifier,
             failure_hooks=self._failure_hooks,
         )
+
+
+def _calls(given: object) -> list[Call]:
+    """The calls given to ``enqueue_many``."""
+    if isinstance(given, Iterable):
+        return list(given)
+    raise InvalidJob(
+        "enqueue_many needs a function decorated with @bgjobs.job and sets of parameters, or a "
+        f"list of calls, not {shown(given)}"
+    )
 
 
 def _find_db(app: Flask, given: SQLAlchemy | None) -> SQLAlchemy:

@@ -11,6 +11,7 @@ from ..job.redact import signature_text
 from ..models import Job
 from ..options import JobOptions, OptionValues, options_from
 from ..state import current_state
+from .calls import Call
 from .enqueue import AUTO, Parameters, SessionChoice, enqueue, hint_at_options
 
 P = ParamSpec("P")
@@ -24,11 +25,13 @@ _OTHER_NAMES = {
     "enqueue_at": "using(run_at=…).enqueue(…)",
     "enqueue_in": "using(delay=…).enqueue(…)",
     "queue": "enqueue(…)",
-    "s": "bgjobs.enqueue_many(…)",
+    "s": "call(…)",
     "schedule": "using(run_at=…).enqueue(…)",
     "send": "enqueue(…)",
     "send_with_options": "using(…).enqueue(…)",
     "set": "using(…)",
+    "si": "call(…)",
+    "signature": "call(…)",
 }
 """Method names of other job queues, and what to call instead."""
 
@@ -52,6 +55,14 @@ class JobFunction(Generic[P, R]):
         :raises InvalidJob: when an argument cannot be stored.
         """
         return self.using().enqueue(*args, **kwargs)
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
+        """A job that runs the function with these arguments, and is not enqueued yet.
+
+        :raises InvalidJob: when positional and keyword arguments are mixed that do not fit the
+            function. Everything else is checked when the job is enqueued.
+        """
+        return self.using().call(*args, **kwargs)
 
     def using(
         self, *, session: SessionChoice = AUTO, **options: Unpack[OptionValues]
@@ -89,6 +100,19 @@ class BoundJob(Generic[P]):
         :raises InvalidJob: when an argument or option cannot be stored.
         """
         return self.enqueue_many([_stored_arguments(self._name, args, kwargs)])[0]
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
+        """A job that runs the function with these arguments, and is not enqueued yet.
+
+        :raises InvalidJob: as :meth:`JobFunction.call`; also when ``using`` was given a session,
+            because the session is chosen when the job is enqueued.
+        """
+        if self._session is not AUTO:
+            raise InvalidJob(
+                "a call has no session: pass it to enqueue_many(…, session=…) or "
+                "call(…).enqueue(session=…)"
+            )
+        return Call(self._name, None, _stored_arguments(self._name, args, kwargs), self._options)
 
     def within(self, session: SessionChoice) -> BoundJob[P]:
         """The same function and options, with another session."""

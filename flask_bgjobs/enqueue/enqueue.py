@@ -205,23 +205,23 @@ def enqueue(
     except BgJobsError as error:
         state.emit(job_refused, target=target, method=method, error=error)
         raise
-    return insert(state, jobs, session) if jobs.parameters else []
+    return insert(state, [jobs], session) if jobs.parameters else []
 
 
-def insert(state: AppState, jobs: NewJobs, session: SessionChoice = AUTO) -> list[Job]:
+def insert(state: AppState, new: Sequence[NewJobs], session: SessionChoice = AUTO) -> list[Job]:
     """Insert checked jobs, in the session's transaction or in a separate one."""
     joined = _session_to_join(state, session)
     if joined is None:
-        return _save(state, jobs)
+        return _save(state, new)
     # The caller commits a session that it has passed.
     may_commit = state.app in _COMMITTING and (session is AUTO or session is None)
     commits = may_commit and not transactions.holds_writes(joined, state.store.host_engine)
     transactions.flush(joined)
     connection = transactions.connection_to_join(joined, state.table, state.store.host_engine)
     if connection is None:
-        return _save(state, jobs)
+        return _save(state, new)
     with _explaining_missing_tables():
-        saved = state.store.insert(connection, jobs)
+        saved = [job for jobs in new for job in state.store.insert(connection, jobs)]
     transactions.follow(joined, _new_among(saved), lambda job: announce(state, [job]))
     if commits:
         joined.commit()
@@ -245,11 +245,11 @@ def committing_clean_sessions(app: Flask) -> Iterator[None]:
         _COMMITTING.discard(app)
 
 
-def _save(state: AppState, jobs: NewJobs) -> list[Job]:
+def _save(state: AppState, new: Sequence[NewJobs]) -> list[Job]:
     """Insert jobs in a separate transaction, and announce them."""
     try:
         with _explaining_missing_tables():
-            saved = state.store.save(jobs)
+            saved = state.store.save(new)
     except DBAPIError as error:
         what_to_do = advice(error)
         if what_to_do is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -130,21 +130,32 @@ class Inserts(RowInserts):
         pairs = zip(firsts, inserted, strict=True)
         return {number: job for number, job in pairs if job is not None}
 
-    def save(self, jobs: NewJobs) -> list[Job]:
+    def save(self, new: Sequence[NewJobs]) -> list[Job]:
         """Insert jobs as :meth:`insert` does, in a transaction of its own.
 
         :raises CommitInDoubt: when the connection is lost, so that the jobs may or may not be
             saved.
         :raises UniqueKeyTaken: as :meth:`insert`, but after 30 s.
         """
-        if jobs.unique is None:
-            is_one_statement = len(jobs.parameters) == 1 and not _has_limits(jobs)
+        first, *others = new
+        if not others and first.unique is None:
+            is_one_statement = len(first.parameters) == 1 and not _has_limits(first)
             commit = self.autocommit_once if is_one_statement else self.transaction
-            return commit(lambda connection: self.insert_within(connection, jobs))
+            return commit(lambda connection: self.insert_within(connection, first))
+        with contextlib.ExitStack() as named:
+            for jobs in new:
+                if jobs.unique is not None:
+                    named.enter_context(self._naming_locked_keys(jobs, jobs.unique))
+            return self.transaction(
+                lambda c: [job for jobs in new for job in self._insert_some(c, jobs)]
+            )
+
+    def _insert_some(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
+        if jobs.unique is None:
+            return self.insert_within(connection, jobs)
         # A test may have bound the host's sessions to one connection.
         is_hosts = self.outer_connection is not None
-        with self._naming_locked_keys(jobs, jobs.unique):
-            return self.transaction(lambda c: self._insert_with_limit(c, jobs, is_hosts=is_hosts))
+        return self._insert_with_limit(connection, jobs, is_hosts=is_hosts)
 
     def _insert_unique(self, connection: sa.Connection, job: NewJobs) -> Job:
         """Insert one unique job, or find the one that holds its key."""
