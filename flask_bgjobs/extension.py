@@ -208,6 +208,8 @@ class BgJobs:
         :raises JobNotAllowed: when the allow-list does not hold the name in a call.
         :raises InvalidJob: when a set of parameters cannot be stored or does not fit the function,
             or when ``job`` is neither a decorated function nor calls. No job is enqueued then.
+        :raises UniqueKeyTaken: with ``on_duplicate="raise"``, when another job holds a key. Roll
+            back a transaction that the jobs have joined: it may hold some of them.
         """
         if parameter_sets is None:
             return enqueue_calls(current_state(), _calls(job), session)

@@ -52,11 +52,13 @@ def enqueue_calls(
 ) -> list[Job]:
     """Enqueue a job for each call in one transaction, and return them in order.
 
-    Calls of one function with equal options are inserted by one statement.
+    Successive calls of one function with equal options are inserted by one statement.
 
     :raises JobNotAllowed: when the allow-list does not hold a target or method.
     :raises InvalidJob: when one of the calls, or one of their parameters or options, is not valid;
         then no job is enqueued.
+    :raises UniqueKeyTaken: with ``on_duplicate="raise"``, when another job holds a key. Roll back a
+        transaction that the jobs have joined: it holds the jobs of earlier calls.
     """
     groups = _alike(calls)
     new = [_checked(state, [calls[number] for number in numbers]) for numbers in groups]

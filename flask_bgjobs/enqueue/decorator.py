@@ -59,7 +59,7 @@ class JobFunction(Generic[P, R]):
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
         """A job that runs the function with these arguments, and is not enqueued yet.
 
-        :raises InvalidJob: when positional and keyword arguments are mixed that do not fit the
+        :raises InvalidJob: when positional and keyword arguments are mixed and do not fit the
             function. Everything else is checked when the job is enqueued.
         """
         return self.using().call(*args, **kwargs)

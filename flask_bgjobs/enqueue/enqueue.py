@@ -220,9 +220,14 @@ def insert(state: AppState, new: Sequence[NewJobs], session: SessionChoice = AUT
     connection = transactions.connection_to_join(joined, state.table, state.store.host_engine)
     if connection is None:
         return _save(state, new)
-    with _explaining_missing_tables():
-        saved = [job for jobs in new for job in state.store.insert(connection, jobs)]
-    transactions.follow(joined, _new_among(saved), lambda job: announce(state, [job]))
+    saved: list[Job] = []
+    try:
+        with _explaining_missing_tables():
+            for jobs in new:
+                saved += state.store.insert(connection, jobs)
+    finally:
+        # Also after an error: the caller may commit what was inserted before.
+        transactions.follow(joined, _new_among(saved), lambda job: announce(state, [job]))
     if commits:
         joined.commit()
     return saved

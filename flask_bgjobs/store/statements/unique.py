@@ -142,20 +142,27 @@ class Inserts(RowInserts):
             is_one_statement = len(first.parameters) == 1 and not _has_limits(first)
             commit = self.autocommit_once if is_one_statement else self.transaction
             return commit(lambda connection: self.insert_within(connection, first))
-        with contextlib.ExitStack() as named:
-            for jobs in new:
-                if jobs.unique is not None:
-                    named.enter_context(self._naming_locked_keys(jobs, jobs.unique))
-            return self.transaction(
-                lambda c: [job for jobs in new for job in self._insert_some(c, jobs)]
-            )
-
-    def _insert_some(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
-        if jobs.unique is None:
-            return self.insert_within(connection, jobs)
         # A test may have bound the host's sessions to one connection.
         is_hosts = self.outer_connection is not None
-        return self._insert_with_limit(connection, jobs, is_hosts=is_hosts)
+        last = first
+
+        def work(connection: sa.Connection) -> list[Job]:
+            nonlocal last
+            saved = []
+            for jobs in new:
+                last = jobs
+                if jobs.unique is None:
+                    saved += self.insert_within(connection, jobs)
+                else:
+                    saved += self._insert_with_limit(connection, jobs, is_hosts=is_hosts)
+            return saved
+
+        try:
+            return self.transaction(work)
+        except DBAPIError as error:
+            if last.unique is None or not self.is_lock_timeout(error):
+                raise
+            raise _key_is_locked(last, last.unique) from error
 
     def _insert_unique(self, connection: sa.Connection, job: NewJobs) -> Job:
         """Insert one unique job, or find the one that holds its key."""
