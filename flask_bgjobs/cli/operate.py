@@ -15,7 +15,7 @@ from ..job import durations
 from ..job.plain import plain, time_text
 from ..job.statuses import FINAL, JobStatus
 from ..operations import actions
-from ..state import AppState, current_state
+from ..state import AppState, current_state, import_jobs
 from ..store import database_sentence
 from .group import Duration, bgjobs_commands, json_option, one_sentence, yes_option
 from .output import counted, print_json, print_table, progress_bar
@@ -203,6 +203,7 @@ def _prune(state: AppState, retention: Mapping[JobStatus, float | None], count: 
     from ..flow.limits.definition import rules
     from ..worker.prune import Pruner
 
+    import_jobs(state)
     pruner = Pruner(state.store, retention, rules(state))
     with progress_bar(count, "Jobs") as advance:
         seen, more = 0, True

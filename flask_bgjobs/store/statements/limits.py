@@ -21,6 +21,7 @@ from .seats import by_primary_key, microseconds
 
 MAX_COUNTED = 1_000
 """How far the waiting jobs of a key are counted."""
+_LIMITS_PER_STEP = 500
 _UNUSED_SECONDS = 86_400.0
 """How long the row of a key that no job uses is kept."""
 
@@ -257,8 +258,8 @@ class LimitRows(Heals, Audits):
         return self.transaction(work)
 
     def prune_limits(self, kept: Collection[str]) -> int:
-        """Delete the rows of limits that no code and no key has had for a day, and that nobody has
-        overridden or paused.
+        """Delete up to 500 rows of limits that were defined more than a day ago and have no key,
+        unless they are in the code, or somebody has overridden or paused them.
 
         :param kept: the names of the limits in the code.
         :returns: the number of deleted rows.
@@ -270,8 +271,16 @@ class LimitRows(Heals, Audits):
             LIMITS.c.paused_at.is_(None),
             ~sa.exists().where(LIMIT_KEYS.c.limit_id == LIMITS.c.id),
         )
-        # If a key is inserted meanwhile, the next look at it inserts its limit again.
-        return self.transaction(lambda c: c.execute(sa.delete(LIMITS).where(*unused)).rowcount)
+
+        def work(connection: sa.Connection) -> int:
+            some = sa.select(LIMITS.c.id).where(*unused).limit(_LIMITS_PER_STEP)
+            ids = sorted(connection.scalars(some))
+            # If a key is inserted meanwhile, the next look at it inserts its limit again.
+            if ids:
+                connection.execute(sa.delete(LIMITS).where(LIMITS.c.id.in_(ids)))
+            return len(ids)
+
+        return self.transaction(work)
 
 
 def _counts_starts(row: Any, now: int) -> bool:
