@@ -52,8 +52,8 @@ _OBSERVE_SECONDS = 0.25
 _GATHER_SECONDS = 0.005
 """How long outcomes are gathered while jobs wait in a pool, to settle them in one transaction."""
 _GATHER_FOLLOWERS_SECONDS = 0.0005
-"""How long outcomes of jobs with limits are gathered while others run. Jobs of one handover often
-end at almost the same time, and their followers then need one transaction instead of several."""
+"""How long outcomes of jobs with limits are gathered while others run. Jobs that started together
+often end almost together. One handover for all of them is faster than several."""
 _HORIZON_SECONDS = 60.0
 """Jobs due within this time get a trigger of the clock; a later poll finds the others."""
 _PROMOTE_SECONDS = 0.1
@@ -199,7 +199,7 @@ class Worker:
     def _work(self) -> None:
         while not (self._stops or self._has_reached_limit()):
             self._guard(self._turn)
-            if self._is_done():
+            if self._stops or self._is_done():
                 break
             self._wait()
         self._drain()
@@ -352,11 +352,11 @@ class Worker:
         if self._is_draining or len(self.routes) > 1 or not self._outbox.has_limited_completions:
             return False
         (routed,) = self._pools
-        room = self._claims.room(routed)
-        if room <= 0 or not self._claims.may_hand_over():
+        if self._claims.room(routed) <= 0 or not self._claims.may_hand_over():
             return False
         if self._pools.running():
             time.sleep(_GATHER_FOLLOWERS_SECONDS)
+        room = self._claims.room(routed)
         if self._claims.hand_over(self._id, routed, room, self._after_settle):
             self._limit_keeper.is_due = True
         self._wake_ups.note_work()
@@ -573,7 +573,8 @@ class Worker:
 
     def _is_done(self) -> bool:
         """Whether there is nothing left to do for this worker."""
-        idle = not (self._pools.running() or self._pools.unstarted() or self._outbox)
+        # In this order: a job that starts in between is then counted at least once.
+        idle = not (self._pools.unstarted() or self._pools.running() or self._outbox)
         idle = idle and not self._suspects
         if self._is_draining:
             return idle
