@@ -127,8 +127,8 @@ def start_import(filename: str, content: bytes, owner: str | None = None) -> Pro
 def start_report(since: dt.date, until: dt.date, owner: str | None = None) -> Report:
     """Save an empty report, and enqueue the job that builds it in the same transaction.
 
-    The reports of several people take turns, so that a person with one report need not wait for
-    all of a person with hundreds.
+    The reports of several people take turns, so that hundreds of reports for one person do not
+    delay those of the others.
     """
     report = Report(since=since, until=until)
     db.session.add(report)

@@ -40,7 +40,7 @@ class LimitRow(Base):
 
 
 class LimitKey(Base):
-    """A key of a limit. Whoever changes the seats of the key locks this row first."""
+    """A key of a limit. A transaction locks this row before it gives away free seats."""
 
     __tablename__ = "bgjobs_limit_key"
     __table_args__ = (

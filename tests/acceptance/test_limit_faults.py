@@ -52,8 +52,9 @@ RATES = [
 ]
 LATE_NOTE_SECONDS = 0.05
 """How much later than its start a job on a busy machine may write the time into the journal."""
-SHARE_WITH_RATE = 4
-"""One of so many groups of jobs has a rate as well."""
+ALL = Limit("all", concurrency=8)
+SHARE_WITH_RATE, SHARE_WITH_ALL = 4, 2
+"""One of so many groups of jobs has a rate as well, or a limit that they share."""
 
 
 def enqueue_jobs(state: AppState, journal: Path, chance: random.Random) -> list[int]:
@@ -67,6 +68,8 @@ def enqueue_jobs(state: AppState, journal: Path, chance: random.Random) -> list[
         limits = [chance.choice(LIMITS)]
         if chance.randrange(SHARE_WITH_RATE) == 0:
             limits.append(chance.choice(RATES))
+        if chance.randrange(SHARE_WITH_ALL) == 0:
+            limits.append(ALL)
         options = JobOptions(
             limits=limits,
             queue=chance.choice(QUEUES),
@@ -154,7 +157,7 @@ def test_limits_hold(state: AppState, start_worker: Start, journal: Path, pool: 
     """While workers and children are killed, jobs retry, snooze and are cancelled, and limits are
     paused and overridden, no limit is exceeded at any moment; all jobs end, and no seat is left."""
     chance = random.Random(11)
-    state.store.define_limits({str(limit.name): limit.rule for limit in [*LIMITS, *RATES]})
+    state.store.define_limits({str(limit.name): limit.rule for limit in [*LIMITS, *RATES, ALL]})
     ids = enqueue_jobs(state, journal, chance)
     options = ("--pool", pool, "-c", "4")
     people = People(state, ids, random.Random(12))

@@ -191,6 +191,49 @@ class TestHandOver:
         assert statuses(state) == {"completed": 2, "running": 2, "waiting": 1}
         check_seats(state)
 
+    @pytest.mark.on("postgresql", "mysql")
+    def test_job_that_has_moved_on(self, state: AppState, worker: int) -> None:
+        """A job that another worker has meanwhile let wait at its next limit is left alone."""
+        first, second = Limit("a", concurrency=2), Limit("b", concurrency=1)
+        enqueue(limits=second)
+        (holder,) = claim(state, worker)
+        enqueue(limits=[first, second])
+        store = state.store
+        keys = store.transaction(lambda c: store.unlocked_keys(c, [key_id("a", "")]))
+        assert keys == {}  # no worker has looked at it yet
+        store.transaction(lambda c: store.lock_keys(c, [key_id("a", "")]))
+
+        def read(connection: sa.Connection) -> list[Any]:
+            keys = store.unlocked_keys(connection, [key_id("a", "")])
+            keys[key_id("a", "")].room = 1
+            return store.first_waiting(connection, list(keys.values()))
+
+        stale = store.transaction(read)
+        assert len(stale) == 1
+        admit(state)  # It gets its seat at a, and waits at b.
+
+        def give(connection: sa.Connection) -> Any:
+            return store.give(connection, store.still_waiting(connection, stale), {stale[0].id})
+
+        assert store.transaction(give) == set()
+        check_seats(state)
+        assert len(ids(hand_over(state, worker, [holder]))) == 1
+
+    def test_pause_during_a_handover(
+        self, state: AppState, worker: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A job that got a seat and was not claimed gives it back if its limit was paused
+        meanwhile."""
+        enqueue()
+        specs = claim(state, worker)
+        follower = enqueue()
+        admit(state)
+        monkeypatch.setattr(Store, "claim_for", lambda *_: [])
+        assert ids(hand_over(state, worker, specs)) == []
+        assert stored(state.app, follower).status == "pending"
+        # The notice makes a worker look at the key, whatever has happened meanwhile.
+        assert [notice.key_id for notice in rows(state, Notice)] == [key_id("one", "")]
+
     def test_lost_lease(self, state: AppState, worker: int) -> None:
         """If one of the attempts is lost, outcomes are recorded one by one, and no job is
         claimed."""

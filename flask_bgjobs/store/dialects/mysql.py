@@ -86,6 +86,17 @@ _ROW_CHARACTERS = 1_000
 """Upper limit for the text of all numbers, times and hashes of a row in an INSERT."""
 
 
+_WAITING_SEATS = (
+    sa.select(SEATS.c.key_id, SEATS.c.job_id)
+    .where(
+        SEATS.c.state == SeatState.WAITS.value,
+        SEATS.c.job_id.in_(sa.bindparam("ids", expanding=True, type_=sa.BigInteger)),
+    )
+    .with_hint(SEATS, "FORCE INDEX (ix_bgjobs_seat_job)")
+)
+"""The query for the seats at which some jobs wait."""
+
+
 class MysqlStore(Store):
     """The statements on MySQL 8.0.1, MariaDB 10.6, or newer."""
 
@@ -198,13 +209,23 @@ class MysqlStore(Store):
         as well."""
         found = super().first_waiting(connection, keys)
         locked = self.lock_jobs(connection, [each.id for each in found], JobStatus.WAITING)
-        free = [each for each in found if each.id in locked]
-        missing = collections.Counter(each.key_id for each in found if each.id not in locked)
+        free = self.still_waiting(connection, [each for each in found if each.id in locked])
+        known_free = {(each.key_id, each.id) for each in free}
+        missing = collections.Counter(
+            each.key_id for each in found if (each.key_id, each.id) not in known_free
+        )
         for key in keys:
             if missing[key.id]:
                 known = {each.id for each in found}
                 free += self.next_free(connection, key, missing[key.id], known)
         return free
+
+    def still_waiting(self, connection: sa.Connection, locked: list[Candidate]) -> list[Candidate]:
+        if not locked:
+            return locked
+        ids = {"ids": [each.id for each in locked]}
+        waiting = {(row.key_id, row.job_id) for row in connection.execute(_WAITING_SEATS, ids)}
+        return [each for each in locked if (each.key_id, each.id) in waiting]
 
     def delete_seats(
         self, connection: sa.Connection, states: Sequence[SeatState], ids: Sequence[int]

@@ -10,7 +10,7 @@ import importlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ...job.records import UNREADABLE_TIME
 from ...models import SeatState, UtcTime
+from .. import transitions
 from ..base import Store
 from ..connections import forward
 from ..database import AUTOCOMMIT, JOBS, READ_ONLY, SCHEDULES, SEATS
@@ -183,15 +184,41 @@ class PostgresStore(Store):
             )
         )
 
-    def give(self, connection: sa.Connection, ids: Sequence[int], pending: Sequence[int]) -> None:
-        if len(pending) < len(ids):
-            super().give(connection, ids, pending)
-        else:
-            connection.execute(self._give_all, {"ids": ids})
+    def give(
+        self, connection: sa.Connection, candidates: Sequence[Candidate], waiting: Collection[int]
+    ) -> set[int]:
+        seats = {
+            "key_ids": [each.key_id for each in candidates],
+            "job_ids": [each.id for each in candidates],
+        }
+        if not waiting:
+            return set(connection.scalars(self._give_all, seats))
+        given = set(connection.scalars(self._hold_seats, seats))
+        self.make_pending(connection, sorted(given - set(waiting)))
+        return given
+
+    @functools.cached_property
+    def _hold_seats(self) -> sa.Update:
+        """The statement that makes jobs hold their seats, if they still wait at these keys."""
+        pairs = sa.func.unnest(
+            sa.bindparam("key_ids", type_=postgresql.ARRAY(sa.BigInteger)),
+            sa.bindparam("job_ids", type_=postgresql.ARRAY(sa.BigInteger)),
+        )
+        pair = pairs.table_valued("key_id", "job_id").render_derived(name="given")
+        still_waits = (
+            SEATS.c.state == SeatState.WAITS.value,
+            SEATS.c.job_id == pair.c.job_id,
+            SEATS.c.key_id == pair.c.key_id,
+        )
+        update = sa.update(SEATS).where(*still_waits).values(state=SeatState.HOLDS.value)
+        return update.returning(SEATS.c.job_id)
 
     @functools.cached_property
     def _give_all(self) -> sa.Update:
-        return self.pending_update.add_cte(self.seats_update.cte("held"))
+        """The statement that does the same, and makes these jobs pending."""
+        held = self._hold_seats.cte("held")
+        mine = JOBS.c.id.in_(sa.select(held.c.job_id))
+        return sa.update(JOBS).where(mine).values(transitions.pending()).returning(JOBS.c.id)
 
     def locked(self, candidates: sa.Select[Any]) -> sa.Select[Any]:
         free = candidates.with_for_update(of=JOBS, skip_locked=True).cte()
@@ -336,7 +363,7 @@ class PostgresStore(Store):
             idle_in_transaction_session_timeout=f"{self.deadline:.3f}s",
             lock_timeout=f"{_LOCK_WAIT_SECONDS:.3f}s",
             # Each statement finds a few rows by an index, and none is worth compiling. Where the
-            # planner expects more rows, as in tables without statistics, it would read all of them.
+            # planner expects many, as in tables without statistics, it would read whole tables.
             enable_seqscan="off",
             enable_hashjoin="off",
             enable_mergejoin="off",

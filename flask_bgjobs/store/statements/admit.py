@@ -134,7 +134,7 @@ class Admissions(LimitKeys):
         admitted, has_followers = self.fill(connection, keys)
         self._save(connection, keys)
         is_full_step = any(key.admitted >= _ROOM_PER_STEP for key in keys.values())
-        return Admitted(admitted, has_followers or is_full_step)
+        return Admitted(len(admitted), has_followers or is_full_step)
 
     def _take_changes(self, connection: sa.Connection, wanted: Sequence[Wanted]) -> bool:
         """Give jobs whose limits have changed the seats that they need now. The notices of those
@@ -162,14 +162,17 @@ class Admissions(LimitKeys):
 
     # Admissions
 
-    def fill(self, connection: sa.Connection, keys: Mapping[int, Key]) -> tuple[int, bool]:
+    def fill(
+        self, connection: sa.Connection, keys: Mapping[int, Key]
+    ) -> tuple[dict[int, int], bool]:
         """Admit the first waiting jobs of keys, as many as each has room for.
 
-        :returns: how many are pending now, and whether there is more to do, because others now wait
-            at their next limit, or were parked.
+        :returns: the keys of the jobs that are pending now, by the ids of the jobs; and whether
+            there is more to do, because others now wait at their next limit, or were parked.
         """
         open_keys = [k for k in keys.values() if k.room > 0 and k.best_waiting is not None]
-        pending = following = 0
+        pending: dict[int, int] = {}
+        following = 0
         for number in range(_PASSES):
             if not open_keys:
                 break
@@ -181,12 +184,17 @@ class Admissions(LimitKeys):
             closed = [each for each in found if each.queue not in served]
             fit = _within_room(keys, [each for each in found if each.queue in served])
             self.send_back(connection, closed, is_parked=True)
-            further = self._give_seats(connection, fit)
-            following += further
-            pending += len(fit) - further
+            given, waiting = self._give_seats(connection, fit)
+            following += len(waiting)
             for candidate in fit:
-                keys[candidate.key_id].room -= 1
-                keys[candidate.key_id].admitted += 1
+                key = keys[candidate.key_id]
+                if candidate.id not in given:
+                    key.has_skipped = True
+                    continue
+                key.room -= 1
+                key.admitted += 1
+                if candidate.id not in waiting:
+                    pending[candidate.id] = key.id
             open_keys = [keys[key_id] for key_id in {each.key_id for each in closed}]
             for key in open_keys:
                 key.extra = _PARKED_MORE ** (number + 1)
@@ -220,7 +228,14 @@ class Admissions(LimitKeys):
         rows = map(Candidate._make, connection.execute(self._first_of_key, parameters))
         others = [each for each in rows if each.id not in known]
         locked = self.lock_jobs(connection, [each.id for each in others], JobStatus.WAITING)
-        return [each for each in others if each.id in locked][:number]
+        free = [each for each in others if each.id in locked]
+        return self.still_waiting(connection, free)[:number]
+
+    def still_waiting(self, connection: sa.Connection, locked: list[Candidate]) -> list[Candidate]:
+        """Those of the jobs that still wait at their keys. Before their rows were locked, another
+        transaction may have given them their seats, after which they wait at their next limits."""
+        # SQLite has one writer, and PostgreSQL checks it when it gives the seats.
+        return locked
 
     def _remove_stale(self, connection: sa.Connection, key_ids: Sequence[int]) -> None:
         """Remove seats of jobs that do not wait, as after an edit by hand."""
@@ -257,14 +272,16 @@ class Admissions(LimitKeys):
         found = sa.select(*CANDIDATE_COLUMNS).join_from(firsts, SEATS, is_first)
         return found.join(JOBS, IS_WAITING_JOB)
 
-    def _give_seats(self, connection: sa.Connection, candidates: Sequence[Candidate]) -> int:
+    def _give_seats(
+        self, connection: sa.Connection, candidates: Sequence[Candidate]
+    ) -> tuple[set[int], set[int]]:
         """Let jobs hold the seats at which they wait.
 
-        :returns: how many of them now wait at their next limit.
+        :returns: the ids of those that hold their seats now, and of those among them that wait at
+            their next limit.
         """
         if not candidates:
-            return 0
-        ids = [each.job_id for each in candidates]
+            return set(), set()
         following = []
         for each in candidates:
             uses = uses_from_json(each.limits)[each.position + 1 :] if each.further else ()
@@ -272,18 +289,28 @@ class Admissions(LimitKeys):
                 place = (each.position + 1, len(uses) - 1)
                 following.append(seat(uses[0], *place, each.id, each.claim_rank, each.run_at))
         waiting = {values["job_id"] for values in following}
-        self.give(connection, ids, [job_id for job_id in ids if job_id not in waiting])
+        given = self.give(connection, candidates, waiting)
+        following = [values for values in following if values["job_id"] in given]
         self.insert_seats(connection, following)
-        return len(following)
+        return given, waiting & given
 
-    def give(self, connection: sa.Connection, ids: Sequence[int], pending: Sequence[int]) -> None:
-        """Let jobs hold the seats at which they wait.
+    def give(
+        self, connection: sa.Connection, candidates: Sequence[Candidate], waiting: Collection[int]
+    ) -> set[int]:
+        """Let jobs hold the seats at which they wait, and make them pending.
 
-        :param pending: the ids of those that are pending now.
+        :param waiting: the ids of those that wait at their next limit instead.
+        :returns: the ids of the jobs that hold their seats now.
         """
+        ids = [each.id for each in candidates]
         connection.execute(self.seats_update, {"ids": ids})
-        if pending:
-            connection.execute(self.pending_update, {"ids": pending})
+        self.make_pending(connection, [job_id for job_id in ids if job_id not in waiting])
+        return set(ids)
+
+    def make_pending(self, connection: sa.Connection, ids: Sequence[int]) -> None:
+        """Make waiting jobs pending."""
+        if ids:
+            connection.execute(self.pending_update, {"ids": ids})
 
     @functools.cached_property
     def seats_update(self) -> sa.Update:
@@ -394,6 +421,11 @@ def may_swap(key: Key) -> bool:
     return best < worst
 
 
+def is_use_old(key: Key) -> bool:
+    """Whether the recorded time of the last use is too old for a key that is used now."""
+    return key.now - microseconds(key.used_at) > _USED
+
+
 def _free_for_waiting(key: Key) -> int:
     """How many of the first waiting jobs need no seat of another."""
     return 0 if key.rule.rate is not None else int(max(0, key.free_seats))
@@ -401,8 +433,8 @@ def _free_for_waiting(key: Key) -> int:
 
 def _has_changed(key: Key) -> bool:
     """Whether the row of a key has to be written."""
-    is_old = key.admitted > 0 and key.now - microseconds(key.used_at) > _USED
-    return key.rule.rate is not None or key.due_at is not None or is_old
+    is_used = key.admitted > 0 and is_use_old(key)
+    return key.rule.rate is not None or key.due_at is not None or is_used
 
 
 def _stored(key: Key) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from ...job.records import JobSpec, Outcome, Settled
-from .admit import Admissions, may_swap
+from .admit import Admissions, is_use_old, may_swap
 from .claim import Claims
+from .limit_keys import Key
 from .settle import Record, Recorded, Settles
 
 
@@ -54,8 +55,12 @@ class Handovers(Claims, Admissions, Settles):
             nonlocal more, specs
             # First, as in claim() and in a rescue of this worker, or they could deadlock.
             claimer = self.lock_claimer(connection, worker_id)
-            more = self._pass_seats_on(connection, record())
+            passed, more = self._pass_seats_on(connection, record())
             specs = self.claim_for(claimer, connection, worker_id, limit, queues, without, suspects)
+            # Somebody may have paused a limit meanwhile. Jobs that stay pending with a seat must
+            # then give it back.
+            unclaimed = passed.keys() - {spec.id for spec in specs}
+            self.notice(connection, {passed[job_id]: () for job_id in unclaimed})
 
         settled, is_committed = self.complete_with(worker_id, finished, work)
         if not is_committed:
@@ -63,37 +68,43 @@ class Handovers(Claims, Admissions, Settles):
         self.note_queues(specs)
         return HandedOver(settled, specs, more)
 
-    def _pass_seats_on(self, connection: sa.Connection, recorded: Recorded) -> bool:
+    def _pass_seats_on(
+        self, connection: sa.Connection, recorded: Recorded
+    ) -> tuple[dict[int, int], bool]:
         """Admit jobs that wait for the seats of jobs that were running.
 
-        :returns: whether there may be more to admit.
+        :returns: the keys of jobs that have got a seat without a lock, by the ids of the jobs; and
+            whether there may be more to admit.
         """
         freed = collections.Counter(use.key_id for each in recorded.leaving for use in each.uses)
         # After an edit by hand, jobs may have had fewer seats than their limits say.
         passable = freed if recorded.seats == freed.total() else {}
-        passed, has_followers = self._pass_to_first(connection, passable)
-        others = sorted(freed.keys() - passed)
+        keys = self.unlocked_keys(connection, sorted(passable)) if passable else {}
+        passed, has_followers = self._pass_to_first(connection, keys, passable)
+        done = {key.id for key in keys.values() if key.admitted == freed[key.id]}
+        others = sorted(freed.keys() - done)
         locked = self.lock_existing_keys(connection, others)
         # A rate counts the starts in the notices.
-        keys = {key_id: key for key_id, key in locked.items() if key.rule.rate is None}
-        self.notice_left(connection, recorded.leaving, without=passed | keys.keys())
-        _, more = self.admit_at(connection, keys)
-        return more or has_followers or len(keys) < len(others)
+        countable = {key_id: key for key_id, key in locked.items() if key.rule.rate is None}
+        self.notice_left(connection, recorded.leaving, without=done | countable.keys())
+        _, more = self.admit_at(connection, countable)
+        return passed, more or has_followers or len(countable) < len(others)
 
     def _pass_to_first(
-        self, connection: sa.Connection, freed: Mapping[int, int]
-    ) -> tuple[set[int], bool]:
+        self, connection: sa.Connection, keys: Mapping[int, Key], freed: Mapping[int, int]
+    ) -> tuple[dict[int, int], bool]:
         """Give seats that this transaction has freed to jobs that wait.
 
-        That needs no lock of the keys, because the number of seats that are held does not grow:
-        other transactions see either the freed seats or those that take their place.
+        The keys need not be locked: for each seat that is freed, at most one is given, so the
+        number of seats that are held does not grow.
 
-        :param freed: the number of seats by key.
-        :returns: the keys all of whose seats were given away, and whether others may be admitted.
+        :param freed: the number of freed seats by key.
+        :returns: as :meth:`.Admissions.fill`.
         """
-        keys = self.unlocked_keys(connection, sorted(freed)) if freed else {}
         for key in keys.values():
-            if key.rule.rate is None and key.best_waiting is not None and not may_swap(key):
+            # Those left out need their row to be locked: to count starts, to take seats from
+            # pending jobs, or to be written.
+            needs_lock = key.rule.rate is not None or may_swap(key) or is_use_old(key)
+            if not needs_lock and key.best_waiting is not None:
                 key.room = int(max(0, min(freed[key.id], key.free_seats)))
-        _, has_followers = self.fill(connection, keys)
-        return {key.id for key in keys.values() if key.admitted == freed[key.id]}, has_followers
+        return self.fill(connection, keys)

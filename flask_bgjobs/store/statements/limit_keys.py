@@ -118,8 +118,8 @@ class LimitKeys(OpenQueues):
 
     def lock_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
         """Lock the rows of keys that nobody else has locked. Rows that do not exist are inserted if
-        a job waits there; otherwise their notices are deleted. The rows of their limits are
-        inserted if they are gone."""
+        a job waits there; otherwise their notices are deleted. Limits without a row are
+        inserted as well."""
         rows = self.locked_rows(connection, ids)
         if lost := [row.id for row in rows if row.definition is None]:
             self._insert_limits_of(connection, self._uses_at(connection, lost))
@@ -135,8 +135,9 @@ class LimitKeys(OpenQueues):
         return {row.id: _key(row) for row in rows}
 
     def unlocked_keys(self, connection: sa.Connection, ids: Sequence[int]) -> dict[int, Key]:
-        """Read keys that exist, with their counts, without a lock."""
-        rows = connection.execute(self._unlocked, {"ids": ids}).all()
+        """Read keys that exist, with their limits and counts, without a lock."""
+        found = connection.execute(self._unlocked, {"ids": ids})
+        rows = [row for row in found if row.definition is not None]
         keys = {row.id: _key(row) for row in rows}
         _note_counts(keys, rows)
         return keys

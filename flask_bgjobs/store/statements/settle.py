@@ -70,7 +70,7 @@ class Recorded(NamedTuple):
     """The result of recording completed attempts in bulk."""
 
     leaving: Sequence[Leaving]
-    """The jobs with limits among them. Their seats are removed."""
+    """The jobs with limits. Their seats are removed."""
     seats: int
     """Number of removed seats."""
 
