@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -71,7 +71,7 @@ class Inserts(RowInserts):
         """
         if jobs.unique is None:
             return self.insert_within(connection, jobs)
-        with self._naming_locked_keys(jobs, jobs.unique):
+        with self._naming_locked_keys(lambda: jobs):
             return self._insert_with_limit(connection, jobs, is_hosts=True)
 
     def _insert_with_limit(
@@ -81,15 +81,18 @@ class Inserts(RowInserts):
             return self.insert_within(connection, jobs)
 
     @contextlib.contextmanager
-    def _naming_locked_keys(self, jobs: NewJobs, unique: Unique) -> Iterator[None]:
-        """Raise an error that says what to do when another transaction has held a key for too
-        long."""
+    def _naming_locked_keys(self, current: Callable[[], NewJobs]) -> Iterator[None]:
+        """Raise an error that says what to do when another transaction has held a key for too long.
+
+        :param current: returns the jobs that are being inserted.
+        """
         try:
             yield
         except DBAPIError as error:
-            if not self.is_lock_timeout(error):
+            jobs = current()
+            if jobs.unique is None or not self.is_lock_timeout(error):
                 raise
-            raise _key_is_locked(jobs, unique) from error
+            raise _key_is_locked(jobs, jobs.unique) from error
 
     def insert_within(self, connection: sa.Connection, jobs: NewJobs) -> list[Job]:
         """Do the work of :meth:`insert` within a larger transaction of ours."""
@@ -157,12 +160,8 @@ class Inserts(RowInserts):
                     saved += self._insert_with_limit(connection, jobs, is_hosts=is_hosts)
             return saved
 
-        try:
+        with self._naming_locked_keys(lambda: last):
             return self.transaction(work)
-        except DBAPIError as error:
-            if last.unique is None or not self.is_lock_timeout(error):
-                raise
-            raise _key_is_locked(last, last.unique) from error
 
     def _insert_unique(self, connection: sa.Connection, job: NewJobs) -> Job:
         """Insert one unique job, or find the one that holds its key."""
