@@ -70,7 +70,7 @@ class Pruner:
         self._store.prune_audits(_PRUNED_AT_ONCE)
         self._store.prune_schedules(_PRUNED_AT_ONCE)
         self._store.prune_limit_keys(_PRUNED_AT_ONCE)
-        self._store.prune_limits(self._kept_limits)
+        self._store.prune_limits(_PRUNED_AT_ONCE, self._kept_limits)
         self._store.prune_fair_keys(_PRUNED_AT_ONCE)
 
 

@@ -227,7 +227,7 @@ class TestKeys:
         Limits(state)["overridden"].override(concurrency=1)
         Limits(state)["paused"].pause()
         execute(state, sa.update(LimitRow).where(LimitRow.name != "new").values(defined_at=old))
-        assert state.store.prune_limits(["in the code"]) == 1
+        assert state.store.prune_limits(10, ["in the code"]) == 1
         assert sorted(row.name for row in rows(state, LimitRow)) == sorted(names[1:])
 
     def test_deleted_limit(self, state: AppState, worker: int) -> None:

@@ -21,7 +21,6 @@ from .seats import by_primary_key, microseconds
 
 MAX_COUNTED = 1_000
 """How far the waiting jobs of a key are counted."""
-_LIMITS_PER_STEP = 500
 _UNUSED_SECONDS = 86_400.0
 """How long the row of a key that no job uses is kept."""
 
@@ -257,9 +256,9 @@ class LimitRows(Heals, Audits):
 
         return self.transaction(work)
 
-    def prune_limits(self, kept: Collection[str]) -> int:
-        """Delete up to 500 rows of limits that were defined more than a day ago and have no key,
-        unless they are in the code, or somebody has overridden or paused them.
+    def prune_limits(self, limit: int, kept: Collection[str]) -> int:
+        """Delete up to ``limit`` rows of limits that were defined more than a day ago and have no
+        key, unless they are in the code, or somebody has overridden or paused them.
 
         :param kept: the names of the limits in the code.
         :returns: the number of deleted rows.
@@ -273,7 +272,7 @@ class LimitRows(Heals, Audits):
         )
 
         def work(connection: sa.Connection) -> int:
-            some = sa.select(LIMITS.c.id).where(*unused).limit(_LIMITS_PER_STEP)
+            some = sa.select(LIMITS.c.id).where(*unused).limit(limit)
             ids = sorted(connection.scalars(some))
             # If a key is inserted meanwhile, the next look at it inserts its limit again.
             if ids:
