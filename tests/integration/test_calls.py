@@ -11,7 +11,7 @@ from flask import Flask, current_app
 
 from flask_bgjobs import BgJobs, Call, InvalidJob, Job, JobNotAllowed, Limit, UniqueKeyTaken
 from flask_bgjobs.enqueue.decorator import JobFunction
-from flask_bgjobs.signals import job_refused
+from flask_bgjobs.signals import job_enqueued, job_refused
 from flask_bgjobs.state import AppState
 from flask_bgjobs.testing import drain
 from tests.conftest import count_jobs, stored
@@ -182,6 +182,24 @@ class TestEnqueueMany:
         assert count_jobs(app) == 0
         bgjobs.enqueue_many(iter(calls), session=db.session)
         db.session.commit()
+        assert count_jobs(app) == 2
+
+    def test_what_joined_before_an_error_is_announced(self, app: Flask, bgjobs: BgJobs) -> None:
+        """If a key is taken, and the caller commits nevertheless, the jobs of earlier calls are
+        stored and announced."""
+        db = current_app.extensions["sqlalchemy"]
+        unique = echo().using(unique_key="k", on_duplicate="raise")
+        unique.call(1).enqueue()
+        announced: list[Any] = []
+
+        def note(_sender: Any, job: Job) -> None:
+            announced.append(job.parameters)
+
+        with job_enqueued.connected_to(note), pytest.raises(UniqueKeyTaken):
+            bgjobs.enqueue_many([echo().call(2), unique.call(3)], session=db.session)
+        with job_enqueued.connected_to(note):
+            db.session.commit()
+        assert announced == [[2]]
         assert count_jobs(app) == 2
 
     def test_no_calls(self, bgjobs: BgJobs) -> None:
