@@ -17,8 +17,9 @@ from flask import Flask
 from flask_bgjobs import Job, JobStatus, QueueNotFound, run_background_job
 from flask_bgjobs.cli.output import progress_bar
 from flask_bgjobs.enqueue.enqueue import enqueue
+from flask_bgjobs.job.limits import Rule
 from flask_bgjobs.job.turns import claim_rank
-from flask_bgjobs.models import Queue, Worker
+from flask_bgjobs.models import LimitRow, Queue, Worker
 from flask_bgjobs.operations import actions
 from flask_bgjobs.operations.queries import queue_stats, service_now
 from flask_bgjobs.options import JobOptions
@@ -249,6 +250,24 @@ def test_prune_follows_the_retention(app: Flask, state: AppState, run: Any) -> N
     assert run("prune", answer="y\n").endswith("2 jobs deleted, 0 referenced by other tables\n")
     assert run("prune") == "0 jobs deleted, 0 referenced by other tables\n"
     assert ids_with_status(state, "failed") == [3]
+
+
+def test_prune_keeps_limits_of_the_code(
+    state: AppState, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``prune`` imports the jobs first, so it knows the limits in the code."""
+    imported: list[AppState] = []
+    monkeypatch.setattr("flask_bgjobs.cli.operate.import_jobs", imported.append)
+    old = state.store.after(sa.literal(-2.0 * DAY))
+    state.store.define_limits({name: Rule(concurrency=1) for name in ("mail", "gone")})
+    change(state, sa.update(LimitRow).values(defined_at=old))
+    rules = {"mail": Rule(concurrency=1)}
+    monkeypatch.setattr(
+        "flask_bgjobs.flow.limits.definition.rules", lambda _: rules if imported else {}
+    )
+    run("prune", "--yes")
+    with state.store.read() as connection:
+        assert connection.scalars(sa.select(LimitRow.name)).all() == ["mail"]
 
 
 def test_prune_by_status_and_age(app: Flask, state: AppState, run: Any) -> None:
