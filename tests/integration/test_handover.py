@@ -17,7 +17,7 @@ from flask_bgjobs.flow.limits.manage import Limits
 from flask_bgjobs.job.limits import key_id
 from flask_bgjobs.job.records import JobSpec, Outcome
 from flask_bgjobs.job.statuses import JobStatus, OutcomeKind
-from flask_bgjobs.models import LimitKey, Notice, Seat, Worker
+from flask_bgjobs.models import LimitKey, LimitRow, Notice, Seat, Worker
 from flask_bgjobs.state import AppState
 from flask_bgjobs.store import CommitInDoubt, HandedOver, Store
 from flask_bgjobs.worker.registration import register
@@ -104,6 +104,17 @@ class TestHandOver:
         assert (ids(handed), handed.more) == ([], True)
         assert admit(state) == 0
         check_seats(state)
+
+    def test_rate_without_its_limit(self, state: AppState, worker: int) -> None:
+        """If the row of the limit of a rate is gone, its starts count nevertheless."""
+        rate = Limit("rate", rate=1, per=3_600)
+        for _ in range(2):
+            enqueue(limits=rate)
+        specs = claim(state, worker, 10)
+        execute(state, sa.delete(LimitRow))
+        handed = hand_over(state, worker, specs)
+        assert (ids(handed), handed.more) == ([], True)
+        assert admit(state) == 0
 
     def test_swap(self, state: AppState, worker: int) -> None:
         """A better job that waits gets the seat of one that is pending."""
